@@ -1,0 +1,18 @@
+"""The one exception a user ever sees: what was expected, what was found, where, and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A fault in the user's configuration or data, reported without a traceback and with exit code 2.
+
+    >>> str(UserError("chosen equals rejected (question q17)", where="pairs.jsonl:42", fix="run align score again"))
+    'pairs.jsonl:42: chosen equals rejected (question q17); run align score again'
+    """
+
+    def __init__(self, message: str, *, where: str | None = None, fix: str | None = None) -> None:
+        self.message = message
+        self.where = where
+        self.fix = fix
+        text = f"{where}: {message}" if where else message
+        super().__init__(f"{text}; {fix}" if fix else text)

@@ -1,0 +1,380 @@
+"""align.yaml in, one typed and fully checked `Config` out; the other way round, a commented file to start from.
+
+An unknown key is an error that names the nearest known one, and all faults are reported at once. The keys of TRL's
+`DPOConfig` inside `dpo:` are checked where TRL is imported (`align.dpo.train`), not here: this module stays light.
+"""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from align.errors import UserError
+
+CONFIG_NAME = "align.yaml"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelSettings(Section):
+    """How checkpoints are opened (policy, reference and local critics alike)."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="arithmetic of the weights; auto: bfloat16 on a GPU that has it, float32 on a CPU"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention outside the shared prefix"
+    )
+    processor: dict[str, Any] = Field(
+        default_factory=dict, description="keyword settings of the policy's processor, e.g. {max_pixels: 571536}"
+    )
+    allow_pickle: bool = Field(False, description="open .bin weights (unsafe unless you trust their author)")
+
+
+class SampleSettings(Section):
+    """Stage 1: responses of the current policy to every image question."""
+
+    num_responses: int = Field(5, ge=1, le=256, description="K, responses a question")
+    temperature: float = Field(0.7, ge=0, description="0 is greedy")
+    top_p: float = Field(
+        0.9, gt=0, le=1, description="nucleus sampling: keep the smallest set of tokens with this probability"
+    )
+    top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
+    max_new_tokens: int = Field(1024, ge=1, description="a response longer than this is cut and marked 'length'")
+    questions_per_round: int | None = Field(
+        None,
+        ge=1,
+        description="how many questions a round takes, in file order, without repeats between rounds until all are used; empty: all of them every round",
+    )
+    batch_size: int | None = Field(None, ge=1, description="questions at a time; empty: found by itself within memory")
+
+
+class CriticSettings(Section):
+    """Stage 2: who judges the responses."""
+
+    kind: str = Field(
+        "pairwise", description="pairwise, pointwise, claims, verifier, scalar, panel or random (a control)"
+    )
+    model: str | None = Field(None, description="checkpoint of the critic model")
+    processor: dict[str, Any] = Field(default_factory=dict, description="keyword settings of the critic's processor")
+    prompt: str | None = Field(
+        None, description="name of a built-in prompt or path of your own; empty: the kind's default"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="further settings of the critic kind, e.g. {soft: true}"
+    )
+    batch_size: int | None = Field(None, ge=1, description="questions at a time; empty: found by itself within memory")
+
+
+class PairSettings(Section):
+    """From rewards to preference pairs."""
+
+    strategy: Literal["best_worst", "topk_bottomk", "all_above_margin", "closest_above_margin", "correct_incorrect"] = (
+        Field("best_worst", description="which responses of a question become a pair")
+    )
+    min_margin: float = Field(0.0, ge=0, description="pairs whose rewards differ by no more than this are dropped")
+    max_per_question: int = Field(1, ge=1, description="pairs a question")
+    max_length_ratio: float | None = Field(
+        None, gt=1, description="drop pairs whose texts differ in length by more than this factor"
+    )
+    near_duplicate: float = Field(
+        1.0, gt=0, le=1, description="responses at least this similar (0 to 1) count as one; 1: identical texts only"
+    )
+    keep_truncated: bool = Field(False, description="let responses cut at max_new_tokens into pairs")
+
+
+class DpoSettings(BaseModel):
+    """Stage 3: training. Besides these, every field of TRL's DPOConfig may stand here (learning_rate, beta, ...)."""
+
+    model_config = ConfigDict(extra="allow", validate_default=True)
+
+    reference: Literal["round-start", "initial", "live"] = Field(
+        "round-start",
+        description="the reference policy: of this round's start (LLaVA-Critic), the first one, or a second model in memory",
+    )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="parts that are not trained: vision, projector, language, embeddings, head, or prefixes of parameter names",
+    )
+    projector_learning_rate_multiplier: float = Field(
+        1.0, gt=0, description="learning rate of the projector relative to the rest (Valley2-DPO: 3)"
+    )
+    max_length: int | None = Field(
+        None, ge=1, description="tokens of prompt and response together; empty: what the model's positions allow"
+    )
+    too_long: Literal["refuse", "drop"] = Field(
+        "refuse", description="what to do with pairs that do not fit; nothing is ever truncated"
+    )
+    lora: dict[str, Any] | None = Field(
+        None, description="peft LoraConfig fields; trained as an adapter and merged at the end of the round"
+    )
+
+    def trainer_fields(self) -> dict[str, Any]:
+        """What goes to TRL's DPOConfig as it is."""
+        return dict(self.model_extra or {})
+
+
+class EvaluateSettings(Section):
+    """Held-out questions, asked of the first policy and of every round's checkpoint."""
+
+    questions: Path | None = Field(None, description="held-out questions (JSONL); empty: no evaluation")
+    image_root: Path | None = Field(None, description="folder of their images; empty: the folder of the file")
+    num_samples: int = Field(1, ge=1, description="sampled responses a question, beside the greedy one")
+    temperature: float = Field(0.7, gt=0, description="of the sampled responses")
+    max_new_tokens: int = Field(256, ge=1, description="longest response in tokens")
+    limit: int | None = Field(None, ge=1, description="only the first so many questions")
+
+
+class LaunchSettings(Section):
+    """How many processes train, and how they share the model."""
+
+    num_processes: int = Field(1, ge=1, description="processes on this machine, one a GPU")
+    strategy: Literal["ddp", "zero2", "zero3", "fsdp2"] = Field(
+        "ddp", description="how the model is spread over the processes"
+    )
+
+
+class Config(Section):
+    """The whole of align.yaml."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="the run's name; its folder is run_root/name")
+    run_root: Path = Field(Path("runs"), description="where runs are kept")
+    policy: str = Field(..., description="checkpoint to start from: a folder or a hub id")
+    questions: Path = Field(..., description="image questions (JSONL: id, question, images, answer)")
+    image_root: Path | None = Field(
+        None, description="folder that all images lie in; empty: the folder of the questions file"
+    )
+    max_image_pixels: int = Field(100_000_000, ge=1, description="larger images are refused")
+    rounds: int = Field(3, ge=1, description="rounds of sample, score and dpo")
+    seed: int = Field(0, ge=0, description="of everything random")
+    shared_prefix: Literal["auto", "on", "off"] = Field(
+        "auto", description="encode each question once; auto: where the first batch proves it exact"
+    )
+    model: ModelSettings = Field(default_factory=ModelSettings, description="how checkpoints are opened")
+    sample: SampleSettings = Field(default_factory=SampleSettings, description="responses")
+    critic: CriticSettings = Field(default_factory=CriticSettings, description="judgement")
+    pairs: PairSettings = Field(default_factory=PairSettings, description="preference pairs")
+    dpo: DpoSettings = Field(default_factory=DpoSettings, description="training")
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="held-out numbers")
+    launch: LaunchSettings = Field(default_factory=LaunchSettings, description="processes")
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run_root / self.name
+
+    @property
+    def question_images(self) -> Path:
+        return self.image_root or self.questions.parent
+
+    @property
+    def evaluation_images(self) -> Path:
+        if self.evaluate.image_root is not None:
+            return self.evaluate.image_root
+        return self.image_root or (self.evaluate.questions.parent if self.evaluate.questions else Path())
+
+
+def find_config(explicit: Path | None) -> Path:
+    """The configuration file: the one named, else align.yaml in the current folder."""
+    path = explicit if explicit is not None else Path(CONFIG_NAME)
+    if path.is_dir():
+        path = path / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(
+            "no such configuration file", where=str(path), fix="write one with `align init`, or name it with --config"
+        )
+    return path
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read and check a configuration; relative paths in it count from its own folder.
+
+    Raises:
+        UserError: bad YAML, unknown keys (with the nearest known one), wrong values: all of them at once.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8 text", where=str(path)) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"not valid YAML: {_yaml_problem(error)}", where=str(path)) from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(f"expected keys and values, found {type(data).__name__}", where=str(path))
+    for override in overrides or []:
+        _apply_override(data, override)
+    return build_config(data, base=path.resolve().parent, where=str(path))
+
+
+def build_config(data: dict[str, Any], *, base: Path, where: str = CONFIG_NAME) -> Config:
+    """A checked Config from plain data; relative paths become absolute under `base`."""
+    try:
+        config = Config.model_validate(_without_empty(data))
+    except ValidationError as error:
+        problems = "\n".join(f"  - {line}" for line in _problems(error))
+        raise UserError(f"the configuration has faults:\n{problems}", where=where) from None
+    config.run_root = base / config.run_root
+    config.questions = base / config.questions
+    config.image_root = base / config.image_root if config.image_root else None
+    config.policy = _local_or_hub(config.policy, base)
+    if config.critic.model:
+        config.critic.model = _local_or_hub(config.critic.model, base)
+    if config.critic.prompt and (base / config.critic.prompt).is_file():
+        config.critic.prompt = str(base / config.critic.prompt)
+    if config.evaluate.questions:
+        config.evaluate.questions = base / config.evaluate.questions
+    if config.evaluate.image_root:
+        config.evaluate.image_root = base / config.evaluate.image_root
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML, complete and without comments."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def commented_config(values: dict[str, Any] | None = None) -> str:
+    """A complete align.yaml with every key explained; `values` (nested) stand in for the defaults."""
+    lines = [
+        "# align.yaml: one run of sample -> score -> dpo, round after round.",
+        "# Relative paths count from this file's folder.",
+        "",
+    ]
+    lines += _section_lines(Config, values or {}, indent=0)
+    return "\n".join(lines) + "\n"
+
+
+def _section_lines(model: type[BaseModel], values: dict[str, Any], indent: int) -> list[str]:
+    pad = "  " * indent
+    lines: list[str] = []
+    for key, field in model.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            lines += ["", f"{pad}# {(section.__doc__ or '').strip().splitlines()[0]}", f"{pad}{key}:"]
+            lines += _section_lines(section, values.get(key, {}), indent + 1)
+            continue
+        value = values.get(key, "" if field.is_required() else field.get_default(call_default_factory=True))
+        lines += [f"{pad}# {field.description}{_choices(section)}", f"{pad}{key}: {_scalar(value)}"]
+    extra = {key: value for key, value in values.items() if key not in model.model_fields}
+    lines += [f"{pad}{key}: {_scalar(value)}" for key, value in extra.items()]
+    return lines
+
+
+def _choices(annotation: Any) -> str:
+    values = get_args(annotation)
+    return f" [{' | '.join(values)}]" if values and all(isinstance(value, str) for value in values) else ""
+
+
+def _scalar(value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    if isinstance(value, Path):
+        value = str(value)
+    return (
+        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+        .strip()
+        .removesuffix("...")
+        .strip()
+    )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads 5e-7 as the number it is meant to be."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _add_float_resolver() -> None:
+    import re
+
+    # YAML 1.1 takes 5e-7 for text, since it has no dot: https://github.com/yaml/pyyaml/issues/173
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+
+
+_add_float_resolver()
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set expects key=value, found {override!r}", fix="for example --set dpo.learning_rate=5e-7")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: the value is not valid YAML ({_yaml_problem(error)})") from None
+    *parents, last = key.strip().split(".")
+    node = data
+    for part in parents:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {key}: {part!r} is a value, not a section")
+    node[last] = value
+
+
+def _without_empty(data: dict[str, Any]) -> dict[str, Any]:
+    """An empty value means the default, so that a key can stand in the file with its comment and nothing after it."""
+    return {
+        key: _without_empty(value) if isinstance(value, dict) else value
+        for key, value in data.items()
+        if value is not None
+    }
+
+
+def _problems(error: ValidationError) -> list[str]:
+    lines = []
+    for fault in error.errors():
+        path = [str(part) for part in fault["loc"]]
+        key = ".".join(path)
+        if fault["type"] == "extra_forbidden":
+            near = get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.5)
+            lines.append(f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        elif fault["type"] == "missing":
+            lines.append(f"{key}: required, but not given")
+        else:
+            lines.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}")
+    return lines
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _local_or_hub(reference: str, base: Path) -> str:
+    """A path under `base` when there is one, else the reference as it was (a hub id)."""
+    local = base / os.path.expanduser(reference)
+    looks_local = local.exists() or reference.startswith((".", "/", "~")) or reference.count("/") != 1
+    return str(local) if looks_local else reference

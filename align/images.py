@@ -1,0 +1,86 @@
+"""Image references in, verified PIL images out: inside the image root, readable, within the pixel limit.
+
+URLs are not fetched here; a reference that is one is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from align.errors import UserError
+
+MAX_IMAGE_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """Opens the images of a run.
+
+    `root` is the folder that every image must lie in; `max_pixels` refuses decompression bombs by the size that the
+    file's header claims, before a pixel is decoded.
+    """
+
+    root: Path
+    max_pixels: int = MAX_IMAGE_PIXELS
+
+    def path(self, reference: str) -> Path:
+        """The file of a reference; raises UserError when it is a URL, leaves the root, or is not there."""
+        if "://" in reference or reference.startswith("data:"):
+            raise UserError(
+                f"the image {reference[:80]!r} is not a file",
+                fix="download it and name it by its path inside the image root",
+            )
+        root = self.root.resolve()
+        path = (root / reference).resolve()
+        if not path.is_relative_to(root):
+            raise UserError(
+                f"the image {reference!r} lies outside the image root {root}", fix="move it, or set image_root"
+            )
+        if not path.is_file():
+            raise UserError(f"there is no image {reference!r} in {root}", fix="check the path, or set image_root")
+        return path
+
+    def size(self, reference: str) -> tuple[int, int]:
+        """(width, height) in pixels, from the header alone."""
+        with self._header(reference) as image:
+            return image.size
+
+    def open(self, reference: str) -> Image.Image:
+        """The image as RGB, fully decoded; the first frame of an animation."""
+        with self._header(reference) as image:
+            try:
+                return image.convert("RGB")
+            except (OSError, SyntaxError, ValueError) as error:
+                raise UserError(
+                    f"the image {reference!r} cannot be decoded ({error})", fix="replace or remove it"
+                ) from None
+
+    def sha256(self, reference: str) -> str:
+        return hashlib.sha256(self.path(reference).read_bytes()).hexdigest()
+
+    def _header(self, reference: str) -> Image.Image:
+        path = self.path(reference)
+        try:
+            with warnings.catch_warnings():
+                # Our own limit decides; PIL's warning at a third of it would only be noise.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise UserError(f"the image {reference!r} is too large ({error})", fix="scale it down") from None
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise UserError(
+                f"the file {reference!r} is not a readable image ({error})", fix="replace or remove it"
+            ) from None
+        width, height = image.size
+        if width * height > self.max_pixels:
+            image.close()
+            raise UserError(
+                f"the image {reference!r} has {width}x{height} pixels, more than {self.max_pixels}",
+                fix="scale it down, or raise max_image_pixels",
+            )
+        return image

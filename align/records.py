@@ -1,0 +1,230 @@
+"""The lines of a run's JSONL files as typed records: Question, Samples, Scores, Pair.
+
+Text in, validated objects out, and back. Nothing here opens an image or imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from align.errors import UserError
+
+IMAGE_TAG = "<image>"
+
+
+class Record(BaseModel):
+    """A JSONL line: unknown keys are refused, so that a misspelt column is seen and not lost."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def to_line(self) -> str:
+        return json.dumps(self.model_dump(exclude_defaults=True), ensure_ascii=False)
+
+
+class Turn(Record):
+    """An earlier turn of the dialogue that a question continues."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class Question(Record):
+    """An image question: what is asked, the images it is asked of, and, where known, the reference answer."""
+
+    id: str = Field(min_length=1)
+    question: str
+    images: list[str] = Field(default_factory=list, description="paths inside the image root, in the order of the text")
+    answer: str | None = Field(None, description="reference answer, for the verifier and for accuracy")
+    system: str | None = Field(None, description="system prompt; absent means the model's default")
+    history: list[Turn] = Field(default_factory=list, description="earlier turns of the dialogue")
+    meta: dict[str, Any] = Field(default_factory=dict, description="anything else; carried along, never read")
+
+    @field_validator("question")
+    @classmethod
+    def _not_empty(cls, text: str) -> str:
+        if not text.replace(IMAGE_TAG, "").strip():
+            raise ValueError("the question is empty")
+        return text
+
+    @model_validator(mode="after")
+    def _tags_match_images(self) -> Question:
+        texts = [turn.content for turn in self.history if turn.role == "user"] + [self.question]
+        tags = sum(text.count(IMAGE_TAG) for text in texts)
+        if tags not in (0, len(self.images)):
+            raise ValueError(f"the text names {tags} {IMAGE_TAG} but there are {len(self.images)} images")
+        return self
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The chat messages of the prompt, images as bare ``{"type": "image"}`` parts in the order of `images`.
+
+        Images that the text does not name stand before the text of the first user turn.
+
+        >>> Question(id="q", question="What is it?", images=["a.png"]).messages()
+        [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]}]
+        """
+        turns = [*self.history, Turn(role="user", content=self.question)]
+        unnamed = 0 if any(IMAGE_TAG in turn.content for turn in turns) else len(self.images)
+        messages: list[dict[str, Any]] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
+        for turn in turns:
+            parts = _content_parts(turn.content)
+            if turn.role == "user" and unnamed:
+                parts, unnamed = [{"type": "image"}] * unnamed + parts, 0
+            messages.append({"role": turn.role, "content": parts})
+        return messages
+
+
+class Response(Record):
+    """One sample of the policy."""
+
+    text: str
+    num_tokens: int
+    finish_reason: Literal["stop", "length"] = "stop"
+
+
+class Samples(Record):
+    """A question with its K responses."""
+
+    id: str
+    question: Question
+    responses: list[Response]
+    seed: int
+
+
+class VerdictRecord(Record):
+    """One comparison: the responses shown first and second, and how likely the critic found each to be better."""
+
+    first: int
+    second: int
+    p_first: float | None = None
+    p_second: float | None = None
+    p_tie: float | None = None
+    winner: int | None = None
+    rationale: str | None = None
+
+
+class Scores(Record):
+    """A question's rewards with their evidence; a response without a reward has its reason in `unscored`."""
+
+    id: str
+    rewards: list[float | None]
+    verdicts: list[VerdictRecord] = Field(default_factory=list)
+    ratings: list[float | None] = Field(default_factory=list)
+    unscored: dict[int, str] = Field(default_factory=dict)
+    evidence: dict[str, Any] = Field(default_factory=dict)
+
+
+class Pair(Record):
+    """A preference in TRL's conversational format, with where it came from."""
+
+    id: str = Field(min_length=1)
+    images: list[str] = Field(default_factory=list)
+    prompt: list[dict[str, Any]]
+    chosen: list[dict[str, Any]]
+    rejected: list[dict[str, Any]]
+    margin: float | None = None
+    rewards: dict[str, float] = Field(default_factory=dict, description="of the chosen and of the rejected response")
+    question_id: str | None = None
+    responses: dict[str, int] = Field(default_factory=dict, description="indices of chosen and rejected in samples")
+    meta: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _differ(self) -> Pair:
+        if self.chosen == self.rejected:
+            raise ValueError("chosen equals rejected")
+        if not self.prompt:
+            raise ValueError("the prompt is empty")
+        return self
+
+
+def _content_parts(text: str) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    for index, piece in enumerate(text.split(IMAGE_TAG)):
+        if index:
+            parts.append({"type": "image"})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def parse_line(line: str, kind: type[RecordT], where: str) -> RecordT:
+    """One JSONL line as a record; raises UserError with file and line when it is not one."""
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON ({error.msg} at column {error.colno})", where=where) from None
+    if not isinstance(data, dict):
+        raise UserError(f"expected a JSON object, found {type(data).__name__}", where=where)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"not a valid {kind.__name__}: {explain(error, kind)}", where=where) from None
+
+
+def iter_jsonl(path: Path, kind: type[RecordT]) -> Iterator[RecordT]:
+    """The records of a file in order; blank lines are skipped."""
+    if not path.is_file():
+        raise UserError("no such file", where=str(path), fix=f"expected a JSONL file of {kind.__name__} records")
+    with path.open(encoding="utf-8", errors="strict") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield parse_line(line, kind, f"{path}:{number}")
+        except UnicodeDecodeError as error:
+            raise UserError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+
+
+def read_jsonl(path: Path, kind: type[RecordT]) -> list[RecordT]:
+    return list(iter_jsonl(path, kind))
+
+
+def read_questions(path: Path) -> list[Question]:
+    """All questions of a file; raises UserError when there are none or when two share an id."""
+    seen: dict[str, int] = {}
+    questions = []
+    for number, question in enumerate(iter_jsonl(path, Question), start=1):
+        if question.id in seen:
+            raise UserError(
+                f"the id {question.id!r} stands twice (records {seen[question.id]} and {number})",
+                where=str(path),
+                fix="give every question an id of its own",
+            )
+        seen[question.id] = number
+        questions.append(question)
+    if not questions:
+        raise UserError("no questions in the file", where=str(path))
+    return questions
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    """Write all records at once: a temporary file beside `path`, renamed when complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(record.to_line() + "\n")
+    temporary.replace(path)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A validation error in one line: which key, what is wrong with it, and the nearest known key for an unknown one."""
+    from difflib import get_close_matches
+
+    problems = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            near = get_close_matches(str(fault["loc"][-1]), list(model.model_fields), n=1)
+            problems.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            problems.append(f"{key}: {message}" if key else message)
+    return "; ".join(problems)

@@ -40,6 +40,11 @@ class Question(Record):
     question: str
     images: list[str] = Field(default_factory=list, description="paths inside the image root, in the order of the text")
     answer: str | None = Field(None, description="reference answer, for the verifier and for accuracy")
+    answer_kind: str | None = Field(None, description="how the verifier compares answers (see reward.critics.verifier)")
+    absent: list[str] = Field(
+        default_factory=list,
+        description="words for things that are not in the image; a response that names one hallucinates (as in CHAIR)",
+    )
     system: str | None = Field(None, description="system prompt; absent means the model's default")
     history: list[Turn] = Field(default_factory=list, description="earlier turns of the dialogue")
     meta: dict[str, Any] = Field(default_factory=dict, description="anything else; carried along, never read")
@@ -86,6 +91,22 @@ class Response(Record):
     text: str
     num_tokens: int
     finish_reason: Literal["stop", "length"] = "stop"
+
+
+class Evaluated(Response):
+    """A response to a held-out question, held against what is known of it."""
+
+    correct: bool | None = Field(None, description="by the reference answer; None where there is none")
+    absent_named: list[str] = Field(default_factory=list, description="words of `absent` that the response names")
+
+
+class Evaluation(Record):
+    """A held-out question with the greedy and the sampled responses of one checkpoint."""
+
+    id: str
+    question: Question
+    greedy: Evaluated
+    sampled: list[Evaluated] = Field(default_factory=list)
 
 
 class Samples(Record):

@@ -99,6 +99,10 @@ class Round:
         return self.path / "evaluation.json"
 
     @property
+    def evaluation_lines(self) -> Path:
+        return self.path / "evaluation.jsonl"
+
+    @property
     def manifest_path(self) -> Path:
         return self.path / "manifest.json"
 

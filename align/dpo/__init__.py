@@ -1,0 +1,1 @@
+"""Stage 3: preference pairs to a checkpoint, with TRL's DPO and every question encoded once."""

@@ -117,17 +117,17 @@ def train_ours(
     return trainer
 
 
-@pytest.fixture()
+@pytest.fixture
 def images(tmp_path: Path) -> ImageStore:
     (tmp_path / "images").mkdir()
     return ImageStore(tmp_path / "images")
 
 
-@pytest.fixture()
+@pytest.fixture
 def processor() -> Any:
     return tiny_models.llava_onevision_processor()
 
 
-@pytest.fixture()
+@pytest.fixture
 def model() -> Any:
     return tiny_models.llava_onevision()

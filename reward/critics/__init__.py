@@ -1,0 +1,1 @@
+"""The critics by name, and how one is made from a name and its settings."""

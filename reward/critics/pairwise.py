@@ -1,0 +1,269 @@
+"""Comparison by a critic model: items in; verdicts on pairs of responses, in both orders, and rewards out.
+
+All ordered pairs of an item are branches of one ask, so an engine encodes image and question once. With a tournament
+there is one ask an item and round.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from reward.ask import Ask, Asker
+from reward.critics.base import (
+    NO_ANSWER,
+    NOTHING_TO_COMPARE,
+    OUTSIDE_OPTIONS,
+    Item,
+    Judgement,
+    Verdict,
+    distinct_responses,
+    share_rewards,
+    why_unreadable,
+)
+from reward.critics.random import shuffled
+from reward.critics.tournament import PAIRINGS, Game, next_games
+from reward.errors import RewardError
+from reward.prompt import Prompt, load_prompt
+from reward.ranking import bradley_terry, credit, win_minus_loss, without_failures
+
+Read = Literal["log_probs", "text"]
+Order = tuple[int, int]
+
+
+@dataclass
+class _Contest:
+    """An item's comparisons so far; keys are (shown first, shown second)."""
+
+    item: Item
+    responses: list[int]
+    order: list[int]
+    verdicts: dict[Order, Verdict] = field(default_factory=dict)
+    failed: dict[Order, str] = field(default_factory=dict)
+    masses: list[float] = field(default_factory=list)
+
+    def results(self, *, soft: bool) -> dict[Game, float | None]:
+        """Per game played what the smaller index gained in both orders, None if either failed."""
+        results: dict[Game, float | None] = {}
+        for one, other in {(min(pair), max(pair)) for pair in (*self.verdicts, *self.failed)}:
+            forth, back = self.verdicts.get((one, other)), self.verdicts.get((other, one))
+            complete = forth is not None and back is not None
+            results[one, other] = credit(forth, soft=soft) - credit(back, soft=soft) if complete else None  # type: ignore[arg-type]
+        return results
+
+
+class PairwiseCritic:
+    """Compares responses two by two, with the image in view.
+
+    read: `log_probs` takes the verdict from the probabilities of the prompt's options; `text` lets the critic write,
+        reads the option it names and keeps what it wrote as rationale.
+    soft: a verdict counts p_first - p_second instead of 1, 0 or -1.
+    tie_threshold: a verdict with |p_first - p_second| at or below it is a tie.
+    use_tie_option: offer the prompt's `tie` option if it has one.
+    min_option_mass: a verdict is a failure if the options together have less probability than this (`log_probs`).
+    pairing: `all` ordered pairs, or a cheaper `swiss` or `knockout` tournament (`rounds`: of Swiss; None: as needed).
+    reward: `win_minus_loss` (the paper's) or `bradley_terry` (with `ridge`).
+    seed: the starting order of tournaments, together with the item's id.
+    """
+
+    def __init__(
+        self,
+        asker: Asker,
+        *,
+        prompt: str | Path = "pairwise",
+        read: Read = "log_probs",
+        soft: bool = False,
+        tie_threshold: float = 0.0,
+        use_tie_option: bool = True,
+        min_option_mass: float = 0.0,
+        pairing: str = "all",
+        rounds: int | None = None,
+        reward: str = "win_minus_loss",
+        ridge: float = 0.1,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+    ) -> None:
+        _check(read=read, pairing=pairing, reward=reward, tie_threshold=tie_threshold, ridge=ridge, rounds=rounds)
+        self.asker = asker
+        self.prompt = _offered(load_prompt(prompt, "pairwise"), use_tie_option=use_tie_option)
+        self.read, self.soft, self.tie_threshold = read, soft, tie_threshold
+        self.min_option_mass, self.max_new_tokens = min_option_mass, max_new_tokens
+        self.pairing, self.rounds, self.reward, self.ridge, self.seed = pairing, rounds, reward, ridge, seed
+
+    def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        contests = [self._contest(item) for item in items]
+        open_games = [(contest, games) for contest in contests if (games := self._games(contest))]
+        while open_games:
+            self._play(open_games)
+            open_games = [(contest, games) for contest, _ in open_games if (games := self._games(contest))]
+        return [self._judgement(contest) for contest in contests]
+
+    def _contest(self, item: Item) -> _Contest:
+        responses = distinct_responses(item)
+        return _Contest(item, responses, shuffled(responses, f"{self.seed}:{item.id}"))
+
+    def _games(self, contest: _Contest) -> list[Game]:
+        results = contest.results(soft=self.soft)
+        return next_games(self.pairing, contest.order, results, rounds=self.rounds)
+
+    def _play(self, open_games: Sequence[tuple[_Contest, list[Game]]]) -> None:
+        # Sorted by the response shown first: neighbours in an ask then share their leading piece.
+        orders = [sorted([*games, *((other, one) for one, other in games)]) for _, games in open_games]
+        asks = [self._ask(contest.item, pairs) for (contest, _), pairs in zip(open_games, orders, strict=True)]
+        for (contest, _), pairs, answers in zip(open_games, orders, self._answers(asks), strict=True):
+            for pair, answer in zip(pairs, answers, strict=True):
+                self._record(contest, pair, answer)
+
+    def _ask(self, item: Item, pairs: Sequence[Order]) -> Ask:
+        branches = [(item.responses[first], item.responses[second]) for first, second in pairs]
+        return self.prompt.ask(item.images, item.question, branches)
+
+    def _answers(self, asks: list[Ask]) -> Sequence[Sequence[Any]]:
+        if self.read == "text":
+            return self.asker.generate(asks, max_new_tokens=self.max_new_tokens)
+        return self.asker.log_probs(asks)
+
+    def _record(self, contest: _Contest, pair: Order, answer: Any) -> None:
+        if self.read == "text":
+            found = read_text(answer, self.prompt.options)
+            probabilities = None if found is None else [float(name == found) for name in self.prompt.options]
+            reason = "" if found else why_unreadable(answer)
+        else:
+            probabilities, reason = self._from_log_probs(contest, answer)
+        if probabilities is None:
+            contest.failed[pair] = reason
+        else:
+            by_name = dict(zip(self.prompt.options, probabilities, strict=True))
+            rationale = answer if self.read == "text" else None
+            contest.verdicts[pair] = make_verdict(*pair, by_name, self.tie_threshold, rationale)
+
+    def _from_log_probs(self, contest: _Contest, row: Any) -> tuple[list[float] | None, str]:
+        log_probs = np.asarray(row, dtype=np.float64)
+        assert log_probs.shape == (len(self.prompt.options),), f"asker gave {log_probs.shape} for a branch"
+        mass = float(np.exp(log_probs).sum())
+        if math.isnan(mass):
+            return None, NO_ANSWER
+        if mass < self.min_option_mass or np.isneginf(log_probs).all():
+            return None, OUTSIDE_OPTIONS
+        contest.masses.append(mass)
+        weights = np.exp(log_probs - log_probs.max())
+        return (weights / weights.sum()).tolist(), ""
+
+    def _judgement(self, contest: _Contest) -> Judgement:
+        unscored = without_failures(contest.responses, contest.failed)
+        left = [index for index in contest.responses if index not in unscored]
+        if len(left) < 2:
+            unscored |= dict.fromkeys(left, NOTHING_TO_COMPARE)
+            left = []
+        valid = [v for v in contest.verdicts.values() if v.first in left and v.second in left]
+        evidence = self._evidence(contest)
+        values = self._rewards(contest.item, left, valid, evidence) if left else {}
+        rewards, reasons = share_rewards(contest.item, values, unscored)
+        return Judgement(rewards, list(contest.verdicts.values()), unscored=reasons, evidence=evidence)
+
+    def _rewards(
+        self, item: Item, left: list[int], verdicts: list[Verdict], evidence: dict[str, Any]
+    ) -> dict[int, float]:
+        num = len(item.responses)
+        if self.reward == "win_minus_loss":
+            sums = win_minus_loss(num, verdicts, soft=self.soft, scale_to_all=self.pairing != "all")
+            return {index: sums[index] for index in left}
+        place = {index: row for row, index in enumerate(left)}
+        moved = [_moved(verdict, place) for verdict in verdicts]
+        fit = bradley_terry(len(left), moved, soft=self.soft, ridge=self.ridge)
+        evidence["standard_errors"] = {str(index): fit.standard_errors[place[index]] for index in left}
+        return {index: fit.strengths[place[index]] for index in left}
+
+    def _evidence(self, contest: _Contest) -> dict[str, Any]:
+        evidence: dict[str, Any] = {"num_comparisons": len(contest.verdicts) + len(contest.failed)}
+        if contest.masses:
+            evidence["mean_option_mass"] = sum(contest.masses) / len(contest.masses)
+        if contest.failed:
+            evidence["failed"] = [[first, second, why] for (first, second), why in contest.failed.items()]
+        return evidence
+
+
+def make_verdict(
+    first: int, second: int, probabilities: dict[str, float], tie_threshold: float, rationale: str | None = None
+) -> Verdict:
+    """A verdict from the probabilities of the options `first`, `second` and perhaps `tie`.
+
+    >>> make_verdict(3, 1, {"first": 0.2, "second": 0.8}, 0.0).winner
+    1
+    """
+    p_first, p_second, p_tie = probabilities["first"], probabilities["second"], probabilities.get("tie")
+    tied = abs(p_first - p_second) <= tie_threshold or (p_tie is not None and p_tie >= max(p_first, p_second))
+    winner = None if tied else first if p_first > p_second else second
+    return Verdict(first, second, p_first, p_second, p_tie, winner, rationale)
+
+
+def read_text(text: str | None, options: dict[str, str]) -> str | None:
+    """The name of the option that a written judgement chooses, None if that is not clear.
+
+    In this order: the option that the text begins with; the option that begins its last line; the only option that
+    occurs in it at all.
+
+    >>> options = {"first": "the first response is better", "second": "the second response is better"}
+    >>> read_text("The second response is better, as the first response is wrong.", options)
+    'second'
+    >>> read_text("Hm. The first names no colour.\\n**The second response is better.**", options)
+    'second'
+    >>> read_text("Either the first response is better or the second response is better", options)
+    """
+    if text is None or not text.strip():
+        return None
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    for part in (lines[0], lines[-1]):
+        begun = [name for name, option in options.items() if _occurs(option, part, at_start=True)]
+        if begun:
+            return begun[0]
+    named = [name for name, option in options.items() if _occurs(option, text, at_start=False)]
+    return named[0] if len(named) == 1 else None
+
+
+def _occurs(option: str, text: str, *, at_start: bool) -> bool:
+    pattern = r"(?<!\w)" + r"\s+".join(re.escape(word) for word in option.split()) + r"(?!\w)"
+    if at_start:
+        pattern = r"[\W_]*" + pattern
+    return (re.match if at_start else re.search)(pattern, text, re.IGNORECASE) is not None
+
+
+def _moved(verdict: Verdict, place: dict[int, int]) -> Verdict:
+    winner = None if verdict.winner is None else place[verdict.winner]
+    return Verdict(
+        place[verdict.first], place[verdict.second], verdict.p_first, verdict.p_second, verdict.p_tie, winner
+    )
+
+
+def _offered(prompt: Prompt, *, use_tie_option: bool) -> Prompt:
+    if not prompt.options:
+        raise RewardError(f"prompt {prompt.name}: a pairwise prompt needs options first and second in its heading")
+    if not use_tie_option:
+        prompt.options.pop("tie", None)
+    return prompt
+
+
+def _check(*, read: str, pairing: str, reward: str, tie_threshold: float, ridge: float, rounds: int | None) -> None:
+    faults = [
+        f"{name} must be one of {', '.join(known)}, found {value!r}"
+        for name, value, known in (
+            ("read", read, ("log_probs", "text")),
+            ("pairing", pairing, PAIRINGS),
+            ("reward", reward, ("win_minus_loss", "bradley_terry")),
+        )
+        if value not in known
+    ]
+    if not 0 <= tie_threshold < 1:
+        faults.append(f"tie_threshold must be at least 0 and below 1, found {tie_threshold}")
+    if ridge <= 0:
+        faults.append(f"ridge must be positive, found {ridge}")
+    if rounds is not None and rounds < 1:
+        faults.append(f"rounds must be at least 1, found {rounds}")
+    if faults:
+        raise RewardError("pairwise critic: " + "; ".join(faults))

@@ -1,0 +1,165 @@
+"""Verdicts in, rewards out: win minus loss, Bradley-Terry; and what verdicts say about the critic itself.
+
+`i` beats `j` means: the verdict's winner is `i`. A soft verdict counts by its probabilities instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reward.judgement import Verdict
+
+
+def credit(verdict: Verdict, *, soft: bool = False) -> float:
+    """What the response shown first gains (and the second loses) by a verdict, -1 to 1.
+
+    >>> credit(Verdict(0, 1, 0.7, 0.3, winner=0)), round(credit(Verdict(0, 1, 0.7, 0.3, winner=0), soft=True), 2)
+    (1.0, 0.4)
+    """
+    if soft:
+        return verdict.p_first - verdict.p_second
+    if verdict.winner is None:
+        return 0.0
+    return 1.0 if verdict.winner == verdict.first else -1.0
+
+
+def win_minus_loss(
+    num_responses: int, verdicts: Iterable[Verdict], *, soft: bool = False, scale_to_all: bool = False
+) -> list[float]:
+    """Times preferred minus times another was preferred, over all verdicts in both orders (LLaVA-Critic).
+
+    A critic that always prefers the first position gives every response 0, because both orders are summed. With
+    `scale_to_all` a response's sum is stretched to the `2 (n - 1)` comparisons that it would have had if all `n`
+    compared responses had met, so that margins of a tournament mean the same as those of all pairs.
+
+    >>> win_minus_loss(3, [Verdict(0, 1, 0.9, 0.1, winner=0), Verdict(1, 0, 0.6, 0.4, winner=1)])
+    [0.0, 0.0, 0.0]
+    """
+    sums, counts = [0.0] * num_responses, [0] * num_responses
+    for verdict in verdicts:
+        gain = credit(verdict, soft=soft)
+        sums[verdict.first] += gain
+        sums[verdict.second] -= gain
+        counts[verdict.first] += 1
+        counts[verdict.second] += 1
+    if not scale_to_all:
+        return sums
+    full = 2 * (sum(count > 0 for count in counts) - 1)
+    return [total * full / count if count else total for total, count in zip(sums, counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """Strengths in log-odds (they sum to 0) and their standard errors against that mean."""
+
+    strengths: list[float]
+    standard_errors: list[float]
+
+
+def bradley_terry(
+    num_responses: int,
+    verdicts: Iterable[Verdict],
+    *,
+    soft: bool = False,
+    ridge: float = 0.1,
+    max_steps: int = 100,
+    tolerance: float = 1e-10,
+) -> BradleyTerry:
+    """Maximise sum of w_ij log sigmoid(s_i - s_j) - ridge / 2 |s|^2 by Newton's method (Bradley and Terry, 1952).
+
+    `w_ij` are wins of `i` over `j`, a tie half a win for each. The ridge is a normal prior of variance `1 / ridge`
+    on every strength: it keeps a response that won always finite, and one that was never compared at 0 with a large
+    error. It must be positive.
+
+    >>> table = [Verdict(0, 1, 1, 0, winner=0), Verdict(1, 0, 0, 1, winner=0)]
+    >>> bradley_terry(2, table).strengths[0] > 0
+    True
+    """
+    if ridge <= 0:
+        raise ValueError(f"ridge must be positive, found {ridge}")
+    wins = _win_table(num_responses, verdicts, soft=soft)
+    strengths = np.zeros(num_responses)
+    for _ in range(max_steps):
+        gradient, curvature = _slopes(wins, strengths, ridge)
+        step = np.linalg.solve(curvature, gradient)
+        # Newton's full step can overshoot where the sigmoid is flat; one unit of log-odds a step cannot.
+        step /= max(1.0, float(np.abs(step).max(initial=0.0)))
+        strengths += step
+        if np.abs(step).max(initial=0.0) < tolerance:
+            break
+    _, curvature = _slopes(wins, strengths, ridge)
+    centre = np.eye(num_responses) - 1.0 / max(num_responses, 1)
+    variances = np.diag(centre @ np.linalg.inv(curvature) @ centre)
+    return BradleyTerry(strengths.tolist(), np.sqrt(np.maximum(variances, 0.0)).tolist())
+
+
+def _win_table(num_responses: int, verdicts: Iterable[Verdict], *, soft: bool) -> np.ndarray:
+    wins = np.zeros((num_responses, num_responses))
+    for verdict in verdicts:
+        share = (1.0 + credit(verdict, soft=soft)) / 2.0
+        wins[verdict.first, verdict.second] += share
+        wins[verdict.second, verdict.first] += 1.0 - share
+    return wins
+
+
+def _slopes(wins: np.ndarray, strengths: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient `(n,)` and negative Hessian `(n, n)` of the penalised log-likelihood."""
+    odds = 1.0 / (1.0 + np.exp(-(strengths[:, None] - strengths[None, :])))
+    games = wins + wins.T
+    gradient = (wins - games * odds).sum(axis=1) - ridge * strengths
+    weights = games * odds * (1.0 - odds)
+    return gradient, np.diag(weights.sum(axis=1) + ridge) - weights
+
+
+def without_failures(responses: Sequence[int], failed: Mapping[tuple[int, int], str]) -> dict[int, str]:
+    """Which responses to leave unscored (index -> reason) so that no failed comparison is left among the others.
+
+    A sum of wins is comparable only between responses with the same opponents, so the response with the most failed
+    comparisons goes first (the later one if equal), until none is left.
+
+    >>> without_failures([0, 1, 2], {(0, 2): "timeout", (2, 1): "timeout"})
+    {2: 'timeout'}
+    """
+    left, dropped = dict(failed), {}
+    while left:
+        counts = {index: sum(index in pair for pair in left) for index in responses}
+        worst = max(responses, key=lambda index: (counts[index], index))
+        dropped[worst] = next(reason for pair, reason in left.items() if worst in pair)
+        left = {pair: reason for pair, reason in left.items() if worst not in pair}
+    return dropped
+
+
+def consistency(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None:
+    """Share of compared pairs in which both orders say the same (same winner, or a tie twice); None without any.
+
+    >>> consistency([[Verdict(0, 1, 1, 0, winner=0), Verdict(1, 0, 1, 0, winner=1)]])
+    0.0
+    """
+    same = [forth.winner == back.winner for forth, back in _both_orders(verdicts_by_item)]
+    return sum(same) / len(same) if same else None
+
+
+def position_bias(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None:
+    """Rate of preferring the first position minus that of the second, over pairs judged in both orders; -1 to 1.
+
+    0 is what a critic without bias gives, whatever the responses; 1 always prefers the first. None without any pair.
+    """
+    both = list(_both_orders(verdicts_by_item))
+    return sum(credit(forth) + credit(back) for forth, back in both) / (2 * len(both)) if both else None
+
+
+def tie_rate(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None:
+    """Share of verdicts that are ties; None without any verdict."""
+    ties = [verdict.winner is None for verdicts in verdicts_by_item for verdict in verdicts]
+    return sum(ties) / len(ties) if ties else None
+
+
+def _both_orders(verdicts_by_item: Iterable[Sequence[Verdict]]) -> Iterable[tuple[Verdict, Verdict]]:
+    for verdicts in verdicts_by_item:
+        table = {(verdict.first, verdict.second): verdict for verdict in verdicts}
+        for (first, second), verdict in table.items():
+            if first < second and (second, first) in table:
+                yield verdict, table[second, first]

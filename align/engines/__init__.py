@@ -1,0 +1,1 @@
+"""Engines: answer questions and score continuations, in this process or on a server."""

@@ -1,0 +1,67 @@
+"""What a stage asks of an engine: responses to questions, and log-probabilities of given continuations.
+
+Stages do not know which engine they talk to. Images are handles (paths inside the image root, or PIL images); the engine
+was given a function that opens them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from reward.ask import Asker
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are drawn: temperature 0 is greedy, top_k 0 keeps all tokens, top_p 1.0 keeps all probability."""
+
+    temperature: float
+    max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One question asked `num_samples` times.
+
+    `messages` are chat messages with bare ``{"type": "image"}`` parts, in the order of `images`. `seed` decides the
+    samples together with their index, and nothing else does.
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: tuple[Any, ...]
+    num_samples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """The responses of a request: texts without special tokens, their lengths in tokens (the end token counted), and
+    whether each ended by itself ("stop") or was cut at max_new_tokens ("length")."""
+
+    id: str
+    texts: tuple[str, ...]
+    num_tokens: tuple[int, ...]
+    finish_reasons: tuple[str, ...]
+
+
+class Engine(Asker, Protocol):
+    """`Asker` (log_probs, generate: what critics need) and sampling."""
+
+    notes: dict[str, str]
+    """What the manifest and the report should say, e.g. {"shared_prefix": "exact, max error 1e-6"} or the reason for
+    the plain path, and out-of-memory retreats."""
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        settings: SamplingSettings,
+        on_result: Callable[[SampleResult], None],
+    ) -> None:
+        """Answer all requests, calling `on_result` as soon as one question is finished (in any order)."""
+        ...

@@ -1,0 +1,1 @@
+"""Shared-prefix attention: a prompt encoded once, many continuations behind it."""

@@ -1,0 +1,82 @@
+"""A real batch in; whether the shared and the plain path agree on it, and if not why, out.
+
+Shared-prefix attention is exact maths, but only for models whose layers do what it assumes. Nothing here trusts a list
+of architectures: the first batch of a run is computed both ways, and the plain path is used where they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from align.prefix.attention import PrefixUnsupported, use_shared_prefix
+from align.prefix.layout import Layout
+from align.prefix.log_probs import forward_segments, plain_segments
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest allowed difference of a token's log-probability, and of their mean, in nats."""
+
+    largest: float
+    mean: float
+
+
+# A wrong mask or position shifts log-probabilities by tenths on average. In half precision single unlikely tokens
+# differ by more than that between any two orders of summation, their mean does not.
+TOLERANCES = {
+    torch.float32: Tolerance(1e-4, 1e-4),
+    torch.float64: Tolerance(1e-4, 1e-4),
+    torch.bfloat16: Tolerance(0.5, 0.05),
+    torch.float16: Tolerance(0.1, 0.01),
+}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """`exact`: the paths agree. Errors are differences of per-token log-probabilities (nan if nothing was compared)."""
+
+    exact: bool
+    max_error: float
+    tolerance: float
+    reason: str
+    mean_error: float = float("nan")
+
+
+@torch.no_grad()
+def prove(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Proof:
+    """Compare both paths on one batch; dropout is off meanwhile.
+
+    Never raises for what a model cannot do: whatever exception its architecture raises becomes the reason.
+    Running out of memory is raised, as it says nothing about the architecture.
+    """
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+    was_training = model.training
+    model.eval()
+    try:
+        use_shared_prefix(model)
+        shared = forward_segments(model, prompt_inputs, layout).log_probs
+        plain = plain_segments(model, prompt_inputs, layout).log_probs
+    except PrefixUnsupported as error:
+        return Proof(False, float("nan"), tolerance.largest, str(error))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return Proof(False, float("nan"), tolerance.largest, f"{type(error).__name__}: {error}")
+    finally:
+        model.train(was_training)
+    errors = (shared - plain).abs()[layout.is_token.to(shared.device)]
+    largest, mean = float(errors.max()), float(errors.mean())
+    # Written so that nan fails.
+    exact = largest <= tolerance.largest and mean <= tolerance.mean
+    verdict = "agree" if exact else "differ"
+    reason = (
+        f"shared and plain log-probabilities {verdict} on {errors.numel()} tokens: largest difference {largest:.2e} "
+        f"(allowed {tolerance.largest:g}), mean {mean:.2e} (allowed {tolerance.mean:g})"
+    )
+    return Proof(exact, largest, tolerance.largest, reason, mean)

@@ -1,128 +1,76 @@
 """Preference pairs in, the tensors of one training batch out.
 
 A row of the data set is ``{"pair": one line of pairs.jsonl, "index": its number}``, with ``ref_chosen_logps`` and
-``ref_rejected_logps`` beside it where the reference is cached. Texts are rendered by the processor's own chat template
-and images are opened here, in the loader's workers, so the data set stays small. Nothing is ever truncated: what does
-not fit is found by `check_lengths` before training starts.
+``ref_rejected_logps`` beside it where the reference is cached. Images are opened here, in the loader's workers, so the
+data set stays small.
 
-Two layouts are made. `plain` is TRL's: chosen and rejected are two separate rows that each repeat prompt and images.
-`shared` puts ``[prompt | chosen | rejected]`` into one row (`align.prefix`); see `shared_batch` for what TRL then sees.
+Two layouts are made. `plain` is TRL's: chosen and rejected are separate rows that each repeat prompt and images.
+`shared` puts ``[prompt | chosen | rejected]`` into one row, with the images of a pair once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from align.dpo.texts import encode_prompts, encode_responses, render_pair
 from align.errors import UserError
 from align.images import ImageStore
+from align.prefix.layout import Layout, Segment
 from align.records import Pair
 
-PLACEHOLDER_ATTRIBUTES = ("image_token_id", "video_token_id", "audio_token_id")
-
-
-class RenderedPair(NamedTuple):
-    """A pair as text: the prompt up to the first token of the response, and both responses with their end of turn."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-class PairTokens(NamedTuple):
-    """The token ids of both responses of a pair, end of turn included."""
-
-    chosen: list[int]
-    rejected: list[int]
-
-
-def render_pair(pair: Pair, processor: Any) -> RenderedPair:
-    """The pair as the chat template writes it; a response is what follows the prompt when the reply is added.
-
-    Raises:
-        UserError: the template does not write the prompt the same way before a reply (the response would then follow
-            a prompt that the model never sees when it answers), or a response is empty.
-    """
-    messages = structured(pair.prompt)
-    continues = messages[-1]["role"] == "assistant"
-    prompt = processor.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
-    )
-    responses = []
-    for name, reply in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        whole = processor.apply_chat_template(messages + structured(reply), tokenize=False)
-        if not whole.startswith(prompt):
-            raise UserError(
-                f"the chat template writes the prompt differently once the {name} response follows: "
-                f"expected it to begin with ...{prompt[-40:]!r}, found ...{_divergence(prompt, whole)!r}",
-                where=f"pair {pair.id}",
-                fix="use a chat template that renders the prompt the same way with and without a reply",
-            )
-        responses.append(whole[len(prompt) :])
-    return RenderedPair(prompt, *responses)
-
-
-def structured(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose contents are all lists of parts, as chat templates of vision-language models expect.
-
-    >>> structured([{"role": "user", "content": "hello"}])
-    [{'role': 'user', 'content': [{'type': 'text', 'text': 'hello'}]}]
-    """
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message["content"], str)
-        else dict(message)
-        for message in messages
-    ]
-
-
-def encode_responses(rendered: RenderedPair, processor: Any, where: str) -> PairTokens:
-    """The token ids of both responses.
-
-    Raises:
-        UserError: a response holds a placeholder of an image, for which there is no image.
-    """
-    tokenizer = processor.tokenizer
-    placeholders = {getattr(processor, name, None) for name in PLACEHOLDER_ATTRIBUTES} - {None}
-    encoded = []
-    for name, text in (("chosen", rendered.chosen), ("rejected", rendered.rejected)):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if placeholders.intersection(ids):
-            raise UserError(
-                f"the {name} response contains an image placeholder token", where=where, fix="remove this pair"
-            )
-        encoded.append(ids)
-    return PairTokens(*encoded)
+LAYOUT_PREFIX = "prefix_"
+PER_TOKEN_KEYS = ("token_type_ids", "mm_token_type_ids")
+LayoutName = Literal["plain", "shared"]
 
 
 @dataclass
 class PairCollator:
-    """Rows of the data set to one batch, in the plain or the shared layout.
+    """Rows of the data set to one batch.
 
-    `pad_token_id` fills rows up to the longest; padding stands on the right and is masked.
+    `max_length` is the limit that was checked before training; a longer row here means that the check was wrong.
     """
 
     processor: Any
     images: ImageStore
-    layout: Literal["plain", "shared"] = "plain"
+    layout: LayoutName = "plain"
+    max_length: int | None = None
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pairs = [Pair.model_validate_json(row["pair"]) for row in rows]
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.collate([Pair.model_validate_json(row["pair"]) for row in rows])
+        batch["pair_index"] = torch.tensor([row["index"] for row in rows])
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        return batch
+
+    def collate(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """The model's inputs and the masks of n pairs, see `plain_batch` and `shared_batch`."""
         rendered = [render_pair(pair, self.processor) for pair in pairs]
         tokens = [
             encode_responses(text, self.processor, f"pair {pair.id}")
             for text, pair in zip(rendered, pairs, strict=True)
         ]
-        prompts = [text.prompt for text in rendered]
-        pictures = [[self.images.open(reference) for reference in pair.images] for pair in pairs]
-        batch = plain_batch(self.encode_prompts(prompts * 2, pictures * 2), tokens, self.pad_token_id)
-        batch["pair_index"] = torch.tensor([row["index"] for row in rows])
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        responses = [[pair.chosen for pair in tokens], [pair.rejected for pair in tokens]]
+        return self.batch([text.prompt for text in rendered], [pair.images for pair in pairs], responses)
+
+    def batch(
+        self, prompts: list[str], image_names: Sequence[Sequence[str]], responses: Sequence[Sequence[Sequence[int]]]
+    ) -> dict[str, Tensor]:
+        """A batch of n prompts with K responses each; `responses[k][b]` are token ids, empty where there is none."""
+        pictures = [[self.images.open(name) for name in names] for names in image_names]
+        if self.layout == "shared":
+            batch = shared_batch(encode_prompts(self.processor, prompts, pictures), responses, self.pad_token_id)
+        else:
+            repeats = len(responses)
+            inputs = encode_prompts(self.processor, prompts * repeats, pictures * repeats)
+            batch = plain_batch(inputs, responses, self.pad_token_id)
+        self._check_length(batch)
         return batch
 
     @property
@@ -130,62 +78,100 @@ class PairCollator:
         tokenizer = self.processor.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def encode_prompts(self, prompts: list[str], pictures: list[list[Any]]) -> dict[str, torch.Tensor]:
-        """The processor's output for the prompts, padded on the right to (B, P)."""
-        return dict(
-            self.processor(
-                images=pictures if any(pictures) else None,
-                text=prompts,
-                padding=True,
-                padding_side="right",
-                return_tensors="pt",
-                # The template has already written every special token.
-                add_special_tokens=False,
-            )
-        )
+    def _check_length(self, batch: dict[str, Tensor]) -> None:
+        if self.max_length is None:
+            return
+        if self.layout == "shared":
+            layout = layout_of(batch)
+            longest = int((layout.prompt_lengths + (layout.depth_position + layout.is_token).amax(dim=1)).max())
+        else:
+            longest = int(batch["attention_mask"].sum(dim=1).max())
+        if longest > self.max_length:
+            raise UserError(f"a row has {longest} tokens, more than the {self.max_length} that were checked for")
 
 
 def plain_batch(
-    prompt_inputs: dict[str, torch.Tensor], tokens: Sequence[PairTokens], pad_token_id: int
-) -> dict[str, torch.Tensor]:
-    """TRL's layout: n rows of prompt and chosen, then n rows of prompt and rejected, each (2n, L) int64.
+    prompt_inputs: dict[str, Tensor], responses: Sequence[Sequence[Sequence[int]]], pad_token_id: int
+) -> dict[str, Tensor]:
+    """TRL's layout: the n prompts with their first responses, then with their second ones: (2n, L) int64.
 
-    `prompt_inputs` holds the prompts twice over (2n rows, padded on the right) with whatever else the processor made;
-    all of it is passed on. `completion_mask` is 1 on the tokens of a response.
+    `prompt_inputs` holds the prompts once a response (2n rows, padded on the right) with whatever else the processor
+    made; all of it is passed on. `completion_mask` is 1 on the tokens of a response.
 
     >>> prompts = {"input_ids": torch.tensor([[1, 2], [1, 2]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
-    >>> batch = plain_batch(prompts, [PairTokens(chosen=[3, 4], rejected=[5])], pad_token_id=0)
+    >>> batch = plain_batch(prompts, [[[3, 4]], [[5]]], pad_token_id=0)
     >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
     ([[1, 2, 3, 4], [1, 2, 5, 0]], [[0, 0, 1, 1], [0, 0, 1, 0]])
     """
-    responses = [pair.chosen for pair in tokens] + [pair.rejected for pair in tokens]
+    completions = [response for group in responses for response in group]
     lengths = prompt_inputs["attention_mask"].sum(dim=1).tolist()
-    prompts = [row[:length] for row, length in zip(prompt_inputs["input_ids"], lengths, strict=True)]
     batch = dict(prompt_inputs)
-    batch["input_ids"] = _pad([torch.cat((p, _ids(r))) for p, r in zip(prompts, responses, strict=True)], pad_token_id)
-    batch["attention_mask"] = _pad([torch.ones(n + len(r)) for n, r in zip(lengths, responses, strict=True)]).long()
-    batch["completion_mask"] = _pad(
-        [torch.cat((torch.zeros(n), torch.ones(len(r)))) for n, r in zip(lengths, responses, strict=True)]
-    ).long()
-    for name in ("token_type_ids", "mm_token_type_ids"):
+
+    def behind_prompts(prompts: Tensor | None, tails: list[Tensor], value: int = 0) -> Tensor:
+        heads = [torch.zeros(n, dtype=torch.long) for n in lengths]
+        if prompts is not None:
+            heads = [row[:n] for row, n in zip(prompts, lengths, strict=True)]
+        rows = [torch.cat((head, tail)) for head, tail in zip(heads, tails, strict=True)]
+        return pad_sequence(rows, batch_first=True, padding_value=value)
+
+    ones = [torch.ones(len(ids), dtype=torch.long) for ids in completions]
+    zeros = [torch.zeros(len(ids), dtype=torch.long) for ids in completions]
+    batch["input_ids"] = behind_prompts(prompt_inputs["input_ids"], [_ids(ids) for ids in completions], pad_token_id)
+    batch["attention_mask"] = behind_prompts(prompt_inputs["attention_mask"], ones)
+    batch["completion_mask"] = behind_prompts(None, ones)
+    for name in PER_TOKEN_KEYS:
         if name in prompt_inputs:
-            batch[name] = _pad(
-                [
-                    torch.cat((row[:n], torch.zeros(len(r), dtype=row.dtype)))
-                    for row, n, r in zip(prompt_inputs[name], lengths, responses, strict=True)
-                ]
-            )
+            batch[name] = behind_prompts(prompt_inputs[name], zeros)
     return batch
 
 
-def _ids(tokens: Sequence[int]) -> torch.Tensor:
+def shared_batch(
+    prompt_inputs: dict[str, Tensor], responses: Sequence[Sequence[Sequence[int]]], pad_token_id: int
+) -> dict[str, Tensor]:
+    """The shared layout: n rows ``[prompt | response 1 | ... | response K]`` for the model, (K n, 1 + C) ones for TRL.
+
+    What TRL reads: `input_ids` (K n, 1 + C), the last token of the prompt and then the response, all first responses
+    before all second ones; `completion_mask` of the same shape; `attention_mask` (n, P + S), of the tokens that are
+    really computed, since TRL counts with it. What the model reads instead (`align.dpo.shared`): `prompt_ids` (n, P),
+    whatever else the processor made of prompts and images, and the fields of the `Layout` under ``prefix_``.
+
+    >>> prompts = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+    >>> batch = shared_batch(prompts, [[[3, 4]], [[5]]], pad_token_id=0)
+    >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
+    ([[2, 3, 4], [2, 5, 0]], [[0, 1, 1], [0, 1, 0]])
+    >>> batch["prompt_ids"].tolist(), batch["prefix_input_ids"].tolist(), batch["attention_mask"].tolist()
+    ([[1, 2]], [[3, 4, 5]], [[1, 1, 1, 1, 1]])
+    """
+    batch = dict(prompt_inputs)
+    prompt_ids, prompt_mask = batch.pop("input_ids"), batch.pop("attention_mask")
+    rows = [[Segment(group[b]) for group in responses] for b in range(len(prompt_ids))]
+    layout = Layout.build(prompt_mask.bool(), rows, pad_token_id)
+    last = prompt_ids.gather(1, prompt_mask.sum(dim=1, keepdim=True) - 1)[:, 0].tolist()
+    completions = [[last[b], *response] for group in responses for b, response in enumerate(group)]
+    batch["input_ids"] = pad_sequence([_ids(ids) for ids in completions], batch_first=True, padding_value=pad_token_id)
+    masks = [_ids([0] + [1] * (len(ids) - 1)) for ids in completions]
+    batch["completion_mask"] = pad_sequence(masks, batch_first=True)
+    batch["attention_mask"] = torch.cat((prompt_mask, layout.is_token.to(prompt_mask.dtype)), dim=1)
+    batch["prompt_ids"] = prompt_ids
+    for field in fields(Layout):
+        batch[LAYOUT_PREFIX + field.name] = getattr(layout, field.name)
+    return batch
+
+
+def layout_of(batch: dict[str, Any]) -> Layout:
+    """The `Layout` that `shared_batch` put into a batch."""
+    return Layout(**{field.name: batch[LAYOUT_PREFIX + field.name] for field in fields(Layout)})
+
+
+def prompt_inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the processor made of the prompts, from a batch of `shared_batch`."""
+    ours = {"attention_mask", "completion_mask", "prompt_ids", "pair_index", "ref_chosen_logps", "ref_rejected_logps"}
+    inputs = {name: value for name, value in batch.items() if name not in ours and not name.startswith(LAYOUT_PREFIX)}
+    return inputs | {
+        "input_ids": batch["prompt_ids"],
+        "attention_mask": batch[LAYOUT_PREFIX + "prompt_mask"].to(batch["prompt_ids"].dtype),
+    }
+
+
+def _ids(tokens: Sequence[int]) -> Tensor:
     return torch.tensor(tokens, dtype=torch.long)
-
-
-def _pad(rows: list[torch.Tensor], value: int = 0) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-
-def _divergence(expected: str, found: str) -> str:
-    start = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
-    return found[max(0, start - 20) : start + 20]

@@ -20,9 +20,13 @@ from torch import nn
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from align.dpo.shared import add_shared_rows
 from align.errors import UserError
+from align.prefix.rows import unwrap
 from align.records import Pair
 
+# What TRL's loss and metrics read of a forward, beside `log_sum_sq_probs` for WPO weights.
+METRIC_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -74,6 +78,14 @@ class PairTrainer(DPOTrainer):
             callbacks=callbacks,
             peft_config=peft_config,
         )
+        if data_collator.layout == "shared":
+            assert not self.aux_loss_enabled, "the load-balancing loss of experts needs the plain layout"
+            add_shared_rows(
+                unwrap(self.model), (*METRIC_OUTPUTS, *(["log_sum_sq_probs"] if args.use_weighting else []))
+            )
+            if self.ref_model is not None:
+                reference = self.accelerator.unwrap_model(self.ref_model)
+                add_shared_rows(reference, autocast=self.accelerator.autocast)
 
     def _prepare_dataset(self, dataset: Dataset, *unused: Any, **unused_too: Any) -> Dataset:
         return dataset
@@ -97,6 +109,10 @@ class PairTrainer(DPOTrainer):
         if not torch.isfinite(loss):
             self._stop_at_bad_loss(loss, index)
         return result
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of the tokens that are really computed; transformers would count those of `input_ids`."""
+        return super().floating_point_ops({self.model.main_input_name: inputs["attention_mask"]})
 
     def _stop_at_bad_loss(self, loss: torch.Tensor, index: torch.Tensor) -> None:
         names = [Pair.model_validate_json(self.train_dataset[int(i)]["pair"]).id for i in index]

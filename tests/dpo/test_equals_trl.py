@@ -43,9 +43,10 @@ def test_plain_batch_equals_the_collator_of_trl(tmp_path, processor, images, num
         assert torch.equal(ours[name], tensor), name
 
 
-def test_twenty_steps_of_the_plain_layout_equal_trl(tmp_path, processor, model, images):
+@pytest.mark.parametrize("layout", ["plain", "shared"])
+def test_twenty_steps_with_a_live_reference_equal_trl(tmp_path, processor, model, images, layout):
     pairs = make_pairs(images.root, 12)
     args = {"max_steps": 20}
     trl = train_trl(model, processor, pairs, images, make_args(tmp_path / "trl", **args))
-    ours = train_ours(model, processor, pairs, images, make_args(tmp_path / "ours", **args))
+    ours = train_ours(model, processor, pairs, images, make_args(tmp_path / "ours", **args), layout=layout)
     assert_same_course(ours, trl)

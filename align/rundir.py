@@ -58,6 +58,16 @@ class RunDir:
         ]
         return [self.round(number) for number in sorted(numbers)]
 
+    def policy(self, number: int, first_policy: str) -> str:
+        """The checkpoint that a round starts from: the first policy, or the complete checkpoint of the round before."""
+        if number < 1:
+            raise UserError(f"there is no round {number}", fix="rounds count from 1")
+        if number == 1:
+            return first_policy
+        before = self.round(number - 1)
+        before.need("dpo", f"round {number} starts from it", f"align dpo --round {number - 1}")
+        return str(before.checkpoint)
+
     def remember_config(self, text: str) -> None:
         """Keep the configuration as resolved when the run began; later changes show in the stages' manifests."""
         if not self.config.exists():
@@ -109,6 +119,35 @@ class Round:
     @property
     def manifest(self) -> Manifest:
         return Manifest(self.manifest_path)
+
+    def need(self, stage: str, why: str, command: str) -> None:
+        """Raise UserError unless a stage of this round is complete."""
+        if not self.manifest.complete(stage):
+            raise UserError(
+                f"round {self.number} has no complete {stage} stage, and {why}",
+                where=str(self.path),
+                fix=f"run `{command}` first",
+            )
+
+    def discard(self, stage: str) -> None:
+        """Take back a stage and all later ones of this round: their files and their entries in the manifest."""
+        files = {
+            "sample": [self.samples],
+            "score": [self.scores, self.pairs],
+            "dpo": [self.reference, self.reference.with_suffix(".json")],
+            "evaluate": [self.evaluation, self.evaluation_lines],
+        }
+        for later in STAGES[STAGES.index(stage) :]:
+            for file in files[later]:
+                file.unlink(missing_ok=True)
+                for part in self.path.glob(f"{file.stem}.part-*{file.suffix}"):
+                    part.unlink()
+        if stage != "evaluate":
+            for folder in (self.trainer, self.checkpoint):
+                if folder.exists():
+                    shutil.rmtree(folder)
+        if self.manifest_path.exists():
+            self.manifest.forget(stage)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -281,6 +320,12 @@ def content_hash(path: Path) -> str:
     return _file_hash(path)
 
 
+def checkpoint_hash(reference: str) -> str:
+    """The content hash of a local checkpoint; for a hub id, the id itself (its files carry their own hashes there)."""
+    path = Path(reference)
+    return content_hash(path) if path.exists() else f"hub:{reference}"
+
+
 def text_hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -301,11 +346,6 @@ def make_folder(path: Path) -> None:
             where=str(path),
             fix="check the permissions, or set run_root",
         ) from None
-
-
-def remove_folder(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
 
 
 def versions() -> dict[str, str]:

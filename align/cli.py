@@ -1,0 +1,263 @@
+"""The command line: each command reads align.yaml, runs one stage (or all), and names the next command.
+
+torch is imported inside the commands, so `--help` is instant. Exit codes: 0 done, 2 the user can mend it, 1 our fault.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from align.config import CONFIG_NAME, Config, commented_config, dump_config, find_config, load_config
+from align.errors import UserError
+from align.progress import is_main_process, log
+from align.rundir import RunDir
+
+app = typer.Typer(
+    name="align",
+    help="Iterative DPO for vision-language models: sample, score, dpo, round after round.",
+    epilog="Start with `align demo` (offline, on a CPU) or `align init`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help=f"Configuration file; default: {CONFIG_NAME} in the current folder."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key, e.g. dpo.learning_rate=5e-7."),
+]
+RoundOption = Annotated[
+    int, typer.Option("--round", "-r", min=1, help="Which round; it needs the round before complete.")
+]
+RedoOption = Annotated[
+    bool, typer.Option("--redo", help="Discard what this stage (and later ones of the round) has done.")
+]
+
+
+@app.command(epilog="Example:  align init --policy ./Valley-Eagle-7B --questions data/questions.jsonl")
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to write align.yaml.")] = Path(),
+    policy: Annotated[str, typer.Option(help="Checkpoint to start from.")] = "path/to/checkpoint",
+    questions: Annotated[str, typer.Option(help="Image questions (JSONL).")] = "questions.jsonl",
+    critic: Annotated[str | None, typer.Option(help="Checkpoint of the critic model.")] = None,
+) -> None:
+    """Write a commented align.yaml to start from."""
+    path = folder / CONFIG_NAME
+    if path.exists():
+        raise UserError("there is one already", where=str(path), fix="edit it, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "policy": policy,
+        "questions": questions,
+        "critic": {"model": critic},
+        "dpo": {"learning_rate": 5e-7, "beta": 0.1},
+    }
+    path.write_text(commented_config(values), encoding="utf-8")
+    _say(f"wrote {path}", next_command="edit it, then: align run")
+
+
+@app.command(epilog="Example:  align sample --round 1 --set sample.num_responses=8")
+def sample(
+    round_: RoundOption = 1, config: ConfigOption = None, set_: SetOption = None, redo: RedoOption = False
+) -> None:
+    """Stage 1: K responses of the current policy to every image question."""
+    from align.sample import STAGE, run_sample
+
+    loaded = _load(config, set_)
+    this = RunDir(loaded.run_dir).round(round_)
+    with this.lock():
+        if redo:
+            this.discard(STAGE)
+        run_sample(loaded, round_)
+    counts = (this.manifest.stage(STAGE) or {})["counts"]
+    _say(
+        f"{counts['responses']} responses to {counts['questions']} questions: {this.samples}",
+        next_command=f"align score --round {round_}",
+    )
+
+
+@app.command(epilog="Example:  align score --round 1 --set critic.kind=verifier")
+def score(
+    round_: RoundOption = 1, config: ConfigOption = None, set_: SetOption = None, redo: RedoOption = False
+) -> None:
+    """Stage 2: a critic compares the responses; rewards become preference pairs."""
+    from align.score import STAGE, run_score
+
+    loaded = _load(config, set_)
+    this = RunDir(loaded.run_dir).round(round_)
+    with this.lock():
+        if redo:
+            this.discard(STAGE)
+        run_score(loaded, round_)
+    counts = (this.manifest.stage(STAGE) or {})["counts"]
+    _say(
+        f"{counts['pairs']} pairs from {counts['questions']} questions: {this.pairs}",
+        next_command=f"align dpo --round {round_}",
+    )
+
+
+@app.command(epilog="Example:  align dpo --round 1 --set dpo.learning_rate=5e-7 --set dpo.beta=0.1")
+def dpo(
+    round_: RoundOption = 1,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    redo: RedoOption = False,
+    num_processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine, one a GPU.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="ddp, zero2, zero3 or fsdp2.")] = None,
+) -> None:
+    """Stage 3: DPO on the pairs of the round, into a new checkpoint."""
+    from align.launch import run_stage_command, wants_processes
+
+    set_ = [*(set_ or [])]
+    set_ += [f"launch.num_processes={num_processes}"] if num_processes else []
+    set_ += [f"launch.strategy={strategy}"] if strategy else []
+    loaded = _load(config, set_)
+    this = RunDir(loaded.run_dir).round(round_)
+    if wants_processes(loaded):
+        run_stage_command(loaded, "dpo", round_, _config_args(config, set_) + (["--redo"] if redo else []))
+        return
+    from align.dpo.train import STAGE, run_dpo
+
+    with this.lock():
+        if redo and is_main_process():
+            this.discard(STAGE)
+        run_dpo(loaded, round_)
+    if is_main_process():
+        _say(
+            f"checkpoint of round {round_}: {this.checkpoint}",
+            next_command=f"align evaluate --round {round_}, or align sample --round {round_ + 1}",
+        )
+
+
+@app.command(epilog="Example:  align evaluate --round 0   (the first policy)")
+def evaluate(
+    round_: Annotated[
+        int, typer.Option("--round", "-r", min=0, help="Which round's checkpoint; 0 is the first policy.")
+    ] = 0,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    redo: RedoOption = False,
+) -> None:
+    """Held-out numbers of a checkpoint, with intervals."""
+    from align.evaluate import STAGE, run_evaluate
+
+    loaded = _load(config, set_)
+    this = RunDir(loaded.run_dir).round(round_)
+    with this.lock():
+        if redo:
+            this.discard(STAGE)
+        run_evaluate(loaded, round_)
+    _say(f"evaluation of round {round_}: {this.evaluation}", next_command="align report")
+
+
+@app.command(epilog="Example:  align run --rounds 3")
+def run(
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of sample, score and dpo.")] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """All of it: every round, evaluation and the report. The same command goes on after an interruption."""
+    from align.report import write_report
+    from align.rounds import run_rounds
+    from align.summary import print_table
+
+    set_ = [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])]
+    loaded = _load(config, set_)
+    run_rounds(loaded, _config_args(config, set_))
+    path = write_report(loaded.run_dir)
+    print_table({loaded.name: loaded.run_dir})
+    last = RunDir(loaded.run_dir).round(loaded.rounds)
+    _say(f"checkpoint: {last.checkpoint}\nreport:     {path}", next_command="open the report in a browser")
+
+
+@app.command(epilog="Example:  align report --control runs/random")
+def report(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    control: Annotated[Path | None, typer.Option(help="Folder of a control run to show beside this one.")] = None,
+) -> None:
+    """One HTML page of the run: curves, pairs, critic, questions with their responses."""
+    from align.report import write_report
+
+    loaded = _load(config, set_)
+    path = write_report(loaded.run_dir, control=control)
+    _say(f"report: {path}", next_command="open it in a browser")
+
+
+@app.command(epilog="Example:  align demo --folder demo-run --seed 1")
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo's data, runs and report go.")] = Path("demo-run"),
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of sample, score and dpo.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    control: Annotated[bool, typer.Option(help="Also run the control with random preferences.")] = True,
+) -> None:
+    """Three rounds on real handwritten digits with a tiny Valley-Eagle, offline, on a CPU."""
+    from align.demo.play import play_demo
+
+    play_demo(folder, rounds=rounds, seed=seed, control=control)
+
+
+def main() -> None:
+    """Entry point: faults of the user end in one message and exit code 2."""
+    _set_up_logging()
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), code=2)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from here", code=130)
+    except OSError as error:
+        # A full disk, a read-only folder, a file that vanished: the machine's state, not a bug of ours.
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), code=2)
+
+
+def _load(config: Path | None, overrides: list[str] | None) -> Config:
+    loaded = load_config(find_config(config), overrides)
+    if is_main_process():
+        RunDir(loaded.run_dir).remember_config(dump_config(loaded))
+    return loaded
+
+
+def _config_args(config: Path | None, overrides: list[str]) -> list[str]:
+    args = ["--config", str(find_config(config))]
+    for override in overrides:
+        args += ["--set", override]
+    return args
+
+
+def _say(text: str, *, next_command: str) -> None:
+    typer.echo(text)
+    typer.secho(f"next: {next_command}", fg=typer.colors.CYAN)
+
+
+def _fail(text: str, *, code: int) -> None:
+    typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
+    sys.exit(code)
+
+
+def _set_up_logging() -> None:
+    import os
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    log.propagate = False
+    # The libraries' own bars and notices would drown ours; their warnings still come through.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Checkpoint in, held-out numbers out: evaluation.json with intervals and evaluation.jsonl with every response.
+
+Asks every held-out question once greedily and `num_samples` times at a temperature. Round 0 is the first policy.
+Judging against other rounds with a critic is not done here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from align.config import Config
+from align.errors import UserError
+from align.images import ImageStore
+from align.progress import log, progress
+from align.records import Evaluated, Evaluation, Question, read_questions
+from align.rundir import PartialFile, RunDir, checkpoint_hash, content_hash, text_hash, write_text
+from align.statistics import Interval, bootstrap_mean, distinct_n, is_refusal, repetition, words
+
+if TYPE_CHECKING:
+    from align.engines.base import SampleRequest, SampleResult
+
+STAGE = "evaluate"
+
+
+def run_evaluate(config: Config, number: int) -> None:
+    """Evaluate a round's checkpoint (0: the first policy); does nothing when that has been done.
+
+    Raises:
+        UserError: no held-out questions are named, the round has no checkpoint yet, or a question or image is bad.
+    """
+    if config.evaluate.questions is None:
+        raise UserError("no held-out questions are named", fix="set evaluate.questions to a JSONL file")
+    run = RunDir(config.run_dir)
+    this = run.round(number)
+    checkpoint = run.policy(number + 1, config.policy)
+    questions = read_questions(config.evaluate.questions)[: config.evaluate.limit]
+    images = ImageStore(config.evaluation_images, config.max_image_pixels)
+    _check_overlap(config, questions)
+    settings = {"evaluate": config.evaluate.model_dump(exclude={"questions", "image_root"}), "seed": config.seed}
+    inputs = {"questions": content_hash(config.evaluate.questions), "checkpoint": checkpoint_hash(checkpoint)}
+    if not this.manifest.begin(STAGE, settings=settings, inputs=inputs):
+        log.info("round %d is evaluated already: %s", number, this.evaluation)
+        return
+    started = time.monotonic()
+    partial = PartialFile(this.evaluation_lines, Evaluation)
+    done = partial.read()
+    todo = [question for question in questions if question.id not in done]
+    notes = _answer(config, checkpoint, todo, images, number, partial, len(done)) if todo else {}
+    lines = partial.finish(question.id for question in questions)
+    metrics = {name: interval.as_dict() for name, interval in measure(lines).items()}
+    write_text(
+        this.evaluation, json.dumps({"round": number, "questions": len(lines), "metrics": metrics}, indent=2) + "\n"
+    )
+    seconds = time.monotonic() - started
+    outputs = [this.evaluation, this.evaluation_lines]
+    this.manifest.finish(STAGE, outputs=outputs, counts={"questions": len(lines)}, seconds=seconds, notes=notes)
+
+
+def measure(lines: list[Evaluation]) -> dict[str, Interval]:
+    """The held-out numbers, each with its 95 % interval from resampling questions."""
+    metrics = {}
+    answered = [line for line in lines if line.greedy.correct is not None]
+    if answered:
+        metrics["greedy_accuracy"] = bootstrap_mean([float(bool(line.greedy.correct)) for line in answered])
+        metrics["sampled_accuracy"] = _over_samples(answered, lambda response: float(bool(response.correct)))
+    with_absent = [line for line in lines if line.question.absent]
+    if with_absent:
+        metrics["hallucination"] = _over_samples(with_absent, lambda response: float(bool(response.absent_named)))
+    metrics["response_tokens"] = _over_samples(lines, lambda response: float(response.num_tokens))
+    metrics["truncated"] = _over_samples(lines, lambda response: float(response.finish_reason == "length"))
+    metrics["repetition"] = _over_samples(lines, lambda response: repetition(response.text))
+    metrics["refusals"] = _over_samples(lines, lambda response: float(is_refusal(response.text)))
+    texts = [response.text for line in lines for response in line.sampled]
+    share = distinct_n(texts, 2)
+    metrics["distinct_2"] = Interval(share, share, share, len(texts))
+    return metrics
+
+
+def _over_samples(lines: list[Evaluation], value: Callable[[Evaluated], float]) -> Interval:
+    return bootstrap_mean([[value(response) for response in line.sampled] for line in lines])
+
+
+def _answer(
+    config: Config,
+    checkpoint: str,
+    todo: list[Question],
+    images: ImageStore,
+    number: int,
+    partial: PartialFile,
+    done: int,
+) -> dict[str, str]:
+    from align.engines.base import SampleRequest, SamplingSettings
+    from align.engines.open import open_engine
+
+    engine = open_engine(
+        checkpoint,
+        config.model,
+        open_image=images.open,
+        processor=config.model.processor,
+        shared_prefix=config.shared_prefix,
+        batch_size=config.sample.batch_size,
+    )
+
+    def requests(num_samples: int) -> list[SampleRequest]:
+        return [
+            SampleRequest(
+                id=question.id,
+                messages=question.messages(),
+                images=tuple(question.images),
+                num_samples=num_samples,
+                # The same seed in every round: rounds are compared on common random numbers.
+                seed=int(text_hash("evaluate", str(config.seed), question.id)[:15], 16),
+            )
+            for question in todo
+        ]
+
+    longest = config.evaluate.max_new_tokens
+    greedy: dict[str, SampleResult] = {}
+    with progress(f"round {number}: evaluate", total=2 * (done + len(todo)), done=2 * done) as advance:
+
+        def keep_greedy(result: SampleResult) -> None:
+            greedy[result.id] = result
+            advance(1)
+
+        def keep(result: SampleResult) -> None:
+            question = by_id[result.id]
+            first, *_ = _evaluated(greedy[result.id], question)
+            partial.append(
+                Evaluation(id=result.id, question=question, greedy=first, sampled=_evaluated(result, question))
+            )
+            advance(1)
+
+        by_id = {question.id: question for question in todo}
+        engine.sample(requests(1), SamplingSettings(temperature=0.0, max_new_tokens=longest), keep_greedy)
+        sampled = SamplingSettings(temperature=config.evaluate.temperature, max_new_tokens=longest)
+        engine.sample(requests(config.evaluate.num_samples), sampled, keep)
+    return engine.notes
+
+
+def _evaluated(result: SampleResult, question: Question) -> list[Evaluated]:
+    from reward.critics.verifier import verify
+
+    return [
+        Evaluated(
+            text=text,
+            num_tokens=num_tokens,
+            finish_reason=reason,  # type: ignore[arg-type]
+            correct=None if question.answer is None else verify(text, question.answer, question.answer_kind),
+            absent_named=[word for word in question.absent if word in set(words(text))],
+        )
+        for text, num_tokens, reason in zip(result.texts, result.num_tokens, result.finish_reasons, strict=True)
+    ]
+
+
+def _check_overlap(config: Config, questions: list[Question]) -> None:
+    """Refuse to evaluate on questions that are trained on."""
+    trained = {(question.question, tuple(question.images)) for question in read_questions(config.questions)}
+    same_root = config.evaluation_images.resolve() == config.question_images.resolve()
+    both = [
+        question.id
+        for question in questions
+        if question.images and (question.question, tuple(question.images)) in trained
+    ]
+    if both and same_root:
+        raise UserError(
+            f"{len(both)} held-out questions are also trained on ({', '.join(both[:5])}, ...)",
+            where=str(config.evaluate.questions),
+            fix="take them out of one of the two files",
+        )

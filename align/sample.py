@@ -1,0 +1,154 @@
+"""Stage 1: questions in, samples.jsonl out: K responses of the round's policy to every image question.
+
+A question's responses depend on the run's seed, the round and the question's id alone, not on the order of questions,
+the batch or the number of processes. Finished questions are kept when the stage is interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from align.config import Config
+from align.errors import UserError
+from align.images import ImageStore
+from align.progress import log, progress
+from align.records import Question, Response, Samples, read_questions
+from align.rundir import PartialFile, RunDir, checkpoint_hash, content_hash, text_hash
+
+if TYPE_CHECKING:
+    from align.engines.base import SampleResult
+
+STAGE = "sample"
+
+
+def run_sample(config: Config, number: int) -> None:
+    """Sample a round; does nothing when the round has been sampled already.
+
+    Raises:
+        UserError: the round before is not complete; a question or an image is bad (checked before weights are loaded).
+    """
+    run = RunDir(config.run_dir)
+    this = run.round(number)
+    policy = run.policy(number, config.policy)
+    questions = round_questions(read_questions(config.questions), number, config.sample.questions_per_round)
+    images = ImageStore(config.question_images, config.max_image_pixels)
+    check_images(questions, images)
+    if config.sample.num_responses < 2:
+        raise UserError(
+            "sample.num_responses is 1: a preference needs two responses", fix="set it to 2 or more (5 is usual)"
+        )
+    if not this.manifest.begin(STAGE, settings=_settings(config), inputs=_inputs(config, policy)):
+        log.info("round %d is sampled already: %s", number, this.samples)
+        return
+    started = time.monotonic()
+    partial = PartialFile(this.samples, Samples)
+    done = partial.read()
+    todo = [question for question in questions if question.id not in done]
+    notes = _sample(config, policy, todo, images, number, partial, len(done)) if todo else {}
+    samples = partial.finish(question.id for question in questions)
+    this.manifest.finish(
+        STAGE, outputs=[this.samples], counts=_counts(samples), seconds=time.monotonic() - started, notes=notes
+    )
+
+
+def round_questions(questions: list[Question], number: int, per_round: int | None) -> list[Question]:
+    """The questions of a round: the next `per_round` in file order, starting over when all are used.
+
+    >>> questions = [Question(id=str(i), question="?") for i in range(5)]
+    >>> [[q.id for q in round_questions(questions, n, 2)] for n in (1, 2, 3)]
+    [['0', '1'], ['2', '3'], ['4', '0']]
+    """
+    if per_round is None or per_round >= len(questions):
+        return questions
+    start = (number - 1) * per_round
+    return [questions[(start + index) % len(questions)] for index in range(per_round)]
+
+
+def check_images(questions: list[Question], images: ImageStore) -> None:
+    """Look at every image's header; raises one UserError that lists all that cannot be used."""
+    problems = []
+    for question in questions:
+        for reference in question.images:
+            try:
+                images.size(reference)
+            except UserError as error:
+                problems.append(f"  - question {question.id!r}: {error}")
+    if problems:
+        shown = problems[:20] + ([f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise UserError(f"{len(problems)} images cannot be used:\n" + "\n".join(shown))
+
+
+def question_seed(seed: int, number: int, question_id: str) -> int:
+    return int(text_hash(str(seed), str(number), question_id)[:15], 16)
+
+
+def _sample(
+    config: Config, policy: str, todo: list[Question], images: ImageStore, number: int, partial: PartialFile, done: int
+) -> dict[str, str]:
+    from align.engines.base import SampleRequest, SamplingSettings
+    from align.engines.open import open_engine
+
+    engine = open_engine(
+        policy,
+        config.model,
+        open_image=images.open,
+        processor=config.model.processor,
+        shared_prefix=config.shared_prefix,
+        batch_size=config.sample.batch_size,
+    )
+    requests = [
+        SampleRequest(
+            id=question.id,
+            messages=question.messages(),
+            images=tuple(question.images),
+            num_samples=config.sample.num_responses,
+            seed=question_seed(config.seed, number, question.id),
+        )
+        for question in todo
+    ]
+    by_id = {question.id: (question, request.seed) for question, request in zip(todo, requests, strict=True)}
+    settings = SamplingSettings(
+        temperature=config.sample.temperature,
+        top_p=config.sample.top_p,
+        top_k=config.sample.top_k,
+        max_new_tokens=config.sample.max_new_tokens,
+    )
+    with progress(f"round {number}: sample", total=done + len(todo), done=done) as advance:
+
+        def keep(result: SampleResult) -> None:
+            question, seed = by_id[result.id]
+            responses = responses_of(result)
+            partial.append(Samples(id=result.id, question=question, responses=responses, seed=seed))
+            advance(1)
+
+        engine.sample(requests, settings, keep)
+    return engine.notes
+
+
+def responses_of(result: SampleResult) -> list[Response]:
+    return [
+        Response(text=text, num_tokens=num_tokens, finish_reason=reason)  # type: ignore[arg-type]
+        for text, num_tokens, reason in zip(result.texts, result.num_tokens, result.finish_reasons, strict=True)
+    ]
+
+
+def _counts(samples: list[Samples]) -> dict[str, int]:
+    counts: Counter[str] = Counter(questions=len(samples))
+    for line in samples:
+        counts["responses"] += len(line.responses)
+        counts["tokens"] += sum(response.num_tokens for response in line.responses)
+        counts["truncated"] += sum(response.finish_reason == "length" for response in line.responses)
+        counts["empty"] += sum(not response.text.strip() for response in line.responses)
+        counts["identical"] += len(line.responses) - len({response.text for response in line.responses})
+    return dict(counts)
+
+
+def _settings(config: Config) -> dict[str, object]:
+    sample = config.sample.model_dump(exclude={"batch_size"})
+    return {"sample": sample, "seed": config.seed, "processor": config.model.processor}
+
+
+def _inputs(config: Config, policy: str) -> dict[str, str]:
+    return {"questions": content_hash(config.questions), "policy": checkpoint_hash(policy)}

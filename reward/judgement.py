@@ -11,7 +11,7 @@ class Item:
     """One question with its images and the responses to be judged.
 
     `images` are opaque handles (paths, pictures, keys): critics hand them through and never open them. `answer` is
-    the reference answer, where there is one.
+    the reference answer, where there is one, and `answer_kind` how answers are compared (None: found by itself).
     """
 
     id: str
@@ -19,6 +19,7 @@ class Item:
     images: tuple[Any, ...]
     responses: tuple[str, ...]
     answer: str | None = None
+    answer_kind: str | None = None
 
 
 @dataclass(frozen=True)

@@ -43,34 +43,34 @@ class PairSettings:
     """How pairs are made of a question's rewards.
 
     strategy: one of STRATEGIES.
-    max_pairs: most pairs of one question; None: no limit.
+    max_per_question: most pairs of one question; None: no limit.
     min_margin: a chosen reward must be higher by at least this, and higher at all.
     k: how many of the best and of the worst `topk_bottomk` crosses.
     correct_at: reward from which a response counts as correct, where correctness is not given (`correct_incorrect`).
-    max_similarity: responses whose trigram similarity is above this repeat one another, 0-1; None: only same texts.
+    near_duplicate: responses whose trigram similarity is at least this count as one, 0-1; 1: same texts only.
     max_length_ratio: a pair's longer response has at most this many times the length of the shorter; None: any.
     """
 
     strategy: str = "best_worst"
-    max_pairs: int | None = 1
+    max_per_question: int | None = 1
     min_margin: float = 0.0
     k: int = 2
     correct_at: float = 0.5
-    max_similarity: float | None = None
+    near_duplicate: float = 1.0
     max_length_ratio: float | None = None
 
     def __post_init__(self) -> None:
         faults = []
         if self.strategy not in STRATEGIES:
             faults.append(f"strategy must be one of {', '.join(STRATEGIES)}, found {self.strategy!r}")
-        if self.max_pairs is not None and self.max_pairs < 1:
-            faults.append(f"max_pairs must be at least 1, found {self.max_pairs}")
+        if self.max_per_question is not None and self.max_per_question < 1:
+            faults.append(f"max_per_question must be at least 1, found {self.max_per_question}")
         if self.min_margin < 0:
             faults.append(f"min_margin must not be negative, found {self.min_margin}")
         if self.k < 1:
             faults.append(f"k must be at least 1, found {self.k}")
-        if self.max_similarity is not None and not 0 < self.max_similarity <= 1:
-            faults.append(f"max_similarity must be above 0 and at most 1, found {self.max_similarity}")
+        if not 0 < self.near_duplicate <= 1:
+            faults.append(f"near_duplicate must be above 0 and at most 1, found {self.near_duplicate}")
         if self.max_length_ratio is not None and self.max_length_ratio < 1:
             faults.append(f"max_length_ratio must be at least 1, found {self.max_length_ratio}")
         if faults:
@@ -131,7 +131,7 @@ def choose_pairs(
             dropped_pairs[reason] += 1
     picked = STRATEGIES[settings.strategy](candidates, question, settings)
     dropped_pairs[NOT_IN_STRATEGY] += len(candidates) - len(picked)
-    pairs = picked[: settings.max_pairs]
+    pairs = picked[: settings.max_per_question]
     dropped_pairs[OVER_LIMIT] += len(picked) - len(pairs)
     dropped_pairs = +dropped_pairs
     return Chosen(pairs, dropped_responses, dropped_pairs, None if pairs else _why_none(usable, dropped_pairs))
@@ -159,8 +159,8 @@ def _usable(
 def _repeats(text: str, earlier: Sequence[str], settings: PairSettings) -> str | None:
     if normalise(text) in map(normalise, earlier):
         return SAME_TEXT
-    limit = settings.max_similarity
-    if limit is not None and any(similarity(text, other) > limit for other in earlier):
+    limit = settings.near_duplicate
+    if limit < 1 and any(similarity(text, other) >= limit for other in earlier):
         return NEAR_DUPLICATE
     return None
 

@@ -1,0 +1,385 @@
+"""Token ids and image tensors in, hidden states and logits out: Valley-Eagle on transformers' Qwen2, SigLIP and Qwen2-VL.
+
+Two encoders see every image. SigLIP sees square tiles, which a convolutional projector turns into words of a "visual
+vocabulary" (Ovis, arXiv 2405.20797); the Qwen2-VL encoder sees the whole image at its own resolution (Eagle, arXiv
+2408.15998). Their tokens replace the image's placeholders; positions are plain 1-D rotary over the whole sequence.
+
+Shapes: B sequences, L tokens, D text width, I images of the batch, T tiles of all images, S tile edge in pixels,
+N Qwen2-VL patches of all images. Images are flat over the batch, in the order of their placeholders; a sequence with
+n placeholder runs takes the next n images:
+
+    pixel_values         (T, 3, S, S)  float   SigLIP tiles
+    tiles_per_image      (I,)          int64   sums to T; the first tile of an image is the whole image
+    image_sizes          (I, 2)        int64   original width and height in pixels
+    eagle_pixel_values   (N, 1176)     float   Qwen2-VL patches in 2 x 2-merge order
+    image_grid_thw       (I, 3)        int64   frames, rows, columns of patches; products sum to N
+
+`forward` never lengthens a sequence. What the original offers beyond images (video arguments, navit-only encoders, token
+compressors) is left out.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel, SiglipVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+from .configuration import ValleyEagleConfig
+
+IMAGE_INPUTS = ("pixel_values", "tiles_per_image", "image_sizes", "eagle_pixel_values", "image_grid_thw")
+BUILT_IN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+class VisualVocabulary(nn.Embedding):
+    """An embedding that is looked up with a distribution over its rows instead of an index.
+
+    The product stands in a forward of its own so that ZeRO-3 and FSDP gather the weight for it.
+    """
+
+    def forward(self, probabilities: torch.Tensor) -> torch.Tensor:
+        return probabilities @ self.weight
+
+
+class OvisConvAdapter(nn.Module):
+    """SigLIP patches -> stride-2 convolution -> distribution over visual words -> their expected embedding."""
+
+    def __init__(self, config: ValleyEagleConfig) -> None:
+        super().__init__()
+        width, words = config.vision_config.hidden_size, config.mlp_hidden_dim or config.hidden_size
+        self.tokenize_function = config.tokenize_function
+        self.softmax_dtype = torch.float32 if config.projector_softmax_fp32 else None
+        self.conv = nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1)
+        self.mlp = nn.Sequential(nn.Linear(width, words, bias=False), nn.LayerNorm(words))
+        self.embedding = VisualVocabulary(words, config.hidden_size)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """`(T, P, C)` patches of square tiles, row by row, to `(T, P', D)` tokens, P' about a quarter of P."""
+        logits = self.mlp(_convolve(self.conv, patches))
+        words = F.softmax(logits, dim=-1, dtype=self.softmax_dtype).to(logits.dtype)
+        if self.tokenize_function == "st_argmax":
+            hard = F.one_hot(words.argmax(dim=-1), words.shape[-1]).to(words.dtype)
+            words = hard - words.detach() + words
+        return self.embedding(words)
+
+
+class ConvAdapter(nn.Module):
+    """SigLIP patches -> two-layer perceptron -> stride-2 convolution at the text model's width."""
+
+    def __init__(self, config: ValleyEagleConfig) -> None:
+        super().__init__()
+        self.mlp = _perceptron(config.vision_config.hidden_size, config)
+        self.conv = nn.Conv2d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return _convolve(self.conv, self.mlp(patches))
+
+
+class PixelShuffle(nn.Module):
+    """Blocks of r x r neighbouring SigLIP patches laid side by side -> two-layer perceptron."""
+
+    def __init__(self, config: ValleyEagleConfig) -> None:
+        super().__init__()
+        self.ratio = config.pixelshuffle_downsample_ratio
+        self.mlp = _perceptron(config.vision_config.hidden_size * self.ratio**2, config)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        num_tiles, num_patches, width = patches.shape
+        blocks = round(num_patches**0.5) // self.ratio
+        grid = patches.view(num_tiles, blocks, self.ratio, blocks, self.ratio, width)
+        return self.mlp(grid.transpose(2, 3).reshape(num_tiles, blocks * blocks, -1))
+
+
+PROJECTORS: dict[str, type[nn.Module]] = {
+    "ovis_conv_adapter": OvisConvAdapter,
+    "conv_adapter": ConvAdapter,
+    "mlp_pixel_shuffle": PixelShuffle,
+}
+
+
+class SiglipTower(nn.Module):
+    """Holds the SigLIP encoder under the name it has in the published checkpoints."""
+
+    def __init__(self, encoder: SiglipVisionModel) -> None:
+        super().__init__()
+        self.vision_tower = encoder
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        return self.vision_tower(tiles).last_hidden_state
+
+
+class ValleyQwen2Model(Qwen2Model):
+    """The Qwen2 backbone with both encoders and the projector; see the module for the image arguments."""
+
+    config_class = ValleyEagleConfig
+    _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer", "Qwen2VLVisionBlock"]  # noqa: RUF012
+
+    def __init__(self, config: ValleyEagleConfig) -> None:
+        super().__init__(config)
+        self.geometry = config.geometry()
+        # An encoder starts with the text model's attention where that is a built-in one, and is not changed with it.
+        attention = config._attn_implementation
+        for tower_config in (config.vision_config, config.eagle_vision_config):
+            if tower_config is not None:
+                tower_config._attn_implementation = attention if attention in BUILT_IN_ATTENTION else None
+        self.vision_tower = SiglipTower(SiglipVisionModel(config.vision_config))
+        if config.eagle_vision_config is not None:
+            self.qwen2vl_vision_tower = Qwen2VisionTransformerPretrainedModel(config.eagle_vision_config)
+        self.mm_projector = PROJECTORS[config.mm_projector_type](config)
+        # The pooling head is stored but never used: a gradient that never comes would stop DDP. A small encoder may
+        # be configured without it (vision_use_head: false).
+        if config.vision_config.vision_use_head:
+            self.vision_tower.vision_tower.head.requires_grad_(False)
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        tiles_per_image: torch.Tensor | None,
+        image_sizes: torch.Tensor | None,
+        eagle_pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`, n as the processor counts.
+
+        Raises ValueError where one of the image tensors that this checkpoint needs is missing.
+        """
+        if tiles_per_image is None or image_sizes is None:
+            raise ValueError("pixel_values need tiles_per_image and image_sizes; pass all that the processor gives")
+        patches = self.vision_tower(pixel_values.to(self.dtype))
+        if self.gradient_checkpointing and self.training:
+            tokens_TPD = checkpoint(self.mm_projector, patches, use_reentrant=False)
+        else:
+            tokens_TPD = self.mm_projector(patches)
+        features = [
+            self._arrange(tokens, width, height)
+            for tokens, (width, height) in zip(
+                tokens_TPD.split(tiles_per_image.tolist()), image_sizes.tolist(), strict=True
+            )
+        ]
+        if self.geometry.eagle:
+            if eagle_pixel_values is None or image_grid_thw is None:
+                raise ValueError("this checkpoint has two encoders: pass eagle_pixel_values and image_grid_thw too")
+            encoded = self.qwen2vl_vision_tower(
+                eagle_pixel_values.to(self.dtype), grid_thw=image_grid_thw
+            ).pooler_output
+            merged = image_grid_thw.prod(dim=-1) // self.geometry.eagle_merge**2
+            pairs = zip(features, encoded.split(merged.tolist()), strict=True)
+            features = [torch.cat(pair) for pair in pairs]
+        return BaseModelOutputWithPooling(last_hidden_state=tokens_TPD, pooler_output=tuple(features))
+
+    def _arrange(self, tokens_TPD: torch.Tensor, width: int, height: int) -> torch.Tensor:
+        """The tiles of one image in the order of its placeholders, without those that show padding: `(n, D)`."""
+        num_tiles, side = len(tokens_TPD), self.geometry.tokens_per_side
+        if not self.geometry.eagle:
+            pooled = self.geometry.pooled_side(num_tiles)
+            return _pool(tokens_TPD.unflatten(1, (side, side)), pooled, pooled).flatten(0, 2)
+        if num_tiles == 1:
+            return tokens_TPD[0]
+        columns, rows = self.geometry.grid(width, height)
+        if num_tiles != 1 + columns * rows:
+            raise ValueError(f"expected {1 + columns * rows} tiles for an image of {width}x{height}, found {num_tiles}")
+        tiles = tokens_TPD[1:].view(rows, columns, side, side, -1)
+        token_map = tiles.transpose(1, 2).reshape(rows * side, columns * side, -1)
+        kept_rows, kept_columns = self.geometry.map_window(width, height)
+        kept = token_map[kept_rows, kept_columns]
+        return torch.cat((tokens_TPD[0], _pool(kept[None], *self.geometry.map_size(width, height))[0].flatten(0, 1)))
+
+    def _dummy_features(self) -> torch.Tensor:
+        """What the encoders make of a black image, times nothing, so that a rank without images runs the same modules."""
+        geometry, device = self.geometry, self.device
+        rows = geometry.eagle_merge**2
+        patch_values = 3 * geometry.eagle_temporal * geometry.eagle_patch_px**2
+        features = self.get_image_features(
+            torch.zeros(1, 3, geometry.crop_px, geometry.crop_px, device=device),
+            torch.ones(1, dtype=torch.int64, device=device),
+            torch.ones(1, 2, dtype=torch.int64, device=device),
+            torch.zeros(rows, patch_values, device=device),
+            torch.tensor([[1, geometry.eagle_merge, geometry.eagle_merge]], device=device),
+        ).pooler_output
+        return 0.0 * features[0].sum()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        tiles_per_image: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        eagle_pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Qwen2's forward after images have replaced their placeholders.
+
+        `image_features` `(n, D)`: visual tokens of all images, already encoded, instead of the image tensors.
+        Raises ValueError where placeholders and visual tokens differ in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if pixel_values is not None and image_features is None:
+            encoded = self.get_image_features(
+                pixel_values, tiles_per_image, image_sizes, eagle_pixel_values, image_grid_thw
+            )
+            image_features = torch.cat(encoded.pooler_output)
+        if image_features is not None:
+            inputs_embeds = self._place(input_ids, inputs_embeds, image_features)
+        elif _other_ranks_may_have_images(past_key_values):
+            inputs_embeds = inputs_embeds + self._dummy_features().to(inputs_embeds.dtype)
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _place(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        if input_ids is None:
+            raise ValueError("images need input_ids: their places are where the image token stands")
+        places = input_ids == self.config.image_token_id
+        num_places = int(places.sum())
+        if num_places != len(image_features):
+            raise ValueError(
+                f"expected a placeholder (token {self.config.image_token_id}) for each of {len(image_features)} visual "
+                f"tokens, found {num_places} in input_ids; was the sequence truncated?"
+            )
+        return inputs_embeds.masked_scatter(places.unsqueeze(-1), image_features.to(inputs_embeds.dtype))
+
+
+class ValleyQwen2ForCausalLM(Qwen2ForCausalLM):
+    """Valley-Eagle with its language-model head; named as the published checkpoints name it."""
+
+    config_class = ValleyEagleConfig
+
+    def __init__(self, config: ValleyEagleConfig) -> None:
+        Qwen2PreTrainedModel.__init__(self, config)
+        self.model = ValleyQwen2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(*args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
+        """As in transformers, but an attention function of one's own reaches only the text model, not the encoders."""
+        encoders = (self.config.vision_config, self.config.eagle_vision_config)
+        before = [(encoder, encoder._attn_implementation) for encoder in encoders if encoder is not None]
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if attn_implementation not in BUILT_IN_ATTENTION:
+            for encoder, implementation in before:
+                encoder._attn_implementation = implementation
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        tiles_per_image: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        eagle_pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits `(B, L, vocabulary)`, of the last `logits_to_keep` positions where that is not 0.
+
+        `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on, give a mean cross-entropy as `loss`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            tiles_per_image=tiles_per_image,
+            image_sizes=image_sizes,
+            eagle_pixel_values=eagle_pixel_values,
+            image_grid_thw=image_grid_thw,
+            image_features=image_features,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """Images go in with the prompt only; with a cache, later steps have them already."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in (*IMAGE_INPUTS, "image_features"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Repeats every sequence; its images are encoded once and their tokens repeated, since they lie flat over the batch."""
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if kwargs.get(name) is not None}
+        features = kwargs.pop("image_features", None)
+        expanded_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if expand_size == 1 or not (images or features is not None):
+            return expanded_ids, {**kwargs, **images, **({} if features is None else {"image_features": features})}
+        if features is None:
+            features = torch.cat(self.get_image_features(**images).pooler_output)
+        counts = (input_ids == self.config.image_token_id).sum(dim=-1).tolist()
+        kwargs["image_features"] = torch.cat(
+            [tokens for sequence in features.split(counts) for tokens in [sequence] * expand_size]
+        )
+        return expanded_ids, kwargs
+
+
+def _perceptron(width: int, config: ValleyEagleConfig) -> nn.Sequential:
+    hidden = config.mlp_hidden_dim or config.hidden_size
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, config.hidden_size))
+
+
+def _convolve(conv: nn.Conv2d, patches: torch.Tensor) -> torch.Tensor:
+    """A convolution over patches of square tiles, `(T, P, C)` row by row, in and out."""
+    side = round(patches.shape[1] ** 0.5)
+    return conv(patches.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
+
+
+def _pool(maps: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`(n, H, W, D)` averaged to `(n, rows, columns, D)`; unchanged where it has that size."""
+    if maps.shape[1:3] == (rows, columns):
+        return maps
+    return F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), (rows, columns)).permute(0, 2, 3, 1)
+
+
+def _other_ranks_may_have_images(past_key_values) -> bool:
+    """Whether ranks run together and this is a prompt: ZeRO-3 and FSDP then need the same modules to run on every rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    if torch.distributed.get_world_size() == 1:
+        return False
+    return past_key_values is None or past_key_values.get_seq_length() == 0

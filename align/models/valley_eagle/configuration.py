@@ -39,6 +39,7 @@ SIGLIP_DEFAULTS: dict[str, Any] = {
     "patch_size": 14,
     "layer_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
+    "vision_use_head": True,
 }
 QWEN2VL_DEFAULTS: dict[str, Any] = {
     "depth": 32,

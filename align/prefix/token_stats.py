@@ -36,8 +36,11 @@ class TokenStats:
 
     def select(self, mask: Tensor) -> TokenStats:
         """The values where `mask` is True, one after the other."""
-        picked: dict[str, Any] = {name: getattr(self, name) for name in OUTPUTS}
-        return TokenStats(**{name: None if value is None else value[mask] for name, value in picked.items()})
+        picked: dict[str, Any] = {}
+        for name in OUTPUTS:
+            value = getattr(self, name)
+            picked[name] = None if value is None else value[mask]
+        return TokenStats(**picked)
 
     def scatter(self, mask: Tensor) -> TokenStats:
         """From one value per True of `mask` to the shape of `mask`, with zero (False) elsewhere."""

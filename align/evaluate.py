@@ -18,6 +18,8 @@ from align.progress import log, progress
 from align.records import Evaluated, Evaluation, Question, read_questions
 from align.rundir import PartialFile, RunDir, checkpoint_hash, content_hash, text_hash, write_text
 from align.statistics import Interval, bootstrap_mean, distinct_n, is_refusal, repetition, words
+from reward.critics.verifier import grade
+from reward.errors import RewardError
 
 if TYPE_CHECKING:
     from align.engines.base import SampleRequest, SampleResult
@@ -141,18 +143,26 @@ def _answer(
 
 
 def _evaluated(result: SampleResult, question: Question) -> list[Evaluated]:
-    from reward.critics.verifier import verify
-
     return [
         Evaluated(
             text=text,
             num_tokens=num_tokens,
-            finish_reason=reason,  # type: ignore[arg-type]
-            correct=None if question.answer is None else verify(text, question.answer, question.answer_kind),
+            finish_reason=reason,
+            correct=_correct(text, question),
             absent_named=[word for word in question.absent if word in set(words(text))],
         )
         for text, num_tokens, reason in zip(result.texts, result.num_tokens, result.finish_reasons, strict=True)
     ]
+
+
+def _correct(text: str, question: Question) -> bool | None:
+    if question.answer is None:
+        return None
+    try:
+        found = grade(text, question.answer, question=question.question, kind=question.answer_kind)
+    except RewardError as error:
+        raise UserError(str(error), where=f"question {question.id}") from None
+    return None if found is None else found.correct
 
 
 def _check_overlap(config: Config, questions: list[Question]) -> None:

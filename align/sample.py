@@ -129,7 +129,7 @@ def _sample(
 
 def responses_of(result: SampleResult) -> list[Response]:
     return [
-        Response(text=text, num_tokens=num_tokens, finish_reason=reason)  # type: ignore[arg-type]
+        Response(text=text, num_tokens=num_tokens, finish_reason=reason)
         for text, num_tokens, reason in zip(result.texts, result.num_tokens, result.finish_reasons, strict=True)
     ]
 

@@ -1,0 +1,296 @@
+"""Stage 2: samples in, scores.jsonl and pairs.jsonl out: a critic judges the responses, rewards become pairs.
+
+What the critic could not judge is unscored with its reason and never 0. Finished questions are kept when the stage is
+interrupted; pairs are made at the end from all scores, so that other pair settings need no new judgement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from align.config import Config
+from align.errors import UserError
+from align.images import ImageStore
+from align.progress import log, progress
+from align.records import IMAGE_TAG, Pair, Question, Samples, Scores, VerdictRecord, read_jsonl, write_jsonl
+from align.rundir import PartialFile, RunDir, checkpoint_hash, content_hash
+from reward.critics import Critic, Item, Judgement, Verdict, make_critic, needs
+from reward.errors import RewardError
+from reward.pairs import Chosen, PairSettings, choose_pairs
+from reward.ranking import consistency, position_bias, tie_rate
+
+STAGE = "score"
+DEFAULT_BATCH = 16
+
+
+def run_score(config: Config, number: int) -> None:
+    """Score a round and make its pairs; does nothing when that has been done.
+
+    Raises:
+        UserError: the round is not sampled, the critic's settings are wrong, nothing could be scored, or no pair is
+            left (with the counts by reason).
+    """
+    this = RunDir(config.run_dir).round(number)
+    this.need("sample", "scores are made from its samples", f"align sample --round {number}")
+    samples = read_jsonl(this.samples, Samples)
+    images = ImageStore(config.question_images, config.max_image_pixels)
+    with _reward_faults():
+        _check_critic(config)
+        _pair_settings(config)
+    if not this.manifest.begin(STAGE, settings=_settings(config), inputs=_inputs(config, this.samples)):
+        log.info("round %d is scored already: %s", number, this.pairs)
+        return
+    started = time.monotonic()
+    partial = PartialFile(this.scores, Scores)
+    done = partial.read()
+    todo = [line for line in samples if line.id not in done]
+    notes = _judge(config, todo, images, number, partial, len(done)) if todo else {}
+    scores = partial.finish(line.id for line in samples)
+    pairs, counts = make_pairs(samples, scores, config, number)
+    if not pairs:
+        raise UserError(
+            f"no pair is left of {len(samples)} questions: {_reasons(counts)}",
+            where=str(this.scores),
+            fix="look at the scores; lower pairs.min_margin, raise sample.temperature or use another critic, then run with --redo",
+        )
+    write_jsonl(this.pairs, pairs)
+    seconds = time.monotonic() - started
+    this.manifest.finish(STAGE, outputs=[this.scores, this.pairs], counts=counts, seconds=seconds, notes=notes)
+
+
+def make_pairs(
+    samples: Sequence[Samples], scores: Sequence[Scores], config: Config, number: int
+) -> tuple[list[Pair], dict[str, Any]]:
+    """The round's pairs in question order, and what became of every response and pair, by reason."""
+    settings = _pair_settings(config)
+    pairs: list[Pair] = []
+    responses: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    without: Counter[str] = Counter()
+    for line, score in zip(samples, scores, strict=True):
+        chosen = _choose(line, score, settings, keep_truncated=config.pairs.keep_truncated)
+        responses += chosen.dropped_responses
+        dropped += chosen.dropped_pairs
+        if chosen.why_none:
+            without[chosen.why_none] += 1
+        pairs += [_pair(line, score, choice, number) for choice in chosen.pairs]
+    unscored = Counter(reason for score in scores for reason in score.unscored.values())
+    counts: dict[str, Any] = {
+        "questions": len(samples),
+        "responses": sum(len(line.responses) for line in samples),
+        "scored": sum(reward is not None for score in scores for reward in score.rewards),
+        "unscored": dict(unscored),
+        "verdicts": sum(len(score.verdicts) for score in scores),
+        "pairs": len(pairs),
+        "dropped_responses": dict(responses),
+        "dropped_pairs": dict(dropped),
+        "questions_without_pair": dict(without),
+        "critic": critic_figures(scores),
+    }
+    return pairs, counts
+
+
+def critic_figures(scores: Sequence[Scores]) -> dict[str, float]:
+    """How far the critic can be trusted: agreement of both orders, bias for a position, ties."""
+    verdicts = [[_verdict(record) for record in score.verdicts] for score in scores]
+    figures = {
+        "consistency": consistency(verdicts),
+        "position_bias": position_bias(verdicts),
+        "tie_rate": tie_rate(verdicts),
+    }
+    return {name: round(value, 4) for name, value in figures.items() if value is not None}
+
+
+def _choose(line: Samples, score: Scores, settings: PairSettings, *, keep_truncated: bool) -> Chosen:
+    excluded = {}
+    for index, response in enumerate(line.responses):
+        if not response.text.strip():
+            excluded[index] = "empty response"
+        elif response.finish_reason == "length" and not keep_truncated:
+            excluded[index] = "truncated"
+    return choose_pairs(
+        score.rewards,
+        [response.text for response in line.responses],
+        settings,
+        excluded=excluded,
+        correct=score.evidence.get("correct"),
+        lengths=[response.num_tokens for response in line.responses],
+    )
+
+
+def _pair(line: Samples, score: Scores, choice: Any, number: int) -> Pair:
+    def message(index: int) -> list[dict[str, Any]]:
+        return [{"role": "assistant", "content": [{"type": "text", "text": line.responses[index].text}]}]
+
+    rewards = {"chosen": score.rewards[choice.chosen], "rejected": score.rewards[choice.rejected]}
+    return Pair(
+        id=f"{line.id}/r{number}/{choice.chosen}-{choice.rejected}",
+        images=line.question.images,
+        prompt=line.question.messages(),
+        chosen=message(choice.chosen),
+        rejected=message(choice.rejected),
+        margin=choice.margin,
+        rewards={name: reward for name, reward in rewards.items() if reward is not None},
+        question_id=line.id,
+        responses={"chosen": choice.chosen, "rejected": choice.rejected},
+    )
+
+
+def _judge(
+    config: Config, todo: list[Samples], images: ImageStore, number: int, partial: PartialFile, done: int
+) -> dict[str, str]:
+    critic, notes = _open_critic(config, images)
+    with progress(f"round {number}: score", total=done + len(todo), done=done) as advance:
+        for lines in _batches(todo, config.critic.batch_size or DEFAULT_BATCH):
+            with _reward_faults():
+                judgements = critic.judge([_item(line) for line in lines])
+            for line, judgement in zip(lines, judgements, strict=True):
+                partial.append(_scores(line.id, judgement))
+            advance(len(lines))
+    return notes()
+
+
+def _batches(lines: list[Samples], size: int) -> Iterator[list[Samples]]:
+    source = iter(lines)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+def _open_critic(config: Config, images: ImageStore) -> tuple[Critic, Callable[[], dict[str, str]]]:
+    settings = _critic_options(config)
+    if needs(config.critic.kind) is None:
+        with _reward_faults():
+            return make_critic(config.critic.kind, settings), dict
+    from align.engines.open import open_engine
+
+    assert config.critic.model is not None
+    engine = open_engine(
+        config.critic.model,
+        config.model,
+        open_image=images.open,
+        processor=config.critic.processor,
+        shared_prefix=config.shared_prefix,
+        batch_size=config.critic.batch_size,
+    )
+    with _reward_faults():
+        return make_critic(config.critic.kind, settings, asker=engine), lambda: engine.notes
+
+
+def _check_critic(config: Config) -> None:
+    """Find faults in the critic's settings and prompt before any weights are loaded."""
+    asker = None
+    if needs(config.critic.kind) is not None:
+        if config.critic.model is None:
+            raise UserError(f"the {config.critic.kind} critic needs a model", fix="set critic.model to its checkpoint")
+        asker = _NoAsker()
+    make_critic(config.critic.kind, _critic_options(config), asker=asker)
+
+
+class _NoAsker:
+    """Stands where the engine will be while settings are checked; never asked."""
+
+    def log_probs(self, asks: Any) -> list[Any]:
+        raise AssertionError("asked before the engine was opened")
+
+    def generate(self, asks: Any, *, max_new_tokens: int) -> list[list[str | None]]:
+        raise AssertionError("asked before the engine was opened")
+
+
+def _critic_options(config: Config) -> dict[str, Any]:
+    options = dict(config.critic.options)
+    if config.critic.prompt is not None:
+        options["prompt"] = config.critic.prompt
+    if config.critic.kind == "random":
+        options.setdefault("seed", config.seed)
+    return options
+
+
+def _pair_settings(config: Config) -> PairSettings:
+    return PairSettings(**config.pairs.model_dump(exclude={"keep_truncated"}))
+
+
+def _item(line: Samples) -> Item:
+    question = line.question
+    return Item(
+        id=line.id,
+        question=_question_text(question),
+        images=tuple(question.images),
+        responses=tuple(response.text for response in line.responses),
+        answer=question.answer,
+        answer_kind=question.answer_kind,
+    )
+
+
+def _question_text(question: Question) -> str:
+    """What the critic reads as the question: the dialogue up to it, without image tags."""
+    turns = [f"{turn.role}: {turn.content}" for turn in question.history] + [question.question]
+    return "\n".join(turns).replace(IMAGE_TAG, "").strip()
+
+
+def _scores(id_: str, judgement: Judgement) -> Scores:
+    verdicts = [
+        VerdictRecord(
+            first=verdict.first,
+            second=verdict.second,
+            p_first=round(verdict.p_first, 6),
+            p_second=round(verdict.p_second, 6),
+            p_tie=None if verdict.p_tie is None else round(verdict.p_tie, 6),
+            winner=verdict.winner,
+            rationale=verdict.rationale,
+        )
+        for verdict in judgement.verdicts
+    ]
+    ratings = judgement.ratings if any(rating is not None for rating in judgement.ratings) else []
+    return Scores(
+        id=id_,
+        rewards=judgement.rewards,
+        verdicts=verdicts,
+        ratings=ratings,
+        unscored=judgement.unscored,
+        evidence=judgement.evidence,
+    )
+
+
+def _verdict(record: VerdictRecord) -> Verdict:
+    p_first, p_second = record.p_first or 0.0, record.p_second or 0.0
+    return Verdict(record.first, record.second, p_first, p_second, record.p_tie, record.winner, record.rationale)
+
+
+def _reasons(counts: dict[str, Any]) -> str:
+    reasons = Counter(counts["questions_without_pair"]) + Counter(counts["unscored"])
+    return ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common()) or "no responses"
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    critic = config.critic.model_dump(exclude={"model", "batch_size", "prompt"})
+    return {"critic": critic, "pairs": config.pairs.model_dump(), "seed": config.seed}
+
+
+def _inputs(config: Config, samples: Any) -> dict[str, str]:
+    inputs = {"samples": content_hash(samples)}
+    if config.critic.model is not None and needs(config.critic.kind) is not None:
+        inputs["critic"] = checkpoint_hash(config.critic.model)
+    if config.critic.prompt is not None:
+        inputs["prompt"] = _prompt_hash(config.critic.prompt)
+    return inputs
+
+
+def _prompt_hash(prompt: str) -> str:
+    from pathlib import Path
+
+    path = Path(prompt)
+    return content_hash(path) if path.is_file() else prompt
+
+
+@contextlib.contextmanager
+def _reward_faults() -> Iterator[None]:
+    """What `reward` finds wrong with settings or prompts is the user's to mend."""
+    try:
+        yield
+    except RewardError as error:
+        raise UserError(str(error), where="critic") from None

@@ -1,0 +1,50 @@
+"""Runs in, one table out: held-out numbers by round, with intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from align.rundir import RunDir
+
+COLUMNS = {
+    "sampled_accuracy": "sampled accuracy",
+    "greedy_accuracy": "greedy accuracy",
+    "hallucination": "hallucination",
+}
+
+
+def metrics_by_round(run: Path) -> dict[int, dict[str, dict[str, float]]]:
+    """The metrics of every evaluated round: round -> metric -> mean, low, high, count."""
+    found = {}
+    for this in RunDir(run).rounds():
+        if this.evaluation.is_file():
+            found[this.number] = json.loads(this.evaluation.read_text(encoding="utf-8"))["metrics"]
+    return found
+
+
+def print_table(runs: dict[str, Path]) -> None:
+    """Print a table with a row for each round of each run; runs without an evaluation are left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [(name, number, metrics) for name, run in runs.items() for number, metrics in metrics_by_round(run).items()]
+    if not rows:
+        return
+    names = [name for name in (*COLUMNS, "response_tokens") if any(name in metrics for _, _, metrics in rows)]
+    table = Table(title="Held-out questions by round (mean, 95 % interval)")
+    table.add_column("run")
+    table.add_column("round", justify="right")
+    for name in names:
+        table.add_column(COLUMNS.get(name, name.replace("_", " ")), justify="right")
+    for run_name, number, metrics in rows:
+        table.add_row(run_name, str(number), *(_cell(name, metrics.get(name)) for name in names))
+    Console().print(table)
+
+
+def _cell(name: str, metric: dict[str, float] | None) -> str:
+    if metric is None:
+        return "-"
+    scale, digits = (1.0, 1) if name == "response_tokens" else (100.0, 1)
+    mean, low, high = (scale * metric[key] for key in ("mean", "low", "high"))
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

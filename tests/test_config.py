@@ -1,0 +1,94 @@
+import pytest
+import yaml
+
+from align.config import build_config, commented_config, dump_config, find_config, load_config
+from align.errors import UserError
+
+MINIMAL = "policy: ./policy\nquestions: questions.jsonl\n"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "align.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_relative_paths_count_from_the_file(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL + "evaluate: {questions: eval.jsonl}\n"))
+    assert config.questions == tmp_path / "questions.jsonl"
+    assert config.policy == str(tmp_path / "policy")
+    assert config.run_dir == tmp_path / "runs" / "run"
+    assert config.question_images == tmp_path
+    assert config.evaluate.questions == tmp_path / "eval.jsonl"
+
+
+def test_a_hub_id_stays_one_and_a_missing_folder_stays_a_path(tmp_path):
+    assert build_config({"policy": "org/model", "questions": "q"}, base=tmp_path).policy == "org/model"
+    assert build_config({"policy": "./org", "questions": "q"}, base=tmp_path).policy == str(tmp_path / "org")
+
+
+def test_all_faults_are_told_at_once_with_the_nearest_key(tmp_path):
+    path = write(tmp_path, "policy: p\nsampel: {}\nsample: {num_response: 3, temperature: -1}\nrounds: three\n")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    text = str(caught.value)
+    assert "sampel: unknown key (did you mean 'sample'?)" in text
+    assert "sample.num_response: unknown key (did you mean 'num_responses'?)" in text
+    assert "sample.temperature" in text
+    assert "rounds" in text
+    assert "questions: required" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("policy: [", r"not valid YAML: .*line 1"),
+        ("- a\n", "expected keys and values, found list"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "'seed' stands twice"),
+        ("", "policy: required"),
+        ("policy: !!python/object:os.system x\n", "not valid YAML"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_overrides_reach_nested_keys_and_read_numbers(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    config = load_config(path, ["dpo.learning_rate=5e-7", "sample.temperature=0", "dpo.freeze=[vision]", "rounds=2"])
+    assert config.dpo.trainer_fields() == {"learning_rate": 5e-7}
+    assert config.dpo.freeze == ["vision"]
+    assert (config.sample.temperature, config.rounds) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("rounds", "key=value"), ("rounds.x=1", "is a value"), ("a=[", "YAML")]
+)
+def test_bad_overrides_are_refused(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, MINIMAL + "rounds: 1\n"), [override])
+
+
+def test_the_commented_file_is_complete_and_loads(tmp_path):
+    text = commented_config({"policy": "./p", "questions": "q.jsonl", "dpo": {"beta": 0.2}})
+    config = load_config(write(tmp_path, text))
+    assert config.dpo.trainer_fields() == {"beta": 0.2}
+    assert config.model_dump(exclude={"policy", "questions", "run_root", "dpo"}) == build_config(
+        {"policy": "p", "questions": "q"}, base=tmp_path
+    ).model_dump(exclude={"policy", "questions", "run_root", "dpo"})
+    keys = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    comments = [line for line in text.splitlines() if line.lstrip().startswith("#")]
+    assert len(comments) >= len(keys)
+
+
+def test_a_dumped_configuration_loads_to_the_same(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL + "dpo: {beta: 0.3, loss_type: [sigmoid, sft]}\n"))
+    again = build_config(yaml.safe_load(dump_config(config)), base=tmp_path / "elsewhere")
+    assert again == config
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="align init"):
+        find_config(None)

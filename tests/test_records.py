@@ -1,0 +1,78 @@
+import pytest
+
+from align.errors import UserError
+from align.records import Pair, Question, Samples, iter_jsonl, parse_line, read_jsonl, read_questions, write_jsonl
+
+
+def test_images_without_tags_stand_before_the_first_user_turn():
+    question = Question(
+        id="q",
+        question="And now?",
+        images=["a", "b"],
+        history=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+    )
+    messages = question.messages()
+    assert [part["type"] for part in messages[0]["content"]] == ["image", "image", "text"]
+    assert [part["type"] for part in messages[2]["content"]] == ["text"]
+
+
+def test_image_tags_in_the_text_keep_their_places():
+    parts = Question(id="q", question="Compare <image> with <image>.", images=["a", "b"]).messages()[0]["content"]
+    assert [part.get("text", "<image>") for part in parts] == ["Compare ", "<image>", " with ", "<image>", "."]
+
+
+def test_tags_that_do_not_match_the_images_are_refused():
+    with pytest.raises(UserError, match="1 <image> but there are 2 images"):
+        parse_line('{"id": "q", "question": "<image>?", "images": ["a", "b"]}', Question, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "q", "question": "?"', "questions.jsonl:2: not valid JSON"),
+        ("[1]", "questions.jsonl:2: expected a JSON object, found list"),
+        ('{"id": "q", "question": "  "}', "questions.jsonl:2: .*the question is empty"),
+        ('{"id": "q", "question": "?", "image": ["a"]}', r"unknown key 'image' \(did you mean 'images'\?\)"),
+        ('{"id": "", "question": "?"}', "questions.jsonl:2: .*id"),
+        ('{"question": "?"}', "questions.jsonl:2: .*id: Field required"),
+    ],
+)
+def test_a_bad_line_names_file_line_and_fault(tmp_path, line, message):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"id": "ok", "question": "What?"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        list(iter_jsonl(path, Question))
+
+
+def test_duplicate_ids_and_empty_files_are_refused(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"id": "a", "question": "What?"}\n' * 2)
+    with pytest.raises(UserError, match=r"'a' stands twice \(records 1 and 2\)"):
+        read_questions(path)
+    path.write_text("\n")
+    with pytest.raises(UserError, match="no questions"):
+        read_questions(path)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_questions(path)
+
+
+def test_a_pair_of_equal_responses_is_refused():
+    turn = '[{"role": "assistant", "content": "x"}]'
+    line = f'{{"id": "p", "prompt": [{{"role": "user", "content": "q"}}], "chosen": {turn}, "rejected": {turn}}}'
+    with pytest.raises(UserError, match="chosen equals rejected"):
+        parse_line(line, Pair, "pairs.jsonl:1")
+
+
+def test_records_come_back_as_they_were_written(tmp_path):
+    question = Question(
+        id="q", question="Was ist das? 是什么", images=["a.png"], answer="ein Bär", meta={"task": [1, 2]}
+    )
+    samples = Samples(id="q", question=question, responses=[{"text": "x\ny", "num_tokens": 2}], seed=7)
+    write_jsonl(tmp_path / "samples.jsonl", [samples])
+    assert read_jsonl(tmp_path / "samples.jsonl", Samples) == [samples]
+    assert list(tmp_path.iterdir()) == [tmp_path / "samples.jsonl"]

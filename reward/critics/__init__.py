@@ -9,8 +9,12 @@ from typing import Any
 
 from reward.ask import Asker
 from reward.critics.base import Critic, Item, Judgement, Verdict
+from reward.critics.claims import ClaimsCritic
 from reward.critics.pairwise import PairwiseCritic
+from reward.critics.panel import PanelCritic
+from reward.critics.pointwise import PointwiseCritic
 from reward.critics.random import RandomCritic
+from reward.critics.scalar import ScalarCritic, Scorer
 from reward.critics.verifier import VerifierCritic
 from reward.errors import RewardError
 
@@ -18,9 +22,15 @@ __all__ = ["CRITICS", "Critic", "Item", "Judgement", "Verdict", "make_critic", "
 
 CRITICS: dict[str, type] = {
     "pairwise": PairwiseCritic,
+    "pointwise": PointwiseCritic,
+    "claims": ClaimsCritic,
     "verifier": VerifierCritic,
+    "scalar": ScalarCritic,
+    "panel": PanelCritic,
     "random": RandomCritic,
 }
+
+_NEEDS = {"asker": "a model to ask", "scorer": "a reward model", "critics": "the critics of the panel"}
 
 
 def needs(kind: str) -> str | None:
@@ -33,8 +43,17 @@ def needs(kind: str) -> str | None:
     return first.name if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else None
 
 
-def make_critic(kind: str, settings: Mapping[str, Any] | None = None, *, asker: Asker | None = None) -> Critic:
-    """A critic of this kind with these settings; RewardError says which setting is unknown.
+def make_critic(
+    kind: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    asker: Asker | None = None,
+    scorer: Scorer | None = None,
+    critics: Mapping[str, Critic] | None = None,
+) -> Critic:
+    """A critic of this kind with these settings and what it needs; RewardError says what is unknown or missing.
+
+    `asker` is for the kinds that ask a model, `scorer` for `scalar`, `critics` (made before) for `panel`.
 
     >>> make_critic("random", {"sead": 3})
     Traceback (most recent call last):
@@ -47,12 +66,12 @@ def make_critic(kind: str, settings: Mapping[str, Any] | None = None, *, asker: 
         near = get_close_matches(unknown[0], known, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise RewardError(f"critic {kind} has no setting {unknown[0]!r}{hint}; it has: {', '.join(known)}")
-    given = {"asker": asker}
+    given = {"asker": asker, "scorer": scorer, "critics": critics}
     needed = needs(kind)
     if needed is None:
         return _class_of(kind)(**settings)
     if given.get(needed) is None:
-        raise RewardError(f"critic {kind} needs a model to ask")
+        raise RewardError(f"critic {kind} needs {_NEEDS[needed]}")
     return _class_of(kind)(given[needed], **settings)
 
 

@@ -6,28 +6,22 @@ there is one ask an item and round.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from reward.ask import Ask, Asker
 from reward.critics.base import (
-    NO_ANSWER,
     NOTHING_TO_COMPARE,
-    OUTSIDE_OPTIONS,
     Item,
     Judgement,
     Verdict,
     distinct_responses,
     share_rewards,
-    why_unreadable,
 )
 from reward.critics.random import shuffled
+from reward.critics.reading import read_log_probs, read_text
 from reward.critics.tournament import PAIRINGS, Game, next_games
 from reward.errors import RewardError
 from reward.prompt import Prompt, load_prompt
@@ -131,29 +125,16 @@ class PairwiseCritic:
 
     def _record(self, contest: _Contest, pair: Order, answer: Any) -> None:
         if self.read == "text":
-            found = read_text(answer, self.prompt.options)
-            probabilities = None if found is None else [float(name == found) for name in self.prompt.options]
-            reason = "" if found else why_unreadable(answer)
+            reading = read_text(answer, self.prompt.options)
         else:
-            probabilities, reason = self._from_log_probs(contest, answer)
-        if probabilities is None:
-            contest.failed[pair] = reason
+            reading = read_log_probs(answer, self.prompt.options, min_mass=self.min_option_mass)
+        if reading.mass is not None:
+            contest.masses.append(reading.mass)
+        if reading.probabilities is None:
+            contest.failed[pair] = reading.reason
         else:
-            by_name = dict(zip(self.prompt.options, probabilities, strict=True))
             rationale = answer if self.read == "text" else None
-            contest.verdicts[pair] = make_verdict(*pair, by_name, self.tie_threshold, rationale)
-
-    def _from_log_probs(self, contest: _Contest, row: Any) -> tuple[list[float] | None, str]:
-        log_probs = np.asarray(row, dtype=np.float64)
-        assert log_probs.shape == (len(self.prompt.options),), f"asker gave {log_probs.shape} for a branch"
-        mass = float(np.exp(log_probs).sum())
-        if math.isnan(mass):
-            return None, NO_ANSWER
-        if mass < self.min_option_mass or np.isneginf(log_probs).all():
-            return None, OUTSIDE_OPTIONS
-        contest.masses.append(mass)
-        weights = np.exp(log_probs - log_probs.max())
-        return (weights / weights.sum()).tolist(), ""
+            contest.verdicts[pair] = make_verdict(*pair, reading.probabilities, self.tie_threshold, rationale)
 
     def _judgement(self, contest: _Contest) -> Judgement:
         unscored = without_failures(contest.responses, contest.failed)
@@ -201,37 +182,6 @@ def make_verdict(
     tied = abs(p_first - p_second) <= tie_threshold or (p_tie is not None and p_tie >= max(p_first, p_second))
     winner = None if tied else first if p_first > p_second else second
     return Verdict(first, second, p_first, p_second, p_tie, winner, rationale)
-
-
-def read_text(text: str | None, options: dict[str, str]) -> str | None:
-    """The name of the option that a written judgement chooses, None if that is not clear.
-
-    In this order: the option that the text begins with; the option that begins its last line; the only option that
-    occurs in it at all.
-
-    >>> options = {"first": "the first response is better", "second": "the second response is better"}
-    >>> read_text("The second response is better, as the first response is wrong.", options)
-    'second'
-    >>> read_text("Hm. The first names no colour.\\n**The second response is better.**", options)
-    'second'
-    >>> read_text("Either the first response is better or the second response is better", options)
-    """
-    if text is None or not text.strip():
-        return None
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    for part in (lines[0], lines[-1]):
-        begun = [name for name, option in options.items() if _occurs(option, part, at_start=True)]
-        if begun:
-            return begun[0]
-    named = [name for name, option in options.items() if _occurs(option, text, at_start=False)]
-    return named[0] if len(named) == 1 else None
-
-
-def _occurs(option: str, text: str, *, at_start: bool) -> bool:
-    pattern = r"(?<!\w)" + r"\s+".join(re.escape(word) for word in option.split()) + r"(?!\w)"
-    if at_start:
-        pattern = r"[\W_]*" + pattern
-    return (re.match if at_start else re.search)(pattern, text, re.IGNORECASE) is not None
 
 
 def _moved(verdict: Verdict, place: dict[int, int]) -> Verdict:

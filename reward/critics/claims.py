@@ -1,0 +1,188 @@
+"""Facts checked one by one (RLAIF-V's way): items in; minus the number of wrong claims of each response out.
+
+A response is split into claims, by its sentences or by asking a model; every claim is put to the critic with the
+image as a yes/no question. A claim that several responses make is asked once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reward.ask import Asker
+from reward.critics.base import Item, Judgement, distinct_responses, share_rewards, why_unreadable
+from reward.critics.reading import Reading, read_log_probs, read_text
+from reward.errors import RewardError
+from reward.prompt import load_prompt
+
+NO_CLAIMS = "the response makes no claim that can be checked"
+
+_SPLITS = ("sentences", "ask")
+_SCORES = ("wrong", "share", "soft")
+
+
+class ClaimsCritic:
+    """Scores a response by how many of its claims are wrong.
+
+    split: `sentences` cuts at the ends of sentences; `ask` lets the model list the facts (with `split_prompt`).
+    score: `wrong` is minus the number of wrong claims (RLAIF-V; longer answers have more to lose), `share` minus
+        their share, `soft` minus the sum of their probabilities of being wrong.
+    read: `log_probs` or `text`, for the yes/no questions.
+    """
+
+    def __init__(
+        self,
+        asker: Asker,
+        *,
+        prompt: str | Path = "claims",
+        split: str = "sentences",
+        split_prompt: str | Path = "claims_split",
+        score: str = "wrong",
+        read: str = "log_probs",
+        min_option_mass: float = 0.0,
+        max_new_tokens: int = 512,
+    ) -> None:
+        known = (("split", split, _SPLITS), ("score", score, _SCORES), ("read", read, ("log_probs", "text")))
+        faults = [
+            f"{name} must be one of {', '.join(ways)}, found {value!r}"
+            for name, value, ways in known
+            if value not in ways
+        ]
+        if faults:
+            raise RewardError("claims critic: " + "; ".join(faults))
+        self.asker, self.split, self.score, self.read = asker, split, score, read
+        self.min_option_mass, self.max_new_tokens = min_option_mass, max_new_tokens
+        self.prompt = load_prompt(prompt, "claims")
+        self.split_prompt = load_prompt(split_prompt, "split") if split == "ask" else None
+        if not self.prompt.options:
+            raise RewardError(f"prompt {self.prompt.name}: a claims prompt needs options correct and wrong")
+
+    def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        responses = [distinct_responses(item) for item in items]
+        claims, unscored = self._claims(items, responses)
+        asked = [sorted({claim for index in by_index for claim in by_index[index]}) for by_index in claims]
+        readings = self._check(items, asked)
+        return [self._judgement(*one) for one in zip(items, claims, unscored, readings, strict=True)]
+
+    def _claims(
+        self, items: Sequence[Item], responses: list[list[int]]
+    ) -> tuple[list[dict[int, list[str]]], list[dict[int, str]]]:
+        """Per item the claims by response, and the responses without any with the reason."""
+        if self.split_prompt is None:
+            texts: list[list[str | None]] = [
+                ["\n".join(sentences(item.responses[index])) for index in indices]
+                for item, indices in zip(items, responses, strict=True)
+            ]
+        else:
+            prompt = self.split_prompt
+            asks = [
+                # Splitting is a matter of text: without the image it cannot slip into correcting the answer.
+                prompt.ask((), item.question, [(item.responses[index],) for index in indices])
+                for item, indices in zip(items, responses, strict=True)
+            ]
+            texts = self.asker.generate(asks, max_new_tokens=self.max_new_tokens)
+        claims: list[dict[int, list[str]]] = [{} for _ in items]
+        unscored: list[dict[int, str]] = [{} for _ in items]
+        for row, (indices, found) in enumerate(zip(responses, texts, strict=True)):
+            for index, text in zip(indices, found, strict=True):
+                listed = listed_claims(text) if text else []
+                if listed:
+                    claims[row][index] = listed
+                else:
+                    unscored[row][index] = NO_CLAIMS if text is not None else why_unreadable(text)
+        return claims, unscored
+
+    def _check(self, items: Sequence[Item], asked: list[list[str]]) -> list[dict[str, Reading]]:
+        """Per item what the critic says to each claim."""
+        places = [row for row, claims in enumerate(asked) if claims]
+        asks = [
+            self.prompt.ask(items[row].images, items[row].question, [(claim,) for claim in asked[row]])
+            for row in places
+        ]
+        readings: list[dict[str, Reading]] = [{} for _ in items]
+        if self.read == "text":
+            answers: Sequence[Any] = self.asker.generate(asks, max_new_tokens=self.max_new_tokens) if asks else []
+        else:
+            answers = self.asker.log_probs(asks) if asks else []
+        for row, rows in zip(places, answers, strict=True):
+            readings[row] = {claim: self._read(answer) for claim, answer in zip(asked[row], rows, strict=True)}
+        return readings
+
+    def _read(self, answer: Any) -> Reading:
+        if self.read == "text":
+            return read_text(answer, self.prompt.options)
+        return read_log_probs(answer, self.prompt.options, min_mass=self.min_option_mass)
+
+    def _judgement(
+        self, item: Item, claims: dict[int, list[str]], unscored: dict[int, str], readings: dict[str, Reading]
+    ) -> Judgement:
+        values: dict[int, float] = {}
+        evidence: dict[str, Any] = {"claims": {}}
+        for index, made in claims.items():
+            evidence["claims"][str(index)] = [[claim, _p_correct(readings[claim])] for claim in made]
+            failed = [readings[claim].reason for claim in made if readings[claim].probabilities is None]
+            if failed:
+                unscored[index] = failed[0]
+            else:
+                values[index] = self._score([_p_wrong(readings[claim]) for claim in made])
+        masses = [reading.mass for reading in readings.values() if reading.mass is not None]
+        if masses:
+            evidence["mean_option_mass"] = sum(masses) / len(masses)
+        rewards, reasons = share_rewards(item, values, unscored)
+        return Judgement(rewards, unscored=reasons, evidence=evidence)
+
+    def _score(self, p_wrong: list[float]) -> float:
+        if self.score == "soft":
+            return -sum(p_wrong)
+        num_wrong = sum(p > 0.5 for p in p_wrong)
+        return -num_wrong / len(p_wrong) if self.score == "share" else -float(num_wrong)
+
+
+def _p_correct(reading: Reading) -> float | None:
+    return None if reading.probabilities is None else reading.probabilities["correct"]
+
+
+def _p_wrong(reading: Reading) -> float:
+    assert reading.probabilities is not None
+    return reading.probabilities["wrong"]
+
+
+_END = re.compile(r"(?<=[.!?。！？；])[\"'”’)\]]*(?:\s+|(?<=[。！？；]))|\n+")
+_ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|prof|st|vs|fig|approx|e\.g|i\.e|etc|[a-z])\.$", re.IGNORECASE)
+_BULLET = re.compile(r"^\s*(?:[-*•]|\(?\d+[.)、])\s*")
+
+
+def sentences(text: str) -> list[str]:
+    """Cut a text at the ends of sentences and lines, in English and Chinese.
+
+    >>> sentences("Mr. Hall holds 2.5 kg. Is it red? Yes!\\n- a bag")
+    ['Mr. Hall holds 2.5 kg.', 'Is it red?', 'Yes!', 'a bag']
+    >>> sentences("图中有一只猫。它是黑色的！")
+    ['图中有一只猫。', '它是黑色的！']
+    """
+    parts: list[str] = []
+    start = 0
+    for match in _END.finditer(text):
+        piece = text[start : match.end()]
+        if "\n" not in match.group() and _ABBREVIATION.search(piece.strip()):
+            continue
+        parts.append(piece)
+        start = match.end()
+    parts.append(text[start:])
+    cleaned = (_BULLET.sub("", part).strip() for part in parts)
+    return [part for part in cleaned if re.search(r"\w", part)]
+
+
+def listed_claims(text: str) -> list[str]:
+    """The claims that a model listed, one a line, without bullets and repeats; none if it wrote NONE.
+
+    >>> listed_claims("1. A cat sits.\\n2. It is black.\\n- A cat sits.")
+    ['A cat sits.', 'It is black.']
+    >>> listed_claims("NONE.")
+    []
+    """
+    lines = [_BULLET.sub("", line).strip() for line in text.splitlines()]
+    kept = [line for line in lines if re.search(r"\w", line) and line.strip(".*").upper() != "NONE"]
+    return list(dict.fromkeys(kept))

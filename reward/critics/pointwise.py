@@ -1,0 +1,144 @@
+"""A rating of every response by itself: items in; ratings from 0 to 100, which are the rewards, out."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reward.ask import Asker
+from reward.critics.base import Item, Judgement, distinct_responses, share_rewards, why_unreadable
+from reward.critics.reading import read_log_probs
+from reward.errors import RewardError
+from reward.prompt import load_prompt
+
+Scale = tuple[float, float]
+
+
+class PointwiseCritic:
+    """Rates each response on 0-100 with the image in view, without seeing the others.
+
+    read: `log_probs` takes the mean over the probabilities of the ratings that the prompt offers, which tells apart
+        responses that would be written the same number; `text` lets the critic write, reads the number and keeps
+        what it wrote.
+    min_option_mass: a rating is a failure if the offered ones together have less probability than this (`log_probs`).
+    """
+
+    def __init__(
+        self,
+        asker: Asker,
+        *,
+        prompt: str | Path = "pointwise",
+        read: str = "log_probs",
+        min_option_mass: float = 0.0,
+        max_new_tokens: int = 512,
+    ) -> None:
+        if read not in ("log_probs", "text"):
+            raise RewardError(f"pointwise critic: read must be log_probs or text, found {read!r}")
+        self.asker, self.read, self.max_new_tokens = asker, read, max_new_tokens
+        self.min_option_mass = min_option_mass
+        self.prompt = load_prompt(prompt, "pointwise")
+        if read == "log_probs" and len(self.prompt.options) < 2:
+            raise RewardError(
+                f"prompt {self.prompt.name}: to read log_probs it must offer at least two ratings as options"
+            )
+
+    def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        responses = [distinct_responses(item) for item in items]
+        asks = [
+            self.prompt.ask(item.images, item.question, [(item.responses[index],) for index in indices])
+            for item, indices in zip(items, responses, strict=True)
+        ]
+        if self.read == "text":
+            texts = self.asker.generate(asks, max_new_tokens=self.max_new_tokens)
+            return [self._from_texts(*one) for one in zip(items, responses, texts, strict=True)]
+        tables = self.asker.log_probs(asks)
+        return [self._from_log_probs(*one) for one in zip(items, responses, tables, strict=True)]
+
+    def _from_log_probs(self, item: Item, responses: list[int], table: Any) -> Judgement:
+        ratings, unscored, spreads, masses = {}, {}, {}, []
+        for index, row in zip(responses, table, strict=True):
+            reading = read_log_probs(row, self.prompt.options, min_mass=self.min_option_mass)
+            if reading.mass is not None:
+                masses.append(reading.mass)
+            if reading.probabilities is None:
+                unscored[index] = reading.reason
+                continue
+            ratings[index], spreads[str(index)] = expectation(reading.probabilities, self.prompt.scale)
+        evidence: dict[str, Any] = {"rating_sd": spreads}
+        if masses:
+            evidence["mean_option_mass"] = sum(masses) / len(masses)
+        return _judgement(item, ratings, unscored, evidence)
+
+    def _from_texts(self, item: Item, responses: list[int], texts: Sequence[str | None]) -> Judgement:
+        ratings, unscored = {}, {}
+        for index, text in zip(responses, texts, strict=True):
+            rating = None if text is None else read_rating(text, self.prompt.scale)
+            if rating is None:
+                unscored[index] = why_unreadable(text)
+            else:
+                ratings[index] = rating
+        rationales = {str(index): text for index, text in zip(responses, texts, strict=True) if text is not None}
+        return _judgement(item, ratings, unscored, {"rationales": rationales})
+
+
+def _judgement(item: Item, ratings: dict[int, float], unscored: dict[int, str], evidence: dict[str, Any]) -> Judgement:
+    rewards, reasons = share_rewards(item, ratings, unscored)
+    return Judgement(rewards, ratings=list(rewards), unscored=reasons, evidence=evidence)
+
+
+def expectation(probabilities: dict[str, float], scale: Scale) -> tuple[float, float]:
+    """Mean and standard deviation, on 0-100, of a rating whose possible values are named by the options.
+
+    >>> expectation({"1": 0.5, "5": 0.5}, (1, 5))
+    (50.0, 50.0)
+    """
+    values = {name: to_hundred(float(name), scale) for name in probabilities}
+    mean = sum(share * values[name] for name, share in probabilities.items())
+    variance = sum(share * (values[name] - mean) ** 2 for name, share in probabilities.items())
+    return mean, math.sqrt(variance)
+
+
+def to_hundred(value: float, scale: Scale) -> float:
+    """A value on `scale` as one on 0-100."""
+    lowest, highest = scale
+    return 100.0 * (value - lowest) / (highest - lowest)
+
+
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_OUT_OF = re.compile(rf"{_NUMBER}\s*(?:/|out of)\s*{_NUMBER}", re.IGNORECASE)
+_NAMED = re.compile(
+    rf"(?:score|rating|grade|rate|分数|评分|得分|打分)\D{{0,20}}?{_NUMBER}|{_NUMBER}\s*分", re.IGNORECASE
+)
+_DOUBLE_BRACKETS = re.compile(rf"\[\[\s*{_NUMBER}\s*\]\]")
+_ANY = re.compile(rf"(?<![\w.]){_NUMBER}(?![\w]|\.\d)")
+
+
+def read_rating(text: str, scale: Scale) -> float | None:
+    """The rating, on 0-100, in a written judgement; None if none is clear or it lies outside the scale.
+
+    In this order: `[[80]]`; `80/100` or `8 out of 10`; a number named as score; the only number there is. Where one
+    form stands several times the numbers must agree.
+
+    >>> [read_rating(text, (0, 100)) for text in ("Score: 85. It names 2 cats.", "8/10", "80分", "2 of 3 cats", "120")]
+    [85.0, 80.0, 80.0, None, None]
+    """
+    text = unicodedata.normalize("NFKC", text)
+    lowest, highest = scale
+    for pattern in (_DOUBLE_BRACKETS, _OUT_OF, _NAMED, _ANY):
+        found = {_value(match, pattern, scale) for match in pattern.finditer(text)}
+        if found:
+            value = found.pop()
+            return to_hundred(value, scale) if not found and value is not None and lowest <= value <= highest else None
+    return None
+
+
+def _value(match: re.Match[str], pattern: re.Pattern[str], scale: Scale) -> float | None:
+    """The value on the scale; "8 out of 10" is brought to the scale's own top."""
+    groups = [float(group) for group in match.groups() if group is not None]
+    if pattern is not _OUT_OF:
+        return groups[0]
+    return groups[0] / groups[1] * scale[1] if groups[1] > 0 else None

@@ -1,0 +1,64 @@
+"""Reward models that give one number: items in; the number for each response, as the reward, out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from reward.critics.base import NO_ANSWER, Item, Judgement, distinct_responses, share_rewards
+
+NOT_FINITE = "the reward model gave no finite number"
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One question with one response: what a sequence-classification reward model reads."""
+
+    images: tuple[Any, ...]
+    question: str
+    response: str
+
+
+class Scorer(Protocol):
+    """A reward model that somebody else loads and batches."""
+
+    def __call__(self, dialogues: Sequence[Dialogue]) -> Sequence[float | None]:
+        """One number a dialogue, higher is better; None or nan where it failed."""
+        ...
+
+
+class ScalarCritic:
+    """Takes a reward model's number as it is; only differences within one question mean anything."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        responses = [distinct_responses(item) for item in items]
+        dialogues = [
+            Dialogue(item.images, item.question, item.responses[index])
+            for item, indices in zip(items, responses, strict=True)
+            for index in indices
+        ]
+        numbers = list(self.scorer(dialogues)) if dialogues else []
+        assert len(numbers) == len(dialogues), f"{len(dialogues)} dialogues, but the scorer gave {len(numbers)} numbers"
+        rest = iter(numbers)
+        return [
+            _judgement(item, {i: next(rest) for i in indices}) for item, indices in zip(items, responses, strict=True)
+        ]
+
+
+def _judgement(item: Item, numbers: dict[int, float | None]) -> Judgement:
+    values: dict[int, float] = {}
+    unscored: dict[int, str] = {}
+    for index, number in numbers.items():
+        if number is None:
+            unscored[index] = NO_ANSWER
+        elif not math.isfinite(number):
+            unscored[index] = NOT_FINITE
+        else:
+            values[index] = float(number)
+    rewards, reasons = share_rewards(item, values, unscored)
+    return Judgement(rewards, unscored=reasons)

@@ -126,6 +126,7 @@ def dpo(
     if wants_processes(loaded):
         run_stage_command(loaded, "dpo", round_, _config_args(config, set_) + (["--redo"] if redo else []))
         return
+    from align.card import write_model_card
     from align.dpo.train import STAGE, run_dpo
 
     with this.lock():
@@ -133,6 +134,7 @@ def dpo(
             this.discard(STAGE)
         run_dpo(loaded, round_)
     if is_main_process():
+        write_model_card(loaded, round_)
         _say(
             f"checkpoint of round {round_}: {this.checkpoint}",
             next_command=f"align evaluate --round {round_}, or align sample --round {round_ + 1}",
@@ -149,6 +151,7 @@ def evaluate(
     redo: RedoOption = False,
 ) -> None:
     """Held-out numbers of a checkpoint, with intervals."""
+    from align.card import write_model_card
     from align.evaluate import STAGE, run_evaluate
 
     loaded = _load(config, set_)
@@ -157,6 +160,8 @@ def evaluate(
         if redo:
             this.discard(STAGE)
         run_evaluate(loaded, round_)
+    if round_:
+        write_model_card(loaded, round_)
     _say(f"evaluation of round {round_}: {this.evaluation}", next_command="align report")
 
 

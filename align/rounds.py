@@ -14,6 +14,7 @@ def run_rounds(config: Config, config_args: list[str]) -> None:
     `config_args` are the command-line arguments that lead to this very configuration, for stages that must start in
     several processes of their own.
     """
+    from align.card import write_model_card
     from align.evaluate import run_evaluate
     from align.sample import run_sample
     from align.score import run_score
@@ -34,6 +35,7 @@ def run_rounds(config: Config, config_args: list[str]) -> None:
         if config.evaluate.questions is not None:
             with run.round(number).lock():
                 run_evaluate(config, number)
+        write_model_card(config, number)
 
 
 def _dpo(config: Config, number: int) -> None:

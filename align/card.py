@@ -1,0 +1,113 @@
+"""A round's manifests and evaluations in, the model card of its checkpoint out (README.md in its folder)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.config import Config
+from align.rundir import RunDir, write_text
+from align.summary import COLUMNS, metrics_by_round
+
+
+def write_model_card(config: Config, number: int) -> Path:
+    """Write the card of round `number`'s checkpoint from what the run directory says; called again when more is known."""
+    run = RunDir(config.run_dir)
+    parent = run.policy(number, config.policy)
+    path = run.round(number).checkpoint / "README.md"
+    stages = run.round(number).manifest.read()["stages"]
+    heading = yaml.safe_dump(_heading(config, parent), sort_keys=False).strip()
+    sections = [
+        f"# {config.name}, round {number}",
+        "A vision-language model aligned by iterative DPO: the policy answered image questions several times, a critic "
+        "judged the answers, and DPO trained the full model on the resulting preference pairs.",
+        _lineage(config, run, number),
+        _data(stages),
+        _training(config, stages),
+        _results(run, number),
+        "## Use\n\nThis folder opens where its parent opened. Intended for research on preference alignment; it inherits "
+        "its parent's licence, biases and limits, and what its critic prefers is not a guarantee of truth.",
+    ]
+    write_text(path, f"---\n{heading}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def _heading(config: Config, parent: str) -> dict[str, Any]:
+    heading: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    licence = _parent_licence(parent)
+    if licence:
+        heading["license"] = licence
+    if not Path(config.policy).exists():
+        heading["base_model"] = config.policy
+    return heading | {"tags": ["dpo", "valley-align", "trl"]}
+
+
+def _parent_licence(parent: str) -> str | None:
+    """The licence that the parent's own card names; inherited, never invented."""
+    card = Path(parent) / "README.md"
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---")
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        heading = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    return heading.get("license") if isinstance(heading, dict) else None
+
+
+def _lineage(config: Config, run: RunDir, number: int) -> str:
+    rows = ["## Lineage", "", "| round | parent (sha256) | questions | pairs | seed |", "|---|---|---|---|---|"]
+    for earlier in range(1, number + 1):
+        stages = run.round(earlier).manifest.read()["stages"]
+        sample, score = stages.get("sample", {}), stages.get("score", {})
+        parent = sample.get("inputs", {}).get("policy", "")[:16]
+        counts = [sample.get("counts", {}).get("questions", ""), score.get("counts", {}).get("pairs", "")]
+        rows.append(f"| {earlier} | `{parent}` | {counts[0]} | {counts[1]} | {config.seed} |")
+    name = config.policy if not Path(config.policy).exists() else Path(config.policy).name
+    return "\n".join([*rows, "", f"First policy: `{name}`."])
+
+
+def _data(stages: dict[str, Any]) -> str:
+    lines = ["## Data and critic", ""]
+    for stage in ("sample", "score"):
+        for name, digest in stages.get(stage, {}).get("inputs", {}).items():
+            lines.append(f"* {name}: sha256 `{digest[:16]}`")
+    settings = stages.get("score", {}).get("settings", {}).get("critic")
+    if settings:
+        lines.append(f"* critic: {json.dumps(settings)}")
+    figures = stages.get("score", {}).get("counts", {}).get("critic")
+    if figures:
+        lines.append(f"* critic's figures: {json.dumps(figures)}")
+    return "\n".join(lines)
+
+
+def _training(config: Config, stages: dict[str, Any]) -> str:
+    entry = stages.get("dpo", {})
+    settings = entry.get("settings", config.dpo.model_dump(mode="json"))
+    lines = ["## Training", "", "```json", json.dumps(settings, indent=2, default=str), "```"]
+    versions = entry.get("versions", {})
+    if versions:
+        lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+    return "\n".join(lines)
+
+
+def _results(run: RunDir, number: int) -> str:
+    rounds = {key: value for key, value in metrics_by_round(run.path).items() if key <= number}
+    names = [name for name in COLUMNS if any(name in metrics for metrics in rounds.values())]
+    if not rounds or not names:
+        return ""
+    rows = ["## Results on held-out questions (95 % intervals)", ""]
+    rows += ["| round | " + " | ".join(COLUMNS[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for key, metrics in rounds.items():
+        cells = [_interval(metrics.get(name)) for name in names]
+        rows.append(f"| {key} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _interval(metric: dict[str, float] | None) -> str:
+    return "-" if metric is None else f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"

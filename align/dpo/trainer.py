@@ -4,22 +4,27 @@ Losses, metrics and the training loop are TRL's and transformers'; `_compute_los
 
 * the data set holds lines of pairs.jsonl and is left alone (`align.dpo.collator` does the work);
 * reference log-probabilities come with the batch when the data set has them, and then no second model is kept;
+* batches of the shared layout are understood (`align.dpo.shared`);
 * the projector may have a learning rate of its own;
 * resuming loads every weight of a vision-language model;
-* a loss that is not a number stops the run and names the pairs of the batch.
+* a loss or gradient that is not a number stops the run at the last good state and names the pairs of the step.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from align.dpo.parts import part_names
 from align.dpo.shared import add_shared_rows
 from align.errors import UserError
 from align.prefix.rows import unwrap
@@ -30,15 +35,22 @@ METRIC_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-def pair_dataset(pairs: Sequence[Pair], reference: Sequence[tuple[float, float]] | None = None) -> Dataset:
+def pair_dataset(
+    pairs: Sequence[Pair],
+    reference: Sequence[tuple[float, float]] | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Dataset:
     """The pairs as a data set of lines, with the log-probabilities of the reference where they are known.
 
     `reference` has one (chosen, rejected) a pair: natural-log probabilities summed over the response's tokens.
+    `lengths` (tokens of a pair) lets `train_sampling_strategy: group_by_length` work.
     """
     columns: dict[str, Any] = {"pair": [pair.to_line() for pair in pairs], "index": list(range(len(pairs)))}
     if reference is not None:
         for position, name in enumerate(REFERENCE_COLUMNS):
             columns[name] = [values[position] for values in reference]
+    if lengths is not None:
+        columns["length"] = list(lengths)
     return Dataset.from_dict(columns)
 
 
@@ -62,6 +74,7 @@ class PairTrainer(DPOTrainer):
         ref_model: nn.Module | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        projector_learning_rate_multiplier: float = 1.0,
     ) -> None:
         cached = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
         assert cached or ref_model is not None or peft_config is not None, "no reference: neither cached nor live"
@@ -78,14 +91,20 @@ class PairTrainer(DPOTrainer):
             callbacks=callbacks,
             peft_config=peft_config,
         )
+        self.projector_learning_rate_multiplier = projector_learning_rate_multiplier
+        self._pairs_of_step: list[int] = []
+        self.remove_callback(PrinterCallback)
         if data_collator.layout == "shared":
-            assert not self.aux_loss_enabled, "the load-balancing loss of experts needs the plain layout"
-            add_shared_rows(
-                unwrap(self.model), (*METRIC_OUTPUTS, *(["log_sum_sq_probs"] if args.use_weighting else []))
-            )
-            if self.ref_model is not None:
-                reference = self.accelerator.unwrap_model(self.ref_model)
-                add_shared_rows(reference, autocast=self.accelerator.autocast)
+            self._share_prompts()
+
+    def _share_prompts(self) -> None:
+        assert not self.aux_loss_enabled, "the load-balancing loss of experts needs the plain layout"
+        weights = ["log_sum_sq_probs"] if self.use_weighting else []
+        add_shared_rows(unwrap(self.model), (*METRIC_OUTPUTS, *weights))
+        if self.ref_model is not None:
+            add_shared_rows(self.accelerator.unwrap_model(self.ref_model), autocast=self.accelerator.autocast)
+
+    # What TRL does to data sets and around training, and is not wanted here.
 
     def _prepare_dataset(self, dataset: Dataset, *unused: Any, **unused_too: Any) -> Dataset:
         return dataset
@@ -99,24 +118,99 @@ class PairTrainer(DPOTrainer):
     def create_model_card(self, *unused: Any, **unused_too: Any) -> None:
         """TRL's card would stand in every intermediate state; ours is written once, into the finished checkpoint."""
 
+    # The step.
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs = dict(inputs)
-        index = inputs.pop("pair_index")
+        self._pairs_of_step += inputs.pop("pair_index").tolist()
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
-        if not torch.isfinite(loss):
-            self._stop_at_bad_loss(loss, index)
+        self._stop_unless_finite(loss.detach(), "loss")
         return result
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of the tokens that are really computed; transformers would count those of `input_ids`."""
         return super().floating_point_ops({self.model.main_input_name: inputs["attention_mask"]})
 
-    def _stop_at_bad_loss(self, loss: torch.Tensor, index: torch.Tensor) -> None:
-        names = [Pair.model_validate_json(self.train_dataset[int(i)]["pair"]).id for i in index]
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called right before the optimiser steps: the last moment at which the weights are still good."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # With fp16 an infinite norm is usual: the scaler skips that step. Optimisers that own the gradients give none.
+        if grad_norm is not None and self.accelerator.scaler is None:
+            self._stop_unless_finite(torch.as_tensor(grad_norm, device=self.args.device), "norm of the gradient")
+        self._pairs_of_step = []
+        return grad_norm
+
+    def _stop_unless_finite(self, value: torch.Tensor, what: str) -> None:
+        """Raise UserError on every process when the value of any of them is not finite."""
+        bad = (~torch.isfinite(value)).float()
+        if not self.accelerator.reduce(bad, "sum"):
+            return
+        step = self.state.global_step
+        state = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if step > 0 and not state.exists():
+            self._save_checkpoint(self.model, trial=None)
+        names = [Pair.model_validate_json(self.train_dataset[i]["pair"]).id for i in self._pairs_of_step]
         raise UserError(
-            f"the loss is {loss.item()} at step {self.state.global_step + 1}; the batch held the pairs {', '.join(names)}",
-            fix="look at these pairs, or lower dpo.learning_rate",
+            f"the {what} is {value.item()} at step {step + 1}, with the pairs {', '.join(names)}; "
+            + (f"the state after step {step} is kept in {state}" if step else "nothing has been trained yet"),
+            fix="look at these pairs, or lower dpo.learning_rate and run again with --redo",
         )
+
+    # Optimiser.
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """TRL's optimiser, with the projector's parameters in groups of their own where their rate differs."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
+        if fresh and self.projector_learning_rate_multiplier != 1.0:
+            self._split_projector(optimizer, model if model is not None else self.model)
+        return optimizer
+
+    def _split_projector(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        parts = part_names(model)
+        projector = {id(parameter) for name, parameter in model.named_parameters() if parts[name] == "projector"}
+        trained = [p for group in optimizer.param_groups for p in group["params"] if id(p) in projector]
+        if not trained:
+            raise UserError(
+                "dpo.projector_learning_rate_multiplier is set, but no projector is trained",
+                fix="take `projector` out of dpo.freeze, or the multiplier out of the configuration",
+            )
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in projector]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
+                rate = group["lr"] * self.projector_learning_rate_multiplier
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+
+    # Intermediate states.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The weights of an intermediate state, under the names they have in memory.
+
+        transformers would write the names of the published checkpoint and, on resuming, not translate them back: most
+        weights would silently stay those of the first policy (https://github.com/huggingface/transformers/issues/43701).
+        Can go when that is closed in the oldest supported version.
+        """
+        if isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+            return
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            os.makedirs(folder, exist_ok=True)
+            self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Resuming with weights missing would train another model: not a warning, but the end."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(parameter) for name, parameter in named.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if name in named and id(named[name]) not in loaded]
+        if missing or load_result.unexpected_keys:
+            raise UserError(
+                f"the intermediate state does not fit the model: missing {missing[:3]}, unexpected "
+                f"{list(load_result.unexpected_keys)[:3]}",
+                where=self.args.output_dir,
+                fix="run again with --redo",
+            )

@@ -1,0 +1,86 @@
+"""What happens between steps: numbers go to a file, progress to the terminal, and a request to stop is obeyed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.progress import progress
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what is logged to a JSONL file, a line a step; a resumed run takes back what it will do again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and state.log_history and "loss" in state.log_history[-1]:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class StepProgress(TrainerCallback):
+    """A progress bar over optimiser steps."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self._stack = ExitStack()
+        self._advance: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        bar = progress(self.label, total=state.max_steps, done=state.global_step)
+        self._advance = self._stack.enter_context(bar)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._advance(1)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._stack.close()
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM (a scheduler wants the machine back): finish the step, save, stop.
+
+    The signal may reach one process of several only, or at different steps, so all processes agree after every step.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM within the context; Python allows that in the main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            flag = torch.tensor(float(self.requested), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.requested = bool(flag)
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+    def _request(self, *_: Any) -> None:
+        self.requested = True

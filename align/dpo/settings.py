@@ -1,0 +1,97 @@
+"""The `dpo:` section in, TRL's `DPOConfig` out: every field of it can be set, unknown and dangerous ones are refused.
+
+What the recipe of LLaVA-Critic says, and not TRL's own defaults, holds where nothing is set: one epoch, learning rate
+5e-7, cosine with a tenth of warm-up, no weight decay, eight pairs a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import DPOConfig
+
+from align.config import Config, DpoSettings
+from align.errors import UserError
+
+RECIPE: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "learning_rate": 5e-7,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "weight_decay": 0.0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "beta": 0.1,
+    "logging_steps": 1,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
+# Fields that belong to the toolkit, and why.
+OWN_FIELDS = {
+    "output_dir": "the round's folder is the place",
+    "remove_unused_columns": "the collator needs every column",
+    "truncation_mode": "nothing is ever truncated: see dpo.max_length and dpo.too_long",
+    "precompute_ref_log_probs": "reference log-probabilities are always cached: see dpo.reference",
+    "precompute_ref_batch_size": "reference log-probabilities are computed per_device_train_batch_size at a time",
+    "model_init_kwargs": "the checkpoint is opened as the model: section says",
+    "trust_remote_code": "no code from a checkpoint is ever run",
+    "resume_from_checkpoint": "the same command always goes on from the last state",
+    "eval_strategy": "held-out questions are asked by `align evaluate`",
+    "load_best_model_at_end": "held-out questions are asked by `align evaluate`",
+    "push_to_hub": "nothing is uploaded",
+    "padding_free": "it has no effect in this version of TRL",
+    "pad_token": "the processor's own is used",
+    "use_cpu": "see model.device",
+}
+HINTS = {"warmup_ratio": "warmup_steps takes a ratio when it is below 1"}
+
+
+def check_fields(settings: DpoSettings) -> None:
+    """Raise UserError that lists every key of the section that is neither ours nor TRL's to set."""
+    trl = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
+    known = sorted((trl - OWN_FIELDS.keys()) | DpoSettings.model_fields.keys())
+    problems = []
+    for name in settings.trainer_fields():
+        if name in OWN_FIELDS:
+            problems.append(f"dpo.{name} cannot be set: {OWN_FIELDS[name]}")
+        elif name not in trl:
+            near = get_close_matches(name, known, n=1)
+            hint = HINTS.get(name) or (f"did you mean {near[0]!r}?" if near else "it is no field of TRL's DPOConfig")
+            problems.append(f"dpo.{name}: unknown key ({hint})")
+    if problems:
+        raise UserError("the dpo section has faults:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def training_arguments(config: Config, output_dir: Path, device: torch.device, dtype: torch.dtype) -> DPOConfig:
+    """The arguments of a round's training on `device` with weights of `dtype`.
+
+    On a GPU that has bfloat16, float32 weights are trained with bfloat16 arithmetic (autocast). Log-probabilities and
+    losses are float32 everywhere.
+
+    Raises:
+        UserError: a field is unknown, not to be set, or has a value that TRL or transformers refuse.
+    """
+    check_fields(config.dpo)
+    on_gpu = device.type == "cuda"
+    fields = RECIPE | {
+        "bf16": on_gpu and dtype != torch.float16 and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "seed": config.seed,
+    }
+    fields |= config.dpo.trainer_fields()
+    fields |= {
+        "output_dir": str(output_dir),
+        "remove_unused_columns": False,
+        "max_length": None,
+        "use_cpu": not on_gpu,
+        "disable_tqdm": True,
+    }
+    try:
+        return DPOConfig(**fields)
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise UserError(f"TRL refuses the dpo section: {error}") from None

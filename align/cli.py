@@ -14,7 +14,8 @@ import typer
 
 from align.config import CONFIG_NAME, Config, commented_config, dump_config, find_config, load_config
 from align.errors import UserError
-from align.progress import is_main_process, log
+from align.progress import log
+from align.ranks import is_main_process
 from align.rundir import RunDir
 
 app = typer.Typer(

@@ -7,16 +7,17 @@ Judging against other rounds with a critic is not done here.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from align.config import Config
 from align.errors import UserError
 from align.images import ImageStore
-from align.progress import log, progress
+from align.progress import log
+from align.questionwise import Keep, begin, finish, work_through
+from align.ranks import is_main_process
 from align.records import Evaluated, Evaluation, Question, read_questions
-from align.rundir import PartialFile, RunDir, checkpoint_hash, content_hash, text_hash, write_text
+from align.rundir import RunDir, checkpoint_hash, content_hash, text_hash, write_text
 from align.statistics import Interval, bootstrap_mean, distinct_n, is_refusal, repetition, words
 from reward.critics.verifier import grade
 from reward.errors import RewardError
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from align.engines.base import SampleRequest, SampleResult
 
 STAGE = "evaluate"
+# Between greedy and sampled passes, so that an interruption loses little.
+QUESTIONS_AT_A_TIME = 256
 
 
 def run_evaluate(config: Config, number: int) -> None:
@@ -43,22 +46,20 @@ def run_evaluate(config: Config, number: int) -> None:
     _check_overlap(config, questions)
     settings = {"evaluate": config.evaluate.model_dump(exclude={"questions", "image_root"}), "seed": config.seed}
     inputs = {"questions": content_hash(config.evaluate.questions), "checkpoint": checkpoint_hash(checkpoint)}
-    if not this.manifest.begin(STAGE, settings=settings, inputs=inputs):
+    if not begin(this.manifest, STAGE, settings=settings, inputs=inputs):
         log.info("round %d is evaluated already: %s", number, this.evaluation)
         return
-    started = time.monotonic()
-    partial = PartialFile(this.evaluation_lines, Evaluation)
-    done = partial.read()
-    todo = [question for question in questions if question.id not in done]
-    notes = _answer(config, checkpoint, todo, images, number, partial, len(done)) if todo else {}
-    lines = partial.finish(question.id for question in questions)
-    metrics = {name: interval.as_dict() for name, interval in measure(lines).items()}
-    write_text(
-        this.evaluation, json.dumps({"round": number, "questions": len(lines), "metrics": metrics}, indent=2) + "\n"
-    )
-    seconds = time.monotonic() - started
+
+    def work(todo: list[Question], keep: Keep) -> dict[str, str]:
+        return _answer(config, checkpoint, todo, images, keep)
+
+    done = work_through(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
+    if is_main_process():
+        metrics = {name: interval.as_dict() for name, interval in measure(done.records).items()}
+        numbers = {"round": number, "questions": len(questions), "metrics": metrics}
+        write_text(this.evaluation, json.dumps(numbers, indent=2) + "\n")
     outputs = [this.evaluation, this.evaluation_lines]
-    this.manifest.finish(STAGE, outputs=outputs, counts={"questions": len(lines)}, seconds=seconds, notes=notes)
+    finish(this.manifest, STAGE, outputs=outputs, counts={"questions": len(questions)}, done=done)
 
 
 def measure(lines: list[Evaluation]) -> dict[str, Interval]:
@@ -85,15 +86,7 @@ def _over_samples(lines: list[Evaluation], value: Callable[[Evaluated], float]) 
     return bootstrap_mean([[value(response) for response in line.sampled] for line in lines])
 
 
-def _answer(
-    config: Config,
-    checkpoint: str,
-    todo: list[Question],
-    images: ImageStore,
-    number: int,
-    partial: PartialFile,
-    done: int,
-) -> dict[str, str]:
+def _answer(config: Config, checkpoint: str, todo: list[Question], images: ImageStore, keep: Keep) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
     from align.engines.open import open_engine
 
@@ -106,7 +99,7 @@ def _answer(
         batch_size=config.sample.batch_size,
     )
 
-    def requests(num_samples: int) -> list[SampleRequest]:
+    def requests(some: list[Question], num_samples: int) -> list[SampleRequest]:
         return [
             SampleRequest(
                 id=question.id,
@@ -116,29 +109,26 @@ def _answer(
                 # The same seed in every round: rounds are compared on common random numbers.
                 seed=int(text_hash("evaluate", str(config.seed), question.id)[:15], 16),
             )
-            for question in todo
+            for question in some
         ]
 
+    by_id = {question.id: question for question in todo}
+    greedy: dict[str, Evaluated] = {}
+
+    def keep_greedy(result: SampleResult) -> None:
+        (greedy[result.id],) = _evaluated(result, by_id[result.id])
+
+    def keep_sampled(result: SampleResult) -> None:
+        question = by_id[result.id]
+        sampled = _evaluated(result, question)
+        keep(Evaluation(id=result.id, question=question, greedy=greedy[result.id], sampled=sampled))
+
     longest = config.evaluate.max_new_tokens
-    greedy: dict[str, SampleResult] = {}
-    with progress(f"round {number}: evaluate", total=2 * (done + len(todo)), done=2 * done) as advance:
-
-        def keep_greedy(result: SampleResult) -> None:
-            greedy[result.id] = result
-            advance(1)
-
-        def keep(result: SampleResult) -> None:
-            question = by_id[result.id]
-            first, *_ = _evaluated(greedy[result.id], question)
-            partial.append(
-                Evaluation(id=result.id, question=question, greedy=first, sampled=_evaluated(result, question))
-            )
-            advance(1)
-
-        by_id = {question.id: question for question in todo}
-        engine.sample(requests(1), SamplingSettings(temperature=0.0, max_new_tokens=longest), keep_greedy)
-        sampled = SamplingSettings(temperature=config.evaluate.temperature, max_new_tokens=longest)
-        engine.sample(requests(config.evaluate.num_samples), sampled, keep)
+    settings = SamplingSettings(temperature=config.evaluate.temperature, max_new_tokens=longest)
+    for start in range(0, len(todo), QUESTIONS_AT_A_TIME):
+        some = todo[start : start + QUESTIONS_AT_A_TIME]
+        engine.sample(requests(some, 1), SamplingSettings(temperature=0.0, max_new_tokens=longest), keep_greedy)
+        engine.sample(requests(some, config.evaluate.num_samples), settings, keep_sampled)
     return engine.notes
 
 

@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+
+from align.ranks import is_main_process
 
 log = logging.getLogger("align")
 
 LINE_EVERY_S = 30.0
 
 
-def is_main_process() -> bool:
-    """True on the one process that speaks and writes manifests (rank 0, or no launcher at all)."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 @contextlib.contextmanager
-def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances the count; `done` were finished before (a resumed stage)."""
+def progress(label: str, total: int, done: int = 0, weight: int = 1) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances the count; `done` were finished before (a resumed stage).
+
+    Only the main process shows anything; with `weight` processes at work, each step of its own stands for that many.
+    """
     if not is_main_process():
         yield lambda step: None
-    elif sys.stderr.isatty():
-        yield from _bar(label, total, done)
-    else:
-        yield from _lines(label, total, done)
+        return
+    show = _bar if sys.stderr.isatty() else _lines
+    with contextlib.contextmanager(show)(label, total, done) as advance:
+        yield lambda step: advance(step * weight)
 
 
 def _bar(label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

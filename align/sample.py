@@ -6,16 +6,16 @@ the batch or the number of processes. Finished questions are kept when the stage
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from align.config import Config
 from align.errors import UserError
 from align.images import ImageStore
-from align.progress import log, progress
+from align.progress import log
+from align.questionwise import Keep, begin, finish, work_through
 from align.records import Question, Response, Samples, read_questions
-from align.rundir import PartialFile, RunDir, checkpoint_hash, content_hash, text_hash
+from align.rundir import RunDir, checkpoint_hash, content_hash, text_hash
 
 if TYPE_CHECKING:
     from align.engines.base import SampleResult
@@ -39,18 +39,15 @@ def run_sample(config: Config, number: int) -> None:
         raise UserError(
             "sample.num_responses is 1: a preference needs two responses", fix="set it to 2 or more (5 is usual)"
         )
-    if not this.manifest.begin(STAGE, settings=_settings(config), inputs=_inputs(config, policy)):
+    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config, policy)):
         log.info("round %d is sampled already: %s", number, this.samples)
         return
-    started = time.monotonic()
-    partial = PartialFile(this.samples, Samples)
-    done = partial.read()
-    todo = [question for question in questions if question.id not in done]
-    notes = _sample(config, policy, todo, images, number, partial, len(done)) if todo else {}
-    samples = partial.finish(question.id for question in questions)
-    this.manifest.finish(
-        STAGE, outputs=[this.samples], counts=_counts(samples), seconds=time.monotonic() - started, notes=notes
-    )
+
+    def work(todo: list[Question], keep: Keep) -> dict[str, str]:
+        return _sample(config, policy, todo, images, number, keep)
+
+    done = work_through(this.samples, Samples, questions, work, label=f"round {number}: sample")
+    finish(this.manifest, STAGE, outputs=[this.samples], counts=_counts(done.records), done=done)
 
 
 def round_questions(questions: list[Question], number: int, per_round: int | None) -> list[Question]:
@@ -85,7 +82,7 @@ def question_seed(seed: int, number: int, question_id: str) -> int:
 
 
 def _sample(
-    config: Config, policy: str, todo: list[Question], images: ImageStore, number: int, partial: PartialFile, done: int
+    config: Config, policy: str, todo: list[Question], images: ImageStore, number: int, keep: Keep
 ) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
     from align.engines.open import open_engine
@@ -115,15 +112,12 @@ def _sample(
         top_k=config.sample.top_k,
         max_new_tokens=config.sample.max_new_tokens,
     )
-    with progress(f"round {number}: sample", total=done + len(todo), done=done) as advance:
 
-        def keep(result: SampleResult) -> None:
-            question, seed = by_id[result.id]
-            responses = responses_of(result)
-            partial.append(Samples(id=result.id, question=question, responses=responses, seed=seed))
-            advance(1)
+    def on_result(result: SampleResult) -> None:
+        question, seed = by_id[result.id]
+        keep(Samples(id=result.id, question=question, responses=responses_of(result), seed=seed))
 
-        engine.sample(requests, settings, keep)
+    engine.sample(requests, settings, on_result)
     return engine.notes
 
 

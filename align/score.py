@@ -7,7 +7,6 @@ interrupted; pairs are made at the end from all scores, so that other pair setti
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -16,9 +15,11 @@ from typing import Any
 from align.config import Config
 from align.errors import UserError
 from align.images import ImageStore
-from align.progress import log, progress
+from align.progress import log
+from align.questionwise import Keep, begin, finish, work_through
+from align.ranks import is_main_process
 from align.records import IMAGE_TAG, Pair, Question, Samples, Scores, VerdictRecord, read_jsonl, write_jsonl
-from align.rundir import PartialFile, RunDir, checkpoint_hash, content_hash
+from align.rundir import RunDir, checkpoint_hash, content_hash
 from reward.critics import Critic, Item, Judgement, Verdict, make_critic, needs
 from reward.errors import RewardError
 from reward.pairs import Chosen, PairSettings, choose_pairs
@@ -42,25 +43,24 @@ def run_score(config: Config, number: int) -> None:
     with _reward_faults():
         _check_critic(config)
         _pair_settings(config)
-    if not this.manifest.begin(STAGE, settings=_settings(config), inputs=_inputs(config, this.samples)):
+    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config, this.samples)):
         log.info("round %d is scored already: %s", number, this.pairs)
         return
-    started = time.monotonic()
-    partial = PartialFile(this.scores, Scores)
-    done = partial.read()
-    todo = [line for line in samples if line.id not in done]
-    notes = _judge(config, todo, images, number, partial, len(done)) if todo else {}
-    scores = partial.finish(line.id for line in samples)
-    pairs, counts = make_pairs(samples, scores, config, number)
+
+    def work(todo: list[Samples], keep: Keep) -> dict[str, str]:
+        return _judge(config, todo, images, keep)
+
+    done = work_through(this.scores, Scores, samples, work, label=f"round {number}: score")
+    pairs, counts = make_pairs(samples, done.records, config, number)
     if not pairs:
         raise UserError(
             f"no pair is left of {len(samples)} questions: {_reasons(counts)}",
             where=str(this.scores),
             fix="look at the scores; lower pairs.min_margin, raise sample.temperature or use another critic, then run with --redo",
         )
-    write_jsonl(this.pairs, pairs)
-    seconds = time.monotonic() - started
-    this.manifest.finish(STAGE, outputs=[this.scores, this.pairs], counts=counts, seconds=seconds, notes=notes)
+    if is_main_process():
+        write_jsonl(this.pairs, pairs)
+    finish(this.manifest, STAGE, outputs=[this.scores, this.pairs], counts=counts, done=done)
 
 
 def make_pairs(
@@ -141,17 +141,13 @@ def _pair(line: Samples, score: Scores, choice: Any, number: int) -> Pair:
     )
 
 
-def _judge(
-    config: Config, todo: list[Samples], images: ImageStore, number: int, partial: PartialFile, done: int
-) -> dict[str, str]:
+def _judge(config: Config, todo: list[Samples], images: ImageStore, keep: Keep) -> dict[str, str]:
     critic, notes = _open_critic(config, images)
-    with progress(f"round {number}: score", total=done + len(todo), done=done) as advance:
-        for lines in _batches(todo, config.critic.batch_size or DEFAULT_BATCH):
-            with _reward_faults():
-                judgements = critic.judge([_item(line) for line in lines])
-            for line, judgement in zip(lines, judgements, strict=True):
-                partial.append(_scores(line.id, judgement))
-            advance(len(lines))
+    for lines in _batches(todo, config.critic.batch_size or DEFAULT_BATCH):
+        with _reward_faults():
+            judgements = critic.judge([_item(line) for line in lines])
+        for line, judgement in zip(lines, judgements, strict=True):
+            keep(_scores(line.id, judgement))
     return notes()
 
 

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOOR = {"errors": 0, "statistics": 0, "records": 1, "images": 1, "rundir": 2, "config": 1, "progress": 1}
+FLOOR = {
+    "errors": 0,
+    "statistics": 0,
+    "records": 1,
+    "images": 1,
+    "rundir": 2,
+    "config": 1,
+    "ranks": 0,
+    "progress": 1,
+    "questionwise": 3,
+}
 LAYERS = {"models": 3, "prefix": 3, "engines": 4, "data": 3, "video": 2}
 STAGES = {"sample", "score", "dpo", "evaluate", "report", "plan", "summary", "card", "reference", "check"}
 TOP = {"rounds", "launch", "demo", "cli"}

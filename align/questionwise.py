@@ -1,0 +1,81 @@
+"""A stage that answers question by question: shared by all processes of a launch, kept when interrupted, written in order.
+
+Each process takes every n-th unfinished question and appends what it finishes to a part of its own; when all are done,
+the main process merges the parts in question order. So two processes leave the same file as one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from align.progress import progress
+from align.ranks import barrier, is_main_process, rank, world_size
+from align.records import Record, read_jsonl
+from align.rundir import Manifest, PartialFile
+
+
+class WithId(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+ItemT = TypeVar("ItemT", bound=WithId)
+Keep = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Done:
+    """All records in question order, what the engine had to say, and the seconds of this process."""
+
+    records: list[Any]
+    notes: dict[str, str]
+    seconds: float
+
+
+def begin(manifest: Manifest, stage: str, *, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
+    """Enter a stage on the main process, and tell every process whether there is something to do."""
+    if is_main_process():
+        manifest.begin(stage, settings=settings, inputs=inputs)
+    barrier()
+    return not manifest.complete(stage)
+
+
+def work_through(
+    final: Path,
+    kind: type[Record],
+    items: Sequence[ItemT],
+    work: Callable[[list[ItemT], Keep], dict[str, str]],
+    *,
+    label: str,
+) -> Done:
+    """Let `work` answer every unfinished item of this process, calling its second argument with each finished record."""
+    started = time.monotonic()
+    partial = PartialFile(final, kind, rank())
+    finished = partial.read()
+    barrier()  # nobody appends before everybody has read
+    todo = [item for item in items if item.id not in finished]
+    notes: dict[str, str] = {}
+    mine = todo[rank() :: world_size()]
+    with progress(label, total=len(items), done=len(finished), weight=world_size()) as advance:
+
+        def keep(record: Record) -> None:
+            partial.append(record)
+            advance(1)
+
+        if mine:
+            notes = work(mine, keep)
+    barrier()
+    records = partial.finish(item.id for item in items) if is_main_process() else []
+    barrier()
+    return Done(records or read_jsonl(final, kind), notes, time.monotonic() - started)
+
+
+def finish(manifest: Manifest, stage: str, *, outputs: Iterable[Path], counts: dict[str, Any], done: Done) -> None:
+    """Mark the stage complete, on the main process, and let no process go on before it is."""
+    if is_main_process():
+        manifest.finish(stage, outputs=outputs, counts=counts, seconds=done.seconds, notes=done.notes)
+    barrier()

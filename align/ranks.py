@@ -1,0 +1,32 @@
+"""Which of the processes of a launch this one is, and waiting for the others; a single process is rank 0 of 1."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+# One rank may be given much longer questions than another; the default of ten minutes would end the run.
+PATIENCE = timedelta(hours=12)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """True on the one process that speaks and writes manifests."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process of the launch is here."""
+    if world_size() == 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).wait_for_everyone()

@@ -35,6 +35,7 @@ class Layout:
     `depth_position` `(B, S)` int64, how many tokens of its own path lie between the prompt and the token.
     `source` `(B, S)` int64, where in the row `[prompt (P) | segments (S)]` the token is predicted: the last real token
     of the prompt, the last token of the parent, or the token before. 0 on padding.
+    `last` `(B, N)` int64, where in the row a segment ends: its last token, or for an empty segment what stands above.
     `lineage` `(B, N, N)` bool, True at `[b, i, j]` where segment j is segment i or stands above it.
 
     A prompt of two tokens (padded to three) with two answers, the second of which is continued:
@@ -46,6 +47,8 @@ class Layout:
     ([[5, 6, 7, 8, 9]], [[0, 0, 1, 2, 2]])
     >>> layout.depth_position.tolist(), layout.source.tolist()
     ([[0, 1, 0, 1, 2]], [[1, 3, 1, 5, 6]])
+    >>> layout.last.tolist()
+    [[4, 5, 7]]
     >>> for sees in layout.mask()[0, 0].int().tolist():
     ...     print(sees[:3], sees[3:])
     [1, 1, 0] [1, 0, 0, 0, 0]
@@ -60,6 +63,7 @@ class Layout:
     segment: Tensor
     depth_position: Tensor
     source: Tensor
+    last: Tensor
     lineage: Tensor
 
     @classmethod
@@ -82,6 +86,7 @@ class Layout:
         segment_of = torch.full(shape, PADDING)
         depth_position = torch.zeros(shape, dtype=torch.int64)
         source = torch.zeros(shape, dtype=torch.int64)
+        last = torch.zeros(len(rows), num_segments, dtype=torch.int64)
         lineage = torch.eye(num_segments, dtype=torch.bool).repeat(len(rows), 1, 1)
         for b, row in enumerate(rows):
             start = 0
@@ -105,8 +110,9 @@ class Layout:
                     source[b, start] = predictor
                     depth, predictor = depth + length, first + length - 1
                 ends.append((depth, predictor))
+                last[b, index] = predictor
                 start += length
-        layout = cls(prompt_mask, input_ids, segment_of, depth_position, source, lineage)
+        layout = cls(prompt_mask, input_ids, segment_of, depth_position, source, last, lineage)
         return layout.to(prompt_mask.device)
 
     def to(self, device: torch.device | str) -> Layout:

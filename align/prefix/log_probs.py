@@ -56,12 +56,17 @@ def _logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
-def segment_hidden_states(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Tensor:
-    """`(B, S, H)`: for every segment token the hidden state that predicts it, from one pass over the rows."""
+def row_hidden_states(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Tensor:
+    """`(B, P + S, H)`: hidden states of the whole rows, from one pass."""
     with active_layout(layout) as plan:
         output = backbone_of(model)(**row_inputs(model, prompt_inputs, layout), use_cache=False, return_dict=True)
     require_every_layer(model, plan.num_calls)
-    hidden = output.last_hidden_state
+    return output.last_hidden_state
+
+
+def segment_hidden_states(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Tensor:
+    """`(B, S, H)`: for every segment token the hidden state that predicts it."""
+    hidden = row_hidden_states(model, prompt_inputs, layout)
     return hidden.gather(1, layout.source[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 

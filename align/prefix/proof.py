@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from align.prefix.attention import PrefixUnsupported, use_shared_prefix
@@ -47,6 +48,32 @@ class Proof:
     mean_error: float = float("nan")
 
 
+def tolerance_for(model: PreTrainedModel) -> Tolerance:
+    """What may differ between two orders of summation in the model's dtype."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+
+
+def compare(shared: Tensor, plain: Tensor, tolerance: Tolerance) -> Proof:
+    """Log-probabilities of the same tokens by both ways, `(N,)` each. Not-a-number anywhere is disagreement."""
+    errors = (shared.double() - plain.double()).abs()
+    if not errors.numel():
+        return Proof(False, float("nan"), tolerance.largest, "there was no token to compare")
+    largest, mean = float(errors.max()), float(errors.mean())
+    exact = largest <= tolerance.largest and mean <= tolerance.mean
+    reason = (
+        f"shared and plain log-probabilities {'agree' if exact else 'differ'} on {errors.numel()} tokens: "
+        f"largest difference {largest:.2e} (allowed {tolerance.largest:g}), mean {mean:.2e} (allowed {tolerance.mean:g})"
+    )
+    return Proof(exact, largest, tolerance.largest, reason, mean)
+
+
+def failed(error: Exception, tolerance: Tolerance) -> Proof:
+    """The proof of a path that raised."""
+    reason = str(error) if isinstance(error, PrefixUnsupported) else f"{type(error).__name__}: {error}"
+    return Proof(False, float("nan"), tolerance.largest, reason)
+
+
 @torch.no_grad()
 def prove(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Proof:
     """Compare both paths on one batch; dropout is off meanwhile.
@@ -54,29 +81,18 @@ def prove(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layo
     Never raises for what a model cannot do: whatever exception its architecture raises becomes the reason.
     Running out of memory is raised, as it says nothing about the architecture.
     """
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+    tolerance = tolerance_for(model)
     was_training = model.training
     model.eval()
     try:
         use_shared_prefix(model)
         shared = forward_segments(model, prompt_inputs, layout).log_probs
         plain = plain_segments(model, prompt_inputs, layout).log_probs
-    except PrefixUnsupported as error:
-        return Proof(False, float("nan"), tolerance.largest, str(error))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return Proof(False, float("nan"), tolerance.largest, f"{type(error).__name__}: {error}")
+        return failed(error, tolerance)
     finally:
         model.train(was_training)
-    errors = (shared - plain).abs()[layout.is_token.to(shared.device)]
-    largest, mean = float(errors.max()), float(errors.mean())
-    # Written so that nan fails.
-    exact = largest <= tolerance.largest and mean <= tolerance.mean
-    verdict = "agree" if exact else "differ"
-    reason = (
-        f"shared and plain log-probabilities {verdict} on {errors.numel()} tokens: largest difference {largest:.2e} "
-        f"(allowed {tolerance.largest:g}), mean {mean:.2e} (allowed {tolerance.mean:g})"
-    )
-    return Proof(exact, largest, tolerance.largest, reason, mean)
+    real = layout.is_token.to(shared.device)
+    return compare(shared[real], plain[real], tolerance)

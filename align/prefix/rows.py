@@ -81,3 +81,10 @@ def prompt_positions_of(
         return positions, start
     positions = torch.arange(prompt_mask.shape[1], device=prompt_mask.device).expand(prompt_mask.shape)
     return positions, prompt_mask.sum(dim=1)
+
+
+def placeholder_ids(model: PreTrainedModel) -> set[int]:
+    """Token ids that stand for images or videos in the model's inputs."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = (getattr(model.config, name, None) for name in names)
+    return {value for value in found if isinstance(value, int)}

@@ -96,7 +96,7 @@ class _TokenStats(torch.autograd.Function):
         with _gathered(weight, bias):
             projection = weight.to(dtype)
             for chunk, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-                logits, _ = _final_logits(chunk.to(dtype), projection, bias, softcap, logit_scale)
+                logits, _ = final_logits(chunk.to(dtype), projection, bias, softcap, logit_scale)
                 for name, value in _statistics(logits, target, outputs).items():
                     values[name].append(value)
         ctx.save_for_backward(hidden, weight, bias, targets)
@@ -118,7 +118,7 @@ class _TokenStats(torch.autograd.Function):
             for start in range(0, max(len(hidden), 1), ctx.chunk_size):
                 at = slice(start, start + ctx.chunk_size)
                 chunk = hidden[at].to(ctx.dtype)
-                logits, slope = _final_logits(chunk, projection, bias, ctx.softcap, ctx.logit_scale)
+                logits, slope = final_logits(chunk, projection, bias, ctx.softcap, ctx.logit_scale)
                 grad = _grad_logits(
                     logits,
                     targets[at],
@@ -152,7 +152,7 @@ def _gathered(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[Any
     return deepspeed.zero.GatheredParameters([p for p in (weight, bias) if p is not None])
 
 
-def _final_logits(
+def final_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
 ) -> tuple[Tensor, Tensor | float | None]:
     """fp32 logits as the model means them, and their derivative by the projection's output (None: 1)."""

@@ -1,0 +1,75 @@
+"""How many items make a batch: what fits into memory, found by itself, and less after running out.
+
+On a GPU the free memory is divided by what a token of a batch needs. On a CPU, where memory is not what limits, a batch
+has about as many tokens as keep the cores busy. Running out of memory halves the batch for good.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+# More does not make a CPU faster, and needs memory.
+CPU_TOKENS = 8192
+# Beyond this a GPU gains nothing from wider batches.
+GPU_TOKENS = 131_072
+# Of the free memory; the rest is for the vision towers, fragmentation and logits.
+MEMORY_SHARE = 0.6
+
+
+@dataclass
+class Budget:
+    """`fixed`: items a batch, None: as memory allows. `num_retreats` counts how often memory ran out."""
+
+    model: PreTrainedModel
+    fixed: int | None = None
+    num_retreats: int = 0
+    _limit: int | None = None
+
+    def num_items(self, tokens_per_item: int) -> int:
+        """Items of so many tokens in a batch, at least 1."""
+        if self.fixed is not None:
+            count = self.fixed
+        else:
+            count = self._capacity_tokens() // max(tokens_per_item, 1)
+        return max(1, count if self._limit is None else min(count, self._limit))
+
+    def retreat(self, num_items: int) -> None:
+        """After `num_items` ran out of memory; raises MemoryError when it was only one."""
+        if num_items <= 1:
+            raise MemoryError("a single question does not fit into memory")
+        self.num_retreats += 1
+        self._limit = num_items // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _capacity_tokens(self) -> int:
+        device = next(self.model.parameters()).device
+        if device.type != "cuda":
+            return CPU_TOKENS
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(GPU_TOKENS, int(free * MEMORY_SHARE) // bytes_per_token(self.model))
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Memory of one token in inference: its keys and values in all layers, and the widest layer's activations."""
+    config: Any = model.config.get_text_config(decoder=True)
+    size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * heads * head_dim
+    working = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    return size * (cached + working)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,151 @@
+"""Chat messages and images in, right-padded model inputs out; and an ask's text cut into prompt and segments.
+
+The chat template is rendered by the processor. For an ask it is rendered once, with a mark where the branches begin:
+what stands before the mark (images included) is the prompt that all branches share, and what stands behind it follows
+every branch. Pieces are tokenised one by one, so that the shared and the plain path read the very same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from align.errors import UserError
+from align.prefix.layout import Segment
+from reward.ask import Ask
+
+BRANCH_MARK = "[[[here the branches begin]]]"
+
+
+@dataclass(frozen=True)
+class AskTree:
+    """An ask as a prompt text and a tree of segments: `leaves[b]` is the segment in which branch b ends.
+
+    `options[o]` are the tokens of option o.
+    """
+
+    prompt: str
+    segments: list[Segment]
+    leaves: list[int]
+    options: list[list[int]]
+
+
+class Prompter:
+    """Renders and encodes prompts with a processor (or, for text-only models, a tokenizer)."""
+
+    def __init__(self, processor: Any, open_image: Callable[[Any], Any]) -> None:
+        self.processor = processor
+        self.open_image = open_image
+        self.tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The prompt as text, ready for the assistant's turn."""
+        chat = [dict(message) for message in messages]
+        if self.processor is self.tokenizer:
+            chat = [{**message, "content": _as_text(message["content"])} for message in chat]
+        return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+    def encode(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """Model inputs of a batch, right-padded, on the CPU. Rows must all have images, or all have none."""
+        arguments: dict[str, Any] = {"text": list(texts)}
+        if any(images):
+            arguments["images"] = [[self.open_image(image) for image in row] for row in images]
+        inputs = self.processor(
+            **arguments, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False
+        )
+        return right_padded(dict(inputs))
+
+    def tokenise(self, text: str) -> list[int]:
+        """The tokens of a piece of text by itself; what looks like a special token in it is plain text.
+
+        A response that says `<image>` or `<|im_end|>` must neither ask for an image nor end the turn.
+        """
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def tree_of(self, ask: Ask) -> AskTree:
+        """Cut an ask into what is shared and what branches.
+
+        Pieces that several branches begin with become one segment; from where a branch is alone, its pieces, the
+        tail and the template's rest are one segment too.
+        """
+        text = self.render(_messages(ask))
+        if text.count(BRANCH_MARK) != 1:
+            raise UserError(
+                "the chat template does not reproduce the user's text exactly once",
+                fix="check the critic's chat template",
+            )
+        prompt, rest = text.split(BRANCH_MARK)
+        end = self.tokenizer.encode(ask.tail + rest, add_special_tokens=False)
+        segments: list[Segment] = []
+        at: dict[tuple[str, ...], int] = {}
+        leaves = []
+        for branch in ask.branches:
+            parent = None
+            shared = _shared_length(branch, ask.branches)
+            for depth in range(1, shared + 1):
+                if branch[:depth] not in at:
+                    at[branch[:depth]] = len(segments)
+                    segments.append(Segment(self.tokenise(branch[depth - 1]), parent))
+                parent = at[branch[:depth]]
+            own = [token for piece in branch[shared:] for token in self.tokenise(piece)]
+            leaves.append(len(segments))
+            segments.append(Segment(own + end, parent))
+        return AskTree(prompt, segments, leaves, [self.tokenise(option) for option in ask.options])
+
+
+def _shared_length(branch: tuple[str, ...], branches: Sequence[tuple[str, ...]]) -> int:
+    """How many leading pieces of a branch some other branch has too.
+
+    >>> branches = (("a", "b"), ("a", "c"), ("d", "a"))
+    >>> [_shared_length(branch, branches) for branch in branches]
+    [1, 1, 0]
+    """
+    longest = len(branch)
+    return max(
+        (
+            depth
+            for depth in range(longest + 1)
+            if depth == 0 or sum(other[:depth] == branch[:depth] for other in branches) > 1
+        ),
+        default=0,
+    )
+
+
+def _messages(ask: Ask) -> list[dict[str, Any]]:
+    user = [{"type": "image"} for _ in ask.images] + [{"type": "text", "text": ask.head + BRANCH_MARK}]
+    system = [] if ask.system is None else [{"role": "system", "content": [{"type": "text", "text": ask.system}]}]
+    return [*system, {"role": "user", "content": user}]
+
+
+def _as_text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def right_padded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs with every row's padding at its end, whichever side the processor pads."""
+    mask = inputs["attention_mask"].bool()
+    if not (mask[:, 1:] & ~mask[:, :-1]).any():
+        return inputs
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+    return {
+        name: value.gather(1, order) if isinstance(value, Tensor) and value.shape == mask.shape else value
+        for name, value in inputs.items()
+    }
+
+
+def to_device(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors on the device, floating ones (pixels) in the model's dtype; lists of tensors likewise."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        if isinstance(value, (list, tuple)):
+            return type(value)(move(item) for item in value)
+        return value
+
+    return {name: move(value) for name, value in inputs.items()}

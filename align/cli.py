@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +44,10 @@ RedoOption = Annotated[
     bool, typer.Option("--redo", help="Discard what this stage (and later ones of the round) has done.")
 ]
 
+ProcessesOption = Annotated[
+    int | None, typer.Option("--num-processes", "-n", min=1, help="Processes on this machine, one a GPU.")
+]
+
 
 @app.command(epilog="Example:  align init --policy ./Valley-Eagle-7B --questions data/questions.jsonl")
 def init(
@@ -69,77 +73,46 @@ def init(
 
 @app.command(epilog="Example:  align sample --round 1 --set sample.num_responses=8")
 def sample(
-    round_: RoundOption = 1, config: ConfigOption = None, set_: SetOption = None, redo: RedoOption = False
+    round_: RoundOption = 1,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    redo: RedoOption = False,
+    num_processes: ProcessesOption = None,
 ) -> None:
     """Stage 1: K responses of the current policy to every image question."""
-    from align.sample import STAGE, run_sample
-
-    loaded = _load(config, set_)
-    this = RunDir(loaded.run_dir).round(round_)
-    with this.lock():
-        if redo:
-            this.discard(STAGE)
-        run_sample(loaded, round_)
-    counts = (this.manifest.stage(STAGE) or {})["counts"]
+    counts = _stage("sample", round_, config, set_, redo=redo, num_processes=num_processes)
     _say(
-        f"{counts['responses']} responses to {counts['questions']} questions: {this.samples}",
+        f"{counts['responses']} responses to {counts['questions']} questions",
         next_command=f"align score --round {round_}",
     )
 
 
 @app.command(epilog="Example:  align score --round 1 --set critic.kind=verifier")
 def score(
-    round_: RoundOption = 1, config: ConfigOption = None, set_: SetOption = None, redo: RedoOption = False
+    round_: RoundOption = 1,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    redo: RedoOption = False,
+    num_processes: ProcessesOption = None,
 ) -> None:
     """Stage 2: a critic compares the responses; rewards become preference pairs."""
-    from align.score import STAGE, run_score
-
-    loaded = _load(config, set_)
-    this = RunDir(loaded.run_dir).round(round_)
-    with this.lock():
-        if redo:
-            this.discard(STAGE)
-        run_score(loaded, round_)
-    counts = (this.manifest.stage(STAGE) or {})["counts"]
-    _say(
-        f"{counts['pairs']} pairs from {counts['questions']} questions: {this.pairs}",
-        next_command=f"align dpo --round {round_}",
-    )
+    counts = _stage("score", round_, config, set_, redo=redo, num_processes=num_processes)
+    _say(f"{counts['pairs']} pairs from {counts['questions']} questions", next_command=f"align dpo --round {round_}")
 
 
-@app.command(epilog="Example:  align dpo --round 1 --set dpo.learning_rate=5e-7 --set dpo.beta=0.1")
+@app.command(epilog="Example:  align dpo --round 1 --num-processes 8 --strategy zero3 --set dpo.beta=0.1")
 def dpo(
     round_: RoundOption = 1,
     config: ConfigOption = None,
     set_: SetOption = None,
     redo: RedoOption = False,
-    num_processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine, one a GPU.")] = None,
+    num_processes: ProcessesOption = None,
     strategy: Annotated[str | None, typer.Option(help="ddp, zero2, zero3 or fsdp2.")] = None,
 ) -> None:
     """Stage 3: DPO on the pairs of the round, into a new checkpoint."""
-    from align.launch import run_stage_command, wants_processes
-
-    set_ = [*(set_ or [])]
-    set_ += [f"launch.num_processes={num_processes}"] if num_processes else []
-    set_ += [f"launch.strategy={strategy}"] if strategy else []
-    loaded = _load(config, set_)
-    this = RunDir(loaded.run_dir).round(round_)
-    if wants_processes(loaded):
-        run_stage_command(loaded, "dpo", round_, _config_args(config, set_) + (["--redo"] if redo else []))
-        return
-    from align.card import write_model_card
-    from align.dpo.train import STAGE, run_dpo
-
-    with this.lock():
-        if redo and is_main_process():
-            this.discard(STAGE)
-        run_dpo(loaded, round_)
-    if is_main_process():
-        write_model_card(loaded, round_)
-        _say(
-            f"checkpoint of round {round_}: {this.checkpoint}",
-            next_command=f"align evaluate --round {round_}, or align sample --round {round_ + 1}",
-        )
+    set_ = [*(set_ or []), *([f"launch.strategy={strategy}"] if strategy else [])]
+    _stage("dpo", round_, config, set_, redo=redo, num_processes=num_processes)
+    _say("trained", next_command=f"align evaluate --round {round_}, or align sample --round {round_ + 1}")
 
 
 @app.command(epilog="Example:  align evaluate --round 0   (the first policy)")
@@ -150,20 +123,11 @@ def evaluate(
     config: ConfigOption = None,
     set_: SetOption = None,
     redo: RedoOption = False,
+    num_processes: ProcessesOption = None,
 ) -> None:
     """Held-out numbers of a checkpoint, with intervals."""
-    from align.card import write_model_card
-    from align.evaluate import STAGE, run_evaluate
-
-    loaded = _load(config, set_)
-    this = RunDir(loaded.run_dir).round(round_)
-    with this.lock():
-        if redo:
-            this.discard(STAGE)
-        run_evaluate(loaded, round_)
-    if round_:
-        write_model_card(loaded, round_)
-    _say(f"evaluation of round {round_}: {this.evaluation}", next_command="align report")
+    counts = _stage("evaluate", round_, config, set_, redo=redo, num_processes=num_processes)
+    _say(f"{counts['questions']} held-out questions answered", next_command="align report")
 
 
 @app.command(epilog="Example:  align run --rounds 3")
@@ -227,6 +191,29 @@ def main() -> None:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), code=2)
 
 
+def _stage(
+    name: str,
+    number: int,
+    config: Path | None,
+    overrides: list[str] | None,
+    *,
+    redo: bool,
+    num_processes: int | None,
+) -> dict[str, Any]:
+    """Run one stage here, or in the processes that the configuration asks for; returns its counts."""
+    from align.launch import run_stage_command, wants_processes
+    from align.rounds import run_stage
+
+    overrides = [*(overrides or []), *([f"launch.num_processes={num_processes}"] if num_processes else [])]
+    loaded = _load(config, overrides)
+    this = RunDir(loaded.run_dir).round(number)
+    if wants_processes(loaded):
+        run_stage_command(loaded, name, number, _config_args(config, overrides) + (["--redo"] if redo else []))
+    else:
+        run_stage(loaded, name, number, redo=redo)
+    return (this.manifest.stage(name) or {}).get("counts", {})
+
+
 def _load(config: Path | None, overrides: list[str] | None) -> Config:
     loaded = load_config(find_config(config), overrides)
     if is_main_process():
@@ -242,6 +229,8 @@ def _config_args(config: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _say(text: str, *, next_command: str) -> None:
+    if not is_main_process():
+        return
     typer.echo(text)
     typer.secho(f"next: {next_command}", fg=typer.colors.CYAN)
 

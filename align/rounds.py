@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+from align.card import write_model_card
 from align.config import Config
 from align.launch import run_stage_command, wants_processes
 from align.progress import log
-from align.rundir import RunDir
+from align.ranks import barrier, is_main_process
+from align.rundir import Round, RunDir
 
 
 def run_rounds(config: Config, config_args: list[str]) -> None:
@@ -14,31 +19,58 @@ def run_rounds(config: Config, config_args: list[str]) -> None:
     `config_args` are the command-line arguments that lead to this very configuration, for stages that must start in
     several processes of their own.
     """
-    from align.card import write_model_card
-    from align.evaluate import run_evaluate
-    from align.sample import run_sample
-    from align.score import run_score
-
-    run = RunDir(config.run_dir)
     if config.evaluate.questions is not None:
-        with run.round(0).lock():
-            run_evaluate(config, 0)
+        _run_or_launch(config, "evaluate", 0, config_args)
     for number in range(1, config.rounds + 1):
         log.info("round %d of %d", number, config.rounds)
-        with run.round(number).lock():
-            run_sample(config, number)
-            run_score(config, number)
-            if not wants_processes(config):
-                _dpo(config, number)
-        if wants_processes(config):
-            run_stage_command(config, "dpo", number, config_args)
+        for stage in ("sample", "score", "dpo"):
+            _run_or_launch(config, stage, number, config_args)
         if config.evaluate.questions is not None:
-            with run.round(number).lock():
-                run_evaluate(config, number)
+            _run_or_launch(config, "evaluate", number, config_args)
+
+
+def run_stage(config: Config, stage: str, number: int, *, redo: bool = False) -> None:
+    """Run one stage in this process (one of a launch, perhaps), holding the round while it lasts."""
+    run = RunDir(config.run_dir)
+    this = run.round(number)
+    with _held(this):
+        if redo and is_main_process():
+            this.discard(stage)
+        barrier()
+        _call(config, stage, number)
+    if is_main_process() and number and stage in ("dpo", "evaluate"):
         write_model_card(config, number)
 
 
-def _dpo(config: Config, number: int) -> None:
-    from align.dpo.train import run_dpo
+def _run_or_launch(config: Config, stage: str, number: int, config_args: list[str]) -> None:
+    if not wants_processes(config):
+        run_stage(config, stage, number)
+    elif not RunDir(config.run_dir).round(number).manifest.complete(stage):
+        run_stage_command(config, stage, number, config_args)
 
-    run_dpo(config, number)
+
+def _call(config: Config, stage: str, number: int) -> None:
+    """The stages are imported here, so that a command loads only what it runs."""
+    if stage == "sample":
+        from align.sample import run_sample
+
+        run_sample(config, number)
+    elif stage == "score":
+        from align.score import run_score
+
+        run_score(config, number)
+    elif stage == "dpo":
+        from align.dpo.train import run_dpo
+
+        run_dpo(config, number)
+    else:
+        from align.evaluate import run_evaluate
+
+        run_evaluate(config, number)
+
+
+@contextlib.contextmanager
+def _held(this: Round) -> Iterator[None]:
+    """The main process holds the round for all of a launch."""
+    with this.lock() if is_main_process() else contextlib.nullcontext():
+        yield

@@ -69,8 +69,8 @@ class RunDir:
         return str(before.checkpoint)
 
     def remember_config(self, text: str) -> None:
-        """Keep the configuration as resolved when the run began; later changes show in the stages' manifests."""
-        if not self.config.exists():
+        """Keep the configuration as resolved when the first stage began; later changes show in the manifests."""
+        if not any(self.path.glob("round-*/manifest.json")):
             make_folder(self.path)
             write_text(self.config, text)
 
@@ -323,6 +323,8 @@ def content_hash(path: Path) -> str:
 def checkpoint_hash(reference: str) -> str:
     """The content hash of a local checkpoint; for a hub id, the id itself (its files carry their own hashes there)."""
     path = Path(reference)
+    if path.is_absolute() and not path.is_dir():
+        raise UserError("there is no such checkpoint folder", where=reference, fix="check policy or critic.model")
     return content_hash(path) if path.exists() else f"hub:{reference}"
 
 

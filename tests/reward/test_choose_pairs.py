@@ -1,0 +1,248 @@
+"""Pairs from rewards: each strategy on small tables, the counts, and what must hold for any rewards at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reward.errors import RewardError
+from reward.mixing import balance_lengths, mean_log_ratio, mix_earlier
+from reward.pairs import (
+    BELOW_MARGIN,
+    BOTH_SAME,
+    DISAGREES,
+    LENGTHS_DIFFER,
+    NEAR_DUPLICATE,
+    NO_CORRECTNESS,
+    NOT_IN_STRATEGY,
+    OVER_LIMIT,
+    SAME_TEXT,
+    STRATEGIES,
+    TIED,
+    UNSCORED,
+    PairChoice,
+    PairSettings,
+    choose_pairs,
+)
+
+TEXTS = ["red", "green", "blue", "yellow", "black"]
+
+
+def indices(chosen) -> list[tuple[int, int]]:
+    return [(pair.chosen, pair.rejected) for pair in chosen.pairs]
+
+
+def test_best_against_worst_is_one_pair_and_the_rest_is_counted():
+    found = choose_pairs([4.0, 8.0, -8.0, 0.0, -4.0], TEXTS)
+    assert found.pairs == [PairChoice(1, 2, 16.0)]
+    assert found.dropped_pairs == {NOT_IN_STRATEGY: 9}
+    assert found.why_none is None
+
+
+def test_of_equally_good_responses_the_earlier_is_chosen():
+    assert indices(choose_pairs([1.0, 1.0, 0.0, 0.0], TEXTS[:4])) == [(0, 2)]
+
+
+def test_tied_rewards_make_no_pair():
+    found = choose_pairs([2.0, 2.0, 2.0], TEXTS[:3])
+    assert found.pairs == []
+    assert found.dropped_pairs == {TIED: 3}
+    assert found.why_none == "all rewards tied"
+
+
+def test_a_pair_at_the_minimum_margin_is_kept_and_below_it_not():
+    settings = PairSettings(min_margin=2.0)
+    assert indices(choose_pairs([2.0, 0.0], TEXTS[:2], settings)) == [(0, 1)]
+    found = choose_pairs([1.9, 0.0], TEXTS[:2], settings)
+    assert found.pairs == []
+    assert found.dropped_pairs == {BELOW_MARGIN: 1}
+    assert found.why_none == BELOW_MARGIN
+
+
+def test_a_single_usable_response_makes_no_pair():
+    found = choose_pairs([1.0, None, 2.0], TEXTS[:3], excluded={2: "truncated"})
+    assert found.pairs == []
+    assert found.dropped_responses == {UNSCORED: 1, "truncated": 1}
+    assert found.why_none == "fewer than two usable responses"
+
+
+def test_no_responses_at_all_is_no_error():
+    assert choose_pairs([], []).why_none == "fewer than two usable responses"
+
+
+def test_the_same_text_in_other_clothes_takes_part_once():
+    found = choose_pairs([1.0, 3.0, 0.0], ["Two cats.", " two  cats", "three cats"])
+    assert indices(found) == [(0, 2)]
+    assert found.dropped_responses == {SAME_TEXT: 1}
+
+
+def test_an_excluded_response_does_not_take_its_twin_with_it():
+    found = choose_pairs([1.0, 1.0, 0.0], ["a cat", "a cat", "a dog"], excluded={0: "truncated"})
+    assert indices(found) == [(1, 2)]
+
+
+def test_near_duplicates_are_removed_on_request_only():
+    texts = ["a red car in the street", "a red car in the streets", "a boat"]
+    rewards = [2.0, 1.0, 0.0]
+    assert choose_pairs(rewards, texts).dropped_responses == {}
+    found = choose_pairs(rewards, texts, PairSettings(near_duplicate=0.9))
+    assert found.dropped_responses == {NEAR_DUPLICATE: 1}
+
+
+def test_top_and_bottom_are_crossed_widest_first():
+    found = choose_pairs([5.0, 4.0, 3.0, 2.0, 1.0], TEXTS, PairSettings("topk_bottomk", max_per_question=None, k=2))
+    assert indices(found) == [(0, 4), (0, 3), (1, 4), (1, 3)]
+    assert found.dropped_pairs == {NOT_IN_STRATEGY: 6}
+
+
+def test_top_and_bottom_never_overlap():
+    found = choose_pairs([3.0, 2.0, 1.0], TEXTS[:3], PairSettings("topk_bottomk", max_per_question=None, k=2))
+    assert indices(found) == [(0, 2)]
+
+
+def test_all_above_a_margin_up_to_the_limit():
+    settings = PairSettings("all_above_margin", min_margin=2.0, max_per_question=2)
+    found = choose_pairs([5.0, 3.0, 2.0, 1.0], TEXTS[:4], settings)
+    assert indices(found) == [(0, 3), (0, 2)]
+    # Margins: 4, 3, 2 (0-1), 2 (1-3) reach 2; 1 (1-2) and 1 (2-3) do not.
+    assert found.dropped_pairs == {BELOW_MARGIN: 2, OVER_LIMIT: 2}
+
+
+def test_closest_above_a_margin_takes_the_hardest():
+    settings = PairSettings("closest_above_margin", min_margin=2.0, max_per_question=1)
+    assert indices(choose_pairs([9.0, 6.0, 3.5], TEXTS[:3], settings)) == [(1, 2)]
+
+
+def test_correct_against_wrong_uses_every_response_once_before_any_twice():
+    settings = PairSettings("correct_incorrect", max_per_question=2)
+    found = choose_pairs([1.0, 1.0, 0.0, 0.0], TEXTS[:4], settings)
+    assert indices(found) == [(0, 2), (1, 3)]
+    assert found.dropped_pairs == {BOTH_SAME: 2, OVER_LIMIT: 2}
+
+
+def test_correctness_from_elsewhere_overrules_and_a_critic_that_disagrees_makes_no_pair():
+    settings = PairSettings("correct_incorrect", max_per_question=None)
+    found = choose_pairs([5.0, 9.0, 1.0, 2.0], TEXTS[:4], settings, correct=[True, False, False, None])
+    assert indices(found) == [(0, 2)]
+    assert found.dropped_pairs == {DISAGREES: 1, BOTH_SAME: 1, NO_CORRECTNESS: 3}
+
+
+def test_pairs_of_very_different_length_are_dropped_and_counted():
+    settings = PairSettings("all_above_margin", max_length_ratio=2.0, max_per_question=None)
+    found = choose_pairs([3.0, 2.0, 1.0], ["abcd", "ab", "a"], settings)
+    assert indices(found) == [(0, 1), (1, 2)]
+    assert found.dropped_pairs == {LENGTHS_DIFFER: 1}
+    assert len(choose_pairs([3.0, 2.0, 1.0], ["abcd", "ab", "a"], settings, lengths=[5, 5, 5]).pairs) == 3
+
+
+def test_every_fault_of_the_settings_is_named():
+    with pytest.raises(RewardError, match=r"strategy.*'best'.*max_per_question.*min_margin.*near_duplicate"):
+        PairSettings("best", max_per_question=0, min_margin=-1, near_duplicate=2)
+
+
+reward_lists = st.lists(st.one_of(st.none(), st.integers(-4, 4).map(float)), min_size=0, max_size=6)
+any_settings = st.builds(
+    PairSettings,
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    max_per_question=st.one_of(st.none(), st.integers(1, 4)),
+    min_margin=st.integers(0, 3).map(float),
+    k=st.integers(1, 3),
+    max_length_ratio=st.one_of(st.none(), st.sampled_from([1.0, 1.5, 3.0])),
+)
+
+
+@st.composite
+def questions(draw):
+    rewards = draw(reward_lists)
+    texts = draw(st.lists(st.text("ab", max_size=4), min_size=len(rewards), max_size=len(rewards)))
+    excluded = draw(st.dictionaries(st.integers(0, 5), st.just("truncated"), max_size=2))
+    return rewards, texts, {index: why for index, why in excluded.items() if index < len(rewards)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(questions(), any_settings)
+def test_no_pair_has_a_chosen_reward_at_or_below_the_rejected_one(question, pair_settings):
+    rewards, texts, excluded = question
+    for pair in choose_pairs(rewards, texts, pair_settings, excluded=excluded).pairs:
+        assert rewards[pair.chosen] > rewards[pair.rejected]
+        assert pair.margin == rewards[pair.chosen] - rewards[pair.rejected] >= pair_settings.min_margin
+        assert not {pair.chosen, pair.rejected} & set(excluded)
+
+
+@settings(max_examples=200, deadline=None)
+@given(questions(), any_settings)
+def test_the_counts_add_up(question, pair_settings):
+    rewards, texts, excluded = question
+    found = choose_pairs(rewards, texts, pair_settings, excluded=excluded)
+    usable = len(rewards) - sum(found.dropped_responses.values())
+    assert len(found.pairs) + sum(found.dropped_pairs.values()) == usable * (usable - 1) // 2
+    assert (found.why_none is None) == bool(found.pairs)
+    assert all(count > 0 for count in (*found.dropped_pairs.values(), *found.dropped_responses.values()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(questions(), any_settings, st.sampled_from([0.25, 2.0, 16.0]))
+def test_scaling_rewards_and_margin_together_changes_no_pair(question, pair_settings, factor):
+    rewards, texts, excluded = question
+    scaled = replace(
+        pair_settings, min_margin=pair_settings.min_margin * factor, correct_at=pair_settings.correct_at * factor
+    )
+    plain = choose_pairs(rewards, texts, pair_settings, excluded=excluded)
+    found = choose_pairs([r if r is None else r * factor for r in rewards], texts, scaled, excluded=excluded)
+    assert indices(found) == indices(plain)
+    assert found.dropped_pairs == plain.dropped_pairs
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.permutations([8.0, 4.0, 1.0, -3.0, -9.0]), any_settings)
+def test_pairs_follow_the_responses_whatever_their_order(rewards, pair_settings):
+    # With no two rewards equal and lengths out of play, the same rewards must meet, wherever they stand.
+    pair_settings = replace(pair_settings, max_length_ratio=None, max_per_question=None)
+    texts = [f"text {reward}" for reward in rewards]
+    base = choose_pairs([8.0, 4.0, 1.0, -3.0, -9.0], TEXTS, pair_settings)
+    expected = {(p.margin, [8.0, 4.0, 1.0, -3.0, -9.0][p.chosen]) for p in base.pairs}
+    assert {(p.margin, rewards[p.chosen]) for p in choose_pairs(rewards, texts, pair_settings).pairs} == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), max_size=30), st.sampled_from([0.0, 0.05, 0.3]))
+def test_balanced_lengths_are_within_the_limit_and_no_pair_is_dropped_in_vain(lengths, limit):
+    kept = balance_lengths(lengths, limit=limit)
+    mean = mean_log_ratio([lengths[index] for index in kept])
+    before = mean_log_ratio(lengths)
+    assert mean is None or abs(mean) <= limit + 1e-9 or mean * before < 0
+    if before is None or abs(before) <= limit:
+        assert kept == list(range(len(lengths)))
+
+
+def test_balancing_drops_the_pairs_that_lean_most():
+    assert balance_lengths([(10, 80), (10, 20), (20, 10)], limit=0.0) == [1, 2]
+    assert balance_lengths([], limit=0.1) == []
+    with pytest.raises(RewardError, match="negative"):
+        balance_lengths([], limit=-1)
+
+
+def test_earlier_pairs_make_up_the_share_asked_for():
+    margins = [float(margin) for margin in range(100)]
+    picked = mix_earlier(90, margins, share=0.1)
+    assert picked == list(range(10))
+    assert mix_earlier(90, margins[:3], share=0.1) == [0, 1, 2]
+    assert mix_earlier(90, margins, share=0.0) == []
+
+
+def test_random_earlier_pairs_depend_on_the_seed_alone():
+    margins = [1.0] * 50
+    one = mix_earlier(10, margins, share=0.5, order="random", seed=1)
+    assert one == mix_earlier(10, margins, share=0.5, order="random", seed=1)
+    assert one != mix_earlier(10, margins, share=0.5, order="random", seed=2)
+    assert len(set(one)) == 10
+
+
+def test_a_nonsense_share_is_refused():
+    with pytest.raises(RewardError, match="below 1"):
+        mix_earlier(10, [1.0], share=1.0)
+    with pytest.raises(RewardError, match="hardest or random"):
+        mix_earlier(10, [1.0], share=0.1, order="easiest")

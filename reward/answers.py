@@ -73,7 +73,7 @@ class Number:
 
 
 _DIGITS = re.compile(
-    r"(?<![\w.])(?P<sign>[-+])?(?<![\d.])(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?<![A-Za-z0-9_.])(?P<sign>[-+])?(?<![\d.])(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     r"(?P<exponent>e[-+]?\d+)?(?:\s*/\s*(?P<below>\d+(?:\.\d+)?))?\s?(?P<percent>%)?",
     re.IGNORECASE,
 )
@@ -104,7 +104,7 @@ _CHINESE_SIGNS = "".join((*_CHINESE_DIGITS, *_CHINESE_UNITS, *_CHINESE_SCALES))
 # A lone 一 or 十 stands in many words (一起, 十分), so in running text a numeral needs a measure word or an end after it.
 _CHINESE = re.compile(
     rf"负?[{_CHINESE_SIGNS}]+(?:点[{''.join(_CHINESE_DIGITS)}]+)?"
-    r"(?=$|[\s\W]|[个只条张位名头匹辆本件块元岁年月日天米人次种台架棵朵双对组度只支根座间层分秒厘公斤克])"
+    r"(?=$|[\s\W]|[个只条张位名头匹辆本件块元岁年月日天米人次种台架棵朵双对组度只支根座间层秒厘公斤克])"
 )
 
 
@@ -175,7 +175,9 @@ def _chinese_whole(text: str) -> int:
     return total + section + (digit or 0)
 
 
-_OPTION_LINE = re.compile(r"(?:^|[\n\s])\(?([A-J])[).:、：](?:\s*)(.+?)(?=\s*(?:$|\n|\s\(?[A-J][).:、：]))", re.DOTALL)
+_OPTION_LINE = re.compile(
+    r"(?:^|(?<=[\s?:;,.。]))\(?([A-J])[).:、：](?:\s*)(.+?)(?=\s*(?:$|\n|\s\(?[A-J][).:、：]))", re.DOTALL
+)
 _LETTER_ALONE = re.compile(r"^[\s(\[]*([A-J])[\s)\].:,、。]*$", re.IGNORECASE)
 _LETTER_FIRST = re.compile(r"^\s*(?:\(([A-J])\)|([A-J])\s*[).:、：]|([A-J])\s*\n)")
 _LETTER_NAMED = re.compile(

@@ -1,0 +1,263 @@
+"""Pointwise, claims, scalar and panel on responses whose order is known by construction."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+
+from reward.critics.base import NO_ANSWER, NO_REFERENCE, OUTSIDE_OPTIONS, REFUSED, UNPARSEABLE
+from reward.critics.claims import NO_CLAIMS, ClaimsCritic, sentences
+from reward.critics.panel import NORMALISERS, PanelCritic
+from reward.critics.pointwise import PointwiseCritic, read_rating
+from reward.critics.random import RandomCritic
+from reward.critics.scalar import NOT_FINITE, Dialogue, ScalarCritic
+from reward.critics.verifier import VerifierCritic
+from reward.errors import RewardError
+from reward.judgement import Item, Judgement
+from tests.reward.askers import FunctionAsker
+
+ITEM = Item("q1", "Which letters?", ("abcd",), ("ab", "abcd", "x", "abc", "ab"))
+ORDER = [1, 3, 0, 2]
+
+
+def shown(turn: str) -> str:
+    return re.search(r"The response: \[(.*?)\]", turn, re.DOTALL).group(1)
+
+
+def good(response: str) -> int:
+    return sum(letter in "abcd" for letter in response)
+
+
+def rating_row(turn: str) -> list[float]:
+    """Eleven ratings 0, 10, ..., 100; the mass lies on 20 x the number of right letters and one step above."""
+    row = [-math.inf] * 11
+    row[2 * good(shown(turn))] = math.log(0.75)
+    row[2 * good(shown(turn)) + 1] = math.log(0.25)
+    return row
+
+
+def test_a_rating_is_the_mean_over_the_probabilities():
+    [judgement] = PointwiseCritic(FunctionAsker(row=rating_row)).judge([ITEM])
+    # 0.75 * r + 0.25 * (r + 10) = r + 2.5
+    assert judgement.rewards == pytest.approx([42.5, 82.5, 2.5, 62.5, 42.5])
+    assert judgement.ratings == judgement.rewards
+    assert judgement.verdicts == []
+    # sqrt(0.75 * 2.5^2 + 0.25 * 7.5^2)
+    assert judgement.evidence["rating_sd"]["0"] == pytest.approx(math.sqrt(18.75))
+    assert judgement.evidence["mean_option_mass"] == pytest.approx(1.0)
+
+
+def test_ratings_of_one_item_are_one_ask_without_repeats():
+    asker = FunctionAsker(row=rating_row)
+    PointwiseCritic(asker).judge([ITEM])
+    assert [branch for ask in asker.asks for branch in ask.branches] == [("ab",), ("abcd",), ("x",), ("abc",)]
+
+
+def test_a_scale_of_its_own_is_brought_to_a_hundred(tmp_path):
+    path = tmp_path / "mine.md"
+    path.write_text(
+        "---\nscale: [1, 5]\noptions: {1: one, 3: three, 5: five}\n---\n{question} The response: [{response}]"
+    )
+    critic = PointwiseCritic(FunctionAsker(row=lambda turn: [math.log(0.5), math.log(0.5), -math.inf]), prompt=path)
+    assert critic.judge([ITEM])[0].rewards == pytest.approx([25.0] * 5)
+    path.write_text("{question} {response}")
+    with pytest.raises(RewardError, match="at least two ratings"):
+        PointwiseCritic(FunctionAsker(), prompt=path)
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("Score: 85/100. It names 3 of 4.", 85.0),
+        ("I give 8 out of 10.", 80.0),
+        ("[[70]] because 2 of the 3 are right", 70.0),
+        ("评分：90。共有3只猫。", 90.0),
+        ("85分", 85.0),
+        ("85", 85.0),
+        ("Rating 80, or rather, rating 60", None),
+        ("Score: 120", None),
+        ("-5", None),
+        ("good", None),
+        ("3 or 4", None),
+        ("5/0", None),
+    ],
+)
+def test_written_ratings_are_read_where_they_are_clear(text, rating):
+    assert read_rating(text, (0.0, 100.0)) == rating
+
+
+def test_written_ratings_rank_and_failures_are_unscored():
+    answers = {"ab": "Score: 40/100", "abcd": "Score: 90/100", "x": "I'm sorry, I can't help.", "abc": "fine", "": None}
+    critic = PointwiseCritic(FunctionAsker(text=lambda turn: answers[shown(turn)]), read="text")
+    [judgement] = critic.judge([replace(ITEM, responses=("ab", "abcd", "x", "abc", ""))])
+    assert judgement.rewards == [40.0, 90.0, None, None, None]
+    assert judgement.unscored == {2: REFUSED, 3: UNPARSEABLE, 4: NO_ANSWER}
+    assert judgement.evidence["rationales"]["0"] == "Score: 40/100"
+
+
+def test_a_rating_that_failed_is_unscored_not_zero():
+    row = lambda turn: [math.nan] * 11 if shown(turn) == "x" else rating_row(turn)  # noqa: E731
+    [judgement] = PointwiseCritic(FunctionAsker(row=row)).judge([ITEM])
+    assert judgement.unscored == {2: NO_ANSWER}
+    [low] = PointwiseCritic(FunctionAsker(row=lambda turn: [-50.0] * 11), min_option_mass=0.1).judge([ITEM])
+    assert set(low.unscored.values()) == {OUTSIDE_OPTIONS}
+    with pytest.raises(RewardError, match="read"):
+        PointwiseCritic(FunctionAsker(), read="tea leaves")
+
+
+TRUE = {"There is a cat.", "It is black.", "It sits."}
+STATED = Item(
+    "q2",
+    "Describe it.",
+    ("picture",),
+    ("There is a cat. It is black.", "There is a dog. It is red. It sits.", "There is a cat. It is red.", "!!"),
+)
+
+
+def claim_row(turn: str) -> list[float]:
+    claim = re.search(r"from the answer: \[(.*?)\]", turn).group(1)
+    p = 0.9 if claim in TRUE else 0.2
+    return [math.log(p), math.log(1 - p)]
+
+
+def test_a_response_loses_one_for_every_wrong_claim():
+    asker = FunctionAsker(row=claim_row)
+    [judgement] = ClaimsCritic(asker).judge([STATED])
+    assert judgement.rewards == [0.0, -2.0, -1.0, None]
+    assert judgement.unscored == {3: NO_CLAIMS}
+    claims = judgement.evidence["claims"]["1"]
+    assert [claim for claim, _ in claims] == ["There is a dog.", "It is red.", "It sits."]
+    assert [p for _, p in claims] == pytest.approx([0.2, 0.2, 0.9])
+    # Five different claims; "There is a cat." and "It is red." are made twice and asked once.
+    assert len(asker.asks[0].branches) == 5
+    assert asker.asks[0].images == ("picture",)
+
+
+def test_shares_and_soft_scores_of_claims():
+    share = ClaimsCritic(FunctionAsker(row=claim_row), score="share").judge([STATED])[0].rewards
+    assert share[:3] == pytest.approx([0.0, -2 / 3, -1 / 2])
+    soft = ClaimsCritic(FunctionAsker(row=claim_row), score="soft").judge([STATED])[0].rewards
+    assert soft[:3] == pytest.approx([-0.2, -1.7, -0.9])
+
+
+def test_claims_can_be_listed_and_checked_in_writing():
+    def text(turn: str) -> str | None:
+        if "Break the following answer" in turn:
+            answer = re.search(r"Answer: \[(.*?)\]", turn).group(1)
+            return None if answer == "!!" else "\n".join(f"- {claim}" for claim in sentences(answer))
+        return "Yes, it is." if re.search(r"from the answer: \[(.*?)\]", turn).group(1) in TRUE else "No."
+
+    asker = FunctionAsker(text=text)
+    [judgement] = ClaimsCritic(asker, split="ask", read="text").judge([STATED])
+    assert judgement.rewards == [0.0, -2.0, -1.0, None]
+    assert judgement.unscored == {3: NO_ANSWER}
+    assert asker.asks[0].images == ()
+
+
+def test_a_claim_that_could_not_be_checked_unscores_who_made_it():
+    row = lambda turn: [math.nan] * 2 if "It is red." in turn else claim_row(turn)  # noqa: E731
+    [judgement] = ClaimsCritic(FunctionAsker(row=row)).judge([STATED])
+    assert judgement.rewards == [0.0, None, None, None]
+    assert judgement.unscored == {1: NO_ANSWER, 2: NO_ANSWER, 3: NO_CLAIMS}
+
+
+def test_no_item_with_claims_asks_nothing():
+    [judgement] = ClaimsCritic(FunctionAsker(row=claim_row)).judge([replace(STATED, responses=("...",))])
+    assert judgement.unscored == {0: NO_CLAIMS}
+
+
+def test_faulty_claims_settings_are_all_named():
+    with pytest.raises(RewardError, match=r"split.*score.*read"):
+        ClaimsCritic(FunctionAsker(), split="x", score="y", read="z")
+
+
+def test_a_reward_models_numbers_are_taken_as_they_are():
+    def scorer(dialogues: list[Dialogue]) -> list[float | None]:
+        special = {"nan": math.nan, "none": None}
+        return [special.get(d.response, good(d.response) / 2) for d in dialogues]
+
+    item = replace(ITEM, responses=("ab", "nan", "none", "abcd", "ab"))
+    one, other = ScalarCritic(scorer).judge([item, ITEM])
+    assert one.rewards == [1.0, None, None, 2.0, 1.0]
+    assert one.unscored == {1: NOT_FINITE, 2: NO_ANSWER}
+    assert other.rewards == [1.0, 2.0, 0.0, 1.5, 1.0]
+    assert ScalarCritic(scorer).judge([]) == []
+
+
+class Fixed:
+    """A critic with known rewards."""
+
+    def __init__(self, rewards: list[float | None]) -> None:
+        self.rewards = rewards
+
+    def judge(self, items):
+        unscored = {index: "lost" for index, reward in enumerate(self.rewards) if reward is None}
+        return [Judgement(list(self.rewards), unscored=unscored) for _ in items]
+
+
+THREE = Item("q3", "?", (), ("a", "b", "c"))
+
+
+def test_a_panel_averages_what_its_critics_say_on_one_scale():
+    # z-scores of 0, 1, 2 and of 20, 10, 0 are opposite: equal weights cancel, unequal ones do not.
+    critics = {"up": Fixed([0.0, 1.0, 2.0]), "down": Fixed([20.0, 10.0, 0.0])}
+    [even] = PanelCritic(critics).judge([THREE])
+    assert even.rewards == pytest.approx([0.0, 0.0, 0.0])
+    z = math.sqrt(1.5)
+    [uneven] = PanelCritic(critics, weights={"up": 3.0}).judge([THREE])
+    assert uneven.rewards == pytest.approx([-z / 2, 0.0, z / 2])
+    assert uneven.evidence["disagreement"] == pytest.approx({"0": z, "1": 0.0, "2": z})
+    assert uneven.members["down"].rewards == [20.0, 10.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("normalise", "expected"),
+    [("rank", [-0.5, -0.5, 1.0]), ("range", [0.0, 0.0, 1.0]), ("none", [3.0, 3.0, 5.0])],
+)
+def test_other_ways_to_one_scale(normalise, expected):
+    [judgement] = PanelCritic({"only": Fixed([3.0, 3.0, 5.0])}, normalise=normalise).judge([THREE])
+    assert judgement.rewards == pytest.approx(expected)
+
+
+def test_rewards_that_do_not_differ_weigh_nothing():
+    [judgement] = PanelCritic({"flat": Fixed([7.0] * 3), "up": Fixed([0.0, 1.0, 2.0])}).judge([THREE])
+    assert judgement.rewards == pytest.approx([-math.sqrt(1.5) / 2, 0.0, math.sqrt(1.5) / 2])
+
+
+@pytest.mark.parametrize("normalise", sorted(NORMALISERS))
+def test_a_response_that_one_critic_could_not_score_is_unscored(normalise):
+    critics = {"full": Fixed([0.0, 1.0, 2.0]), "holed": Fixed([0.0, None, 2.0])}
+    [judgement] = PanelCritic(critics, normalise=normalise).judge([THREE])
+    assert judgement.unscored == {1: "holed: lost"}
+    assert judgement.rewards[0] < judgement.rewards[2]
+
+
+def test_a_critic_with_nothing_to_say_leaves_it_to_the_others_unless_all_are_needed():
+    critics = {"verifier": VerifierCritic(), "up": Fixed([0.0, 1.0, 2.0])}
+    [judgement] = PanelCritic(critics).judge([THREE])
+    assert judgement.unscored == {}
+    assert judgement.evidence["silent"] == ["verifier"]
+    [strict] = PanelCritic(critics, need_all=True).judge([THREE])
+    assert strict.rewards == [None] * 3
+    assert strict.unscored[0] == f"verifier: {NO_REFERENCE}"
+
+
+def test_a_panel_in_which_nobody_could_score_is_unscored():
+    [judgement] = PanelCritic({"holed": Fixed([None] * 3)}).judge([THREE])
+    assert judgement.unscored == dict.fromkeys(range(3), "holed: lost")
+
+
+def test_a_panel_keeps_the_verdicts_and_ratings_of_its_members():
+    critics = {"random": RandomCritic(), "rating": PointwiseCritic(FunctionAsker(row=rating_row))}
+    [judgement] = PanelCritic(critics).judge([ITEM])
+    assert judgement.ratings == pytest.approx([42.5, 82.5, 2.5, 62.5, 42.5])
+
+
+def test_faulty_panels_are_refused():
+    with pytest.raises(RewardError, match=r"'down'.*not in the panel.*weight of up must be positive.*normalise"):
+        PanelCritic({"up": Fixed([])}, weights={"down": 1.0, "up": 0.0}, normalise="log")
+    with pytest.raises(RewardError, match="no critics"):
+        PanelCritic({})

@@ -5,6 +5,8 @@ Everything is built from seeds in memory, needs no file and no network, and runs
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -14,11 +16,12 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionProcessor,
     PreTrainedTokenizerFast,
-    ProcessorMixin,
     Qwen2Config,
     SiglipVisionConfig,
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+from align.models.image_only import without_video
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 CHAT_TEMPLATE = (
@@ -42,30 +45,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-class ImageProcessor(LlavaOnevisionProcessor):
-    """LLaVA-OneVision's processor without its video part, which transformers ties to torchvision."""
-
-    def __init__(self, image_processor=None, tokenizer=None, num_image_tokens=None, chat_template=None, **kwargs):
-        self.num_image_tokens = num_image_tokens
-        self.vision_feature_select_strategy = "full"
-        self.vision_aspect_ratio = "anyres_max_9"
-        self.image_token, self.video_token = "<image>", "<video>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-        self.video_token_id = tokenizer.convert_tokens_to_ids("<video>")
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
-
-
 def llava_onevision_processor() -> LlavaOnevisionProcessor:
     """A LLaVA-OneVision processor: 28-pixel tiles in grids up to 2 x 2, four visual tokens a tile, Qwen2's chat form."""
     image_processor = LlavaOnevisionImageProcessorPil(
         size={"height": 28, "width": 28}, image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]]
     )
-    return ImageProcessor(
-        image_processor=image_processor, tokenizer=byte_tokenizer(), num_image_tokens=4, chat_template=CHAT_TEMPLATE
+    return without_video(LlavaOnevisionProcessor)(
+        image_processor=image_processor,
+        tokenizer=byte_tokenizer(),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -130,3 +120,10 @@ def random_image(seed: int, width: int = 40, height: int = 30) -> Image.Image:
     """An RGB image of uniform noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, size=(height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def save_llava_onevision(folder: Path, seed: int = 0, **sizes: int | bool) -> Path:
+    """Write a checkpoint folder of model and processor, as `load_model` and `load_processor` open it."""
+    llava_onevision(seed, **sizes).save_pretrained(folder)
+    llava_onevision_processor().save_pretrained(folder)
+    return folder

@@ -276,7 +276,7 @@ def _write(path: Path, key: ReferenceKey, lines: dict[str, ReferenceLine], pairs
 
 
 def _key_path(path: Path) -> Path:
-    return path.with_name("reference.key.json")
+    return path.with_name("reference.json")
 
 
 def _pack(values: Tensor) -> str:

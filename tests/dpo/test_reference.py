@@ -164,7 +164,7 @@ def test_unfinished_work_is_continued_and_discarded_for_another_key(tmp_path, pr
 
     path.unlink()
     (tmp_path / "reference.part-0.jsonl").write_text(lines)
-    (tmp_path / "reference.key.json").write_text('{"weights": "other"}')
+    (tmp_path / "reference.json").write_text('{"weights": "other"}')
     calls.clear()
     compute(path, pairs, collator, lambda: counted)
     assert len(calls) == 5

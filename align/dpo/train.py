@@ -1,0 +1,362 @@
+"""Stage 3: pairs.jsonl in, a checkpoint out: DPO of the round's policy with every question encoded once.
+
+The reference's log-probabilities are computed (once a round) before training and kept. A training that was killed goes
+on from its last intermediate state, with the same data order, optimiser and random state. The finished checkpoint has
+the form of the one it started from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import DPOConfig
+
+from align.config import Config
+from align.dpo.callbacks import MetricsFile, StepProgress, StopOnSignal
+from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_inputs_of
+from align.dpo.parts import count_parameters, freeze_parts
+from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
+from align.dpo.settings import training_arguments
+from align.dpo.texts import PairLength, check_lengths, pair_lengths
+from align.dpo.trainer import PairTrainer, pair_dataset
+from align.errors import UserError
+from align.images import ImageStore
+from align.models.load import load_model, load_processor, read_config
+from align.models.placement import DTYPES, pick_device
+from align.models.save import save_checkpoint
+from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
+from align.prefix.proof import prove
+from align.progress import log
+from align.records import Pair, read_jsonl
+from align.rundir import Round, RunDir, checkpoint_hash, content_hash, text_hash
+
+STAGE = "dpo"
+
+
+def run_dpo(config: Config, number: int) -> None:
+    """Train a round; does nothing when the round has been trained already.
+
+    Raises:
+        UserError: the round before is not complete, the settings or the pairs cannot be used, or the loss is no number.
+        SystemExit: with code 0, after SIGTERM; the same command goes on from the state that was saved.
+    """
+    run = RunDir(config.run_dir)
+    this = run.round(number)
+    policy = run.policy(number, config.policy)
+    device = pick_device(config.model.device)
+    dtype = training_dtype(config.model.dtype)
+    args = training_arguments(config, this.trainer, device, dtype)
+    pairs = read_pairs(this)
+    state = args.distributed_state
+    with state.main_process_first():
+        if state.is_main_process:
+            this.manifest.begin(STAGE, settings=_settings(config), inputs=_inputs(config, this, policy))
+        if this.manifest.complete(STAGE):
+            log.info("round %d is trained already: %s", number, this.checkpoint)
+            return
+    stage = DpoStage(config, this, policy, args, device, dtype)
+    stage.run(pairs)
+
+
+def read_pairs(this: Round) -> list[Pair]:
+    """The round's pairs; raises UserError when there are none or when two share an id."""
+    if not this.pairs.is_file():
+        raise UserError(
+            "there are no pairs to train on",
+            where=str(this.pairs),
+            fix=f"run align score --round {this.number}, or put your own pairs there",
+        )
+    pairs = read_jsonl(this.pairs, Pair)
+    if not pairs:
+        raise UserError(
+            "no pair has survived scoring: nothing to train on",
+            where=str(this.pairs),
+            fix="lower pairs.min_margin, raise sample.num_responses or temperature, or look at scores.jsonl",
+        )
+    twice = [id_ for id_, count in Counter(pair.id for pair in pairs).items() if count > 1]
+    if twice:
+        raise UserError(f"{len(twice)} ids stand more than once, such as {twice[0]!r}", where=str(this.pairs))
+    return pairs
+
+
+def training_dtype(setting: str) -> torch.dtype:
+    """The dtype of the trained weights: float32 unless another is asked for.
+
+    Steps of a learning rate of 5e-7 are smaller than bfloat16 can tell apart: weights kept in it would not move.
+    """
+    return torch.float32 if setting == "auto" else DTYPES[setting]
+
+
+@dataclass
+class DpoStage:
+    """Everything that the steps of the stage share."""
+
+    config: Config
+    this: Round
+    policy: str
+    args: DPOConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    def run(self, given: list[Pair]) -> None:
+        started = time.monotonic()
+        images = ImageStore(self.config.question_images, self.config.max_image_pixels)
+        processor = load_processor(self.policy, **self.config.model.processor)
+        lengths = pair_lengths(given, processor, images)
+        max_length = self.config.dpo.max_length or position_limit(read_config(self.policy))
+        pairs = self._that_fit(given, lengths, max_length)
+        model = self.load(self.policy)
+        layout, note = choose_layout(
+            self.config.shared_prefix,
+            model,
+            PairCollator(processor, images, "shared"),
+            pairs[: self.args.per_device_train_batch_size],
+        )
+        collator = PairCollator(processor, images, layout, max_length)
+        reference = None
+        if self.config.dpo.reference != "live":
+            reference = self._reference(model, pairs, collator)
+        reference_s = time.monotonic() - started
+        trainer = self._trainer(model, pairs, lengths, collator, reference)
+        parameters = count_parameters(trainer.model)
+        self._train(trainer)
+        self._save(trainer, processor)
+        if trainer.is_world_process_zero():
+            self.this.manifest.finish(
+                STAGE,
+                outputs=[self.this.checkpoint],
+                counts=_counts(given, pairs, trainer),
+                seconds=time.monotonic() - started,
+                notes={"shared_prefix": note},
+                parameters=parameters,
+                reference_seconds=round(reference_s, 3),
+                parent=self.policy,
+            )
+            for folder in self.this.trainer.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                shutil.rmtree(folder)
+        trainer.accelerator.wait_for_everyone()
+
+    def load(self, checkpoint: str) -> Any:
+        return load_model(
+            checkpoint,
+            dtype=self.dtype,
+            device=self.device,
+            attn_implementation=self.config.model.attention,
+            allow_pickle=self.config.model.allow_pickle,
+        )
+
+    def _that_fit(self, pairs: list[Pair], lengths: list[PairLength], max_length: int | None) -> list[Pair]:
+        if max_length is None:
+            return pairs
+        drop = check_lengths(lengths, max_length, drop=self.config.dpo.too_long == "drop")
+        if drop:
+            log.warning("%d of %d pairs do not fit in %d tokens and are dropped", len(drop), len(pairs), max_length)
+        return [pair for pair in pairs if pair.id not in drop]
+
+    def _reference(self, model: Any, pairs: list[Pair], collator: PairCollator) -> list[tuple[float, float]]:
+        checkpoint = self.config.policy if self.config.dpo.reference == "initial" else self.policy
+        autocast_dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        key = ReferenceKey(
+            weights=checkpoint_hash(checkpoint),
+            processor=text_hash(checkpoint_hash(self.policy), json.dumps(self.config.model.processor, sort_keys=True)),
+            pairs=pairs_hash(pairs, collator.images),
+            layout=collator.layout,
+            arithmetic=f"{self.dtype}/{autocast_dtype}".replace("torch.", ""),
+            max_length=str(collator.max_length),
+        )
+        reference = reference_log_probs(
+            self.this.reference,
+            key,
+            pairs,
+            collator=collator,
+            load_model=lambda: model if checkpoint == self.policy else self.load(checkpoint),
+            autocast=lambda: torch.autocast(self.device.type, autocast_dtype, enabled=autocast_dtype is not None),
+            batch_size=self.args.per_device_train_batch_size,
+            state=self.args.distributed_state,
+        )
+        return reference.columns(self.args.ld_alpha)
+
+    def _trainer(
+        self,
+        model: Any,
+        pairs: list[Pair],
+        lengths: list[PairLength],
+        collator: PairCollator,
+        reference: list[tuple[float, float]] | None,
+    ) -> PairTrainer:
+        settings = self.config.dpo
+        adapter = lora_config(settings.lora, settings.freeze)
+        if adapter is None:
+            freeze_parts(model, settings.freeze)
+        # An adapter that is switched off gives the reference by itself.
+        live = self.load(self.policy) if reference is None and adapter is None else None
+        longest = {length.id: length.longest for length in lengths}
+        return PairTrainer(
+            model,
+            args=self.args,
+            train_dataset=pair_dataset(pairs, reference, [longest[pair.id] for pair in pairs]),
+            data_collator=collator,
+            processor=collator.processor,
+            ref_model=live,
+            peft_config=adapter,
+            projector_learning_rate_multiplier=settings.projector_learning_rate_multiplier,
+            callbacks=[
+                MetricsFile(self.this.trainer / "metrics.jsonl"),
+                StepProgress(f"round {self.this.number}: dpo"),
+            ],
+        )
+
+    def _train(self, trainer: PairTrainer) -> None:
+        """Train from the last intermediate state, if there is one; SystemExit when told to stop on the way."""
+        last = last_state(self.this.trainer, self.args.world_size)
+        if last is not None:
+            log.info("training goes on from %s", last)
+        stop = StopOnSignal()
+        trainer.add_callback(stop)
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        state = trainer.state
+        if stop.requested and state.global_step < state.max_steps:
+            log.info(
+                "stopped at step %d of %d; `align dpo --round %d` goes on from there",
+                state.global_step,
+                state.max_steps,
+                self.this.number,
+            )
+            raise SystemExit(0)
+
+    def _save(self, trainer: PairTrainer, processor: Any) -> None:
+        """Write the finished checkpoint in the form of its parent, with the trainer's record of how it came about."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if self.config.dpo.lora is not None:
+            model = model.merge_and_unload()
+        restore_forward(model)
+        if trainer.is_world_process_zero():
+            save_checkpoint(
+                model, processor, self.this.checkpoint, parent=_folder(self.policy), dtype=self._stored_dtype()
+            )
+            trainer.state.save_to_json(str(self.this.checkpoint / "trainer_state.json"))
+        trainer.accelerator.wait_for_everyone()
+
+    def _stored_dtype(self) -> torch.dtype | None:
+        """The dtype of the parent's weights on disk, which the checkpoint keeps; None where it does not say."""
+        config = read_config(self.policy)
+        return DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")))
+
+
+def choose_layout(setting: str, model: Any, collator: PairCollator, pairs: list[Pair]) -> tuple[LayoutName, str]:
+    """`shared` where the first batch shows that it is exact, else `plain`; and what was found, for the manifest.
+
+    Raises:
+        UserError: the setting is `on` and the shared prefix cannot be used.
+    """
+    if setting == "off":
+        return "plain", "off"
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "router_aux_loss_coef", 0.0) and hasattr(text_config, "output_router_logits"):
+        exact, reason = False, "the load-balancing loss of experts is not defined on shared prompts"
+    else:
+        batch = {name: value.to(model.device) for name, value in collator.collate(pairs).items()}
+        proof = prove(model, prompt_inputs_of(batch), layout_of(batch))
+        exact, reason = proof.exact, proof.reason
+    if exact:
+        log.info("shared prefix: %s", reason)
+        return "shared", reason
+    if setting == "on":
+        raise UserError(f"shared_prefix is on, but it cannot be used: {reason}", fix="set shared_prefix: auto")
+    with contextlib.suppress(PrefixUnsupported, AttributeError):
+        stop_shared_prefix(model)
+    log.warning("shared prefix: not used, every response repeats its prompt: %s", reason)
+    return "plain", f"not used: {reason}"
+
+
+def restore_forward(model: Any) -> None:
+    """Undo what training has done to `model.forward` and to its attention."""
+    model.__dict__.pop("forward", None)
+    with contextlib.suppress(PrefixUnsupported, AttributeError):
+        stop_shared_prefix(model)
+
+
+def lora_config(fields: dict[str, Any] | None, freeze: list[str]) -> Any:
+    """peft's LoraConfig from the configuration, or None where the weights themselves are trained."""
+    if fields is None:
+        return None
+    from peft import LoraConfig
+
+    if freeze:
+        raise UserError("dpo.freeze and dpo.lora exclude each other", fix="choose dpo.lora.target_modules instead")
+    try:
+        return LoraConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"dpo.lora: {error}", fix="see the fields of peft's LoraConfig") from None
+
+
+def last_state(folder: Path, num_processes: int) -> Path | None:
+    """The newest intermediate state that was written to its end; one that was not is removed."""
+    states = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.split("-")[-1]))
+    for path in reversed(states):
+        if _is_complete(path, num_processes):
+            return path
+        log.warning("%s was not written to its end and is not used", path)
+    return None
+
+
+def position_limit(config: dict[str, Any]) -> int | None:
+    """How many positions the language model has, from config.json; None where the file does not say."""
+    for section in (config.get("text_config"), config.get("llm_config"), config):
+        if isinstance(section, dict) and isinstance(section.get("max_position_embeddings"), int):
+            return section["max_position_embeddings"]
+    return None
+
+
+def _folder(checkpoint: str) -> str | None:
+    return checkpoint if Path(checkpoint).is_dir() else None
+
+
+def _is_complete(path: Path, num_processes: int) -> bool:
+    # The Trainer writes trainer_state.json last; each process writes its own random state.
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return num_processes == 1 or all((path / f"rng_state_{rank}.pth").is_file() for rank in range(num_processes))
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "dpo": config.dpo.model_dump(),
+        "seed": config.seed,
+        "shared_prefix": config.shared_prefix,
+        "dtype": config.model.dtype,
+        "processor": config.model.processor,
+    }
+
+
+def _inputs(config: Config, this: Round, policy: str) -> dict[str, str]:
+    inputs = {"pairs": content_hash(this.pairs), "policy": checkpoint_hash(policy)}
+    if config.dpo.reference == "initial":
+        inputs["reference"] = checkpoint_hash(config.policy)
+    return inputs
+
+
+def _counts(given: list[Pair], pairs: list[Pair], trainer: PairTrainer) -> dict[str, Any]:
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    last = steps[-1] if steps else {}
+    return {
+        "pairs": len(pairs),
+        "dropped_too_long": len(given) - len(pairs),
+        "steps": trainer.state.global_step,
+        "tokens": int(last.get("num_tokens", 0)),
+        "loss": last.get("loss"),
+        "reward_accuracy": last.get("rewards/accuracies"),
+        "reward_margin": last.get("rewards/margins"),
+    }

@@ -1,0 +1,206 @@
+"""The stage as a whole: pairs.jsonl and a checkpoint folder in, a checkpoint folder out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from align.config import Config, build_config
+from align.dpo import train
+from align.dpo.train import DpoStage, run_dpo
+from align.errors import UserError
+from align.models.load import load_model, load_processor
+from align.records import Pair, write_jsonl
+from align.rundir import Round, RunDir
+from tests import tiny_models
+from tests.dpo.conftest import make_pairs
+
+
+def make_run(folder: Path, *, num_pairs: int = 6, dpo: dict[str, Any] | None = None, **fields: Any) -> Config:
+    """A run whose round 1 has pairs about images in folder/images, for a tiny checkpoint in folder/policy."""
+    (folder / "images").mkdir(exist_ok=True)
+    if not (folder / "policy").exists():
+        tiny_models.save_llava_onevision(folder / "policy")
+    defaults = {"learning_rate": 1e-3, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    data = {"policy": "policy", "questions": "questions.jsonl", "image_root": "images", "dpo": defaults | (dpo or {})}
+    config = build_config(data | fields, base=folder)
+    this = round_1(config)
+    if not this.pairs.exists():
+        this.path.mkdir(parents=True)
+        write_jsonl(this.pairs, make_pairs(folder / "images", num_pairs))
+    return config
+
+
+def round_1(config: Config) -> Round:
+    return RunDir(config.run_dir).round(1)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in log if "loss" in entry]
+
+
+def test_a_round_ends_with_a_checkpoint_in_the_form_of_its_parent(tmp_path):
+    config = make_run(tmp_path)
+    run_dpo(config, 1)
+    this = round_1(config)
+    before, after = weights(tmp_path / "policy"), weights(this.checkpoint)
+    assert {name: (t.shape, t.dtype) for name, t in before.items()} == {
+        name: (t.shape, t.dtype) for name, t in after.items()
+    }
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    load_model(this.checkpoint)
+    load_processor(this.checkpoint)
+    entry = this.manifest.stage("dpo")
+    assert entry["status"] == "complete"
+    assert entry["counts"]["pairs"] == 6
+    assert entry["counts"]["steps"] == 6
+    assert "agree" in entry["notes"]["shared_prefix"]
+    assert len((this.trainer / "metrics.jsonl").read_text().splitlines()) == 6
+    assert len(history(this.checkpoint)) == 6
+    assert not list(this.trainer.glob("checkpoint-*"))
+
+
+def test_a_finished_round_is_not_trained_again(tmp_path):
+    config = make_run(tmp_path)
+    run_dpo(config, 1)
+    before = (round_1(config).checkpoint / "model.safetensors").stat().st_mtime_ns
+    run_dpo(config, 1)
+    assert (round_1(config).checkpoint / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_shared_and_plain_prompts_train_the_same_weights(tmp_path):
+    trained = {}
+    for setting in ("on", "off"):
+        config = make_run(tmp_path, name=setting, shared_prefix=setting)
+        run_dpo(config, 1)
+        trained[setting] = weights(round_1(config).checkpoint)
+    start = weights(tmp_path / "policy")
+    for name in start:
+        if name.endswith("k_proj.bias"):
+            # Adding a constant to all keys changes no attention: the true gradient is 0, and Adam amplifies rounding.
+            continue
+        moved = (trained["off"][name] - start[name]).norm()
+        assert (trained["on"][name] - trained["off"][name]).norm() <= 1e-2 * moved + 1e-6, name
+
+
+class StopAtStep(TrainerCallback):
+    """Sends this process SIGTERM in the middle of a step, as a scheduler would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_once(monkeypatch, step: int) -> None:
+    """The next training is told to stop while it does `step` + 1."""
+    make_trainer = DpoStage._trainer
+
+    def with_signal(self, *args):
+        trainer = make_trainer(self, *args)
+        trainer.add_callback(StopAtStep(step))
+        return trainer
+
+    monkeypatch.setattr(train.DpoStage, "_trainer", with_signal)
+
+
+@pytest.mark.parametrize("dpo", [{}, {"projector_learning_rate_multiplier": 3.0, "freeze": ["vision"]}])
+def test_a_run_stopped_by_sigterm_goes_on_to_the_same_weights(tmp_path, monkeypatch, dpo):
+    straight = make_run(tmp_path, name="straight", dpo=dpo)
+    run_dpo(straight, 1)
+    stopped = make_run(tmp_path, name="stopped", dpo=dpo)
+    with monkeypatch.context() as patch:
+        stop_once(patch, 3)
+        with pytest.raises(SystemExit) as exit_:
+            run_dpo(stopped, 1)
+    assert exit_.value.code == 0
+    this = round_1(stopped)
+    assert not this.manifest.complete("dpo")
+    assert len((this.trainer / "metrics.jsonl").read_text().splitlines()) == 4
+    run_dpo(stopped, 1)
+    expected, found = weights(round_1(straight).checkpoint), weights(this.checkpoint)
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    for a, b in zip(history(round_1(straight).checkpoint), history(this.checkpoint), strict=True):
+        assert {k: v for k, v in a.items() if k != "num_tokens"} == {k: v for k, v in b.items() if k != "num_tokens"}
+
+
+def test_a_state_torn_while_it_was_written_is_not_used(tmp_path, monkeypatch):
+    config = make_run(tmp_path, dpo={"save_steps": 2, "save_total_limit": 3})
+    with monkeypatch.context() as patch:
+        stop_once(patch, 4)
+        with pytest.raises(SystemExit):
+            run_dpo(config, 1)
+    this = round_1(config)
+    assert {path.name for path in this.trainer.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
+    (this.trainer / "checkpoint-5" / "trainer_state.json").unlink()
+    assert train.last_state(this.trainer, 1) == this.trainer / "checkpoint-4"
+    run_dpo(config, 1)
+    assert [entry["step"] for entry in history(this.checkpoint)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_pair_that_does_not_fit_is_refused_with_its_token_counts(tmp_path):
+    config = make_run(tmp_path, dpo={"max_length": 85})
+    with pytest.raises(
+        UserError, match=r"4 of 6 pairs do not fit in 85 tokens(.|\n)*p1: prompt 69, chosen 17, rejected 10 tokens"
+    ):
+        run_dpo(config, 1)
+    config = make_run(tmp_path, dpo={"max_length": 85, "too_long": "drop"}, name="drop")
+    run_dpo(config, 1)
+    counts = round_1(config).manifest.stage("dpo")["counts"]
+    assert (counts["pairs"], counts["dropped_too_long"]) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("dpo", "message"),
+    [
+        ({"learning_rat": 1e-3}, "dpo.learning_rat: unknown key .did you mean 'learning_rate'"),
+        ({"warmup_ratio": 0.1}, "warmup_steps takes a ratio"),
+        ({"output_dir": "x"}, "dpo.output_dir cannot be set: the round's folder"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "TRL refuses the dpo section: .*loss_weights"),
+        ({"freeze": ["vison"]}, "no part 'vison'.*nearest: vision"),
+        ({"freeze": ["vision", "projector", "language"]}, "leaves nothing to train"),
+        ({"lora": {"rank": 4}}, "dpo.lora: .*rank"),
+        ({"freeze": ["projector"], "projector_learning_rate_multiplier": 3.0}, "no projector is trained"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, dpo, message):
+    with pytest.raises(UserError, match=message):
+        run_dpo(make_run(tmp_path, dpo=dpo), 1)
+
+
+def test_pairs_that_cannot_be_used_are_refused(tmp_path):
+    config = make_run(tmp_path)
+    this = round_1(config)
+    pairs = make_pairs(tmp_path / "images", 2)
+    write_jsonl(this.pairs, [])
+    with pytest.raises(UserError, match="no pair has survived"):
+        run_dpo(config, 1)
+    write_jsonl(this.pairs, [pairs[0], pairs[0]])
+    with pytest.raises(UserError, match="stand more than once, such as 'p0'"):
+        run_dpo(config, 1)
+    answer = [{"role": "assistant", "content": "an <image> of a cat"}]
+    write_jsonl(
+        this.pairs,
+        [Pair(id="x", prompt=pairs[0].prompt, images=pairs[0].images, chosen=answer, rejected=pairs[0].chosen)],
+    )
+    with pytest.raises(UserError, match="pair x: the chosen response contains an image placeholder"):
+        run_dpo(config, 1)
+    this.pairs.unlink()
+    with pytest.raises(UserError, match="there are no pairs"):
+        run_dpo(config, 1)

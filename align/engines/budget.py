@@ -30,12 +30,12 @@ class Budget:
     num_retreats: int = 0
     _limit: int | None = None
 
-    def num_items(self, tokens_per_item: int) -> int:
-        """Items of so many tokens in a batch, at least 1."""
+    def num_items(self, prompt_tokens: int, new_tokens: int = 0) -> int:
+        """Items in a batch, at least 1, of which each reads and then writes so many tokens."""
         if self.fixed is not None:
             count = self.fixed
         else:
-            count = self._capacity_tokens() // max(tokens_per_item, 1)
+            count = self._by_memory(prompt_tokens, new_tokens)
         return max(1, count if self._limit is None else min(count, self._limit))
 
     def retreat(self, num_items: int) -> None:
@@ -48,16 +48,18 @@ class Budget:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _capacity_tokens(self) -> int:
+    def _by_memory(self, prompt_tokens: int, new_tokens: int) -> int:
         device = next(self.model.parameters()).device
         if device.type != "cuda":
-            return CPU_TOKENS
+            return CPU_TOKENS // prompt_tokens
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return min(GPU_TOKENS, int(free * MEMORY_SHARE) // bytes_per_token(self.model))
+        cached, working = token_bytes(self.model)
+        needed = prompt_tokens * (cached + working) + new_tokens * cached
+        return min(GPU_TOKENS // prompt_tokens, int(free * MEMORY_SHARE) // needed)
 
 
-def bytes_per_token(model: PreTrainedModel) -> int:
+def token_bytes(model: PreTrainedModel) -> tuple[int, int]:
     """Memory of one token in inference: its keys and values in all layers, and the widest layer's activations."""
     config: Any = model.config.get_text_config(decoder=True)
     size = next(p.element_size() for p in model.parameters() if p.is_floating_point())
@@ -65,7 +67,7 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * heads * head_dim
     working = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    return size * (cached + working)
+    return size * cached, size * working
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -39,32 +39,40 @@ class GrowingLayer(DynamicLayer):
         start = self.get_seq_length()
         stop = start + key_states.shape[-2]
         if self.room is None or self.room[0].shape[-2] < stop:
-            self._make_room(key_states, value_states, start, stop + GROWTH_TOKENS)
-        assert self.room is not None
+            old = (self.keys, self.values) if start else None
+            self.room = (_room_for(key_states, stop), _room_for(value_states, stop))
+            if old is not None:
+                self.room[0][:, :, :start], self.room[1][:, :, :start] = old
         self.room[0][:, :, start:stop] = key_states
         self.room[1][:, :, start:stop] = value_states
-        self.keys, self.values = self.room[0][:, :, :stop], self.room[1][:, :, :stop]
-        return self.keys, self.values
+        return self._show(stop)
 
-    def _make_room(self, key_states: Tensor, value_states: Tensor, length: int, capacity: int) -> None:
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        room = tuple(new.new_empty(*new.shape[:2], capacity, new.shape[3]) for new in (key_states, value_states))
-        if length:
-            room[0][:, :, :length], room[1][:, :, :length] = self.keys, self.values
-        self.room = (room[0], room[1])
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        """The filled part of the room becomes the layer's keys and values."""
+        assert self.room is not None
+        self.dtype, self.device, self.is_initialized = self.room[0].dtype, self.room[0].device, True
+        self.keys, self.values = self.room[0][:, :, :length], self.room[1][:, :, :length]
+        return self.keys, self.values
 
     def keep(self, rows: Tensor, columns: Tensor) -> None:
         """Keep these rows `(B',)` and, of each, these key columns `(B', L')`."""
+        length = columns.shape[1]
 
         def take(old: Tensor) -> Tensor:
-            return old[rows[:, None], :, columns].transpose(1, 2)
+            kept = old[rows[:, None], :, columns].transpose(1, 2)
+            room = _room_for(kept, length)
+            room[:, :, :length] = kept
+            return room
 
         assert self.keys is not None
         assert self.values is not None
-        keys, values = take(self.keys), take(self.values)
-        self.room = None
-        self.reset()
-        self.update(keys, values)
+        self.room = (take(self.keys), take(self.values))
+        self._show(length)
+
+
+def _room_for(states: Tensor, length: int) -> Tensor:
+    """Uninitialised states like these for `length` tokens and some more."""
+    return states.new_empty(*states.shape[:2], length + GROWTH_TOKENS, states.shape[3])
 
 
 def growing_cache() -> Cache:

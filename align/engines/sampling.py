@@ -78,3 +78,29 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     CTRL (arXiv 1909.05858), as in transformers.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+class SeededChooser:
+    """Chooses tokens by each branch's own numbers; knows what a branch has said, where repetition is penalised.
+
+    `numbers` `(B, K, steps)`, `prompt_ids` `(B, P)`.
+    """
+
+    def __init__(self, settings: SamplingSettings, numbers: Tensor, prompt_ids: Tensor) -> None:
+        self.settings = settings
+        self.numbers = numbers
+        self.prompt_ids = prompt_ids
+        self.seen: Tensor | None = None
+
+    def __call__(self, logits: Tensor, row: Tensor, branch: Tensor, step: int) -> Tensor:
+        """Tokens `(N,)` for logits `(N, V)` of these rows and branches `(N,)`."""
+        if self.settings.repetition_penalty != 1.0:
+            if self.seen is None:
+                said = logits.new_zeros(len(self.prompt_ids), logits.shape[-1], dtype=torch.bool)
+                said.scatter_(1, self.prompt_ids, True)
+                self.seen = said[:, None].repeat(1, self.numbers.shape[1], 1)
+            logits = penalise_repetition(logits, self.seen[row, branch], self.settings.repetition_penalty)
+        tokens = choose(logits, self.settings, self.numbers[row, branch, step])
+        if self.seen is not None:
+            self.seen[row, branch, tokens] = True
+        return tokens

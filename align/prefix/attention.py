@@ -1,8 +1,9 @@
 """Attention in which the segments of a row see the prompt and their own path, as two plain SDPA calls.
 
 The prompt's tokens are causal among themselves and need no mask: right padding stands behind every real token. The
-segments' tokens see `[prompt keys | segment keys]` under a mask of `(segments, prompt + segments)`. No mask of the
-whole row squared is ever made. `register` tells transformers the name; `use_shared_prefix` sets it on the language
+segments' tokens see `[prompt keys | segment keys]` under a mask of `(segments, prompt + segments)`; where there are
+many segments, those below each child of the prompt see `[prompt keys | their own keys]` as a batch entry of their own.
+No mask of the whole row squared is ever made. `register` tells transformers the name; `use_shared_prefix` sets it on the language
 model; outside `active_layout` it is sdpa, to the bit.
 
 Inside `active_layout`, the mask function gives the layers an `AttentionPlan` where they expect a mask. It travels as
@@ -25,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from align.prefix.layout import Layout
+from align.prefix.plans import AttentionPlan, plan_of
 
 NAME = "shared_prefix"
 
@@ -33,57 +35,13 @@ class PrefixUnsupported(Exception):
     """The model wants an attention that a shared prefix cannot give; use the plain path."""
 
 
-class AttentionPlan:
-    """What the layers of one forward receive in place of a mask.
-
-    `prompt_width` P: the first P queries are prompt tokens, causal among themselves; 0 where the prompt's keys
-    come from a cache. `mask` `(B, 1, Q, K)` bool: what the remaining Q queries see of all K keys; None without such
-    queries. `num_calls` counts the layers that asked, so that a model with other than attention layers is noticed.
-    """
-
-    def __init__(self, prompt_width: int, mask: Tensor | None) -> None:
-        self.prompt_width = prompt_width
-        self.mask = mask
-        self.num_calls = 0
-        self._biases: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    @classmethod
-    def of_layout(cls, layout: Layout) -> AttentionPlan:
-        """The plan for whole rows `[prompt | segments]` in one forward."""
-        has_segments = layout.input_ids.shape[1] > 0
-        return cls(layout.prompt_mask.shape[1], layout.mask() if has_segments else None)
-
-    @property
-    def num_queries(self) -> int:
-        return self.prompt_width + (0 if self.mask is None else self.mask.shape[2])
-
-    @property
-    def num_keys(self) -> int:
-        return self.prompt_width if self.mask is None else self.mask.shape[3]
-
-    def bias(self, like: Tensor) -> Tensor:
-        """The mask as 0 and -inf, made once a dtype: SDPA would otherwise convert the bool mask in every layer."""
-        assert self.mask is not None
-        key = (like.dtype, like.device)
-        if key not in self._biases:
-            mask = self.mask.to(like.device)
-            self._biases[key] = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(
-                ~mask, float("-inf")
-            )
-        return self._biases[key]
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
-        """`(B, heads, Q, D)` for the queries behind the prompt: the one place where another kernel would be chosen."""
-        return _masked_attention(query, key, value, self.bias(query), scale=scale, dropout=dropout)
-
-
 _active: ContextVar[AttentionPlan | None] = ContextVar("active_plan", default=None)
 
 
 @contextmanager
 def active_layout(layout: Layout | AttentionPlan) -> Iterator[AttentionPlan]:
     """Within the context, every forward of a model set by `use_shared_prefix` is laid out like this."""
-    plan = AttentionPlan.of_layout(layout) if isinstance(layout, Layout) else layout
+    plan = plan_of(layout) if isinstance(layout, Layout) else layout
     token = _active.set(plan)
     try:
         yield plan
@@ -190,22 +148,4 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
         is_causal=True,
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
-    )
-
-
-def _masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale: float | None, dropout: float
-) -> Tensor:
-    """SDPA under an additive mask `(B, 1, Q, K)`, grouped queries on whichever way is fast on the device.
-
-    Measured on CPU (4 query heads on 2 key heads, 1000 + 2 x 120 tokens): grouped 9.1 ms forward and backward,
-    repeated keys 10.0 ms. With 8 heads on 1, backward of the grouped way is slower (29 against 18 ms), without
-    gradients it is faster (5.1 against 5.3 ms). On CUDA the fused kernels that take a mask have no grouped queries.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and (query.is_cuda or (groups > 4 and query.requires_grad)):
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        groups = 1
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
     )

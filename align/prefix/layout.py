@@ -131,13 +131,20 @@ class Layout:
 
     def mask(self) -> Tensor:
         """`(B, 1, S, P + S)` bool: what a segment token may see. Padding sees the prompt, so that no row is empty."""
-        lineage = self.lineage
-        if lineage.shape[1] == 0:
-            lineage = lineage.new_ones(len(lineage), 1, 1)
-        of = self.segment.clamp(min=0)
-        rows = torch.arange(len(of), device=of.device)[:, None, None]
-        related = lineage[rows, of[:, :, None], of[:, None, :]]
-        earlier = self.depth_position[:, None, :] <= self.depth_position[:, :, None]
-        real = self.is_token[:, :, None] & self.is_token[:, None, :]
-        prompt = self.prompt_mask[:, None, :].expand(-1, of.shape[1], -1)
-        return torch.cat([prompt, related & earlier & real], dim=2)[:, None]
+        prompt = self.prompt_mask[:, None, :].expand(-1, self.segment.shape[1], -1)
+        return torch.cat([prompt, sees(self.lineage, self.segment, self.depth_position)], dim=2)[:, None]
+
+
+def sees(lineage: Tensor, segment: Tensor, depth_position: Tensor) -> Tensor:
+    """Which segment tokens may see which: `(..., S, S)` bool, for `segment` and `depth_position` `(B, ..., S)`.
+
+    A token sees what stands earlier on its own path, and itself; padding sees and is seen by nothing.
+    """
+    if lineage.shape[1] == 0:
+        return segment.new_zeros(*segment.shape, segment.shape[-1], dtype=torch.bool)
+    of = segment.clamp(min=0)
+    rows = torch.arange(len(of), device=of.device).view(-1, *[1] * of.ndim)
+    related = lineage[rows, of[..., :, None], of[..., None, :]]
+    earlier = depth_position[..., None, :] <= depth_position[..., :, None]
+    real = segment != PADDING
+    return related & earlier & real[..., :, None] & real[..., None, :]

@@ -1,0 +1,1 @@
+"""The stages of `scripts/build_demo.py`: towers, policy, critic, export."""

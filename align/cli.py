@@ -97,6 +97,18 @@ def score(
 ) -> None:
     """Stage 2: a critic compares the responses; rewards become preference pairs."""
     counts = _stage("score", round_, config, set_, redo=redo, num_processes=num_processes)
+    _say(f"{counts['scored']} responses to {counts['questions']} questions scored", next_command=None)
+    pairs(round_, config, set_)
+
+
+@app.command(
+    epilog="Example:  align pairs --round 1 --redo --set pairs.strategy=topk_bottomk --set pairs.max_per_question=4"
+)
+def pairs(
+    round_: RoundOption = 1, config: ConfigOption = None, set_: SetOption = None, redo: RedoOption = False
+) -> None:
+    """Make the pairs of a scored round again, with other settings (`align score` makes them the first time)."""
+    counts = _stage("pairs", round_, config, set_, redo=redo, num_processes=1)
     _say(f"{counts['pairs']} pairs from {counts['questions']} questions", next_command=f"align dpo --round {round_}")
 
 
@@ -228,11 +240,12 @@ def _config_args(config: Path | None, overrides: list[str]) -> list[str]:
     return args
 
 
-def _say(text: str, *, next_command: str) -> None:
+def _say(text: str, *, next_command: str | None) -> None:
     if not is_main_process():
         return
     typer.echo(text)
-    typer.secho(f"next: {next_command}", fg=typer.colors.CYAN)
+    if next_command:
+        typer.secho(f"next: {next_command}", fg=typer.colors.CYAN)
 
 
 def _fail(text: str, *, code: int) -> None:

@@ -81,10 +81,10 @@ class PairSettings(Section):
         Field("best_worst", description="which responses of a question become a pair")
     )
     min_margin: float = Field(0.0, ge=0, description="least difference of the two rewards; ties never make a pair")
-    max_pairs: int | None = Field(1, ge=1, description="most pairs a question; empty: the default, 1")
+    max_per_question: int = Field(1, ge=1, description="most pairs a question")
     k: int = Field(2, ge=1, description="for topk_bottomk: how many of the best and of the worst are crossed")
-    max_similarity: float | None = Field(
-        None, gt=0, le=1, description="responses more alike than this (0 to 1) count as one; empty: identical ones only"
+    near_duplicate: float = Field(
+        1.0, gt=0, le=1, description="responses at least this much alike (0 to 1) count as one; 1: identical ones only"
     )
     max_length_ratio: float | None = Field(
         None, ge=1, description="drop pairs whose responses differ in length by more than this factor; empty: any"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """A fault in the user's configuration or data, reported without a traceback and with exit code 2.
@@ -16,3 +19,14 @@ class UserError(Exception):
         self.fix = fix
         text = f"{where}: {message}" if where else message
         super().__init__(f"{text}; {fix}" if fix else text)
+
+
+@contextlib.contextmanager
+def reward_faults() -> Iterator[None]:
+    """What `reward` finds wrong with settings, prompts or answers is the user's to mend."""
+    from reward.errors import RewardError
+
+    try:
+        yield
+    except RewardError as error:
+        raise UserError(str(error)) from None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from align.config import Config
-from align.errors import UserError
+from align.errors import UserError, reward_faults
 from align.images import ImageStore
 from align.progress import log
 from align.questionwise import Keep, begin, finish, work_through
@@ -20,7 +20,6 @@ from align.records import Evaluated, Evaluation, Question, read_questions
 from align.rundir import RunDir, checkpoint_hash, content_hash, text_hash, write_text
 from align.statistics import Interval, bootstrap_mean, distinct_n, is_refusal, repetition, words
 from reward.critics.verifier import grade
-from reward.errors import RewardError
 
 if TYPE_CHECKING:
     from align.engines.base import SampleRequest, SampleResult
@@ -148,10 +147,8 @@ def _evaluated(result: SampleResult, question: Question) -> list[Evaluated]:
 def _correct(text: str, question: Question) -> bool | None:
     if question.answer is None:
         return None
-    try:
+    with reward_faults():
         found = grade(text, question.answer, question=question.question, kind=question.answer_kind)
-    except RewardError as error:
-        raise UserError(str(error), where=f"question {question.id}") from None
     return None if found is None else found.correct
 
 

@@ -1,4 +1,4 @@
-"""The loop: sample, score, dpo and evaluate, round after round, each stage skipped where it is complete."""
+"""The loop: sample, score, pairs, dpo and evaluate, round after round, each stage skipped where it is complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_rounds(config: Config, config_args: list[str]) -> None:
         _run_or_launch(config, "evaluate", 0, config_args)
     for number in range(1, config.rounds + 1):
         log.info("round %d of %d", number, config.rounds)
-        for stage in ("sample", "score", "dpo"):
+        for stage in ("sample", "score", "pairs", "dpo"):
             _run_or_launch(config, stage, number, config_args)
         if config.evaluate.questions is not None:
             _run_or_launch(config, "evaluate", number, config_args)
@@ -43,7 +43,7 @@ def run_stage(config: Config, stage: str, number: int, *, redo: bool = False) ->
 
 
 def _run_or_launch(config: Config, stage: str, number: int, config_args: list[str]) -> None:
-    if not wants_processes(config):
+    if not wants_processes(config) or stage == "pairs":
         run_stage(config, stage, number)
     elif not RunDir(config.run_dir).round(number).manifest.complete(stage):
         run_stage_command(config, stage, number, config_args)
@@ -59,6 +59,10 @@ def _call(config: Config, stage: str, number: int) -> None:
         from align.score import run_score
 
         run_score(config, number)
+    elif stage == "pairs":
+        from align.pairs import run_pairs
+
+        run_pairs(config, number)
     elif stage == "dpo":
         from align.dpo.train import run_dpo
 

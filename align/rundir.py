@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from align.errors import UserError
 from align.records import Record, RecordT, parse_line, write_jsonl
 
-STAGES = ("sample", "score", "dpo", "evaluate")
+STAGES = ("sample", "score", "pairs", "dpo", "evaluate")
 PACKAGES = ("valley-align", "torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "datasets")
 
 
@@ -133,7 +133,8 @@ class Round:
         """Take back a stage and all later ones of this round: their files and their entries in the manifest."""
         files = {
             "sample": [self.samples],
-            "score": [self.scores, self.pairs],
+            "score": [self.scores],
+            "pairs": [self.pairs],
             "dpo": [self.reference, self.reference.with_suffix(".json")],
             "evaluate": [self.evaluation, self.evaluation_lines],
         }

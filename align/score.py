@@ -1,28 +1,24 @@
-"""Stage 2: samples in, scores.jsonl and pairs.jsonl out: a critic judges the responses, rewards become pairs.
+"""Stage 2: samples in, scores.jsonl out: a critic judges the responses of every question.
 
 What the critic could not judge is unscored with its reason and never 0. Finished questions are kept when the stage is
-interrupted; pairs are made at the end from all scores, so that other pair settings need no new judgement.
+interrupted.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from align.config import Config
-from align.errors import UserError
+from align.errors import UserError, reward_faults
 from align.images import ImageStore
 from align.progress import log
 from align.questionwise import Keep, begin, finish, work_through
-from align.ranks import is_main_process
-from align.records import IMAGE_TAG, Pair, Question, Samples, Scores, VerdictRecord, read_jsonl, write_jsonl
+from align.records import IMAGE_TAG, Question, Samples, Scores, VerdictRecord, read_jsonl
 from align.rundir import RunDir, checkpoint_hash, content_hash
-from reward.critics import Critic, Item, Judgement, Verdict, make_critic, needs
-from reward.errors import RewardError
-from reward.pairs import Chosen, PairSettings, choose_pairs
+from reward.critics import Critic, Item, Judgement, Verdict, make_critic, needs, settings_of
 from reward.ranking import consistency, position_bias, tie_rate
 
 STAGE = "score"
@@ -30,69 +26,44 @@ DEFAULT_BATCH = 16
 
 
 def run_score(config: Config, number: int) -> None:
-    """Score a round and make its pairs; does nothing when that has been done.
+    """Score a round; does nothing when that has been done.
 
     Raises:
-        UserError: the round is not sampled, the critic's settings are wrong, nothing could be scored, or no pair is
-            left (with the counts by reason).
+        UserError: the round is not sampled, the critic's settings are wrong, or nothing could be scored.
     """
     this = RunDir(config.run_dir).round(number)
     this.need("sample", "scores are made from its samples", f"align sample --round {number}")
     samples = read_jsonl(this.samples, Samples)
     images = ImageStore(config.question_images, config.max_image_pixels)
-    with _reward_faults():
+    with reward_faults():
         _check_critic(config)
-        _pair_settings(config)
     if not begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config, this.samples)):
-        log.info("round %d is scored already: %s", number, this.pairs)
+        log.info("round %d is scored already: %s", number, this.scores)
         return
 
     def work(todo: list[Samples], keep: Keep) -> dict[str, str]:
         return _judge(config, todo, images, keep)
 
     done = work_through(this.scores, Scores, samples, work, label=f"round {number}: score")
-    pairs, counts = make_pairs(samples, done.records, config, number)
-    if not pairs:
+    counts = _counts(done.records)
+    if not counts["scored"]:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in counts["unscored"].items())
         raise UserError(
-            f"no pair is left of {len(samples)} questions: {_reasons(counts)}",
+            f"the critic could score none of {len(samples)} questions: {reasons}",
             where=str(this.scores),
-            fix="look at the scores; lower pairs.min_margin, raise sample.temperature or use another critic, then run with --redo",
+            fix="check critic.kind, critic.model and its prompt, then run with --redo",
         )
-    if is_main_process():
-        write_jsonl(this.pairs, pairs)
-    finish(this.manifest, STAGE, outputs=[this.scores, this.pairs], counts=counts, done=done)
+    finish(this.manifest, STAGE, outputs=[this.scores], counts=counts, done=done)
 
 
-def make_pairs(
-    samples: Sequence[Samples], scores: Sequence[Scores], config: Config, number: int
-) -> tuple[list[Pair], dict[str, Any]]:
-    """The round's pairs in question order, and what became of every response and pair, by reason."""
-    settings = _pair_settings(config)
-    pairs: list[Pair] = []
-    responses: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    without: Counter[str] = Counter()
-    for line, score in zip(samples, scores, strict=True):
-        chosen = _choose(line, score, settings, keep_truncated=config.pairs.keep_truncated)
-        responses += chosen.dropped_responses
-        dropped += chosen.dropped_pairs
-        if chosen.why_none:
-            without[chosen.why_none] += 1
-        pairs += [_pair(line, score, choice, number) for choice in chosen.pairs]
-    unscored = Counter(reason for score in scores for reason in score.unscored.values())
-    counts: dict[str, Any] = {
-        "questions": len(samples),
-        "responses": sum(len(line.responses) for line in samples),
+def _counts(scores: Sequence[Scores]) -> dict[str, Any]:
+    return {
+        "questions": len(scores),
         "scored": sum(reward is not None for score in scores for reward in score.rewards),
-        "unscored": dict(unscored),
+        "unscored": dict(Counter(reason for score in scores for reason in score.unscored.values())),
         "verdicts": sum(len(score.verdicts) for score in scores),
-        "pairs": len(pairs),
-        "dropped_responses": dict(responses),
-        "dropped_pairs": dict(dropped),
-        "questions_without_pair": dict(without),
         "critic": critic_figures(scores),
     }
-    return pairs, counts
 
 
 def critic_figures(scores: Sequence[Scores]) -> dict[str, float]:
@@ -106,45 +77,15 @@ def critic_figures(scores: Sequence[Scores]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in figures.items() if value is not None}
 
 
-def _choose(line: Samples, score: Scores, settings: PairSettings, *, keep_truncated: bool) -> Chosen:
-    excluded = {}
-    for index, response in enumerate(line.responses):
-        if not response.text.strip():
-            excluded[index] = "empty response"
-        elif response.finish_reason == "length" and not keep_truncated:
-            excluded[index] = "truncated"
-    return choose_pairs(
-        score.rewards,
-        [response.text for response in line.responses],
-        settings,
-        excluded=excluded,
-        correct=score.evidence.get("correct"),
-        lengths=[response.num_tokens for response in line.responses],
-    )
-
-
-def _pair(line: Samples, score: Scores, choice: Any, number: int) -> Pair:
-    def message(index: int) -> list[dict[str, Any]]:
-        return [{"role": "assistant", "content": [{"type": "text", "text": line.responses[index].text}]}]
-
-    rewards = {"chosen": score.rewards[choice.chosen], "rejected": score.rewards[choice.rejected]}
-    return Pair(
-        id=f"{line.id}/r{number}/{choice.chosen}-{choice.rejected}",
-        images=line.question.images,
-        prompt=line.question.messages(),
-        chosen=message(choice.chosen),
-        rejected=message(choice.rejected),
-        margin=choice.margin,
-        rewards={name: reward for name, reward in rewards.items() if reward is not None},
-        question_id=line.id,
-        responses={"chosen": choice.chosen, "rejected": choice.rejected},
-    )
+def _verdict(record: VerdictRecord) -> Verdict:
+    p_first, p_second = record.p_first or 0.0, record.p_second or 0.0
+    return Verdict(record.first, record.second, p_first, p_second, record.p_tie, record.winner, record.rationale)
 
 
 def _judge(config: Config, todo: list[Samples], images: ImageStore, keep: Keep) -> dict[str, str]:
     critic, notes = _open_critic(config, images)
     for lines in _batches(todo, config.critic.batch_size or DEFAULT_BATCH):
-        with _reward_faults():
+        with reward_faults():
             judgements = critic.judge([_item(line) for line in lines])
         for line, judgement in zip(lines, judgements, strict=True):
             keep(_scores(line.id, judgement))
@@ -160,7 +101,7 @@ def _batches(lines: list[Samples], size: int) -> Iterator[list[Samples]]:
 def _open_critic(config: Config, images: ImageStore) -> tuple[Critic, Callable[[], dict[str, str]]]:
     settings = _critic_options(config)
     if needs(config.critic.kind) is None:
-        with _reward_faults():
+        with reward_faults():
             return make_critic(config.critic.kind, settings), dict
     from align.engines.open import open_engine
 
@@ -173,7 +114,7 @@ def _open_critic(config: Config, images: ImageStore) -> tuple[Critic, Callable[[
         shared_prefix=config.shared_prefix,
         batch_size=config.critic.batch_size,
     )
-    with _reward_faults():
+    with reward_faults():
         return make_critic(config.critic.kind, settings, asker=engine), lambda: engine.notes
 
 
@@ -199,15 +140,11 @@ class _NoAsker:
 
 def _critic_options(config: Config) -> dict[str, Any]:
     options = dict(config.critic.options)
-    if config.critic.prompt is not None:
+    if config.critic.prompt is not None and "prompt" in settings_of(config.critic.kind):
         options["prompt"] = config.critic.prompt
     if config.critic.kind == "random":
         options.setdefault("seed", config.seed)
     return options
-
-
-def _pair_settings(config: Config) -> PairSettings:
-    return PairSettings(**config.pairs.model_dump(exclude={"keep_truncated"}))
 
 
 def _item(line: Samples) -> Item:
@@ -252,19 +189,9 @@ def _scores(id_: str, judgement: Judgement) -> Scores:
     )
 
 
-def _verdict(record: VerdictRecord) -> Verdict:
-    p_first, p_second = record.p_first or 0.0, record.p_second or 0.0
-    return Verdict(record.first, record.second, p_first, p_second, record.p_tie, record.winner, record.rationale)
-
-
-def _reasons(counts: dict[str, Any]) -> str:
-    reasons = Counter(counts["questions_without_pair"]) + Counter(counts["unscored"])
-    return ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common()) or "no responses"
-
-
 def _settings(config: Config) -> dict[str, Any]:
     critic = config.critic.model_dump(exclude={"model", "batch_size", "prompt"})
-    return {"critic": critic, "pairs": config.pairs.model_dump(), "seed": config.seed}
+    return {"critic": critic, "seed": config.seed}
 
 
 def _inputs(config: Config, samples: Any) -> dict[str, str]:
@@ -281,12 +208,3 @@ def _prompt_hash(prompt: str) -> str:
 
     path = Path(prompt)
     return content_hash(path) if path.is_file() else prompt
-
-
-@contextlib.contextmanager
-def _reward_faults() -> Iterator[None]:
-    """What `reward` finds wrong with settings or prompts is the user's to mend."""
-    try:
-        yield
-    except RewardError as error:
-        raise UserError(str(error), where="critic") from None

@@ -124,6 +124,11 @@ class PairTrainer(DPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs = dict(inputs)
+        if self._total_train_tokens == 0 and self.state.global_step:
+            # TRL counts tokens from 0 again when a run is resumed.
+            self._total_train_tokens = next(
+                (e["num_tokens"] for e in reversed(self.state.log_history) if "num_tokens" in e), 0
+            )
         self._pairs_of_step += inputs.pop("pair_index").tolist()
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result

@@ -1,5 +1,5 @@
-"""Importing this registers our families with transformers' Auto classes."""
+"""The only place that opens and saves checkpoints; importing it registers our families with transformers' Auto classes."""
 
-from align.models.load import load_model, load_processor, read_config
+from align.models.families import register
 
-__all__ = ["load_model", "load_processor", "read_config"]
+register()

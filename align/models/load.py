@@ -1,79 +1,174 @@
 """A checkpoint folder in, its model and processor out, decided by `architectures` in its config.json.
 
-`model_type` is no guide: several families share "valley" and "llava". What is not ours goes to transformers' Auto classes.
-No code from a checkpoint is ever run.
+Our own families come first, everything else goes to transformers' Auto classes. Folders are checked before a weight is
+loaded: what a user can have got wrong is a UserError. No code from a checkpoint is ever run, and pickled weights are read
+only where that is asked for.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import difflib
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
-from align.models.valley_eagle import ValleyEagleConfig, ValleyProcessor, ValleyQwen2ForCausalLM
-
-
-@dataclass(frozen=True)
-class Family:
-    """The three classes of a family of checkpoints."""
-
-    config: type[PreTrainedConfig]
-    model: type[PreTrainedModel]
-    processor: type[ProcessorMixin]
-
-
-FAMILIES: dict[str, Family] = {
-    "ValleyQwen2ForCausalLM": Family(ValleyEagleConfig, ValleyQwen2ForCausalLM, ValleyProcessor),
-}
-
-
-class ValleyConfig(PreTrainedConfig):
-    """Stands for `model_type: "valley"` in `AutoConfig` and becomes the config class of the folder's architecture."""
-
-    model_type = "valley"
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        architecture = (config_dict.get("architectures") or [None])[0]
-        if architecture not in FAMILIES:
-            raise ValueError(
-                f"config.json: expected architectures to name one of {', '.join(FAMILIES)}, found {architecture!r}"
-            )
-        return FAMILIES[architecture].config.from_dict(config_dict, **kwargs)
-
-
-def register() -> None:
-    """Makes the Auto classes know our families; safe to call again."""
-    AutoConfig.register("valley", ValleyConfig, exist_ok=True)
-    for family in FAMILIES.values():
-        for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-            auto_class.register(family.config, family.model, exist_ok=True)
-        AutoProcessor.register(family.config, family.processor, exist_ok=True)
-
+from align.errors import UserError
+from align.models import image_only
+from align.models.families import FAMILIES, Family, register
+from align.models.files import read_json
+from align.models.weights import has_pickle, tensor_table, weight_files
 
 register()
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+def load_model(
+    folder: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = "sdpa",
+    allow_pickle: bool = False,
+) -> PreTrainedModel:
+    """Opens the model of a local folder, or of a Hub name where `HF_HUB_OFFLINE` is not set, in evaluation mode.
+
+    `dtype`: `auto` takes that of the checkpoint. `device`: None leaves the model where transformers loads it, on the CPU,
+    or lets DeepSpeed place it. Every weight must be there. Raises UserError for folders and settings that cannot work.
+    """
+    config = read_config(folder)
+    family = _family(folder, config)
+    local = Path(folder).is_dir()
+    if local:
+        _check_weights(Path(folder), allow_pickle=allow_pickle)
+    options: dict[str, Any] = {
+        "dtype": _dtype(dtype),
+        "attn_implementation": attn_implementation,
+        "use_safetensors": None if allow_pickle else True,
+        "weights_only": True,
+        "output_loading_info": True,
+    }
+    if device is not None and torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}
+    if family is None:
+        options["trust_remote_code"] = False
+    loader = family.model if family else AutoModelForImageTextToText
+    try:
+        model, report = loader.from_pretrained(folder, **options)
+    except (ValueError, ImportError, OSError, RuntimeError, KeyError) as error:
+        raise UserError(f"the checkpoint cannot be opened: {error}", where=str(folder)) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"{len(missing)} weights are not in the checkpoint, such as {missing[0]}; they would be random",
+            where=str(folder),
+            fix="check that config.json and the weights belong together",
+        )
+    return model.eval()
 
 
-def load_processor(folder: str | Path, **settings: Any) -> Any:
-    return AutoProcessor.from_pretrained(folder, **settings)
+def load_processor(folder: str | os.PathLike, **settings: Any) -> Any:
+    """Opens the processor of a folder or Hub name; `settings` are those of its class (see `ValleyProcessor`).
+
+    Raises UserError where there is none or a setting is unknown to it.
+    """
+    config = read_config(folder)
+    family = _family(folder, config)
+    try:
+        if family is not None:
+            return family.processor.from_pretrained(folder, **settings)
+        known = image_only.processor_class(Path(folder), config) if Path(folder).is_dir() else None
+        if known is not None and image_only.needs_torchvision(known):
+            return image_only.without_video(known).from_pretrained(folder, **settings)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **settings)
+    except (ValueError, TypeError, OSError, ImportError, KeyError) as error:
+        raise UserError(f"the processor cannot be opened: {error}", where=str(folder)) from error
+    if not hasattr(processor, "tokenizer"):
+        raise UserError(
+            f"expected a processor of images and text, found {type(processor).__name__}",
+            where=str(folder),
+            fix="add the model's preprocessor_config.json or processor_config.json",
+        )
+    return processor
 
 
-def load_model(folder: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **kwargs)
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """config.json as plain JSON. Raises UserError where there is none that can be read."""
+    path = Path(folder)
+    if not path.is_dir():
+        return _hub_config(str(folder))
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise UserError(
+            "expected a whole checkpoint, found a LoRA adapter",
+            where=str(path),
+            fix="merge it into its base model first",
+        )
+    if not (path / "config.json").is_file():
+        raise UserError("expected a checkpoint folder, found no config.json in it", where=str(path))
+    return read_json(path / "config.json")
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    """config.json of a Hub repository; the name must look like one, `owner/name`, and the Hub be allowed."""
+    is_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    if not is_hub_name or offline:
+        reason = "and HF_HUB_OFFLINE forbids to ask the Hub for it" if is_hub_name else ""
+        raise UserError(f"there is no such folder {reason}".strip(), where=name, fix="check the path of the checkpoint")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except OSError as error:
+        raise UserError(f"neither a folder nor a Hub repository that can be reached: {error}", where=name) from error
+    return config
+
+
+def _family(folder: str | os.PathLike, config: dict[str, Any]) -> Family | None:
+    """Our family of a config, or None where transformers opens it. Raises UserError where neither does."""
+    architecture = (config.get("architectures") or [None])[0]
+    native = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    if architecture is None and config.get("model_type") in native:
+        return None
+    if architecture in FAMILIES:
+        return FAMILIES[architecture]
+    names = {name for value in native.values() for name in ([value] if isinstance(value, str) else value)}
+    if architecture in names:
+        return None
+    near = difflib.get_close_matches(str(architecture), [*FAMILIES, *names], n=1)
+    raise UserError(
+        f"expected the architecture of a vision-language model, found {architecture!r}",
+        where=f"{folder}/config.json",
+        fix=(
+            f"the nearest known one is {near[0]}" if near else f"known are {', '.join(FAMILIES)} and transformers' own"
+        ),
+    )
+
+
+def _check_weights(folder: Path, *, allow_pickle: bool) -> None:
+    if weight_files(folder):
+        tensor_table(folder)
+    elif not has_pickle(folder):
+        raise UserError("expected weights (model.safetensors), found none", where=str(folder))
+    elif not allow_pickle:
+        raise UserError(
+            "the weights are pickled (.bin), which is not opened by default",
+            where=str(folder),
+            fix="convert them to safetensors, or set model.allow_pickle=true if you trust their author",
+        )
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise UserError(f"expected a dtype such as auto, float32 or bfloat16, found {dtype!r}")
+    return found
+
+
+def quiet() -> None:
+    """Keeps transformers' progress bars and advice off a terminal that has its own."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

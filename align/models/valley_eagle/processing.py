@@ -5,15 +5,18 @@ choice is a keyword of `from_pretrained` (so of `AutoProcessor.from_pretrained`)
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.utils import cached_file
 
 from .configuration import IMAGE_TOKEN, ValleyEagleConfig
 from .pixels import cut_tiles, open_image, qwen2vl_pixels, siglip_pixels
@@ -34,6 +37,8 @@ CHAT_TEMPLATE = (
 )
 
 SETTINGS = ("max_pixels", "min_pixels", "default_system", "text_only_image")
+# A file of our own: the original's processor refuses keys in processor_config.json that it does not know.
+SETTINGS_FILE = "valley_processor.json"
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 TOKENIZER_KEYWORDS = ("padding_side", "truncation_side", "model_max_length", "use_fast")
 
@@ -41,7 +46,7 @@ TOKENIZER_KEYWORDS = ("padding_side", "truncation_side", "model_max_length", "us
 class ValleyProcessor(ProcessorMixin):
     """Valley-Eagle's processor.
 
-    Settings, each a keyword of `from_pretrained`, kept in processor_config.json when saved:
+    Settings, each a keyword of `from_pretrained`, are kept when the processor is saved:
 
     `max_pixels`: the most pixels the Qwen2-VL encoder sees of an image. Default: `max_pixels` of config.json, 571,536 in
     the published folders, which is what the model was trained with and bounds an image to 2,689 tokens. The published
@@ -91,7 +96,7 @@ class ValleyProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ValleyProcessor":
-        """Reads sizes from config.json, settings from processor_config.json where there is one; keywords go first.
+        """Reads sizes from config.json and what settings the folder keeps; keywords go first.
 
         Raises ValueError for an unknown keyword or a value that is not allowed.
         """
@@ -111,8 +116,14 @@ class ValleyProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(
             pretrained_model_name_or_path, config=config, trust_remote_code=False, **hub, **tokenizer_settings
         )
-        settings = {**{name: stored[name] for name in SETTINGS if name in stored}, **settings}
+        kept = {**stored, **_read_settings(pretrained_model_name_or_path, hub)}
+        settings = {**{name: kept[name] for name in SETTINGS if name in kept}, **settings}
         return cls(tokenizer, chat_template or stored.get("chat_template"), config=config, **settings)
+
+    def save_settings(self, folder: str | os.PathLike) -> None:
+        """Adds the settings to a checkpoint folder in which no other file is to be touched."""
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json holds: the settings; sizes stay in config.json, tokens in the tokenizer's files."""
@@ -372,6 +383,11 @@ def _image_token_id(tokenizer: Any, config: ValleyEagleConfig) -> int:
     if config.image_token_id is None or config.image_token_id >= len(tokenizer):
         raise ValueError(f"the tokenizer has no token {IMAGE_TOKEN!r}; name another as image_token_id in config.json")
     return config.image_token_id
+
+
+def _read_settings(folder: str | os.PathLike, hub: dict[str, Any]) -> dict[str, Any]:
+    path = cached_file(folder, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
 
 
 def _is_one(conversation: Sequence[Any]) -> bool:

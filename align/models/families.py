@@ -1,0 +1,81 @@
+"""Our own families of checkpoints, by `architectures` in config.json, and their registration with transformers.
+
+`model_type` is no guide: "valley" and "llava" are each shared by several families that have nothing but the name in
+common. A new family is a folder beside `valley_eagle` and one line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from align.models.valley_eagle import ValleyEagleConfig, ValleyProcessor, ValleyQwen2ForCausalLM
+
+
+@dataclass(frozen=True)
+class Family:
+    """The three classes of a family and how its tensor names on disk differ from those in memory.
+
+    `names_on_disk`: regular expressions and their replacements, applied in order; they leave names on disk as they are.
+    """
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    processor: type[ProcessorMixin]
+    names_on_disk: tuple[tuple[str, str], ...] = ()
+
+
+FAMILIES: dict[str, Family] = {
+    "ValleyQwen2ForCausalLM": Family(
+        ValleyEagleConfig,
+        ValleyQwen2ForCausalLM,
+        ValleyProcessor,
+        # transformers 5 has no inner `vision_model` in SigLIP; the checkpoints do.
+        names_on_disk=(
+            (
+                r"^model\.vision_tower\.vision_tower\.(?!vision_model\.)",
+                "model.vision_tower.vision_tower.vision_model.",
+            ),
+        ),
+    ),
+}
+
+
+class ValleyConfig(PreTrainedConfig):
+    """Stands for `model_type: "valley"` in `AutoConfig` and gives the config class of the folder's architecture."""
+
+    model_type = "valley"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        architecture = (config_dict.get("architectures") or [None])[0]
+        family = FAMILIES.get(architecture)
+        if family is None or family.config.model_type != cls.model_type:
+            known = ", ".join(name for name, known in FAMILIES.items() if known.config.model_type == cls.model_type)
+            raise ValueError(f"config.json: expected architectures to name one of {known}, found {architecture!r}")
+        return family.config.from_dict(config_dict, **kwargs)
+
+
+def register() -> None:
+    """Makes the Auto classes know our families; may be called again."""
+    AutoConfig.register("valley", ValleyConfig, exist_ok=True)
+    for family in FAMILIES.values():
+        for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+            auto_class.register(family.config, family.model, exist_ok=True)
+        AutoProcessor.register(family.config, family.processor, exist_ok=True)
+
+
+def family_of(model: PreTrainedModel) -> Family | None:
+    """The family a model object belongs to; None for those of transformers."""
+    return next((family for family in FAMILIES.values() if isinstance(model, family.model)), None)

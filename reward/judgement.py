@@ -44,8 +44,8 @@ class Judgement:
     """What a critic says about one item; every list has one place per response.
 
     A response is either in `unscored` (index -> reason, its reward is None) or has a reward; never both, never
-    neither. `ratings` are pointwise numbers on 0-100 where the critic makes such. `evidence` is plain JSON data.
-    `members` holds the judgements of a panel's critics by name.
+    neither. `ratings` are pointwise numbers on 0-100 where the critic makes such. `evidence` is plain JSON data, so
+    that a judgement that was written down and read again is worth as much.
     """
 
     rewards: list[float | None]
@@ -53,7 +53,6 @@ class Judgement:
     ratings: list[float | None] = field(default_factory=list)
     unscored: dict[int, str] = field(default_factory=dict)
     evidence: dict[str, Any] = field(default_factory=dict)
-    members: dict[str, Judgement] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         missing = {index for index, reward in enumerate(self.rewards) if reward is None}

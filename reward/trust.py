@@ -99,8 +99,18 @@ def measure_trust(
 
 
 def _mean_option_mass(judgements: Sequence[Judgement]) -> float | None:
-    masses = [j.evidence["mean_option_mass"] for j in judgements if "mean_option_mass" in j.evidence]
+    masses = [
+        evidence["mean_option_mass"]
+        for judgement in judgements
+        for evidence in (judgement.evidence, *(member["evidence"] for member in _members(judgement).values()))
+        if "mean_option_mass" in evidence
+    ]
     return sum(masses) / len(masses) if masses else None
+
+
+def _members(judgement: Judgement) -> dict[str, dict[str, Any]]:
+    """What a panel's judgement keeps of its critics; empty for a single critic's."""
+    return judgement.evidence.get("members", {})
 
 
 def _lowest_agreement(judgements: Sequence[Judgement]) -> float | None:
@@ -155,11 +165,18 @@ def agreement(judgements: Sequence[Judgement], others: Sequence[Judgement]) -> A
     >>> agreement([Judgement([3.0, 1.0, 1.0])], [Judgement([1.0, 0.0, 1.0])])
     Agreement(num_pairs=2, num_same=1, num_tied=1)
     """
+    return _agreement([one.rewards for one in judgements], [other.rewards for other in others])
+
+
+Rewards = Sequence[float | None]
+
+
+def _agreement(rewards: Sequence[Rewards], others: Sequence[Rewards]) -> Agreement:
     signs = [
-        (_sign(one.rewards, pair), other_sign)
-        for one, other in zip(judgements, others, strict=True)
-        for pair in combinations(range(len(one.rewards)), 2)
-        if (other_sign := _sign(other.rewards, pair)) and _sign(one.rewards, pair) is not None
+        (_sign(one, pair), other_sign)
+        for one, other in zip(rewards, others, strict=True)
+        for pair in combinations(range(len(one)), 2)
+        if (other_sign := _sign(other, pair)) and _sign(one, pair) is not None
     ]
     return Agreement(len(signs), sum(sign == other for sign, other in signs), sum(sign == 0 for sign, _ in signs))
 
@@ -171,11 +188,12 @@ def _sign(rewards: Sequence[float | None], pair: tuple[int, int]) -> int | None:
 
 def panel_agreement(judgements: Sequence[Judgement]) -> dict[str, Agreement]:
     """Agreement of every two critics of a panel, by "one / other"; empty for a single critic."""
-    names = sorted({name for judgement in judgements for name in judgement.members})
+    rewards = [{name: member["rewards"] for name, member in _members(j).items()} for j in judgements]
+    names = sorted({name for by_name in rewards for name in by_name})
     found = {}
     for one, other in combinations(names, 2):
-        both = [(j.members[one], j.members[other]) for j in judgements if one in j.members and other in j.members]
-        found[f"{one} / {other}"] = agreement([pair[0] for pair in both], [pair[1] for pair in both])
+        both = [by_name for by_name in rewards if one in by_name and other in by_name]
+        found[f"{one} / {other}"] = _agreement([by_name[one] for by_name in both], [by_name[other] for by_name in both])
     return found
 
 

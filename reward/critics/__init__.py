@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from reward.ask import Asker
 from reward.critics.base import Critic, Item, Judgement, Verdict
@@ -18,7 +20,7 @@ from reward.critics.scalar import ScalarCritic, Scorer
 from reward.critics.verifier import VerifierCritic
 from reward.errors import RewardError
 
-__all__ = ["CRITICS", "Critic", "Item", "Judgement", "Verdict", "make_critic", "needs"]
+__all__ = ["CRITICS", "Critic", "Item", "Judgement", "Verdict", "asks_model", "make_critic", "needs", "settings_of"]
 
 CRITICS: dict[str, type] = {
     "pairwise": PairwiseCritic,
@@ -30,7 +32,7 @@ CRITICS: dict[str, type] = {
     "random": RandomCritic,
 }
 
-_NEEDS = {"asker": "a model to ask", "scorer": "a reward model", "critics": "the critics of the panel"}
+_NEEDS = {"asker": "a model to ask", "scorer": "a reward model"}
 
 
 def needs(kind: str) -> str | None:
@@ -43,36 +45,108 @@ def needs(kind: str) -> str | None:
     return first.name if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else None
 
 
+def asks_model(kind: str, settings: Mapping[str, Any] | None = None) -> bool:
+    """Whether a critic with these settings, or a member of its panel, asks a model.
+
+    >>> asks_model("panel", {"critics": {"a": {"kind": "verifier"}, "b": {"kind": "pointwise"}}})
+    True
+    """
+    if kind != "panel":
+        return needs(kind) == "asker"
+    return any(asks_model(member, options) for member, options in _members(settings or {}).values())
+
+
 def make_critic(
     kind: str,
     settings: Mapping[str, Any] | None = None,
     *,
     asker: Asker | None = None,
     scorer: Scorer | None = None,
-    critics: Mapping[str, Critic] | None = None,
+    askers: Mapping[str, Asker] | None = None,
 ) -> Critic:
     """A critic of this kind with these settings and what it needs; RewardError says what is unknown or missing.
 
-    `asker` is for the kinds that ask a model, `scorer` for `scalar`, `critics` (made before) for `panel`.
+    `asker` is for the kinds that ask a model, `scorer` for `scalar`. A panel takes its members from
+    `settings["critics"]`, name -> `{"kind": ..., further settings}`; `askers` gives members models of their own.
 
     >>> make_critic("random", {"sead": 3})
     Traceback (most recent call last):
     reward.errors.RewardError: critic random has no setting 'sead' (did you mean seed?); it has: seed
     """
-    settings = settings or {}
+    given: dict[str, Any] = {"asker": asker, "scorer": scorer}
+    options = dict(settings or {})
+    if kind == "panel":
+        members = _members(options)
+        options.pop("critics")
+        given["critics"] = {
+            name: _make_member(name, *member, asker=(askers or {}).get(name, asker), scorer=scorer)
+            for name, member in members.items()
+        }
+    _check_options(kind, options)
+    needed = needs(kind)
+    if needed is None:
+        return _class_of(kind)(**options)
+    if given[needed] is None:
+        raise RewardError(f"critic {kind} needs {_NEEDS[needed]}")
+    return _class_of(kind)(given[needed], **options)
+
+
+def _make_member(
+    name: str, kind: str, settings: dict[str, Any], *, asker: Asker | None, scorer: Scorer | None
+) -> Critic:
+    try:
+        return make_critic(kind, settings, asker=asker, scorer=scorer)
+    except RewardError as error:
+        raise RewardError(f"panel, member {name}: {error}") from None
+
+
+def _members(settings: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The kind and the settings of a panel's members, by name."""
+    critics = settings.get("critics")
+    if not isinstance(critics, Mapping) or not critics:
+        raise RewardError("a panel needs its critics by name, as in critics: {rule: {kind: verifier}}")
+    members = {}
+    for name, options in critics.items():
+        if not isinstance(options, Mapping) or not isinstance(options.get("kind"), str):
+            raise RewardError(f"panel, member {name}: expected settings with 'kind', found {options!r}")
+        members[str(name)] = (options["kind"], {key: value for key, value in options.items() if key != "kind"})
+    return members
+
+
+def _check_options(kind: str, options: Mapping[str, Any]) -> None:
+    """Names and types of settings, so that a slip in a YAML file never becomes a traceback."""
     known = settings_of(kind)
-    unknown = [name for name in settings if name not in known]
+    unknown = [name for name in options if name not in known]
     if unknown:
         near = get_close_matches(unknown[0], known, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise RewardError(f"critic {kind} has no setting {unknown[0]!r}{hint}; it has: {', '.join(known)}")
-    given = {"asker": asker, "scorer": scorer, "critics": critics}
-    needed = needs(kind)
-    if needed is None:
-        return _class_of(kind)(**settings)
-    if given.get(needed) is None:
-        raise RewardError(f"critic {kind} needs {_NEEDS[needed]}")
-    return _class_of(kind)(given[needed], **settings)
+    hints = {name: p.annotation for name, p in inspect.signature(_class_of(kind), eval_str=True).parameters.items()}
+    faults = [
+        f"{name} must be {_in_words(hints[name])}, found {value!r}"
+        for name, value in options.items()
+        if not _fits(value, hints[name])
+    ]
+    if faults:
+        raise RewardError(f"critic {kind}: " + "; ".join(faults))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    types = [get_origin(one) or one for one in _either(hint)]
+    if isinstance(value, bool):
+        return bool in types
+    return isinstance(value, tuple(types)) or (isinstance(value, int) and float in types)
+
+
+def _either(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _in_words(hint: Any) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "empty"}
+    return " or ".join(
+        dict.fromkeys(words.get(one, "text" if one is Path else "names with values") for one in _either(hint))
+    )
 
 
 def settings_of(kind: str) -> list[str]:

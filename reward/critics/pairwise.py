@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from reward.ask import Ask, Asker
 from reward.critics.base import (
@@ -27,7 +27,6 @@ from reward.errors import RewardError
 from reward.prompt import Prompt, load_prompt
 from reward.ranking import bradley_terry, credit, win_minus_loss, without_failures
 
-Read = Literal["log_probs", "text"]
 Order = tuple[int, int]
 
 
@@ -71,7 +70,7 @@ class PairwiseCritic:
         asker: Asker,
         *,
         prompt: str | Path = "pairwise",
-        read: Read = "log_probs",
+        read: str = "log_probs",
         soft: bool = False,
         tie_threshold: float = 0.0,
         use_tie_option: bool = True,

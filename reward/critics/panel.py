@@ -23,7 +23,8 @@ class PanelCritic:
     need_all: a critic that could score nothing of an item (the verifier without a reference answer, say) leaves the
         item unscored; otherwise the others decide.
 
-    A response that one of the deciding critics could not score is unscored: averages over different critics do not
+    Of the members' verdicts and ratings the first critic's that made any are kept as the panel's; rewards, reasons and
+    evidence of every member stand in the evidence. A response that one of the deciding critics could not score is unscored: averages over different critics do not
     compare.
     """
 
@@ -37,7 +38,11 @@ class PanelCritic:
     ) -> None:
         weights = dict(weights or {})
         faults = [f"weight for {name!r}, which is not in the panel" for name in weights if name not in critics]
-        faults += [f"weight of {name} must be positive, found {value}" for name, value in weights.items() if value <= 0]
+        faults += [
+            f"weight of {name} must be a number above 0, found {value!r}"
+            for name, value in weights.items()
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0
+        ]
         if normalise not in NORMALISERS:
             faults.append(f"normalise must be one of {', '.join(NORMALISERS)}, found {normalise!r}")
         if not critics:
@@ -64,19 +69,28 @@ class PanelCritic:
         ratings = next(
             (judged.ratings for judged in members.values() if any(r is not None for r in judged.ratings)), []
         )
-        evidence = self._evidence(normal, left, silent)
-        return Judgement(rewards, list(verdicts), list(ratings), unscored, evidence, members)
+        evidence = self._evidence(members, normal, left, silent)
+        return Judgement(rewards, list(verdicts), list(ratings), unscored, evidence)
 
     def _mean(self, normal: dict[str, Values], index: int) -> float:
         total = sum(self.weights[name] for name in normal)
         return sum(self.weights[name] * values[index] for name, values in normal.items()) / total
 
-    def _evidence(self, normal: dict[str, Values], left: list[int], silent: list[str]) -> dict[str, Any]:
+    def _evidence(
+        self, members: dict[str, Judgement], normal: dict[str, Values], left: list[int], silent: list[str]
+    ) -> dict[str, Any]:
         spread = {str(i): statistics.pstdev([values[i] for values in normal.values()]) for i in left if normal}
-        evidence: dict[str, Any] = {"disagreement": spread}
+        evidence: dict[str, Any] = {"members": {name: _kept(judged) for name, judged in members.items()}}
+        evidence["disagreement"] = spread
         if silent:
             evidence["silent"] = silent
-        return evidence
+        correct = [judged.evidence["correct"] for judged in members.values() if "correct" in judged.evidence]
+        return evidence | ({"correct": correct[0]} if correct else {})
+
+
+def _kept(judgement: Judgement) -> dict[str, Any]:
+    reasons = {str(index): reason for index, reason in judgement.unscored.items()}
+    return {"rewards": judgement.rewards, "unscored": reasons, "evidence": judgement.evidence}
 
 
 def _unscored(item: Item, members: dict[str, Judgement], deciding: list[str], silent: list[str]) -> dict[int, str]:

@@ -4,8 +4,8 @@ A game is an unordered pair `(i, j)` that the critic judges in both orders; its 
 `j` gained, or None where a judgement failed. All is a pure function of the results, so rounds of many items can be
 asked together.
 
-Games for n = 5: all pairs 10, Swiss with 3 rounds 6, knock-out for best and worst 6. For n = 16: 120, 40 (5 rounds),
-22.
+Games for n = 5: all pairs 10, Swiss at most 8 (4 rounds), knock-out 6. For n = 16: 120, 40 (5 rounds), 22. Knock-out
+finds best and worst only; what it says about the order between them is coarse.
 """
 
 from __future__ import annotations

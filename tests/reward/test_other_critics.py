@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
 
 import pytest
 
+from reward.critics import asks_model, make_critic
 from reward.critics.base import NO_ANSWER, NO_REFERENCE, OUTSIDE_OPTIONS, REFUSED, UNPARSEABLE
 from reward.critics.claims import NO_CLAIMS, ClaimsCritic, sentences
 from reward.critics.panel import NORMALISERS, PanelCritic
@@ -210,7 +212,7 @@ def test_a_panel_averages_what_its_critics_say_on_one_scale():
     [uneven] = PanelCritic(critics, weights={"up": 3.0}).judge([THREE])
     assert uneven.rewards == pytest.approx([-z / 2, 0.0, z / 2])
     assert uneven.evidence["disagreement"] == pytest.approx({"0": z, "1": 0.0, "2": z})
-    assert uneven.members["down"].rewards == [20.0, 10.0, 0.0]
+    assert uneven.evidence["members"]["down"]["rewards"] == [20.0, 10.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -256,8 +258,48 @@ def test_a_panel_keeps_the_verdicts_and_ratings_of_its_members():
     assert judgement.ratings == pytest.approx([42.5, 82.5, 2.5, 62.5, 42.5])
 
 
+def test_a_panels_evidence_survives_being_written_down_and_tells_what_is_correct():
+    critics = {"rule": VerifierCritic(), "random": RandomCritic()}
+    [judgement] = PanelCritic(critics).judge([replace(THREE, answer="b")])
+    assert json.loads(json.dumps(judgement.evidence)) == judgement.evidence
+    assert judgement.evidence["correct"] == [False, True, False]
+
+
+def test_a_panel_is_made_from_settings_and_each_member_asks_its_own_model():
+    low, high = (FunctionAsker(row=lambda turn, p=p: [math.log(p), math.log(1 - p)]) for p in (0.2, 0.9))
+    settings = {
+        "normalise": "none",
+        "weights": {"rule": 2.0},
+        "critics": {
+            "rule": {"kind": "verifier"},
+            "one": {"kind": "claims", "score": "soft"},
+            "other": {"kind": "claims", "score": "soft"},
+        },
+    }
+    assert asks_model("panel", settings)
+    assert not asks_model("panel", {"critics": {"rule": {"kind": "verifier"}}})
+    panel = make_critic("panel", settings, asker=low, askers={"other": high})
+    [judgement] = panel.judge([Item("q", "?", (), ("3",), answer="3")])
+    # (2 * 1 - 0.8 - 0.1) / 4
+    assert judgement.rewards == pytest.approx([0.275])
+    assert set(settings["critics"]) == {"rule", "one", "other"}
+
+
+def test_a_panels_members_are_checked_when_it_is_made():
+    with pytest.raises(RewardError, match=r"member rule: critic verifier has no setting 'knd'"):
+        make_critic("panel", {"critics": {"rule": {"kind": "verifier", "knd": "number"}}})
+    with pytest.raises(RewardError, match=r"member x: .*'kind'"):
+        make_critic("panel", {"critics": {"x": {}}})
+    with pytest.raises(RewardError, match="by name"):
+        make_critic("panel", {"critics": ["verifier"]})
+
+
 def test_faulty_panels_are_refused():
-    with pytest.raises(RewardError, match=r"'down'.*not in the panel.*weight of up must be positive.*normalise"):
-        PanelCritic({"up": Fixed([])}, weights={"down": 1.0, "up": 0.0}, normalise="log")
+    with pytest.raises(
+        RewardError, match=r"'down'.*not in the panel.*weight of up must be a number above 0, found '3'.*normalise"
+    ):
+        PanelCritic({"up": Fixed([])}, weights={"down": 1.0, "up": "3"}, normalise="log")
+    with pytest.raises(RewardError, match="above 0"):
+        PanelCritic({"up": Fixed([])}, weights={"up": 0.0})
     with pytest.raises(RewardError, match="no critics"):
         PanelCritic({})

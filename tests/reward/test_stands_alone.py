@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -26,14 +27,11 @@ def test_reward_imports_neither_torch_nor_align_nor_transformers():
 
 
 def test_every_critic_can_be_made_by_its_name():
-    stuff = {
-        "asker": FunctionAsker(row=lambda turn: [-0.1, -0.2]),
-        "scorer": lambda dialogues: [0.0] * len(dialogues),
-        "critics": {"random": RandomCritic()},
-    }
+    asker, scorer = FunctionAsker(row=lambda turn: [-0.1, -0.2]), lambda dialogues: [0.0] * len(dialogues)
     for kind, made in CRITICS.items():
-        assert isinstance(make_critic(kind, {}, **stuff), made)
-        assert needs(kind) in (None, *stuff)
+        settings = {"critics": {"only": {"kind": "random"}}} if kind == "panel" else {}
+        assert isinstance(make_critic(kind, settings, asker=asker, scorer=scorer), made)
+        assert needs(kind) in (None, "asker", "scorer", "critics")
 
 
 def test_an_unknown_critic_or_setting_is_named_with_its_neighbour():
@@ -43,6 +41,25 @@ def test_an_unknown_critic_or_setting_is_named_with_its_neighbour():
         make_critic("verifier", {"tolerence": 0.1})
     with pytest.raises(RewardError, match="no setting 'asker'"):
         make_critic("pairwise", {"asker": 1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("pairwise", {"tie_threshold": "high"}, "tie_threshold must be a number, found 'high'"),
+        ("pairwise", {"soft": "yes"}, "soft must be true or false, found 'yes'"),
+        ("pairwise", {"rounds": 2.5}, "rounds must be a whole number or empty, found 2.5"),
+        ("pairwise", {"ridge": True, "prompt": 3}, "ridge must be a number, found True; prompt must be text, found 3"),
+        ("panel", {"critics": {"a": {"kind": "random"}}, "weights": [1]}, "weights must be names with values or empty"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_told_before_anything_runs(kind, settings, message):
+    with pytest.raises(RewardError, match=re.escape(message)):
+        make_critic(kind, settings, asker=FunctionAsker())
+
+
+def test_whole_numbers_do_for_numbers():
+    assert make_critic("verifier", {"tolerance": 0, "min_iou": 1}).min_iou == 1
 
 
 def test_what_a_critic_needs_is_said_when_it_is_missing():

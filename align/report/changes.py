@@ -1,0 +1,128 @@
+"""Held-out numbers of two rounds in, the change between them with its interval out; and the verdict in words.
+
+Where the responses themselves are on disk the interval is paired over questions; otherwise it is built from the two
+published intervals, which is wider, and the report says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from align.records import Evaluated, Evaluation
+from align.report.metrics import HEADLINES, Metric, metric
+from align.report.read import RoundData, RunData
+from align.statistics import Interval, paired_difference
+
+State = Literal["better", "worse", "unclear", "neutral"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one number moved between two evaluated rounds (round 0 is the first policy)."""
+
+    metric: Metric
+    first_round: int
+    last_round: int
+    first: float
+    last: float
+    difference: Interval
+    paired: bool
+
+    @property
+    def state(self) -> State:
+        """Better or worse only where the interval excludes zero."""
+        if self.metric.good == 0 or not self.has_interval:
+            return "neutral"
+        if not self.difference.excludes_zero:
+            return "unclear"
+        return "better" if self.difference.mean * self.metric.good > 0 else "worse"
+
+    @property
+    def has_interval(self) -> bool:
+        """False for numbers that are published without one."""
+        return self.difference.high > self.difference.low or self.paired
+
+    @property
+    def span(self) -> str:
+        show = self.metric.show_change
+        return f"{show(self.difference.low)} to {show(self.difference.high)}"
+
+
+def change(name: str, before: RoundData, after: RoundData) -> Change | None:
+    """The change of a number from one round to another; None where one of them lacks it."""
+    first, last = before.metrics.get(name), after.metrics.get(name)
+    if first is None or last is None:
+        return None
+    known = metric(name)
+    paired = _paired(known, before, after, first, last)
+    difference = paired if paired is not None else _unpaired(first, last)
+    return Change(known, before.number, after.number, first.mean, last.mean, difference, paired is not None)
+
+
+def headline(run: RunData) -> str | None:
+    """The name of the number that the verdict speaks of: measured in at least one round."""
+    return next((name for name in HEADLINES if any(name in data.metrics for data in run.rounds)), None)
+
+
+def overall(run: RunData, name: str) -> Change | None:
+    """First against last evaluated round; None with fewer than two."""
+    have = [data for data in run.rounds if name in data.metrics]
+    return change(name, have[0], have[-1]) if len(have) > 1 else None
+
+
+def steps(run: RunData, name: str) -> list[Change]:
+    """Every round against the one evaluated before it, its parent in a complete run."""
+    have = [data for data in run.rounds if name in data.metrics]
+    found = [change(name, before, after) for before, after in itertools.pairwise(have)]
+    return [item for item in found if item is not None]
+
+
+def _paired(known: Metric, before: RoundData, after: RoundData, first: Interval, last: Interval) -> Interval | None:
+    """Over the questions that both rounds answered, provided the responses on disk give the published means."""
+    if known.of_response is None:
+        return None
+    old = {line.id: line for line in before.lines}
+    new = {line.id: line for line in after.lines}
+    ids = [id_ for id_ in old if id_ in new]
+    for which in _responses_of(known.name):
+        a = [_values(known, old[id_], which) for id_ in ids]
+        b = [_values(known, new[id_], which) for id_ in ids]
+        if _agrees(a, first) and _agrees(b, last):
+            return paired_difference(a, b)
+    return None
+
+
+def _responses_of(name: str) -> tuple[str, ...]:
+    if name.startswith("greedy"):
+        return ("greedy",)
+    if name.startswith("sampled"):
+        return ("sampled",)
+    return ("sampled", "greedy", "all")
+
+
+def _values(known: Metric, line: Evaluation, which: str) -> list[float]:
+    assert known.of_response is not None
+    values = [known.of_response(line, response) for response in _pick(line, which)]
+    return [value for value in values if value is not None]
+
+
+def _pick(line: Evaluation, which: str) -> list[Evaluated]:
+    if which == "greedy":
+        return [line.greedy]
+    return line.sampled if which == "sampled" else [line.greedy, *line.sampled]
+
+
+def _agrees(values: list[list[float]], published: Interval) -> bool:
+    flat = [value for row in values for value in row]
+    return bool(flat) and math.isclose(math.fsum(flat) / len(flat), published.mean, rel_tol=1e-3, abs_tol=1e-3)
+
+
+def _unpaired(first: Interval, last: Interval) -> Interval:
+    """Difference of two means taken as independent: half widths add in quadrature (MOVER, Zou and Donner 2008)."""
+    mean = last.mean - first.mean
+    down = math.hypot(last.mean - last.low, first.high - first.mean)
+    up = math.hypot(last.high - last.mean, first.mean - first.low)
+    return Interval(mean, mean - down, mean + up, min(first.count, last.count))

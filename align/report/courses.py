@@ -1,0 +1,114 @@
+"""Rounds in, charts out: held-out curves over rounds, and the courses of training with the published one behind them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.report.changes import Change, overall
+from align.report.figures import Chart, Curve, Lane, rounds_chart, training_chart
+from align.report.metrics import Metric, in_order, metric
+from align.report.read import RoundData, RunData
+
+PUBLISHED = Path(__file__).with_name("valley2_dpo.json")
+
+
+@dataclass(frozen=True)
+class HeldOutFigure:
+    metric: Metric
+    chart: Chart
+    change: Change | None
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class TrainingFigure:
+    """A course with, where wanted, a second drawing that has the published course behind it."""
+
+    title: str
+    explanation: str
+    kinds: list[tuple[str, str]]
+    chart: Chart
+    with_backdrop: Chart | None
+
+
+# Title, what it says, baseline, and the trainer's keys with the class that colours each.
+_TRAINING: tuple[tuple[str, str, float | None, dict[str, str]], ...] = (
+    ("Loss", "dashed: ln 2, a policy that equals its reference", 0.6931, {"loss": "loss"}),
+    ("Accuracy", "pairs whose chosen response has the higher reward; dashed: a coin", 0.5, {"rewards/accuracies": "accuracy"}),
+    ("Margin", "reward of the chosen minus that of the rejected response", 0.0, {"rewards/margins": "margin"}),
+    ("Rewards", "beta times the log-probability ratio to the reference", 0.0, {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+)  # fmt: skip
+
+
+def held_out_figures(run: RunData, control: RunData | None) -> list[HeldOutFigure]:
+    """A chart for every number that was measured in any round, the control's curve beside the run's.
+
+    A figure is quiet when there is nothing to draw: zero in every round of both runs.
+    """
+    names = in_order({name for data in run.rounds for name in data.metrics})
+    return [_held_out_figure(name, run, control) for name in names]
+
+
+def _held_out_figure(name: str, run: RunData, control: RunData | None) -> HeldOutFigure:
+    points = _points(name, run) + (_points(name, control) if control else [])
+    quiet = all(item.mean == 0 for _, item in points)
+    return HeldOutFigure(metric(name), _held_out_chart(name, run, control), overall(run, name), quiet)
+
+
+def _held_out_chart(name: str, run: RunData, control: RunData | None) -> Chart:
+    known = metric(name)
+    curves = [Curve("this run", "run", _points(name, run))]
+    if control is not None and (points := _points(name, control)):
+        curves.append(Curve("control", "control", points))
+    baseline = 0.5 if name.startswith("win_rate") else None
+    return rounds_chart(known.label, curves, known.show, share=known.percent, baseline=baseline)
+
+
+def _points(name: str, run: RunData) -> list[tuple[int, Any]]:
+    return [(data.number, data.metrics[name]) for data in run.rounds if name in data.metrics]
+
+
+def training_figures(run: RunData, *, backdrop: bool) -> list[TrainingFigure]:
+    """Loss, accuracy, margin and rewards over the rounds' training; empty when nothing was trained yet."""
+    published = read_published() if backdrop else {}
+    figures = []
+    for title, explanation, baseline, keys in _TRAINING:
+        lanes = [_lane(data, keys, published) for data in run.trained]
+        lanes = [lane for lane in lanes if any(lane.series.values())]
+        if not lanes:
+            continue
+        plain = training_chart(title, lanes, baseline=baseline)
+        behind = training_chart(title, lanes, backdrop=True, baseline=baseline) if published else None
+        kinds = [(kind, kind) for kind in keys.values()] if len(keys) > 1 else []
+        figures.append(TrainingFigure(title, explanation, kinds, plain, behind))
+    return figures
+
+
+def _lane(data: RoundData, keys: dict[str, str], published: dict[str, list[tuple[float, float]]]) -> Lane:
+    series = {
+        kind: [(entry.get("step", float(place)), entry[key]) for place, entry in enumerate(data.log) if key in entry]
+        for key, kind in keys.items()
+    }
+    return Lane(data.number, series, {kind: published[key] for key, kind in keys.items() if key in published})
+
+
+def read_published() -> dict[str, list[tuple[float, float]]]:
+    """The course of Valley2-DPO by the trainer's key, as (share of the training, mean over a window of steps)."""
+    data = _published()
+    steps = data["steps"]
+    return {
+        key: [((window[0] + window[1]) / 2 / steps, window[column]) for window in data["windows"]]
+        for column, key in enumerate(data["columns"])
+        if column >= 2
+    }
+
+
+def published_source() -> str:
+    return str(_published()["source"])
+
+
+def _published() -> Any:
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))

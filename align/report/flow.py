@@ -1,0 +1,156 @@
+"""Manifests in; where the data went (questions to pairs, each loss by reason) and what each stage cost, out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from align.report.read import RoundData, RunData, Stage, number
+
+
+@dataclass(frozen=True)
+class Loss:
+    reason: str
+    count: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A station of the data; `share` is what is left of `of` (0 to 1), None where there is nothing to compare with."""
+
+    label: str
+    count: float
+    of: str = ""
+    share: float | None = None
+    losses: list[Loss] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Funnel:
+    number: int
+    steps: list[Step]
+    others: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage of one round took; `tokens` only where the stage counted them."""
+
+    number: int
+    stage: str
+    seconds: float
+    tokens: float | None
+    device_hours: float | None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.tokens / self.seconds if self.tokens and self.seconds > 0 else None
+
+
+_SHOWN = {
+    "sample": {"questions", "responses", "truncated", "empty", "identical", "tokens"},
+    "score": {"questions", "responses", "scored", "unscored", "verdicts", "pairs", "dropped", "dropped_responses",
+              "dropped_pairs", "questions_without_pair", "critic"},
+    "dpo": {"pairs", "tokens"},
+}  # fmt: skip
+
+
+def funnels(run: RunData) -> list[Funnel]:
+    """One a round that has counted anything."""
+    found = [Funnel(data.number, _steps(data), _others(data)) for data in run.trained]
+    return [funnel for funnel in found if funnel.steps]
+
+
+def _steps(data: RoundData) -> list[Step]:
+    sample, score, dpo = data.counts("sample"), data.counts("score"), data.counts("dpo")
+    questions, responses = number(sample.get("questions")), number(sample.get("responses"))
+    steps = []
+    if questions is not None:
+        steps.append(Step("questions asked", questions))
+    if responses is not None:
+        kinds = [(key, number(sample.get(key))) for key in ("truncated", "empty", "identical")]
+        steps.append(Step("responses sampled", responses, losses=[Loss(_WORDS[key], n) for key, n in kinds if n]))
+    scored, verdicts = number(score.get("scored")), number(score.get("verdicts"))
+    if scored is not None:
+        label = f"responses scored by {verdicts:,.0f} verdicts" if verdicts else "responses scored"
+        steps.append(_kept(label, scored, responses, "responses", reasons(score.get("unscored"))))
+    left_out = reasons(score.get("dropped_responses"))
+    if scored is not None and left_out:
+        # Unscored responses were taken off in the step before.
+        losses = [loss for loss in left_out if loss.reason != "unscored"]
+        usable = scored - sum(loss.count for loss in losses)
+        steps.append(_kept("responses fit for a pair", usable, scored, "scored responses", losses))
+    pairs = number(score.get("pairs"))
+    if pairs is not None:
+        losses = reasons(score.get("questions_without_pair")) or reasons(score.get("dropped"))
+        without = sum(loss.count for loss in losses)
+        if questions and score.get("questions_without_pair") is not None:
+            steps.append(_kept("questions with a pair", questions - without, questions, "questions", losses))
+            losses = []
+        steps.append(Step("preference pairs", pairs, losses=losses))
+    trained = number(dpo.get("pairs"))
+    if trained is not None:
+        steps.append(_kept("pairs trained on", trained, pairs, "pairs", reasons(dpo.get("dropped"))))
+    return steps
+
+
+_WORDS = {"truncated": "cut off at the token limit", "empty": "empty", "identical": "same text as another"}
+
+
+def _kept(label: str, count: float, before: float | None, of: str, losses: list[Loss]) -> Step:
+    return Step(label, count, of, count / before if before else None, losses)
+
+
+def reasons(value: Any) -> list[Loss]:
+    """A table of counts by reason, the largest first; a bare number has no reason."""
+    if isinstance(value, dict):
+        found = [Loss(str(reason), n) for reason, count in value.items() if (n := number(count))]
+        return sorted(found, key=lambda loss: (-loss.count, loss.reason))
+    bare = number(value)
+    return [Loss("no reason given", bare)] if bare else []
+
+
+def _others(data: RoundData) -> list[tuple[str, float]]:
+    """Counts that no step shows; `dropped_pairs` counts combinations, of which most questions have many."""
+    found = []
+    for stage in data.stages.values():
+        for key, value in stage.counts.items():
+            if key not in _SHOWN.get(stage.name, {"questions"}) and (n := number(value)) is not None:
+                found.append((f"{stage.name}: {key.replace('_', ' ')}", n))
+    found += [
+        (f"combinations: {loss.reason}", loss.count) for loss in reasons(data.counts("score").get("dropped_pairs"))
+    ]
+    return found
+
+
+def costs(run: RunData) -> list[Cost]:
+    """Every stage with a time, in order."""
+    return [
+        Cost(data.number, stage.name, stage.seconds, number(stage.counts.get("tokens")), _device_hours(stage))
+        for data in run.rounds
+        for stage in data.stages.values()
+        if stage.seconds is not None
+    ]
+
+
+def _device_hours(stage: Stage) -> float | None:
+    """GPU hours, where the stage says that it ran on one or more."""
+    device = str(stage.notes.get("device", ""))
+    if not device.startswith("cuda"):
+        return None
+    devices = number(stage.notes.get("num_processes")) or number(stage.settings.get("num_processes")) or 1.0
+    return (stage.seconds or 0.0) * devices / 3600
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> duration(4.25), duration(92), duration(7500)
+    ('4.2 s', '1 min 32 s', '2 h 5 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"

@@ -1,0 +1,306 @@
+"""A run directory in, everything that the report shows of it out, as plain records.
+
+Reads only; never fails on a file that is missing, half-written or damaged: what could not be read is listed in
+`RunData.problems` and the report says so. Samples, scores and pairs may be large, so they are read on demand
+(`RoundData.find`) and only the lines that are wanted become records.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.config import load_config
+from align.errors import UserError
+from align.records import Evaluation, RecordT, parse_line
+from align.rundir import STAGES, Round, RunDir
+from align.statistics import Interval
+
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a round as its manifest tells it; `progress` counts finished questions of one that is running."""
+
+    name: str
+    status: str
+    seconds: float | None = None
+    counts: JSON = field(default_factory=dict)
+    notes: JSON = field(default_factory=dict)
+    settings: JSON = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    written: str | None = None
+    progress: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.status == "complete"
+
+
+@dataclass
+class RoundData:
+    """What one round left behind; `log` is the trainer's history, `lines` the held-out responses."""
+
+    number: int
+    folder: Round
+    stages: dict[str, Stage] = field(default_factory=dict)
+    metrics: dict[str, Interval] = field(default_factory=dict)
+    lines: list[Evaluation] = field(default_factory=list)
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    def counts(self, stage: str) -> JSON:
+        return self.stages[stage].counts if stage in self.stages else {}
+
+    @property
+    def evaluated(self) -> bool:
+        return bool(self.metrics or self.lines)
+
+
+@dataclass
+class RunData:
+    name: str
+    path: Path
+    config: JSON = field(default_factory=dict)
+    config_text: str = ""
+    question_images: Path | None = None
+    evaluation_images: Path | None = None
+    rounds: list[RoundData] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def evaluated(self) -> list[RoundData]:
+        return [data for data in self.rounds if data.evaluated]
+
+    @property
+    def trained(self) -> list[RoundData]:
+        return [data for data in self.rounds if data.number > 0]
+
+    def setting(self, *keys: str) -> Any:
+        """A value of align.yaml by its keys, None where it is not set.
+
+        >>> RunData("r", Path(), config={"critic": {"kind": "pairwise"}}).setting("critic", "kind")
+        'pairwise'
+        """
+        value: Any = self.config
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+
+def read_run(path: Path) -> RunData:
+    """Everything but samples, scores and pairs.
+
+    Raises:
+        UserError: there is no such folder, or it holds neither a configuration nor a round.
+    """
+    folder = RunDir(path)
+    if not path.is_dir():
+        raise UserError(
+            "no such run directory", where=str(path), fix="name the folder that holds align.yaml and round-1"
+        )
+    rounds = folder.rounds()
+    if not rounds and not folder.config.is_file():
+        raise UserError(
+            "not a run directory: expected align.yaml and round-N folders, found neither",
+            where=str(path),
+            fix="name the folder of a run (run_root/name)",
+        )
+    run = RunData(name=path.resolve().name, path=path)
+    _read_config(run, folder.config)
+    run.rounds = [_read_round(this, run.problems) for this in rounds]
+    return run
+
+
+def find_records(
+    path: Path, kind: type[RecordT], ids: Collection[str], problems: list[str], key: str = "id"
+) -> list[RecordT]:
+    """The records of a JSONL file whose `key` is one of `ids`; unreadable ones are listed in `problems` and left out."""
+    found = []
+    for where, line in _lines(path):
+        try:
+            if _id(line, key) in ids:
+                found.append(parse_line(line, kind, where))
+        except UserError as error:
+            problems.append(str(error))
+    return found
+
+
+def iter_objects(path: Path, problems: list[str]) -> Iterator[JSON]:
+    """The objects of a JSONL file, not checked any further; lines that hold none are listed in `problems`."""
+    for where, line in _lines(path):
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{where}: not valid JSON ({error.msg})")
+            continue
+        if isinstance(data, dict):
+            yield data
+
+
+def list_ids(path: Path) -> list[str]:
+    """The ids of a JSONL file in order, without making records of its lines."""
+    return [id_ for _, line in _lines(path) if (id_ := _id(line, "id")) is not None]
+
+
+def _id(line: str, key: str) -> str | None:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    value = data.get(key) if isinstance(data, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{_short(path)}:{number}", line
+
+
+def _read_config(run: RunData, path: Path) -> None:
+    if not path.is_file():
+        run.problems.append("align.yaml is missing: settings and image folders are not known")
+        return
+    run.config_text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = load_config(path)
+    except UserError as error:
+        # Written by another version, perhaps: what is there is still worth showing.
+        run.problems.append(str(error))
+        run.config = _loose_yaml(run.config_text)
+        return
+    run.config = config.model_dump(mode="json")
+    run.question_images = config.question_images
+    run.evaluation_images = config.evaluation_images
+
+
+def _loose_yaml(text: str) -> JSON:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _read_round(this: Round, problems: list[str]) -> RoundData:
+    data = RoundData(this.number, this)
+    data.stages = _read_stages(this, problems)
+    data.metrics = _read_metrics(this.evaluation, problems)
+    for where, line in _lines(this.evaluation_lines):
+        try:
+            data.lines.append(parse_line(line, Evaluation, where))
+        except UserError as error:
+            problems.append(str(error))
+    data.log = _read_log(this, problems)
+    return data
+
+
+def _read_stages(this: Round, problems: list[str]) -> dict[str, Stage]:
+    try:
+        entries = this.manifest.read().get("stages", {})
+    except UserError as error:
+        problems.append(str(error))
+        return {}
+    return {name: _stage(this, name, entries[name]) for name in STAGES if isinstance(entries.get(name), dict)}
+
+
+def _stage(this: Round, name: str, entry: JSON) -> Stage:
+    def part(key: str) -> JSON:
+        value = entry.get(key)
+        return value if isinstance(value, dict) else {}
+
+    running = entry.get("status") != "complete"
+    return Stage(
+        name=name,
+        status=str(entry.get("status", "unknown")),
+        seconds=number(entry.get("seconds")),
+        counts=part("counts"),
+        notes=part("notes"),
+        settings=part("settings"),
+        versions=part("versions"),
+        written=_when(entry.get("finished") or entry.get("started")),
+        progress=_finished_questions(this, name) if running else None,
+    )
+
+
+def _when(stamp: Any) -> str | None:
+    """A manifest's time of day as people read it, to the minute.
+
+    >>> _when("2026-01-05T10:00:00Z")
+    '2026-01-05 10:00 UTC'
+    """
+    return f"{stamp[:10]} {stamp[11:16]} UTC" if isinstance(stamp, str) and len(stamp) >= 16 else None
+
+
+def _finished_questions(this: Round, stage: str) -> int | None:
+    """Complete lines in the parts that a running stage has written so far."""
+    final = {"sample": this.samples, "score": this.scores, "evaluate": this.evaluation_lines}.get(stage)
+    if final is None:
+        return None
+    parts = final.parent.glob(f"{final.stem}.part-*{final.suffix}")
+    return sum(part.read_bytes().count(b"\n") for part in parts)
+
+
+def _read_metrics(path: Path, problems: list[str]) -> dict[str, Interval]:
+    metrics = _read_json(path, problems).get("metrics")
+    if not isinstance(metrics, dict):
+        return {}
+    return {name: interval for name, entry in metrics.items() if (interval := _interval(entry)) is not None}
+
+
+def _interval(entry: Any) -> Interval | None:
+    if not isinstance(entry, dict) or (mean := number(entry.get("mean"))) is None:
+        return None
+    low, high = number(entry.get("low")), number(entry.get("high"))
+    return Interval(
+        mean, mean if low is None else low, mean if high is None else high, int(number(entry.get("count")) or 0)
+    )
+
+
+def _read_log(this: Round, problems: list[str]) -> list[dict[str, float]]:
+    """The trainer's history: of the checkpoint, or of the newest state while training goes on."""
+    states = [this.checkpoint / "trainer_state.json"]
+    states += sorted(this.trainer.glob("checkpoint-*/trainer_state.json"), key=_step_of, reverse=True)
+    for path in states:
+        history = _read_json(path, problems).get("log_history")
+        if isinstance(history, list):
+            entries = [entry for entry in history if isinstance(entry, dict)]
+            return [{key: x for key, value in entry.items() if (x := number(value)) is not None} for entry in entries]
+    return []
+
+
+def _step_of(path: Path) -> int:
+    suffix = path.parent.name.rpartition("-")[2]
+    return int(suffix) if suffix.isdigit() else -1
+
+
+def _read_json(path: Path, problems: list[str]) -> JSON:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (json.JSONDecodeError, OSError) as error:
+        problems.append(f"{_short(path)}: cannot be read ({error})")
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def number(value: Any) -> float | None:
+    """A finite number as a float, None for anything else (NaN stands in some trainers' logs)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _short(path: Path) -> str:
+    return "/".join(path.parts[-2:])

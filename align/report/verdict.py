@@ -1,0 +1,110 @@
+"""A run's held-out numbers in, the sentence that stands first in the report out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from align.report.changes import Change, State, headline, overall, steps
+from align.report.metrics import metric
+from align.report.read import RunData
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`state` colours it, `title` says it, `detail` says how sure; `alarms` are rounds worse than their parent."""
+
+    state: State
+    title: str
+    detail: str
+    alarms: list[str] = field(default_factory=list)
+    control: str | None = None
+
+
+def judge(run: RunData, control: RunData | None = None) -> Verdict:
+    name = headline(run)
+    if name is None:
+        return Verdict("neutral", *_nothing_measured(run))
+    moved = overall(run, name)
+    if moved is None:
+        return Verdict("neutral", *_one_round(run, name))
+    alarms = [_alarm(step) for step in steps(run, name) if step.state == "worse"]
+    return Verdict(moved.state, _title(moved), _detail(moved), alarms, _control(name, moved, control))
+
+
+def _nothing_measured(run: RunData) -> tuple[str, str]:
+    if run.setting("evaluate", "questions"):
+        return ("Not evaluated yet.", "No round has held-out numbers so far; the report fills as stages finish.")
+    return (
+        "Not evaluated: it is not known whether the model improved.",
+        "The run has no held-out questions (evaluate.questions). Training curves alone cannot tell.",
+    )
+
+
+def _one_round(run: RunData, name: str) -> tuple[str, str]:
+    data = next(data for data in run.rounds if name in data.metrics)
+    known, value = metric(name), data.metrics[name]
+    return (
+        "Too early to say: one evaluation so far.",
+        f"{known.label}: {known.show(value.mean)} in round {data.number} "
+        f"({known.show(value.low)} to {known.show(value.high)}, {value.count} held-out questions).",
+    )
+
+
+_NOUNS = {
+    "sampled_accuracy": "right answers",
+    "greedy_accuracy": "right answers",
+    "hallucination": "responses naming what is not there",
+}
+
+
+def _title(moved: Change) -> str:
+    noun = _NOUNS.get(moved.metric.name, moved.metric.label.lower())
+    first, last = moved.metric.show(moved.first), moved.metric.show(moved.last)
+    verb = "rose" if moved.difference.mean > 0 else "fell"
+    if moved.state == "unclear":
+        return f"No improvement shown: {noun} went from {first} to {last}, within what chance can do."
+    word = "Better" if moved.state == "better" else "Worse"
+    return f"{word}: {noun} {verb} from {first} to {last}."
+
+
+def _detail(moved: Change) -> str:
+    how = "same questions, paired" if moved.paired else "unpaired: the responses of both rounds are not on disk"
+    which = (
+        "sampled responses"
+        if moved.metric.name.startswith("sampled")
+        else "greedy responses"
+        if moved.metric.name.startswith("greedy")
+        else "responses"
+    )
+    return (
+        f"{moved.metric.show_change(moved.difference.mean)} {moved.metric.unit_of_change} from {_round(moved.first_round)} "
+        f"to {_round(moved.last_round)}; the 95 % interval is {moved.span} "
+        f"({moved.difference.count} held-out questions, {which}, {how})."
+    ).replace("95 %", "95\u00a0%")
+
+
+def _alarm(step: Change) -> str:
+    size = step.metric.show_change(step.difference.mean)
+    return (
+        f"Round {step.last_round} is worse than {_round(step.first_round)}: {step.metric.label.lower()} "
+        f"{step.metric.show(step.first)} to {step.metric.show(step.last)} ({size} {step.metric.unit_of_change}, "
+        f"interval {step.span})."
+    )
+
+
+def _control(name: str, moved: Change, control: RunData | None) -> str | None:
+    if control is None:
+        return None
+    beside = overall(control, name)
+    if beside is None:
+        return f"The control {control.name} has no two evaluations of this number to compare with."
+    text = (
+        f"The control {control.name} moved by {beside.metric.show_change(beside.difference.mean)} "
+        f"{beside.metric.unit_of_change} ({beside.span})"
+    )
+    apart = moved.difference.low > beside.difference.high or moved.difference.high < beside.difference.low
+    return text + ("; the two intervals do not touch." if apart else "; the two intervals overlap.")
+
+
+def _round(number: int) -> str:
+    return "the first policy" if number == 0 else f"round {number}"

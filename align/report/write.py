@@ -1,0 +1,175 @@
+"""Everything that was read and measured in, one HTML file out.
+
+All that comes from a run (questions, responses, rationales, names) is untrusted text. It is escaped by the templates,
+and the page forbids itself to load or run anything but what it was written with (Content-Security-Policy). The file
+depends on the run alone: writing it twice gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from align.report import flow, metrics
+from align.report.alarms import find_alarms
+from align.report.browser import build_browser, letter, marks
+from align.report.changes import steps
+from align.report.courses import held_out_figures, published_source, training_figures
+from align.report.pictures import Pictures
+from align.report.places import find_places
+from align.report.read import RunData, read_run
+from align.report.trust import measure_trust
+from align.report.trust import rows as trust_rows
+from align.report.verdict import judge
+from align.rundir import RunDir, write_text
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+def write_report(
+    run: Path,
+    *,
+    control: Path | None = None,
+    image_root: Path | None = None,
+    evaluation_image_root: Path | None = None,
+    out: Path | None = None,
+    max_held_out: int = 60,
+    max_training: int = 40,
+    backdrop: bool = True,
+) -> Path:
+    """Write the report of a run, finished or not, and return its path (default: report.html in the run's folder).
+
+    `control` is another run whose curves stand beside this one's. The image roots default to those of the run's
+    configuration. At most `max_held_out` and `max_training` questions are embedded with their images. `backdrop`
+    adds the published course of Valley2-DPO, which the reader can switch on behind the training curves.
+
+    Raises:
+        UserError: `run` or `control` is not a run directory.
+    """
+    data = read_run(run)
+    beside = read_run(control) if control is not None else None
+    page = render(
+        data,
+        beside,
+        question_images=Pictures(image_root or data.question_images),
+        evaluation_images=Pictures(evaluation_image_root or data.evaluation_images),
+        max_held_out=max_held_out,
+        max_training=max_training,
+        backdrop=backdrop,
+    )
+    path = out or RunDir(run).report
+    write_text(path, page)
+    return path
+
+
+def render(
+    run: RunData,
+    control: RunData | None,
+    *,
+    question_images: Pictures,
+    evaluation_images: Pictures,
+    max_held_out: int,
+    max_training: int,
+    backdrop: bool,
+) -> str:
+    """The page as text."""
+    trust = {data.number: measure_trust(data, run.problems) for data in run.trained}
+    figures = held_out_figures(run, control)
+    browser = build_browser(
+        run,
+        question_images=question_images,
+        evaluation_images=evaluation_images,
+        max_held_out=max_held_out,
+        max_training=max_training,
+    )
+    costs = flow.costs(run)
+    alarms = find_alarms(run, trust)
+    trust = {number: item for number, item in trust.items() if item.figures}
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    return environment().get_template("report.html.j2").render(
+        run=run,
+        control=control,
+        verdict=judge(run, control),
+        figures=figures,
+        steps=[row for figure in figures if not figure.quiet and (row := steps(run, figure.metric.name))],
+        places=find_places(run),
+        training=training_figures(run, backdrop=backdrop),
+        published_source=published_source(),
+        trust=trust,
+        trust_rows=trust_rows(trust),
+        funnels=flow.funnels(run),
+        costs=costs,
+        device_hours=_total(cost.device_hours for cost in costs),
+        tokens=_total(cost.tokens for cost in costs),
+        alarms=alarms,
+        browser=browser,
+        written=max((stage.written for data in run.rounds for stage in data.stages.values() if stage.written), default=None),
+        versions=_versions(run),
+        problems=list(dict.fromkeys(run.problems + (control.problems if control else []))),
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+    )  # fmt: skip
+
+
+def _total(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _versions(run: RunData) -> dict[str, str]:
+    """Of the last stage that says."""
+    found = [stage.versions for data in run.rounds for stage in data.stages.values() if stage.versions]
+    return found[-1] if found else {}
+
+
+def environment() -> Environment:
+    """Templates that escape everything; text is also freed of characters that no HTML file may hold."""
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.globals |= {"letter": letter, "marks": marks, "points": _points}
+    found.filters |= {
+        "percent": metrics.percent,
+        "plain": metrics.plain,
+        "count": lambda value: f"{value:,.0f}",
+        "duration": flow.duration,
+    }
+    return found
+
+
+def _points(value: float) -> str:
+    return metrics.metric("greedy_accuracy").show_change(value)
+
+
+def printable(value: Any) -> Any:
+    """Text without control characters (shown as their pictures) and lone surrogates (which no file can hold).
+
+    >>> printable("a\\x00b"), printable("caf\\ud800")
+    ('a␀b', 'caf\ufffd')
+    """
+    if not isinstance(value, str):
+        return value
+    clean = _BAD.sub(lambda match: _picture(match.group()), str(value))
+    return Markup(clean) if isinstance(value, Markup) else clean
+
+
+_BAD = re.compile("\r\n?|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def _picture(bad: str) -> str:
+    if bad[0] == "\r":
+        return "\n"
+    return chr(0x2400 + ord(bad)) if ord(bad) < 0x20 else "\ufffd"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from align.dpo.collator import PairCollator
+from align.dpo.reference import Reference, ReferenceKey, reference_log_probs
 from align.dpo.trainer import PairTrainer, pair_dataset
 from align.images import ImageStore
 from align.records import Pair
@@ -115,6 +118,24 @@ def train_ours(
     )
     trainer.train()
     return trainer
+
+
+KEY = ReferenceKey("weights", "processor", "pairs", "shared", "float32", "8192")
+
+
+def compute(
+    path: Path, pairs: list[Pair], collator: PairCollator, load_model: Any, key: ReferenceKey = KEY, batch_size: int = 1
+) -> Reference:
+    return reference_log_probs(
+        path,
+        key,
+        pairs,
+        collator=collator,
+        load_model=load_model,
+        autocast=nullcontext,
+        batch_size=batch_size,
+        state=PartialState(cpu=True),
+    )
 
 
 @pytest.fixture

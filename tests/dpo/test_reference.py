@@ -6,32 +6,15 @@ import copy
 import dataclasses
 import logging
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
-from accelerate import PartialState
 
 from align.dpo.collator import PairCollator
-from align.dpo.reference import ReferenceKey, pairs_hash, read_reference, reference_log_probs
+from align.dpo.reference import ReferenceKey, pairs_hash, read_reference
 from align.records import Pair
-from tests.dpo.conftest import losses, make_args, make_pairs, train_ours, train_trl
+from tests.dpo.conftest import KEY, compute, losses, make_args, make_pairs, train_ours, train_trl
 from tests.dpo.test_equals_trl import assert_same_course
-
-KEY = ReferenceKey("weights", "processor", "pairs", "shared", "float32", "8192")
-
-
-def compute(path, pairs, collator, load_model, key=KEY, batch_size=1):
-    return reference_log_probs(
-        path,
-        key,
-        pairs,
-        collator=collator,
-        load_model=load_model,
-        autocast=nullcontext,
-        batch_size=batch_size,
-        state=PartialState(cpu=True),
-    )
 
 
 def must_not_load():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+
+from align.models.load import load_model, load_processor
+from tests.tiny_models import random_image
 
 VOCAB = 120
 IMAGE_TOKEN = 118
@@ -153,6 +157,22 @@ def qwen3_vl() -> Case:
     return Qwen3VLForConditionalGeneration(config), _qwen_vl_inputs(3 * 2 * 4 * 4)
 
 
+def valley_eagle() -> Case:
+    """The golden checkpoint with its own processor: a small and a wide image, questions of unequal length."""
+    folder = Path(__file__).parents[1] / "golden" / "valley_eagle_tiny"
+    processor = load_processor(folder, max_pixels=28 * 28 * 16)
+    texts = ["What is it?", "How many of them are there, and where?"]
+    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+    inputs = processor(
+        text=[processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats],
+        images=[[random_image(1, 60, 50)], [random_image(2, 200, 60)]],
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    return load_model(folder, dtype=torch.float32), dict(inputs)
+
+
 def gemma3_sliding() -> Case:
     """Every second layer has a window of 4 tokens."""
     config = Gemma3TextConfig(**TEXT, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
@@ -165,7 +185,7 @@ def mamba() -> Case:
 
 
 SUPPORTED: dict[str, Callable[[], Case]] = {
-    f.__name__: f for f in (qwen2, llama, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl)
+    f.__name__: f for f in (qwen2, llama, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, valley_eagle)
 }
 
 
@@ -173,6 +193,8 @@ def make(build: Callable[[], Case], seed: int = 0) -> Case:
     """The model with weights large enough for clearly unequal predictions, in evaluation mode, and its prompts."""
     torch.manual_seed(seed)
     model, inputs = build()
+    if build is valley_eagle:
+        return model.eval(), inputs
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

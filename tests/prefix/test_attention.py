@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prefix_models import SUPPORTED, gemma3_sliding, make, mamba, text_prompts
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from align.prefix.attention import (
@@ -18,6 +17,7 @@ from align.prefix.attention import (
 from align.prefix.layout import Layout, Segment
 from align.prefix.log_probs import forward_segments, segment_hidden_states
 from align.prefix.rows import row_inputs
+from tests.prefix.prefix_models import SUPPORTED, gemma3_sliding, make, mamba, text_prompts
 
 
 @pytest.mark.parametrize("family", list(SUPPORTED))
@@ -145,3 +145,33 @@ def test_other_attention_than_sdpa_is_left_alone():
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(PrefixUnsupported, match="flex_attention"):
         use_shared_prefix(model)
+
+
+def test_one_mask_and_groups_are_the_same_attention():
+    from align.prefix.plans import GroupedPlan
+
+    torch.manual_seed(0)
+    rows = [
+        [Segment([1] * 3), Segment([2] * 4), Segment([3] * 2, 0), Segment([4], 1), Segment([5] * 2, 0)],
+        [Segment([1] * 5)],
+        [Segment([]), Segment([2] * 2, 0), Segment([3] * 3)],
+    ]
+    layout = Layout.build(torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]), rows, pad_token_id=0)
+    masked, grouped = AttentionPlan(3, layout.mask()), GroupedPlan(layout)
+    assert (grouped.num_queries, grouped.num_keys) == (masked.num_queries, masked.num_keys)
+    length = layout.input_ids.shape[1]
+    query, key = torch.randn(3, 4, length, 8), torch.randn(3, 2, 3 + length, 8)
+    value = torch.randn_like(key)
+    ours = grouped.attend(query, key, value, scale=None, dropout=0.0).transpose(1, 2)
+    theirs = masked.attend(query, key, value, scale=None, dropout=0.0).transpose(1, 2)
+    assert (ours - theirs)[layout.is_token].abs().max() <= 1e-6
+
+
+def test_many_segments_are_computed_in_groups_and_few_under_one_mask():
+    from align.prefix.plans import GroupedPlan, plan_of
+
+    prompt = torch.ones(1, 100)
+    few = Layout.build(prompt, [[Segment([1] * 12)] * 2], pad_token_id=0)
+    many = Layout.build(prompt, [[Segment([1] * 12)] * 20], pad_token_id=0)
+    assert not isinstance(plan_of(few), GroupedPlan)
+    assert isinstance(plan_of(many), GroupedPlan)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from prefix_models import SUPPORTED, make
 
 from align.prefix.attention import use_shared_prefix
 from align.prefix.layout import Layout, Segment
 from align.prefix.log_probs import forward_segments, plain_segments
 from align.prefix.token_stats import OUTPUTS
+from tests.prefix.prefix_models import SUPPORTED, make
 
 FAMILIES = list(SUPPORTED)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prefix_models import SUPPORTED, gemma3_sliding, make, mamba
 
 from align.prefix import rows
 from align.prefix.layout import Layout, Segment
 from align.prefix.proof import prove
+from tests.prefix.prefix_models import SUPPORTED, gemma3_sliding, make, mamba
 
 
 def layout_for(inputs: dict[str, torch.Tensor]) -> Layout:

@@ -1,0 +1,133 @@
+"""Train the demo's policy and critic from scratch and put them, in half precision, into the package.
+
+    python scripts/build_demo.py --work build/demo --threads 2
+
+About an hour on two quiet cores. Stages that are finished are kept in the work folder and skipped; delete a stage's
+file to train it again. What every stage reports is kept beside the checkpoints as `build_log.txt`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from demo_build.critic import in_vocabulary, listen, teach_critic
+from demo_build.export import export, open_weights
+from demo_build.instruct import Course, Log, ask, score, teach
+from demo_build.model import make_model
+from demo_build.rows import RowMaker
+from demo_build.towers import train_tower
+from demo_build.words import build_tokenizer
+
+from align.demo.data import CRITIC, CRITIC_PROMPT, POLICY
+
+TOWER_STEPS = {"siglip": 5000, "eagle": 4000}
+GOOD = Course(num_steps=1300, rate=1e-3, tower_rate=3e-4, seed=0)
+POLICY_COURSE = Course(num_steps=400, rate=5e-4, tower_rate=0.0, seed=1, num_warmup=20)
+CRITIC_COURSE = Course(num_steps=1000, rate=5e-4, tower_rate=1e-4, seed=2)
+#: The share of faulty answers by task: set so that the policy's samples are right about half of the time.
+FAULTS = {"list": 0.5, "count": 0.55, "largest": 0.7, "has": 0.8, "describe": 0.5}
+
+
+class Build:
+    """The stages in order; each leaves a file in `work` and is skipped where the file is."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        work.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = build_tokenizer(CRITIC_PROMPT)
+        self.maker = RowMaker(self.tokenizer)
+
+    def run(self) -> None:
+        for kind, num_steps in TOWER_STEPS.items():
+            self.stage(
+                f"tower-{kind}", lambda out, log, k=kind, n=num_steps: train_tower(k, out, num_steps=n, seed=0, log=log)
+            )
+        self.stage("good", self.train_good)
+        self.stage("policy", self.train_policy)
+        self.stage("critic", self.train_critic)
+        self.finish()
+
+    def file(self, name: str) -> Path:
+        return self.work / f"{name}.pt"
+
+    def stage(self, name: str, train: Callable[[Path, Log], None]) -> None:
+        if self.file(name).exists():
+            print(f"{name}: done before", flush=True)
+            return
+        log = self.log_of(name)
+        log(f"begins on {torch.get_num_threads()} threads, torch {torch.__version__}")
+        train(self.file(name), log)
+        log("done")
+
+    def log_of(self, name: str) -> Log:
+        """A log that prints and keeps its lines, with the seconds since the stage began."""
+        path, started = self.work / f"{name}.log", time.monotonic()
+        path.write_text("", encoding="utf-8")
+
+        def log(text: str) -> None:
+            line = f"{name} {time.monotonic() - started:6.0f} s  {text}"
+            print(line, flush=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+        return log
+
+    def train_good(self, out: Path, log: Log) -> None:
+        """An instruct model that reads well."""
+        towers = {kind: self.file(f"tower-{kind}") for kind in TOWER_STEPS}
+        model = make_model(self.tokenizer, towers, seed=0)
+        teach(model, self.maker, GOOD, log)
+        torch.save(model.state_dict(), out)
+
+    def train_policy(self, out: Path, log: Log) -> None:
+        """The good model with bad habits."""
+        model = open_weights(self.file("good"), self.tokenizer)
+        teach(model, self.maker, POLICY_COURSE, log, faults=FAULTS)
+        torch.manual_seed(0)
+        sampled = score(model, self.maker, *ask(400, "policy", 7), temperature=0.9, num_samples=4)
+        log(f"sampled at temperature 0.9: {sampled}")
+        torch.save(model.state_dict(), out)
+
+    def train_critic(self, out: Path, log: Log) -> None:
+        """The good model taught to compare, partly on what the good and the faulty model say."""
+        policies = [open_weights(self.file(name), self.tokenizer) for name in ("good", "policy")]
+        bank = in_vocabulary(self.maker, listen(policies, self.maker, 3000, seed=3, log=log))
+        held_out = in_vocabulary(self.maker, listen(policies[1:], self.maker, 1000, seed=4, log=log, part="policy"))
+        model = open_weights(self.file("good"), self.tokenizer)
+        teach_critic(model, self.maker, CRITIC_PROMPT, CRITIC_COURSE, log, bank=bank, held_out=held_out)
+        torch.save(model.state_dict(), out)
+
+    def finish(self) -> None:
+        """Write both checkpoints into the package, and the log beside them."""
+        log = self.log_of("export")
+        for name, folder in (("policy", POLICY), ("critic", CRITIC)):
+            export(self.file(name), folder, self.tokenizer, log)
+        stages = [*(f"tower-{kind}" for kind in TOWER_STEPS), "good", "policy", "critic", "export"]
+        text = "".join((self.work / f"{stage}.log").read_text(encoding="utf-8") for stage in stages)
+        heading = f"# scripts/build_demo.py on {platform.machine()}, transformers {transformers.__version__}\n"
+        (POLICY.parent / "build_log.txt").write_text(heading + text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where unfinished work is kept")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="begin anew: delete the work folder first")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if options.fresh:
+        shutil.rmtree(options.work, ignore_errors=True)
+    Build(options.work).run()
+
+
+if __name__ == "__main__":
+    main()

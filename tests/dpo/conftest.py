@@ -70,7 +70,8 @@ def trl_dataset(pairs: list[Pair], images: ImageStore) -> Dataset:
         [
             {
                 "images": [images.open(name) for name in pair.images],
-                "prompt": pair.prompt,
+                # As plain text: `datasets` would give the image parts a text of None. TRL puts the images before it.
+                "prompt": [{"role": "user", "content": pair.prompt[0]["content"][-1]["text"]}],
                 "chosen": pair.chosen,
                 "rejected": pair.rejected,
             }

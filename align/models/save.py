@@ -78,10 +78,12 @@ def save_checkpoint(
     try:
         if family is not None:
             renamed = {_name_on_disk(name, family): tensor for name, tensor in weights.items()}
-            _write_weights(_without_tied_copies(model, renamed, set(expected)), work, max_shard_size)
+            kept = _without_tied_copies(model, renamed, set(expected))
+            _check_tensors({name: tuple(tensor.shape) for name, tensor in kept.items()}, expected)
+            _write_weights(kept, work, max_shard_size)
         else:
             model.save_pretrained(work, state_dict=dict(weights), max_shard_size=max_shard_size)
-        _check_tensors(work, expected)
+            _check_tensors({name: info.shape for name, info in tensor_table(work).items()}, expected)
         _write_config(model, work, parent_folder, stored_dtype(weights))
         replace_code = family is not None and auto_map
         _write_companions(processor, work, parent_folder, with_code=not replace_code)
@@ -181,23 +183,19 @@ def _write_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_siz
     assert split.is_sharded or (folder / SINGLE_FILE).is_file()
 
 
-def _check_tensors(folder: Path, expected: dict[str, TensorInfo]) -> None:
-    """Holds the names and shapes that were written against the parent's, where it has safetensors."""
+def _check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, TensorInfo]) -> None:
+    """Holds names and shapes against the parent's, where it has safetensors."""
     if not expected:
         return
-    written = tensor_table(folder)
-    missing, extra = sorted(set(expected) - set(written)), sorted(set(written) - set(expected))
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         raise UserError(
             f"expected the {len(expected)} tensors of the parent; missing {_few(missing)}, too many {_few(extra)}",
             fix="pass the state dict of the whole model",
         )
-    reshaped = [name for name in expected if expected[name].shape != written[name].shape]
-    if reshaped:
-        name = reshaped[0]
-        raise UserError(
-            f"expected {name} to have the parent's shape {expected[name].shape}, found {written[name].shape}"
-        )
+    for name, info in expected.items():
+        if info.shape != found[name]:
+            raise UserError(f"expected {name} to have the parent's shape {info.shape}, found {found[name]}")
 
 
 def _few(names: list[str]) -> str:

@@ -7,7 +7,7 @@ Resizing is PIL's bicubic filter; torchvision's is another and not used. The arr
 import base64
 import io
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -44,7 +44,16 @@ def open_image(source: Any) -> Image.Image:
     raise ValueError(f"expected an image, an array, a path or encoded bytes, found {type(source).__name__}")
 
 
-def cut_tiles(image: Image.Image, geometry: Geometry, *, tiled: bool) -> list[Image.Image]:
+class TileGrid(Protocol):
+    """How an image is cut in tiles: `crop_px` their edge, `grid` their columns and rows."""
+
+    @property
+    def crop_px(self) -> int: ...
+
+    def grid(self, width: int, height: int) -> tuple[int, int]: ...
+
+
+def cut_tiles(image: Image.Image, geometry: TileGrid, *, tiled: bool) -> list[Image.Image]:
     """The whole image squeezed into one tile, then, where tiled, the image on its black canvas cut row by row."""
     edge = geometry.crop_px
     whole = image.resize((edge, edge), Image.Resampling.BICUBIC)

@@ -1,0 +1,261 @@
+"""A saved checkpoint is its parent's in everything but the values of the weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align.errors import UserError
+from align.models.families import FAMILIES
+from align.models.load import load_model, load_processor
+from align.models.save import original_names, save_checkpoint
+from align.models.weights import tensor_table
+from tests import tiny_models
+from tests.models import tiny_valley
+from tests.models.test_load import edit
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "valley_eagle_tiny"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor(GOLDEN, max_pixels=100352, default_system=None)
+
+
+def stored(folder):
+    """All tensors of a checkpoint."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def assert_equal_tensors(left, right):
+    assert set(left) == set(right)
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_an_unchanged_model_is_saved_bit_for_bit(model, processor, tmp_path):
+    saved = save_checkpoint(model, processor, tmp_path / "saved")
+    assert_equal_tensors(stored(saved), stored(GOLDEN))
+    assert tensor_table(saved) == tensor_table(GOLDEN)
+    original, written = (json.loads((folder / "config.json").read_text()) for folder in (GOLDEN, saved))
+    auto_map = written.pop("auto_map")
+    assert written == original
+    assert auto_map["AutoModel"] == "modeling_valley_eagle.ValleyQwen2ForCausalLM"
+    for name in ("generation_config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"):
+        assert (saved / name).read_bytes() == (GOLDEN / name).read_bytes()
+    assert not (saved / "cases.json").exists()
+
+
+def test_what_is_saved_opens_again_and_may_be_saved_again(model, processor, tmp_path):
+    first = save_checkpoint(model, processor, tmp_path / "first")
+    again = load_model(first)
+    opened = load_processor(first)
+    assert (opened.max_pixels, opened.default_system) == (100352, None)
+    second = save_checkpoint(again, opened, tmp_path / "second")
+    assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in second.iterdir())
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module.", "model."],
+)
+def test_state_dicts_of_wrapped_models_give_the_original_names(prefix, model, processor, tmp_path):
+    gathered = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    saved = save_checkpoint(model, processor, tmp_path / "saved", state_dict=gathered)
+    assert_equal_tensors(stored(saved), stored(GOLDEN))
+
+
+def test_checkpointed_blocks_and_original_names_are_understood(model, processor, tmp_path):
+    own = model.state_dict()
+    wrapped = {
+        name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): tensor for name, tensor in own.items()
+    }
+    original = dict(zip(original_names(own, FAMILIES["ValleyQwen2ForCausalLM"]), own.values(), strict=True))
+    assert set(original) == set(stored(GOLDEN))
+    for name, state_dict in (("wrapped", wrapped), ("original", original)):
+        saved = save_checkpoint(model, processor, tmp_path / name, state_dict=state_dict)
+        assert_equal_tensors(stored(saved), stored(GOLDEN))
+
+
+def test_a_constructed_model_is_saved_under_its_parents_names(model, processor, tmp_path):
+    constructed = type(model)(model.config)
+    constructed.load_state_dict(model.state_dict())
+    saved = save_checkpoint(constructed, processor, tmp_path / "saved", parent=GOLDEN)
+    assert_equal_tensors(stored(saved), stored(GOLDEN))
+
+
+def test_incomplete_weights_are_refused_and_leave_nothing(model, processor, tmp_path):
+    partial = dict(model.state_dict())
+    del partial["model.norm.weight"]
+    partial["model.extra.weight"] = torch.zeros(3)
+    message = (
+        r"expected the 152 tensors of the parent; missing 1 \(model.norm.weight\), too many 1 \(model.extra.weight\)"
+    )
+    with pytest.raises(UserError, match=message):
+        save_checkpoint(model, processor, tmp_path / "saved", state_dict=partial)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_of_another_shape_is_refused(model, processor, tmp_path):
+    changed = {**model.state_dict(), "model.norm.weight": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"expected model.norm.weight to have the parent's shape \(64,\), found \(3,\)"):
+        save_checkpoint(model, processor, tmp_path / "saved", state_dict=changed)
+
+
+def test_a_checkpoint_is_replaced_as_a_whole(model, processor, tmp_path):
+    saved = save_checkpoint(model, processor, tmp_path / "saved", extra_files={"README.md": "old", "old.txt": "old"})
+    with pytest.raises(UserError):
+        save_checkpoint(model, processor, saved, state_dict={})
+    assert (saved / "old.txt").read_text() == "old"
+    save_checkpoint(model, processor, saved, extra_files={"README.md": "new"})
+    assert (saved / "README.md").read_text() == "new"
+    assert not (saved / "old.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_what_a_killed_save_left_is_cleared_and_the_old_checkpoint_kept(model, processor, tmp_path):
+    (tmp_path / ".saved.new-1").mkdir()
+    save_checkpoint(model, processor, tmp_path / "saved", extra_files={"old.txt": "old"})
+    (tmp_path / "saved").rename(tmp_path / ".saved.old-1")  # killed between the two renames
+    with pytest.raises(UserError):
+        save_checkpoint(model, processor, tmp_path / "saved", state_dict={})
+    assert (tmp_path / "saved" / "old.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_weights_are_sharded_with_an_index(model, processor, tmp_path):
+    saved = save_checkpoint(model, processor, tmp_path / "saved", max_shard_size="400KB")
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    tensors = stored(GOLDEN)
+    assert set(index["weight_map"]) == set(tensors)
+    assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in tensors.values())
+    assert len(list(saved.glob("model-*.safetensors"))) > 1
+    assert_equal_tensors(load_model(saved).state_dict(), model.state_dict())
+
+
+def test_a_cast_is_noted_in_the_config(model, processor, tmp_path):
+    saved = save_checkpoint(model, processor, tmp_path / "saved", dtype=torch.bfloat16)
+    assert json.loads((saved / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert load_model(saved).dtype == torch.bfloat16
+    assert {info.dtype for info in tensor_table(saved).values()} == {"BF16"}
+
+
+def test_without_a_parent_the_legacy_keys_are_put_back(tmp_path):
+    saved = save_checkpoint(tiny_valley.model(), tiny_valley.processor(), tmp_path / "saved")
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"], config["torch_dtype"]) == (1000000.0, None, "float32")
+    assert config["architectures"] == ["ValleyQwen2ForCausalLM"]
+    assert any(".vision_model." in name for name in tensor_table(saved))
+    opened, made = load_model(saved), tiny_valley.model()
+    assert_equal_tensors(opened.state_dict(), made.state_dict())
+    assert load_processor(saved).num_image_tokens(300, 180) == tiny_valley.processor().num_image_tokens(300, 180)
+
+
+def test_switched_off_no_code_travels(model, processor, tmp_path):
+    saved = save_checkpoint(model, processor, tmp_path / "saved", auto_map=False)
+    assert list(saved.glob("*.py")) == []
+    assert json.loads((saved / "config.json").read_text()) == json.loads((GOLDEN / "config.json").read_text())
+
+
+STANDS_ALONE = """
+import json, sys
+sys.modules["align"] = None  # any import of it now fails
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+folder, images = sys.argv[1], sys.argv[2:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": "Describe the image."}], images=images, add_generation_prompt=True, tokenize=True,
+    return_dict=True, return_tensors="pt",
+)
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+tokens = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+print(json.dumps(tokens[0, inputs["input_ids"].shape[1]:].tolist()))
+"""
+
+
+def test_a_checkpoint_opens_where_this_toolkit_is_not_installed(model, tmp_path):
+    processor = load_processor(GOLDEN, max_pixels=1280 * 28 * 28)
+    saved = save_checkpoint(model, processor, tmp_path / "saved")
+    (tmp_path / "alone.py").write_text(STANDS_ALONE)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "alone.py", str(saved), str(GOLDEN / "images" / "square_small_0.png")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    case = json.loads((GOLDEN / "cases.json").read_text())[0]
+    assert case["name"] == "square_small"
+    assert json.loads(done.stdout) == case["greedy"]
+
+
+def test_travelling_code_is_not_used_where_this_toolkit_is_installed(model, processor, tmp_path):
+    saved = save_checkpoint(model, processor, tmp_path / "saved")
+    (saved / "modeling_valley_eagle.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    assert type(load_model(saved)) is type(model)
+    assert type(load_processor(saved)) is type(processor)
+
+
+def test_a_parents_own_code_gives_way_to_ours(model, processor, tmp_path):
+    parent = save_checkpoint(model, processor, tmp_path / "parent", auto_map=False)
+    edit(parent / "config.json", auto_map={"AutoModel": "modeling_theirs.Theirs"})
+    (parent / "modeling_theirs.py").write_text("")
+    (parent / "processor_config.json").write_text(
+        json.dumps(
+            {"processor_class": "ValleyProcessor", "auto_map": {"AutoProcessor": "theirs.Theirs"}, "anyres": True}
+        )
+    )
+    ours = save_checkpoint(model, processor, tmp_path / "ours", parent=parent)
+    assert not (ours / "modeling_theirs.py").exists()
+    config = json.loads((ours / "processor_config.json").read_text())
+    assert config["auto_map"]["AutoProcessor"] == "processing_valley_eagle.ValleyProcessor"
+    assert config["anyres"] is True
+    theirs = save_checkpoint(model, processor, tmp_path / "theirs", parent=parent, auto_map=False)
+    assert (theirs / "modeling_theirs.py").exists()
+    assert json.loads((theirs / "config.json").read_text())["auto_map"] == {"AutoModel": "modeling_theirs.Theirs"}
+
+
+def test_transformers_own_models_keep_their_parents_names_and_keys(tmp_path):
+    made = tiny_models.llava_onevision()
+    parent = save_checkpoint(made, tiny_models.llava_onevision_processor(), tmp_path / "parent")
+    config = json.loads((parent / "config.json").read_text())
+    assert config["text_config"]["rope_theta"] == made.config.text_config.rope_parameters["rope_theta"]
+    assert config["torch_dtype"] == "float32"
+    edit(parent / "config.json", a_key_of_the_parent="kept")
+    child_model, processor = load_model(parent), load_processor(parent)
+    with torch.no_grad():
+        child_model.lm_head.weight.add_(1.0)
+    child = save_checkpoint(child_model, processor, tmp_path / "child")
+    assert json.loads((child / "config.json").read_text()) == json.loads((parent / "config.json").read_text())
+    assert tensor_table(child) == tensor_table(parent)
+    before, after = stored(parent), stored(child)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == 1
+    assert "lm_head" in changed[0]
+    gathered = {"module." + name: tensor for name, tensor in child_model.state_dict().items()}
+    again = save_checkpoint(child_model, processor, tmp_path / "again", state_dict=gathered)
+    assert_equal_tensors(stored(again), after)
+
+
+def test_tied_heads_are_stored_as_the_parent_stores_them(tmp_path):
+    made = tiny_models.llava_onevision(tied=True)
+    parent = save_checkpoint(made, tiny_models.llava_onevision_processor(), tmp_path / "parent")
+    child = save_checkpoint(load_model(parent), load_processor(parent), tmp_path / "child")
+    assert tensor_table(child) == tensor_table(parent)
+    valley = save_checkpoint(tiny_valley.model(tie_word_embeddings=True), tiny_valley.processor(), tmp_path / "valley")
+    assert "lm_head.weight" not in tensor_table(valley)
+    opened = load_model(valley)
+    assert opened.lm_head.weight.data_ptr() == opened.model.embed_tokens.weight.data_ptr()

@@ -55,16 +55,21 @@ def _game(one: int, other: int) -> Game:
 
 
 def _swiss(order: list[int], results: Results, rounds: int) -> list[Game]:
-    """Neighbours in the table meet unless they have met; with an odd number the lowest that had none has a bye."""
+    """Neighbours in the table meet unless they have met; with an odd number the lowest that had none has a bye.
+
+    It is over early when not everybody can be paired with somebody new.
+    """
     points = dict.fromkeys(order, 0.0)
     met: set[Game] = set()
-    byes: set[int] = set()
-    for _ in range(rounds):
+    rested: set[int] = set()
+    # Up to half of n rounds new opponents are sure to be there (Dirac); beyond, only small fields are searched quickly.
+    for _ in range(min(rounds, max(swiss_rounds(len(order)), len(order) // 2))):
         table = sorted(order, key=lambda index: -points[index])
-        games = _neighbours(table, met, byes)
+        games = _swiss_round(table, met, rested)
         new = [game for game in games if game not in results]
         if new or not games:
             return sorted(new)
+        rested |= set(order) - {index for game in games for index in game}
         for one, other in games:
             points[one] += gain(results, one, other)
             points[other] -= gain(results, one, other)
@@ -72,20 +77,31 @@ def _swiss(order: list[int], results: Results, rounds: int) -> list[Game]:
     return []
 
 
-def _neighbours(table: list[int], met: set[Game], byes: set[int]) -> list[Game]:
-    left = list(table)
-    if len(left) % 2:
-        resting = next((index for index in reversed(left) if index not in byes), left[-1])
-        byes.add(resting)
-        left.remove(resting)
-    games = []
-    while len(left) > 1:
-        one = left.pop(0)
-        other = next((index for index in left if _game(one, index) not in met), None)
-        if other is not None:
-            left.remove(other)
-            games.append(_game(one, other))
-    return games
+def _swiss_round(table: list[int], met: set[Game], rested: set[int]) -> list[Game]:
+    if len(table) % 2 == 0:
+        return _new_games(table, met) or []
+    for resting in sorted(table[::-1], key=lambda index: index in rested):
+        games = _new_games([index for index in table if index != resting], met)
+        if games:
+            return games
+    return []
+
+
+def _new_games(table: list[int], met: set[Game]) -> list[Game] | None:
+    """Pair all of the table (even in number), each with the nearest possible; None if they cannot all meet somebody new.
+
+    The search goes back where the last two have met already. In the few rounds of a Swiss tournament that is rare, so
+    it is short.
+    """
+    if not table:
+        return []
+    one, rest = table[0], table[1:]
+    for other in rest:
+        if _game(one, other) not in met:
+            games = _new_games([index for index in rest if index != other], met)
+            if games is not None:
+                return [_game(one, other), *games]
+    return None
 
 
 def _knockout(order: list[int], results: Results) -> list[Game]:

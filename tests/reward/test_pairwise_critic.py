@@ -16,6 +16,7 @@ from reward.critics.pairwise import PairwiseCritic
 from reward.critics.tournament import next_games, swiss_rounds
 from reward.errors import RewardError
 from reward.judgement import Item
+from reward.pairs import choose_pairs
 from reward.ranking import consistency, position_bias, tie_rate
 from tests.reward.askers import FunctionAsker, QualityAsker, two_responses
 
@@ -163,7 +164,8 @@ def test_written_judgements_that_say_nothing_are_unscored_with_the_reason(text, 
 def test_the_rationale_is_kept():
     def text(turn: str) -> str:
         first, second = two_responses(turn)
-        return f"Looking closely.\nThe {'first' if len(first) > len(second) else 'second'} response is better."
+        good, bad = ("first", "second") if len(first) > len(second) else ("second", "first")
+        return f"Looking closely.\nSome would say the {bad} response is better.\nThe {good} response is better."
 
     [judgement] = PairwiseCritic(FunctionAsker(text=text), read="text").judge([ITEM])
     assert ranking_of(judgement.rewards) == ORDER
@@ -220,6 +222,47 @@ def test_no_game_is_played_twice_and_every_tournament_ends(num, pairing, seed):
         results |= {game: float(draw.choice([-2.0, 0.0, 2.0])) for game in games}
     assert set(results) <= set(combinations(range(num), 2))
     assert {index for game in results for index in game} == set(range(num))
+
+
+def test_every_round_of_swiss_brings_new_games():
+    # Eight responses, four rounds: four games each round, none of them twice.
+    results: dict[tuple[int, int], float | None] = {}
+    rounds = 0
+    while games := next_games("swiss", range(8), results, rounds=4):
+        assert len(games) == 4
+        results |= dict.fromkeys(games, 2.0)
+        rounds += 1
+    assert rounds == 4
+
+
+def test_rewards_of_a_tournament_are_on_the_scale_of_all_pairs():
+    # Four in a knock-out: the best wins both of its games in both orders, so as many as in all pairs: 2 * (4 - 1).
+    item = replace(ITEM, responses=("a", "ab", "abc", "abcd"))
+    asker = QualityAsker(letters_seen)
+    [judgement] = PairwiseCritic(asker, prompt="pairwise_short", pairing="knockout").judge([item])
+    assert asker.num_branches == 8
+    assert judgement.rewards[3] == 6.0
+    assert judgement.rewards[0] == -6.0
+
+
+def test_cheap_tournaments_still_find_wide_pairs_with_a_noisy_critic():
+    # The critic's log-odds are twice the difference of quality plus noise of 1.5; 150 questions with 8 responses.
+    draw = np.random.default_rng(0)
+    items = [Item(f"q{n}", f"{n}?", (), tuple(f"{quality:.5f}" for quality in draw.normal(size=8))) for n in range(150)]
+    width: dict[str, float] = {}
+    for pairing, most in (("all", 56), ("swiss", 32), ("knockout", 20)):
+        noise = np.random.default_rng(1)
+        asker = QualityAsker(lambda image, text, noise=noise: 2 * float(text) + 1.06 * noise.normal())
+        critic = PairwiseCritic(asker, prompt="pairwise_short", pairing=pairing)
+        pairs = [
+            choose_pairs(j.rewards, item.responses).pairs[0] for j, item in zip(critic.judge(items), items, strict=True)
+        ]
+        qualities = [[float(text) for text in item.responses] for item in items]
+        gaps = [q[pair.chosen] - q[pair.rejected] for q, pair in zip(qualities, pairs, strict=True)]
+        assert asker.num_branches <= most * len(items)
+        assert sum(gap > 0 for gap in gaps) >= 0.97 * len(items)
+        width[pairing] = sum(gaps) / sum(max(q) - min(q) for q in qualities)
+    assert width["all"] > width["knockout"] > 0.8
 
 
 def test_a_failed_game_of_a_tournament_does_not_stop_it():

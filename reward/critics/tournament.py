@@ -80,11 +80,15 @@ def _swiss(order: list[int], results: Results, rounds: int) -> list[Game]:
 def _swiss_round(table: list[int], met: set[Game], rested: set[int]) -> list[Game]:
     if len(table) % 2 == 0:
         return _new_games(table, met) or []
-    for resting in sorted(table[::-1], key=lambda index: index in rested):
+    for resting in [*_upwards(table, without=rested), *_upwards(table, without=set(table) - rested)]:
         games = _new_games([index for index in table if index != resting], met)
         if games:
             return games
     return []
+
+
+def _upwards(table: list[int], *, without: set[int]) -> list[int]:
+    return [index for index in reversed(table) if index not in without]
 
 
 def _new_games(table: list[int], met: set[Game]) -> list[Game] | None:

@@ -20,6 +20,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from align.models.llava_lmms import LlavaQwenConfig, LlavaQwenForCausalLM, LlavaQwenProcessor
 from align.models.valley_eagle import ValleyEagleConfig, ValleyProcessor, ValleyQwen2ForCausalLM
 
 
@@ -36,19 +37,14 @@ class Family:
     names_on_disk: tuple[tuple[str, str], ...] = ()
 
 
+# transformers 5 has no inner `vision_model` in SigLIP; the checkpoints do.
+SIGLIP_ON_DISK = (
+    (r"^model\.vision_tower\.vision_tower\.(?!vision_model\.)", "model.vision_tower.vision_tower.vision_model."),
+)
+
 FAMILIES: dict[str, Family] = {
-    "ValleyQwen2ForCausalLM": Family(
-        ValleyEagleConfig,
-        ValleyQwen2ForCausalLM,
-        ValleyProcessor,
-        # transformers 5 has no inner `vision_model` in SigLIP; the checkpoints do.
-        names_on_disk=(
-            (
-                r"^model\.vision_tower\.vision_tower\.(?!vision_model\.)",
-                "model.vision_tower.vision_tower.vision_model.",
-            ),
-        ),
-    ),
+    "ValleyQwen2ForCausalLM": Family(ValleyEagleConfig, ValleyQwen2ForCausalLM, ValleyProcessor, SIGLIP_ON_DISK),
+    "LlavaQwenForCausalLM": Family(LlavaQwenConfig, LlavaQwenForCausalLM, LlavaQwenProcessor, SIGLIP_ON_DISK),
 }
 
 
@@ -71,6 +67,8 @@ def register() -> None:
     """Makes the Auto classes know our families; may be called again."""
     AutoConfig.register("valley", ValleyConfig, exist_ok=True)
     for family in FAMILIES.values():
+        if family.config.model_type != ValleyConfig.model_type:
+            AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
         for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
             auto_class.register(family.config, family.model, exist_ok=True)
         AutoProcessor.register(family.config, family.processor, exist_ok=True)

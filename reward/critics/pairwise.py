@@ -7,7 +7,7 @@ there is one ask an item and round.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +193,8 @@ def _moved(verdict: Verdict, place: dict[int, int]) -> Verdict:
 def _offered(prompt: Prompt, *, use_tie_option: bool) -> Prompt:
     if not prompt.options:
         raise RewardError(f"prompt {prompt.name}: a pairwise prompt needs options first and second in its heading")
-    if not use_tie_option:
-        prompt.options.pop("tie", None)
-    return prompt
+    options = {name: text for name, text in prompt.options.items() if use_tie_option or name != "tie"}
+    return replace(prompt, options=options)
 
 
 def _check(*, read: str, pairing: str, reward: str, tie_threshold: float, ridge: float, rounds: int | None) -> None:

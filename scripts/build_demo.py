@@ -29,7 +29,7 @@ from demo_build.words import build_tokenizer
 from align.demo.data import CRITIC, CRITIC_PROMPT, POLICY
 
 TOWER_STEPS = {"siglip": 5000, "eagle": 4000}
-GOOD = Course(num_steps=1300, rate=1e-3, tower_rate=3e-4, seed=0)
+GOOD = Course(num_steps=1000, rate=1e-3, tower_rate=3e-4, seed=0)
 POLICY_COURSE = Course(num_steps=400, rate=5e-4, tower_rate=0.0, seed=1, num_warmup=20)
 CRITIC_COURSE = Course(num_steps=1000, rate=5e-4, tower_rate=1e-4, seed=2)
 #: The share of faulty answers by task: set so that the policy's samples are right about half of the time.

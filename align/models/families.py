@@ -21,7 +21,16 @@ from transformers import (
 )
 
 from align.models.llava_lmms import LlavaQwenConfig, LlavaQwenForCausalLM, LlavaQwenProcessor
+from align.models.valley1 import (
+    ChineseValleyConfig,
+    LlavaLlamaForCausalLM,
+    ValleyLlamaConfig,
+    ValleyLlamaForCausalLM,
+    ValleyLlamaProcessor,
+)
+from align.models.valley25 import Valley25Config, Valley25Processor, ValleyQwen3ForCausalLM
 from align.models.valley_eagle import ValleyEagleConfig, ValleyProcessor, ValleyQwen2ForCausalLM
+from align.models.vl360 import QH360_VL_LlamaForCausalLM, QH360VLConfig, QH360VLProcessor
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,15 @@ class Family:
 SIGLIP_ON_DISK = (
     (r"^model\.vision_tower\.vision_tower\.(?!vision_model\.)", "model.vision_tower.vision_tower.vision_model."),
 )
+CLIP_ON_DISK = ((r"^model\.vision_tower\.(?!vision_model\.)", "model.vision_tower.vision_model."),)
 
 FAMILIES: dict[str, Family] = {
     "ValleyQwen2ForCausalLM": Family(ValleyEagleConfig, ValleyQwen2ForCausalLM, ValleyProcessor, SIGLIP_ON_DISK),
     "LlavaQwenForCausalLM": Family(LlavaQwenConfig, LlavaQwenForCausalLM, LlavaQwenProcessor, SIGLIP_ON_DISK),
+    "ValleyQwen3ForCausalLM": Family(Valley25Config, ValleyQwen3ForCausalLM, Valley25Processor),
+    "ValleyLlamaForCausalLM": Family(ValleyLlamaConfig, ValleyLlamaForCausalLM, ValleyLlamaProcessor, CLIP_ON_DISK),
+    "LlavaLlamaForCausalLM": Family(ChineseValleyConfig, LlavaLlamaForCausalLM, ValleyLlamaProcessor, CLIP_ON_DISK),
+    "QH360_VL_LlamaForCausalLM": Family(QH360VLConfig, QH360_VL_LlamaForCausalLM, QH360VLProcessor, SIGLIP_ON_DISK),
 }
 
 

@@ -1,0 +1,154 @@
+"""Token ids and image patches in, hidden states and logits out: Valley2.5 on transformers' Qwen3 and Qwen2-VL encoder.
+
+The encoder sees every image at its own resolution; a perceptron with a very wide hidden layer merges its patches two by
+two. Positions are plain 1-D rotary over the whole sequence.
+
+Shapes: B sequences, L tokens, D text width, C encoder width, I images of the batch, N patches of all images. Images are
+flat over the batch, in the order of their placeholders:
+
+    pixel_values    (N, 1176)  float   patches in 2 x 2-merge order
+    image_grid_thw  (I, 3)     int64   frames, rows, columns of patches; products sum to N
+
+`forward` never lengthens a sequence.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+from ..visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention
+from .configuration import Valley25Config
+
+MERGER_NORM_EPS = 1e-6
+
+
+class WideMerger(nn.Module):
+    """Patches of 2 x 2 blocks side by side through a perceptron with a hidden layer of its own width."""
+
+    def __init__(self, config: Valley25Config) -> None:
+        super().__init__()
+        vision = config.eagle_vision_config
+        self.width = vision.embed_dim * vision.spatial_merge_size**2
+        hidden = config.navit_merger_hidden_dim
+        self.ln_q = nn.LayerNorm(vision.embed_dim, eps=MERGER_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(self.width, hidden), nn.GELU(), nn.Linear(hidden, vision.hidden_size))
+        self.gradient_checkpointing = False
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """`(N, C)` in merge order to `(N / 4, D)`; recomputed in backward under gradient checkpointing, being so wide."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(self._merge, patches, use_reentrant=False)
+        return self._merge(patches)
+
+    def _merge(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.ln_q(patches).view(-1, self.width))
+
+
+class ValleyQwen3Model(VisualBackbone, Qwen3Model):
+    """The Qwen3 backbone with its encoder; see the module for the image arguments."""
+
+    config_class = Valley25Config
+    _no_split_modules: ClassVar = ["Qwen3DecoderLayer", "Qwen2VLVisionBlock"]
+    image_inputs = ("pixel_values", "image_grid_thw")
+
+    def __init__(self, config: Valley25Config) -> None:
+        super().__init__(config)
+        config.eagle_vision_config._attn_implementation = encoder_attention(config)
+        self.qwen2vl_vision_tower = Qwen2VisionTransformerPretrainedModel(config.eagle_vision_config)
+        self.qwen2vl_vision_tower.merger = WideMerger(config)
+        self.post_init()
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor
+    ) -> BaseModelOutputWithPooling:
+        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`, n as the processor counts."""
+        encoded = self.qwen2vl_vision_tower(pixel_values.to(self.dtype), grid_thw=image_grid_thw)
+        counts = image_grid_thw.prod(dim=-1) // self.config.eagle_vision_config.spatial_merge_size**2
+        features = encoded.pooler_output.split(counts.tolist())
+        return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=features)
+
+    def dummy_image_inputs(self) -> dict[str, torch.Tensor]:
+        vision = self.config.eagle_vision_config
+        side = vision.spatial_merge_size
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return {
+            "pixel_values": torch.zeros(side**2, values, device=self.device),
+            "image_grid_thw": torch.tensor([[1, side, side]], device=self.device),
+        }
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Qwen3's forward after images have replaced their placeholders.
+
+        `image_features` `(n, D)`: visual tokens of all images, already encoded, instead of the image tensors.
+        Raises ValueError where placeholders and visual tokens differ in number.
+        """
+        images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=self.embed(input_ids, inputs_embeds, past_key_values, image_features, **images),
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class ValleyQwen3ForCausalLM(VisualCausalLM, Qwen3ForCausalLM):
+    """Valley2.5 with its language-model head; named as the published checkpoint is taken to name it."""
+
+    config_class = Valley25Config
+    encoder_configs = ("eagle_vision_config",)
+
+    def __init__(self, config: Valley25Config) -> None:
+        Qwen3PreTrainedModel.__init__(self, config)
+        self.model = ValleyQwen3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits `(B, L, vocabulary)`, of the last `logits_to_keep` positions where that is given.
+
+        `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on, give a mean cross-entropy as `loss`.
+        """
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            image_features=image_features,
+            **kwargs,
+        )

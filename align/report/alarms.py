@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from align.report.changes import overall, steps
+from align.report.changes import length_drift, overall, steps
 from align.report.metrics import in_order, percent, plain
 from align.report.read import RoundData, RunData, iter_objects, number
 from align.report.trust import (
@@ -21,31 +21,54 @@ from align.report.trust import (
 )
 
 CHOSEN_FALL, WEAK_ACCURACY = 0.25, 0.55
-LENGTH_DRIFT, MOST_TRUNCATED, MOST_UNSCORED, LEAST_PAIRS = 0.25, 0.05, 0.05, 0.2
+LESS_VARIED, MOST_TRUNCATED, MOST_UNSCORED, LEAST_PAIRS = 0.2, 0.05, 0.05, 0.2
+LEAST_DECIDED = 20
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """`serious` ones say that a number may be wrong or the model worse; the others say where to look."""
+    """`finding` is what was seen in one round (None: in the run as a whole), `advice` what it means in general.
+
+    Serious ones say that the model is worse or that a number may be wrong; the others say where to look.
+    """
 
     title: str
-    detail: str
+    finding: str
+    advice: str = ""
+    number: int | None = None
     serious: bool = False
 
 
-def find_alarms(run: RunData, trust: dict[int, Trust]) -> list[Alarm]:
+@dataclass(frozen=True)
+class Warned:
+    """Alarms of one title, in the order of rounds."""
+
+    title: str
+    advice: str
+    serious: bool
+    findings: list[tuple[int | None, str]]
+
+
+def find_alarms(run: RunData, trust: dict[int, Trust]) -> list[Warned]:
     """All warnings, serious ones first, otherwise in the order of the run; `trust` holds the critic's by round."""
     found = [*_worse_rounds(run), *_evaluation(run)]
     for data in run.trained:
-        found += [
-            *_training(data),
-            *_critic(data.number, trust.get(data.number, Trust())),
-            *_losses(data),
-            *_fallbacks(data),
-            *_unfinished(data),
-        ]
+        found += [*_training(data), *_critic(data.number, trust.get(data.number, Trust())), *_losses(data)]
+    if run.setting("shared_prefix") != "off":
+        found += [alarm for data in run.rounds for alarm in _fallbacks(data)]
+    found += [alarm for data in run.rounds for alarm in _unfinished(data)]
     found += _leaks(run)
-    return sorted(found, key=lambda item: not item.serious)
+    return sorted(_by_title(found), key=lambda item: not item.serious)
+
+
+def _by_title(alarms: list[Alarm]) -> list[Warned]:
+    groups: dict[str, list[Alarm]] = {}
+    for alarm in alarms:
+        groups.setdefault(alarm.title, []).append(alarm)
+    return [
+        Warned(title, group[0].advice, any(a.serious for a in group), [(a.number, a.finding) for a in group])
+        for title, group in groups.items()
+    ]
 
 
 def _worse_rounds(run: RunData) -> Iterator[Alarm]:
@@ -53,56 +76,49 @@ def _worse_rounds(run: RunData) -> Iterator[Alarm]:
         for step in steps(run, name):
             if step.state == "worse":
                 yield Alarm(
-                    f"Round {step.last_round}: {step.metric.label.lower()} is worse than before",
+                    f"Worse than the round before: {step.metric.label.lower()}",
                     f"{step.metric.show(step.first)} in round {step.first_round}, {step.metric.show(step.last)} in round "
-                    f"{step.last_round}; the change is {step.span} {step.metric.unit_of_change} (95 % interval).",
+                    f"{step.last_round}; the 95 % interval of the change is {step.span} {step.metric.unit}.",
+                    number=step.last_round,
                     serious=name.endswith("accuracy") or name.startswith("win_rate"),
                 )
 
 
 def _evaluation(run: RunData) -> Iterator[Alarm]:
-    length = overall(run, "response_tokens")
-    if (
-        length
-        and length.first > 0
-        and abs(length.last / length.first - 1) > LENGTH_DRIFT
-        and length.difference.excludes_zero
-    ):
-        word = "longer" if length.last > length.first else "shorter"
+    length = length_drift(run)
+    if length is not None:
         yield Alarm(
-            f"Responses became {word}",
-            f"{plain(length.first)} to {plain(length.last)} tokens a response ({percent(length.last / length.first - 1, 0)}). "
-            f"More than {percent(LENGTH_DRIFT, 0)} either way suggests that length itself was rewarded.",
+            f"Responses became {'longer' if length.last > length.first else 'shorter'}",
+            f"{plain(length.first)} tokens a response at first, {plain(length.last)} at last "
+            f"({percent(length.last / length.first - 1, 0)}).",
+            "A quarter more or less suggests that length itself was rewarded.",
         )
     variety = overall(run, "distinct_2")
-    if variety and variety.first > 0 and variety.last < 0.8 * variety.first:
+    if variety and variety.first > 0 and variety.last < (1 - LESS_VARIED) * variety.first:
         yield Alarm(
             "Wording became less varied",
-            f"Distinct bigrams fell from {percent(variety.first)} to {percent(variety.last)}: responses resemble one another more.",
+            f"Distinct bigrams fell from {percent(variety.first)} to {percent(variety.last)}.",
+            "Responses to different questions resemble one another more than they did.",
         )
 
 
 def _training(data: RoundData) -> Iterator[Alarm]:
     chosen, margin = _end_of(data, "rewards/chosen"), _end_of(data, "rewards/margins")
-    if (
-        chosen is not None
-        and margin is not None
-        and chosen < 0
-        and -chosen > CHOSEN_FALL * max(margin, 0.0)
-        and -chosen > 0.05
-    ):
+    if chosen is not None and margin is not None and -chosen > max(0.05, CHOSEN_FALL * margin):
         yield Alarm(
-            f"Round {data.number}: the chosen reward fell",
-            f"At the end of training it is {plain(chosen)} at a margin of {plain(margin)}: chosen responses became less likely "
-            f"than under the reference. More than {percent(CHOSEN_FALL, 0)} of the margin is a lot; an SFT term on the chosen "
-            "response or a smaller learning rate holds it.",
+            "The chosen reward fell",
+            f"{plain(chosen)} at the end of training, at a margin of {plain(margin)}.",
+            f"Chosen responses became less likely than under the reference, by more than {percent(CHOSEN_FALL, 0)} of the "
+            "margin. An SFT term on the chosen response or a smaller learning rate holds them.",
+            data.number,
         )
     accuracy = _end_of(data, "rewards/accuracies")
     if accuracy is not None and accuracy < WEAK_ACCURACY:
         yield Alarm(
-            f"Round {data.number}: the pairs taught hardly anything",
-            f"At the end of training {percent(accuracy)} of pairs are ranked as wanted; a coin gives 50 %. "
-            "The preferences may be random, or the learning rate too small.",
+            "The pairs taught hardly anything",
+            f"{percent(accuracy)} of pairs are ranked as wanted at the end of training.",
+            "A coin gives 50 %. The preferences may be random, or the learning rate too small.",
+            data.number,
         )
 
 
@@ -116,57 +132,66 @@ def _end_of(data: RoundData, key: str) -> float | None:
 def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
     figures = trust.figures
     consistency, bias = figures.get("consistency"), figures.get("position_bias")
-    length, agreement = figures.get("reward_length_correlation"), figures.get("agreement")
+    length, agreement = figures.get("reward_length_correlation"), trust.agreement
     if consistency is not None and consistency < LEAST_CONSISTENCY:
         yield Alarm(
-            f"Round {round_}: the critic contradicts itself",
-            f"It says the same in both orders for {percent(consistency)} of pairs; below {percent(LEAST_CONSISTENCY, 0)} "
-            "much of what it says is noise.",
+            "The critic contradicts itself",
+            f"It says the same in both orders for {percent(consistency)} of pairs.",
+            f"Below {percent(LEAST_CONSISTENCY, 0)} much of what it says is noise.",
+            round_,
             serious=consistency < 0.5,
         )
     if bias is not None and abs(bias) > MOST_POSITION_BIAS:
-        place = "first" if bias > 0 else "second"
         yield Alarm(
-            f"Round {round_}: the critic prefers the response shown {place}",
-            f"Position bias {plain(bias)} (0 is none, 1 always the first). Judging both orders cancels it, at the price of ties.",
+            f"The critic prefers the response shown {'first' if bias > 0 else 'second'}",
+            f"Position bias {plain(bias)}.",
+            "0 is none, 1 always the first. Judging both orders cancels it, at the price of ties.",
+            round_,
         )
     if length is not None and abs(length) > MOST_LENGTH_CORRELATION:
-        kind = "longer" if length > 0 else "shorter"
         yield Alarm(
-            f"Round {round_}: the critic likes {kind} responses",
-            f"Within a question, reward and length correlate by {plain(length)}; beyond {plain(MOST_LENGTH_CORRELATION)} "
-            "length may be what is learned.",
+            f"The critic likes {'longer' if length > 0 else 'shorter'} responses",
+            f"Within a question, reward and length correlate by {plain(length)}.",
+            f"Beyond {plain(MOST_LENGTH_CORRELATION)} length may be what is learned.",
+            round_,
         )
-    if agreement is not None and agreement < LEAST_AGREEMENT:
+    if agreement is not None and agreement.count >= LEAST_DECIDED and agreement.mean < LEAST_AGREEMENT:
         yield Alarm(
-            f"Round {round_}: the critic disagrees with the reference answers",
-            f"Where a pair sets a right response against a wrong one, the right one was chosen in {percent(agreement)} of "
-            f"cases; a coin gives 50 %, and below {percent(LEAST_AGREEMENT, 0)} the pairs teach little that is true.",
-            serious=agreement < 0.5,
+            "The critic does not know the right answers",
+            f"Where a right response met a wrong one, it chose the right one in {percent(agreement.mean)} of "
+            f"{agreement.count:,} pairs ({percent(agreement.low)} to {percent(agreement.high)}).",
+            f"A coin gives 50 %; below {percent(LEAST_AGREEMENT, 0)} the pairs teach little that is true.",
+            round_,
+            serious=agreement.high < 0.5,
         )
 
 
 def _losses(data: RoundData) -> Iterator[Alarm]:
     sample, score = data.counts("sample"), data.counts("score")
-    responses = number(sample.get("responses"))
-    truncated = number(sample.get("truncated"))
+    responses, truncated = number(sample.get("responses")), number(sample.get("truncated"))
     if responses and truncated and truncated / responses > MOST_TRUNCATED:
         yield Alarm(
-            f"Round {data.number}: many responses were cut off",
-            f"{truncated:,.0f} of {responses:,.0f} ran into sample.max_new_tokens; what is cut off is judged unfairly.",
+            "Many responses were cut off",
+            f"{truncated:,.0f} of {responses:,.0f} ran into sample.max_new_tokens.",
+            "What is cut off is judged unfairly, and is left out of pairs unless pairs.keep_truncated is set.",
+            data.number,
         )
     unscored = total(score.get("unscored"))
-    if responses and unscored and unscored / responses > MOST_UNSCORED:
+    if responses and unscored / responses > MOST_UNSCORED:
         yield Alarm(
-            f"Round {data.number}: the critic could not score much",
-            f"{unscored:,.0f} of {responses:,.0f} responses have no reward; the reasons stand in the data section.",
+            "The critic could not score much",
+            f"{unscored:,.0f} of {responses:,.0f} responses have no reward.",
+            "The reasons stand under Data.",
+            data.number,
             serious=True,
         )
     questions, pairs = number(sample.get("questions")), number(score.get("pairs"))
     if questions and pairs is not None and pairs / questions < LEAST_PAIRS:
         yield Alarm(
-            f"Round {data.number}: few questions gave a pair",
-            f"{pairs:,.0f} pairs from {questions:,.0f} questions. More responses a question or a higher temperature gives more.",
+            "Few questions gave a pair",
+            f"{pairs:,.0f} pairs from {questions:,.0f} questions.",
+            "More responses a question or a higher temperature gives more.",
+            data.number,
         )
 
 
@@ -180,19 +205,24 @@ def total(value: Any) -> float:
 def _fallbacks(data: RoundData) -> Iterator[Alarm]:
     for stage in data.stages.values():
         note = str(stage.notes.get("shared_prefix", ""))
-        if note and not note.startswith(("exact", "off")):
+        if note.startswith(("not used", "plain")):
             yield Alarm(
-                f"Round {data.number}, {stage.name}: fell back to the plain path",
-                f"{note}. Results are the same; every question is encoded again for every response.",
+                "The shared prefix was not used",
+                f"{stage.name}: {note}.",
+                "Results are the same; it takes longer, since every question is encoded again for every response.",
+                data.number,
             )
 
 
 def _unfinished(data: RoundData) -> Iterator[Alarm]:
     for stage in data.stages.values():
         if not stage.complete:
-            done = f" {stage.progress:,} questions are finished." if stage.progress else ""
+            done = f"; {stage.progress:,} questions are finished" if stage.progress else ""
             yield Alarm(
-                f"Round {data.number}: {stage.name} is not finished", f"Its manifest says {stage.status!r}.{done}"
+                "Not finished",
+                f"{stage.name} is {stage.status}{done}.",
+                "The same command goes on where it stopped.",
+                data.number,
             )
 
 
@@ -206,7 +236,8 @@ def _leaks(run: RunData) -> Iterator[Alarm]:
     if shared:
         yield Alarm(
             "Held-out images were trained on",
-            f"{len(shared):,} of {len(held_out):,} held-out images also belong to training questions: the held-out numbers flatter.",
+            f"{len(shared):,} of {len(held_out):,} held-out images also belong to training questions.",
+            "The held-out numbers flatter the model.",
             serious=True,
         )
 

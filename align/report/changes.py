@@ -16,6 +16,7 @@ from align.report.metrics import HEADLINES, Metric, metric
 from align.report.read import RoundData, RunData
 from align.statistics import Interval, paired_difference
 
+LENGTH_DRIFT = 0.25
 State = Literal["better", "worse", "unclear", "neutral"]
 
 
@@ -78,6 +79,14 @@ def steps(run: RunData, name: str) -> list[Change]:
     have = [data for data in run.rounds if name in data.metrics]
     found = [change(name, before, after) for before, after in itertools.pairwise(have)]
     return [item for item in found if item is not None]
+
+
+def length_drift(run: RunData) -> Change | None:
+    """The change of response length from first to last, where it is more than a quarter and beyond its interval."""
+    length = overall(run, "response_tokens")
+    if length is None or length.first <= 0 or not length.difference.excludes_zero:
+        return None
+    return length if abs(length.last / length.first - 1) > LENGTH_DRIFT else None
 
 
 def _paired(known: Metric, before: RoundData, after: RoundData, first: Interval, last: Interval) -> Interval | None:

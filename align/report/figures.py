@@ -138,7 +138,7 @@ def rounds_chart(
     chart = Chart(title, _describe_rounds(curves, show))
     chart.y_ticks = [Label(LEFT - 8, y(tick), show_tick(tick, y, share), anchor="end") for tick in y.ticks]
     chart.labels = [
-        Label(x(number), HEIGHT - 8, "first" if number == 0 else str(number), "axis") for number in _thin(numbers, 9)
+        Label(x(number), HEIGHT - 8, "start" if number == 0 else str(number), "axis") for number in _thin(numbers, 9)
     ]
     if baseline is not None:
         chart.lines.append(Path(f"M{LEFT},{y(baseline)}H{WIDTH - RIGHT}", "baseline"))

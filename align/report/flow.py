@@ -41,6 +41,7 @@ class Cost:
     seconds: float
     tokens: float | None
     device_hours: float | None
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -51,7 +52,7 @@ _SHOWN = {
     "sample": {"questions", "responses", "truncated", "empty", "identical", "tokens"},
     "score": {"questions", "responses", "scored", "unscored", "verdicts", "pairs", "dropped", "dropped_responses",
               "dropped_pairs", "questions_without_pair", "critic"},
-    "dpo": {"pairs", "tokens"},
+    "dpo": {"pairs", "tokens", "dropped_too_long", "loss", "reward_accuracy", "reward_margin"},
 }  # fmt: skip
 
 
@@ -90,7 +91,8 @@ def _steps(data: RoundData) -> list[Step]:
         steps.append(Step("preference pairs", pairs, losses=losses))
     trained = number(dpo.get("pairs"))
     if trained is not None:
-        steps.append(_kept("pairs trained on", trained, pairs, "pairs", reasons(dpo.get("dropped"))))
+        too_long = reasons({"too long": dpo.get("dropped_too_long")})
+        steps.append(_kept("pairs trained on", trained, pairs, "pairs", too_long + reasons(dpo.get("dropped"))))
     return steps
 
 
@@ -126,7 +128,14 @@ def _others(data: RoundData) -> list[tuple[str, float]]:
 def costs(run: RunData) -> list[Cost]:
     """Every stage with a time, in order."""
     return [
-        Cost(data.number, stage.name, stage.seconds, number(stage.counts.get("tokens")), _device_hours(stage))
+        Cost(
+            data.number,
+            stage.name,
+            stage.seconds,
+            number(stage.counts.get("tokens")),
+            _device_hours(stage),
+            stage.notes,
+        )
         for data in run.rounds
         for stage in data.stages.values()
         if stage.seconds is not None

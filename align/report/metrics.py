@@ -39,8 +39,9 @@ class Metric:
         return sign + size
 
     @property
-    def unit_of_change(self) -> str:
-        return "points" if self.percent else ""
+    def unit(self) -> str:
+        """Of a change: shares move by percentage points."""
+        return "points" if self.percent else {"response_tokens": "tokens", "kl": "nats"}.get(self.name, "")
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -73,8 +74,8 @@ _METRICS = (
     Metric("win_rate_initial", "Wins against the first policy", "comparisons by the critic, both orders, a tie is half", 1),
     Metric("win_rate_parent", "Wins against the round before", "comparisons by the critic, both orders, a tie is half", 1),
     Metric("win_rate_previous", "Wins against the round before", "comparisons by the critic, both orders, a tie is half", 1),
-    Metric("hallucination", "Names what is not there", "responses that name something absent from the image", -1, True, _hallucinates),
-    Metric("response_tokens", "Response length", "tokens a response", 0, False, lambda line, r: float(r.num_tokens)),
+    Metric("hallucination", "Names what is not there", "sampled responses that name something absent from the image", -1, True, _hallucinates),
+    Metric("response_tokens", "Tokens a response", "how long sampled responses are", 0, False, lambda line, r: float(r.num_tokens)),
     Metric("truncated", "Cut off", "responses that ran into the token limit", -1, True, lambda line, r: float(r.finish_reason == "length")),
     Metric("repetition", "Repetition", "share of 4-grams that stood before in the same response", -1, True, lambda line, r: repetition(r.text)),
     Metric("refusals", "Refusals", "responses that decline to answer", -1, True, lambda line, r: float(is_refusal(r.text))),

@@ -13,16 +13,17 @@ from typing import Any
 
 from align.records import Question
 from align.report.read import JSON, RoundData, iter_objects, number
+from align.statistics import Interval, wilson
 from reward.critics.verifier import grade
 from reward.errors import RewardError
 
 
 @dataclass(frozen=True)
 class Trust:
-    """`figures` by name; `decided` counts the pairs that set a right response against a wrong one."""
+    """`figures` by name; `agreement` is over the pairs that set a right response against a wrong one."""
 
     figures: dict[str, float] = field(default_factory=dict)
-    decided: int = 0
+    agreement: Interval | None = None
 
 
 def measure_trust(data: RoundData, problems: list[str]) -> Trust:
@@ -36,7 +37,8 @@ def measure_trust(data: RoundData, problems: list[str]) -> Trust:
         figures["chosen_longer"] = longer / (longer + shorter)
     if right + wrong:
         figures["agreement"] = right / (right + wrong)
-    return Trust(figures, right + wrong)
+        return Trust(figures, wilson(right, right + wrong))
+    return Trust(figures)
 
 
 def grade_response(text: str, question: Question) -> bool | None:

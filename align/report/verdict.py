@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from align.report.changes import Change, State, headline, overall, steps
-from align.report.metrics import metric
+from align.report.changes import Change, State, headline, length_drift, overall, steps
+from align.report.metrics import metric, plain
 from align.report.read import RunData
+from align.report.trust import MOST_LENGTH_CORRELATION, Trust
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,11 @@ class Verdict:
     detail: str
     alarms: list[str] = field(default_factory=list)
     control: str | None = None
+    aside: str | None = None
 
 
-def judge(run: RunData, control: RunData | None = None) -> Verdict:
+def judge(run: RunData, control: RunData | None = None, trust: dict[int, Trust] | None = None) -> Verdict:
+    """The verdict on a run; `trust` holds its critic's figures by round, `aside` names length as what was learned."""
     name = headline(run)
     if name is None:
         return Verdict("neutral", *_nothing_measured(run))
@@ -28,7 +31,14 @@ def judge(run: RunData, control: RunData | None = None) -> Verdict:
     if moved is None:
         return Verdict("neutral", *_one_round(run, name))
     alarms = [_alarm(step) for step in steps(run, name) if step.state == "worse"]
-    return Verdict(moved.state, _title(moved), _detail(moved), alarms, _control(name, moved, control))
+    return Verdict(
+        moved.state,
+        _title(moved),
+        _detail(moved),
+        alarms,
+        _control(name, moved, control),
+        _length(run, moved, trust or {}),
+    )
 
 
 def _nothing_measured(run: RunData) -> tuple[str, str]:
@@ -62,7 +72,7 @@ def _title(moved: Change) -> str:
     first, last = moved.metric.show(moved.first), moved.metric.show(moved.last)
     verb = "rose" if moved.difference.mean > 0 else "fell"
     if moved.state == "unclear":
-        return f"No improvement shown: {noun} went from {first} to {last}, within what chance can do."
+        return f"No improvement shown: {noun} {first} before, {last} after."
     word = "Better" if moved.state == "better" else "Worse"
     return f"{word}: {noun} {verb} from {first} to {last}."
 
@@ -77,7 +87,7 @@ def _detail(moved: Change) -> str:
         else "responses"
     )
     return (
-        f"{moved.metric.show_change(moved.difference.mean)} {moved.metric.unit_of_change} from {_round(moved.first_round)} "
+        f"{moved.metric.show_change(moved.difference.mean)} {moved.metric.unit} from {_round(moved.first_round)} "
         f"to {_round(moved.last_round)}; the 95 % interval is {moved.span} "
         f"({moved.difference.count} held-out questions, {which}, {how})."
     ).replace("95 %", "95\u00a0%")
@@ -87,7 +97,7 @@ def _alarm(step: Change) -> str:
     size = step.metric.show_change(step.difference.mean)
     return (
         f"Round {step.last_round} is worse than {_round(step.first_round)}: {step.metric.label.lower()} "
-        f"{step.metric.show(step.first)} to {step.metric.show(step.last)} ({size} {step.metric.unit_of_change}, "
+        f"{step.metric.show(step.first)} to {step.metric.show(step.last)} ({size} {step.metric.unit}, "
         f"interval {step.span})."
     )
 
@@ -97,13 +107,29 @@ def _control(name: str, moved: Change, control: RunData | None) -> str | None:
         return None
     beside = overall(control, name)
     if beside is None:
-        return f"The control {control.name} has no two evaluations of this number to compare with."
+        return f"The control ({control.name}) has no two evaluations of this number to compare with."
     text = (
-        f"The control {control.name} moved by {beside.metric.show_change(beside.difference.mean)} "
-        f"{beside.metric.unit_of_change} ({beside.span})"
+        f"The control ({control.name}) moved by {beside.metric.show_change(beside.difference.mean)} "
+        f"{beside.metric.unit} ({beside.span})"
     )
     apart = moved.difference.low > beside.difference.high or moved.difference.high < beside.difference.low
     return text + ("; the two intervals do not touch." if apart else "; the two intervals overlap.")
+
+
+def _length(run: RunData, moved: Change, trust: dict[int, Trust]) -> str | None:
+    """What to say when the responses' length moved with a critic that rewards length."""
+    drift = length_drift(run)
+    follows = [item.figures.get("reward_length_correlation", 0.0) for item in trust.values()]
+    if drift is None or not follows:
+        return None
+    strongest = max(follows, key=abs)
+    if abs(strongest) <= MOST_LENGTH_CORRELATION or (strongest > 0) != (drift.last > drift.first):
+        return None
+    opening = "Part of what was learned is length" if moved.state == "better" else "What was learned is length"
+    return (
+        f"{opening}: {plain(drift.first)} tokens a response became {plain(drift.last)}, and the critic's rewards follow "
+        f"length (correlation {plain(strongest)})."
+    )
 
 
 def _round(number: int) -> str:

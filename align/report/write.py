@@ -96,7 +96,7 @@ def render(
     return environment().get_template("report.html.j2").render(
         run=run,
         control=control,
-        verdict=judge(run, control),
+        verdict=judge(run, control, trust),
         figures=figures,
         steps=[row for figure in figures if not figure.quiet and (row := steps(run, figure.metric.name))],
         places=find_places(run),

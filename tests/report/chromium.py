@@ -8,12 +8,22 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ANSWER_WITHIN_S = 30.0
+
+# The browser reads its commands from descriptor 3 and answers on 4; both are moved out of the way first.
+TO_3_AND_4 = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find_chromium() -> str | None:
@@ -28,7 +38,7 @@ class Page:
         self._read, from_browser = os.pipe()
         self._buffer, self._last, self.problems = b"", 0, []  # type: tuple[bytes, int, list[str]]
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', chromium, "--headless", "--no-sandbox",
+            [sys.executable, "-c", TO_3_AND_4, str(to_browser), str(from_browser), chromium, "--headless", "--no-sandbox",
              "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
             pass_fds=(to_browser, from_browser), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip

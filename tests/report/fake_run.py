@@ -78,7 +78,15 @@ class FakeRun:
             ("How many circles are there?", str(count)) if task == "count" else ("Which colour are they?", colour)
         )
         absent = [other for other in COLOURS if other != colour]
-        return Question(id=id_, question=text, images=[name], answer=answer, absent=absent, meta={"task": task})
+        return Question(
+            id=id_,
+            question=text,
+            images=[name],
+            answer=answer,
+            answer_kind="contains",
+            absent=absent,
+            meta={"task": task},
+        )
 
     def _say(self, question: Question, skill: float) -> str:
         if self.texts:

@@ -116,14 +116,14 @@ def test_the_control_stands_beside_the_run(built):
     dots = [attrs for tag, attrs in both.elements if tag == "circle" and "control" in (attrs["class"] or "")]
     assert dots
     assert not [attrs for tag, attrs in alone.elements if tag == "circle" and "control" in (attrs["class"] or "")]
-    assert "The control control moved by" in both.text
+    assert "The control (control) moved by" in both.text
     assert "the two intervals do not touch" in both.text
 
 
 def test_a_random_run_is_not_called_better(built):
     page = read(write_report(built / "control"))
     assert "No improvement shown" in page.text
-    assert "the pairs taught hardly anything" in page.text
+    assert "The pairs taught hardly anything" in page.text
 
 
 def test_a_round_worse_than_its_parent_says_so_loudly(tmp_path):
@@ -131,7 +131,7 @@ def test_a_round_worse_than_its_parent_says_so_loudly(tmp_path):
     page = read(write_report(run))
     assert "Round 2 is worse than round 1" in page.text
     assert [attrs for _, attrs in page.elements if attrs.get("role") == "alert"]
-    assert "Round 2: right when sampled is worse than before" in page.text
+    assert "Worse than the round before: right when sampled" in page.text
 
 
 HOSTILE = [
@@ -242,8 +242,7 @@ def test_a_running_stage_is_shown_with_its_progress(run):
     for name in ("samples.jsonl", "scores.jsonl", "pairs.jsonl", "evaluation.json", "evaluation.jsonl"):
         (run / "round-3" / name).unlink()
     text = read(write_report(run)).text
-    assert "Round 3: sample is not finished" in text
-    assert "7 questions are finished" in text
+    assert "Round 3 sample is running; 7 questions are finished." in text
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(run):

@@ -1,0 +1,136 @@
+"""The page in a real browser: nothing on the console, no sideways scrolling, filters, and the keyboard alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from chromium import Page, find_chromium
+from fake_run import FakeRun
+
+from align.report import write_report
+
+CHROMIUM = find_chromium()
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    long = "a_word_without_any_place_to_break_it_" * 12
+    run = FakeRun(root / "critic", num_held_out=40, num_training=12).build()
+    path = run / "round-1/samples.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("I count", long), encoding="utf-8")
+    control = FakeRun(root / "control", skill=(0.45, 0.5), num_held_out=40, num_training=12, random_critic=True).build()
+    return write_report(run, control=control)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    assert CHROMIUM is not None
+    with Page(CHROMIUM, tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+SHOWN = "[...document.querySelectorAll('.q')].filter(q => !q.hidden).map(q => q.dataset.kind)"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_page_fits_and_the_console_is_silent(page, report, width, dark):
+    page.open(report, width=width, dark=dark)
+    page.run("document.querySelectorAll('details').forEach(details => { details.open = true })")
+    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert page.run("matchMedia('(prefers-color-scheme: dark)').matches") is dark
+    assert page.problems == []
+
+
+def test_dark_and_light_differ(page, report):
+    colours = []
+    for dark in (False, True):
+        page.open(report, width=1440, dark=dark)
+        colours.append(page.run("getComputedStyle(document.body).backgroundColor"))
+    assert colours[0] != colours[1]
+
+
+def test_filters_show_what_they_name(page, report):
+    page.open(report, width=1440)
+    everything = page.run(SHOWN)
+    assert {"gained", "training"} <= set(everything)
+    page.run("document.querySelector('[name=kind][value=gained]').click()")
+    assert page.run(SHOWN) == [kind for kind in everything if kind == "gained"]
+    page.run("document.querySelector('[name=kind][value=\"\"]').click()")
+    assert page.run(SHOWN) == everything
+
+
+def test_search_finds_the_words_of_a_response(page, report):
+    page.open(report, width=1440)
+    first = page.run("document.querySelector('.q .said').textContent")
+    page.run("document.getElementById('search').focus()")
+    page.call("Input.insertText", text=first.upper())
+    found = page.run(
+        "[...document.querySelectorAll('.q')].filter(q => !q.hidden).map(q => q.textContent.toLowerCase())"
+    )
+    assert found
+    assert all(word in text for text in found for word in first.lower().split())
+    page.call("Input.insertText", text=" nothing says this")
+    assert page.run(SHOWN) == []
+    assert page.run("!document.getElementById('nothing').hidden")
+
+
+def test_questions_open_by_keyboard_alone(page, report):
+    page.open(report, width=1440)
+    page.press("/")
+    assert page.run("document.activeElement.id") == "search"
+    page.press("Tab")
+    assert page.run("document.activeElement.id") == "unfold"
+    page.press("Tab")
+    assert page.run("document.activeElement.closest('.q') === document.querySelector('.q')")
+    assert not page.run("document.querySelector('.q').open")
+    page.press("Enter")
+    assert page.run("document.querySelector('.q').open")
+
+
+def test_the_published_course_appears_on_request(page, report):
+    page.open(report, width=1440)
+    visible = (
+        "[...document.querySelectorAll('.line.backdrop')].filter(line => line.getBoundingClientRect().width > 0).length"
+    )
+    assert page.run(visible) == 0
+    page.run("document.getElementById('backdrop').click()")
+    assert page.run(visible) > 0
+
+
+def test_texts_stand_out_from_their_background(page, report):
+    """WCAG AA, contrast of at least 4.5 for every visible text; texts on a wash of their own colour included."""
+    for dark in (False, True):
+        page.open(report, width=1440, dark=dark)
+        page.run("document.querySelectorAll('details').forEach(details => { details.open = true })")
+        weak = page.run(WEAK_CONTRAST)
+        assert weak == []
+
+
+WEAK_CONTRAST = """(() => {
+  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = parse(getComputedStyle(e).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0.99) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const weak = new Set();
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.textContent.trim() || element.closest('svg, script, style, .sep')) continue;
+    if (element.getBoundingClientRect().width === 0) continue;
+    const [a, b] = [light(parse(getComputedStyle(element).color)), light(behind(element))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) weak.add(`${element.tagName}.${element.className} ${ratio.toFixed(2)}`);
+  }
+  return [...weak];
+})()"""

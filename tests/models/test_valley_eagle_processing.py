@@ -221,3 +221,11 @@ def test_small_tiles_and_a_word_tokenizer_work(tmp_path):
     # One 112-pixel tile of 4 x 4 tokens twice, and 112 / 28 squared from the second encoder.
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 16 + 16 + 16
     assert inputs["pixel_values"].shape == (2, 3, 112, 112)
+
+
+def test_arguments_that_would_do_nothing_are_refused(processor):
+    with pytest.raises(ValueError, match="ValleyProcessor does not know max_length"):
+        processor(text="hello", max_length=10)
+    with pytest.raises(ValueError, match="truncation is not supported"):
+        processor.apply_chat_template([{"role": "user", "content": "Hi"}], truncation=True)
+    assert processor(text="hello", videos=None)["input_ids"]

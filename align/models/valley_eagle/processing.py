@@ -172,6 +172,8 @@ class ValleyProcessor(ProcessorMixin):
 
         Several conversations are padded, on the left where `add_generation_prompt`, so that `generate` can go on from them.
         """
+        if template_kwargs.pop("truncation", None):
+            raise ValueError("truncation is not supported: it would cut images in two")
         conversations, is_batch = ([conversation], False) if _is_one(conversation) else (list(conversation), True)
         given = [None] * len(conversations) if images is None else (list(images) if is_batch else [images])
         placed = [self._place_images(messages, own) for messages, own in zip(conversations, given, strict=True)]
@@ -263,6 +265,9 @@ class ValleyProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("expected text")
+        unknown = [name for name, value in unused.items() if value is not None]
+        if unknown:
+            raise ValueError(f"{type(self).__name__} does not know {', '.join(unknown)}")
         if truncation or add_special_tokens:
             raise ValueError(
                 "truncation and add_special_tokens are not supported: the chat template writes special tokens"

@@ -56,8 +56,9 @@ FAMILIES: dict[str, Family] = {
     "ValleyQwen2ForCausalLM": Family(ValleyEagleConfig, ValleyQwen2ForCausalLM, ValleyProcessor, SIGLIP_ON_DISK),
     "LlavaQwenForCausalLM": Family(LlavaQwenConfig, LlavaQwenForCausalLM, LlavaQwenProcessor, SIGLIP_ON_DISK),
     "ValleyQwen3ForCausalLM": Family(Valley25Config, ValleyQwen3ForCausalLM, Valley25Processor),
-    "ValleyLlamaForCausalLM": Family(ValleyLlamaConfig, ValleyLlamaForCausalLM, ValleyLlamaProcessor, CLIP_ON_DISK),
+    # A subclass of the next, so in front of it.
     "LlavaLlamaForCausalLM": Family(ChineseValleyConfig, LlavaLlamaForCausalLM, ValleyLlamaProcessor, CLIP_ON_DISK),
+    "ValleyLlamaForCausalLM": Family(ValleyLlamaConfig, ValleyLlamaForCausalLM, ValleyLlamaProcessor, CLIP_ON_DISK),
     "QH360_VL_LlamaForCausalLM": Family(QH360VLConfig, QH360_VL_LlamaForCausalLM, QH360VLProcessor, SIGLIP_ON_DISK),
 }
 

@@ -1,0 +1,186 @@
+"""A Llama that reads pictures: what Valley 1 and 360VL have in common.
+
+Token ids and pictures in, hidden states and logits out. A family says how its pictures become visual tokens
+(`get_image_features`); where they go is the business of `visual_tokens`.
+
+Shapes: B sequences, L tokens, D text width, I images of the batch, P pictures of all images, S their edge in pixels. An
+image is what stands at one place of the text and is made of one or more pictures: the frames of a video, the crops of a
+photograph. Images are flat over the batch, in the order of their places:
+
+    pixel_values        (P, 3, S, S)  float
+    pictures_per_image  (I,)          int64   sums to P
+
+`forward` never lengthens a sequence.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention
+
+
+class ImageLlamaConfig(LlamaConfig):
+    """A Llama configuration with a `vision_config`; token ids that it lacks are read from tokenizer files beside it."""
+
+    token_keys: ClassVar[dict[str, str]] = {}
+    """Configuration keys of token ids, and the tokens they are the ids of."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        folder = Path(kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "")
+        unknown = {key: token for key, token in cls.token_keys.items() if config_dict.get(key) is None}
+        found = find_token_ids(folder, list(unknown.values())) if unknown else {}
+        return super().from_dict({**config_dict, **{key: found.get(token) for key, token in unknown.items()}}, **kwargs)
+
+
+def find_token_ids(folder: Path, tokens: list[str]) -> dict[str, int]:
+    """The ids of those of the tokens that the tokenizer files of a local folder name."""
+    folder = folder.parent if folder.is_file() else folder
+    known: dict[str, int] = {}
+    for name in ("vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        if not (folder / name).is_file():
+            continue
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if name == "tokenizer.json":
+            vocabulary = (content.get("model") or {}).get("vocab")
+            known.update(vocabulary if isinstance(vocabulary, dict) else {})
+            known.update({entry["content"]: entry["id"] for entry in content.get("added_tokens") or []})
+        elif name == "tokenizer_config.json":
+            decoder = content.get("added_tokens_decoder") or {}
+            known.update({entry["content"]: int(token_id) for token_id, entry in decoder.items()})
+        else:
+            known.update(content)
+    return {token: known[token] for token in tokens if token in known}
+
+
+class ImageLlamaModel(VisualBackbone, LlamaModel):
+    """The Llama backbone with visual tokens in the place of placeholders; see the module for the image arguments."""
+
+    image_inputs = ("pixel_values", "pictures_per_image")
+    num_dummy_pictures = 1
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        config.vision_config._attn_implementation = encoder_attention(config)
+
+    def dummy_image_inputs(self) -> dict[str, torch.Tensor]:
+        side, count = self.config.vision_config.image_size, self.num_dummy_pictures
+        return {
+            "pixel_values": torch.zeros(count, 3, side, side, device=self.device),
+            "pictures_per_image": torch.tensor([count], device=self.device),
+        }
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pictures_per_image: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Llama's forward after images have replaced their placeholders.
+
+        `image_features` `(n, D)`: visual tokens of all images, already encoded, instead of the pictures. Raises
+        ValueError where placeholders and images do not fit each other.
+        """
+        inputs_embeds = self.embed(
+            input_ids,
+            inputs_embeds,
+            past_key_values,
+            image_features,
+            pixel_values=pixel_values,
+            pictures_per_image=pictures_per_image,
+        )
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class ImageLlamaForCausalLM(VisualCausalLM, LlamaForCausalLM):
+    """The backbone of a family, `backbone_class`, with its language-model head."""
+
+    backbone_class: ClassVar[type[ImageLlamaModel]]
+    encoder_configs = ("vision_config",)
+    # Buffers that transformers 4 stored.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"embeddings\.position_ids"]  # noqa: RUF012
+
+    def __init__(self, config: Any) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = self.backbone_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pictures_per_image: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits `(B, L, vocabulary)`, of the last `logits_to_keep` positions where that is not 0.
+
+        `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on, give a mean cross-entropy as `loss`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pictures_per_image=pictures_per_image,
+            image_features=image_features,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def freeze_unused_layers(vision_tower: Any, select_layer: int) -> None:
+    """Takes what lies behind the chosen hidden state out of training: a gradient that never comes would stop DDP."""
+    layers = vision_tower.encoder.layers
+    first_unused = select_layer if select_layer >= 0 else len(layers) + 1 + select_layer
+    for module in (*layers[first_unused:], vision_tower.post_layernorm):
+        module.requires_grad_(False)

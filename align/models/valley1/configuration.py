@@ -1,0 +1,122 @@
+"""A Valley 1 or Chinese-Valley config.json in, a Llama configuration with a CLIP encoder and a way of pooling out.
+
+The published files name the encoder but not its sizes: absent `vision_config` means CLIP ViT-L/14 at 224 pixels. Ids of the
+image tokens depend on the order in which they were added, so they are looked up in the tokenizer files.
+"""
+
+from typing import Any
+
+from transformers import ChineseCLIPVisionConfig, CLIPVisionConfig
+
+from ..image_llama import ImageLlamaConfig
+
+PATCH_TOKEN, FRAME_TOKEN = "<im_patch>", "<vi_frame>"
+POOLINGS = ("mean", "max", "importance", "delta")
+
+CLIP_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+
+
+class ValleyLlamaConfig(ImageLlamaConfig):
+    """Configuration of Valley 1 (`architectures: ["ValleyLlamaForCausalLM"]`).
+
+    How patches are pooled over time is `pooling`: `use_delta_transformer` and `use_patch_importance_pooling` say so in the
+    published files, else `patch_pooling_method` (mean or max), which is mean where it is absent.
+    """
+
+    model_type = "valley"
+    token_keys = {"image_token_id": PATCH_TOKEN, "video_token_id": FRAME_TOKEN}  # noqa: RUF012
+
+    def __init__(
+        self,
+        mm_vision_tower: str = "openai/clip-vit-large-patch14",
+        mm_hidden_size: int = 1024,
+        mm_vision_select_layer: int = -2,
+        vision_config: dict | CLIPVisionConfig | ChineseCLIPVisionConfig | None = None,
+        use_patch_importance_pooling: bool = False,
+        use_delta_transformer: bool = False,
+        patch_pooling_method: str = "mean",
+        image_token_id: int | None = None,
+        video_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.mm_vision_tower = mm_vision_tower
+        self.mm_hidden_size = mm_hidden_size
+        self.mm_vision_select_layer = mm_vision_select_layer
+        self.use_patch_importance_pooling = use_patch_importance_pooling
+        self.use_delta_transformer = use_delta_transformer
+        self.patch_pooling_method = patch_pooling_method
+        self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
+        super().__init__(**kwargs)
+        # Not one of `sub_configs`: an attention function for the text model must not reach the encoder.
+        self.vision_config = _vision_config(vision_config, chinese=self.is_chinese)
+        _check(self)
+
+    @property
+    def is_chinese(self) -> bool:
+        """Whether the encoder is Chinese-CLIP, which the original too reads from the tower's name."""
+        return "chinese" in self.mm_vision_tower
+
+    @property
+    def pooling(self) -> str:
+        """`mean`, `max`, `importance` or `delta`."""
+        if self.use_delta_transformer:
+            return "delta"
+        return "importance" if self.use_patch_importance_pooling else self.patch_pooling_method
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a picture, 256 in the published models."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+
+class ChineseValleyConfig(ValleyLlamaConfig):
+    """Configuration of Chinese-Valley (`architectures: ["LlavaLlamaForCausalLM"]` with a Chinese-CLIP tower).
+
+    Its files say `model_type: "llava"`, a name that transformers gives to another model, so `AutoConfig` cannot open them.
+    """
+
+    model_type = "chinese_valley"
+
+    def __init__(self, mm_vision_tower: str = "OFA-Sys/chinese-clip-vit-large-patch14", **kwargs: Any) -> None:
+        super().__init__(mm_vision_tower=mm_vision_tower, **kwargs)
+        if not self.is_chinese:
+            raise ValueError(
+                f"config.json: LlavaLlamaForCausalLM with the tower {mm_vision_tower!r} is the first LLaVA, which is not "
+                "supported in this format; use its copy in transformers' own format (llava-hf)"
+            )
+
+
+def _vision_config(
+    given: dict | CLIPVisionConfig | ChineseCLIPVisionConfig | None, *, chinese: bool
+) -> CLIPVisionConfig | ChineseCLIPVisionConfig:
+    if isinstance(given, (CLIPVisionConfig, ChineseCLIPVisionConfig)):
+        return given
+    sizes = {key: value for key, value in (given or {}).items() if key != "model_type"}
+    return (ChineseCLIPVisionConfig if chinese else CLIPVisionConfig)(**{**CLIP_DEFAULTS, **sizes})
+
+
+def _check(config: ValleyLlamaConfig) -> None:
+    """Refuses what this family cannot compute, before a weight is read."""
+    if config.use_delta_transformer and config.use_patch_importance_pooling:
+        raise ValueError(
+            "config.json: use_delta_transformer and use_patch_importance_pooling are both true; expected one pooling"
+        )
+    if config.pooling not in POOLINGS:
+        raise ValueError(
+            f"config.json: expected patch_pooling_method to be mean or max, found {config.patch_pooling_method!r}"
+        )
+    if config.vision_config.hidden_size != config.mm_hidden_size:
+        raise ValueError(
+            f"config.json: expected mm_hidden_size to equal vision_config.hidden_size, "
+            f"found {config.mm_hidden_size} and {config.vision_config.hidden_size}"
+        )

@@ -1,0 +1,105 @@
+"""Token ids and five crops an image in, hidden states and logits out: 360VL on transformers' Llama and CLIP.
+
+An image is seen as its four quarters and as a whole, each as large as CLIP takes it. One C-Abstractor reads the quarters,
+put together or one by one, another the whole; their tokens, in this order, replace the image's placeholders.
+
+For the image arguments see `image_llama`; an image has five pictures: top left, top right, bottom left, bottom right, whole.
+"""
+
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..image_llama import ImageLlamaForCausalLM, ImageLlamaModel, freeze_unused_layers
+from .abstractor import CAbstractor
+from .configuration import QH360VLConfig
+
+NUM_PICTURES = 5
+
+
+class ClipTower(nn.Module):
+    """Holds the CLIP encoder under the name it has in the published checkpoints."""
+
+    def __init__(self, config: QH360VLConfig) -> None:
+        super().__init__()
+        self.select_layer = config.mm_vision_select_layer
+        self.vision_tower = CLIPVisionModel(config.vision_config)
+        freeze_unused_layers(self.vision_tower, self.select_layer)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """`(P, 3, S, S)` to patches `(P, L, E)`, without the class token."""
+        return self.vision_tower(pictures, output_hidden_states=True).hidden_states[self.select_layer][:, 1:]
+
+
+class QH360VLModel(ImageLlamaModel):
+    """The Llama backbone with CLIP and the projectors."""
+
+    config_class = QH360VLConfig
+    num_dummy_pictures = NUM_PICTURES
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer", "CAbstractor"]  # noqa: RUF012
+
+    def __init__(self, config: QH360VLConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = ClipTower(config)
+        num_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+        def projector() -> CAbstractor:
+            return CAbstractor(config.projector, num_patches, config.hidden_size)
+
+        self.mm_projector_ctt, self.mm_projector_ori = projector(), projector()
+        if not config.joins_crops:
+            # Stored by the original beside the two that are used.
+            self.mm_projector = projector().requires_grad_(False)
+        self.post_init()
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, pictures_per_image: torch.Tensor
+    ) -> BaseModelOutputWithPooling:
+        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`.
+
+        Raises ValueError where an image has not five pictures.
+        """
+        if not bool((pictures_per_image == NUM_PICTURES).all()):
+            raise ValueError(f"expected {NUM_PICTURES} pictures an image, found {pictures_per_image.tolist()}")
+        patches_IPLE = self.vision_tower(pixel_values.to(self.dtype)).unflatten(0, (-1, NUM_PICTURES))
+        quarters, whole = patches_IPLE[:, :-1], patches_IPLE[:, -1]
+        if self.config.joins_crops:
+            details = self.mm_projector_ctt(_join_quarters(quarters))
+        else:
+            details = self.mm_projector_ctt(quarters.flatten(0, 1)).unflatten(0, (-1, NUM_PICTURES - 1)).flatten(1, 2)
+        tokens_IND = torch.cat((details, self.mm_projector_ori(whole)), dim=1)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens_IND, pooler_output=tuple(tokens_IND))
+
+
+class QH360_VL_LlamaForCausalLM(ImageLlamaForCausalLM):
+    """360VL with its language-model head; named as the published checkpoints name it."""
+
+    config_class = QH360VLConfig
+    backbone_class = QH360VLModel
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the end of a turn ends a response too, which the published generation config leaves out."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        add_end_of_turn(model)
+        return loaded
+
+
+def add_end_of_turn(model: Any) -> None:
+    """Adds the id of `<|eot_id|>` to what ends a response."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if model.config.eot_token_id is not None and model.config.eot_token_id not in ends:
+        model.generation_config.eos_token_id = [*ends, model.config.eot_token_id]
+
+
+def _join_quarters(quarters_IQLE: torch.Tensor) -> torch.Tensor:
+    """Patches of the four quarters `(I, 4, L, E)` as those of one picture, `(I, 4 * L, E)` row by row."""
+    side = isqrt(quarters_IQLE.shape[2])
+    grid = quarters_IQLE.unflatten(2, (side, side)).unflatten(1, (2, 2))
+    return grid.transpose(2, 3).reshape(len(quarters_IQLE), 4 * side * side, -1)

@@ -1,162 +1,249 @@
-"""What the benchmarks share: models that are small but not trivial, both sides timed in turn, ratios with their spread.
+"""What the benchmark scripts share: a model to measure on, timing in turn, the ratio with its spread, the table.
 
-Both sides run in one process, alternating, so that a machine that slows down slows both. A ratio is the median over
-rounds of (peer's seconds / our seconds) of the same round; its spread is the quartiles of these.
+The model is a LLaVA-OneVision with random weights: by default 256 wide and 4 layers deep, with a SigLIP tower of 112-pixel
+tiles, on which most of a prompt is image as in real use. Inputs are made directly; the processor is not measured, as
+both sides run it once a question.
 """
 
 from __future__ import annotations
 
-import gc
+import argparse
+import json
+import platform
 import statistics
-import sys
+import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+import transformers
+from torch import Tensor
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tests import tiny_models
-
+TILE_PX = 112
 PATCH_PX = 14
-# Of a prompt's tokens, in the middle of what is usual for one image and a question.
-IMAGE_SHARE = 0.85
+TILE_SIDE = TILE_PX // PATCH_PX
+MAX_SIDE_TILES = 8
+VOCAB_SIZE = 4096
+IMAGE_TOKEN = VOCAB_SIZE - 1
 
 
 @dataclass(frozen=True)
 class Size:
-    """A LLaVA-OneVision: Qwen2 language model and SigLIP tower, sizes in units."""
+    """Sizes of the model's text part; `num_layers` and width of the tower go along."""
 
-    hidden_size: int = 256
-    intermediate_size: int = 704
+    width: int = 256
     num_layers: int = 4
-    num_heads: int = 8
+    num_heads: int = 4
     num_key_value_heads: int = 2
-    vocab_size: int = 8192
-    vision_hidden_size: int = 96
-    vision_layers: int = 4
 
 
-def build_model(size: Size, prompt_tokens: int, seed: int = 0) -> tuple[Any, Any, int]:
-    """A random model, its processor, and how many of `prompt_tokens` one square image takes.
-
-    The tile is chosen so that an image takes about IMAGE_SHARE of the prompt: k x k patches, twice, and k line ends.
-    """
-    side = max(2, round((IMAGE_SHARE * prompt_tokens / 2) ** 0.5))
-    tiles = {"tile_px": PATCH_PX * side, "tiles": 1}
-    model = tiny_models.llava_onevision(seed, **vars(size), **tiles)
-    return model, tiny_models.llava_onevision_processor(**tiles), 2 * side * side + side
-
-
-def question_of(processor: Any, image_tokens: int, prompt_tokens: int) -> str:
-    """A question whose prompt, with one image, has exactly `prompt_tokens` tokens (one a character)."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
-    frame = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    taken = len(processor.tokenizer(frame, add_special_tokens=False)["input_ids"]) - 1 + image_tokens
-    assert prompt_tokens > taken, f"{prompt_tokens} tokens do not hold an image of {image_tokens}"
-    return "what is it? " * 1000 if prompt_tokens - taken > 12_000 else ("what is it? " * 1000)[: prompt_tokens - taken]
-
-
-def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call, sides in turn, after `warmup` rounds that are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(warmup + repeats):
-        for name, run in sides.items():
-            gc.collect()
-            synchronize()
-            started = time.perf_counter()
-            run()
-            synchronize()
-            if repeat >= warmup:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """The median over rounds of peer / ours, and the quartiles around it."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, peer: list[float], ours: list[float]) -> Ratio:
-        values = sorted(a / b for a, b in zip(peer, ours, strict=True))
-        if len(values) < 2:
-            return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+def build_model(size: Size = Size(), *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A LLaVA-OneVision of this size with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    pinpoints = [[TILE_PX * h, TILE_PX * w] for h in range(1, MAX_SIDE_TILES + 1) for w in range(1, MAX_SIDE_TILES + 1)]
+    text = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=size.width,
+        intermediate_size=4 * size.width,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_key_value_heads,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=size.width // 2,
+        intermediate_size=2 * size.width,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        image_size=TILE_PX,
+        patch_size=PATCH_PX,
+        vision_use_head=False,
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        video_token_index=IMAGE_TOKEN - 1,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=f"anyres_max_{MAX_SIDE_TILES**2}",
+        image_grid_pinpoints=pinpoints,
+        tie_word_embeddings=False,
+    )
+    return LlavaOnevisionForConditionalGeneration(config).to(device, dtype).eval()
 
 
-def synchronize() -> None:
+def image_grid(num_prompt_tokens: int) -> tuple[int, int, int]:
+    """Rows and columns of tiles, and visual tokens, of the largest image that leaves 12 % of a prompt for text."""
+    fitting = []
+    for rows in range(1, MAX_SIDE_TILES + 1):
+        for columns in (rows, rows + 1):
+            # The whole image as one tile, then the tiles with a newline token behind every row of patches.
+            tokens = TILE_SIDE**2 + rows * TILE_SIDE * (columns * TILE_SIDE + 1)
+            if columns <= MAX_SIDE_TILES and tokens <= 0.88 * num_prompt_tokens:
+                fitting.append((tokens, rows, columns))
+    tokens, rows, columns = max(fitting)
+    return rows, columns, tokens
+
+
+def prompt_inputs(model: Any, num_prompt_tokens: int, *, batch_size: int = 1, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of prompts of exactly this length, one image each and text."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns, num_image_tokens = image_grid(num_prompt_tokens)
+    ids = torch.randint(1, VOCAB_SIZE - 2, (batch_size, num_prompt_tokens), generator=generator)
+    ids[:, 4 : 4 + num_image_tokens] = IMAGE_TOKEN
+    pixels = torch.randn(batch_size, 1 + rows * columns, 3, TILE_PX, TILE_PX, generator=generator)
+    parameter = next(model.parameters())
+    return {
+        "input_ids": ids.to(parameter.device),
+        "attention_mask": torch.ones_like(ids, device=parameter.device),
+        "pixel_values": pixels.to(parameter),
+        "image_sizes": torch.tensor([[TILE_PX * rows, TILE_PX * columns]] * batch_size, device=parameter.device),
+    }
+
+
+@dataclass
+class Comparison:
+    """Seconds of both sides, measured in turn; a ratio above 1 means that ours is faster."""
+
+    label: dict[str, Any]
+    ours_s: list[float] = field(default_factory=list)
+    theirs_s: list[float] = field(default_factory=list)
+    ours_mib: float | None = None
+    theirs_mib: float | None = None
+
+    @property
+    def ratios(self) -> list[float]:
+        return [theirs / ours for ours, theirs in zip(self.ours_s, self.theirs_s, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    def record(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def compare_in_turn(
+    label: dict[str, Any],
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    *,
+    repeats: int,
+    with_memory: bool = False,
+) -> Comparison:
+    """Run both sides once to warm up, then `repeats` times in turn."""
+    result = Comparison(label)
+    ours()
+    theirs()
+    for _ in range(repeats):
+        result.ours_s.append(_seconds(ours))
+        result.theirs_s.append(_seconds(theirs))
+    if with_memory:
+        result.ours_mib, result.theirs_mib = peak_mib(ours), peak_mib(theirs)
+    return result
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    _synchronise()
+    start = time.perf_counter()
+    run()
+    _synchronise()
+    return time.perf_counter() - start
+
+
+def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors alive, by their storages, and remembers the most there were.
-
-    What a kernel allocates inside of itself and frees again is not seen; on a GPU use the allocator's own peak.
-    """
-
-    def __init__(self, standing: Iterator[torch.Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-        for tensor in standing:
-            self._count(tensor)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf)
-        return result
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-@contextmanager
-def peak_bytes(standing: Callable[[], Iterator[torch.Tensor]]) -> Iterator[list[int]]:
-    """Put the most bytes alive within the context into the list that is given.
-
-    `standing` names the tensors that are alive before it (weights, optimiser state); a GPU's allocator knows them.
-    """
-    result: list[int] = []
-    gc.collect()
+def peak_mib(run: Callable[[], Any]) -> float:
+    """Peak memory of a run above what was in use before: allocated on CUDA, resident (sampled every 2 ms) on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        yield result
-        result.append(torch.cuda.max_memory_allocated())
-        return
-    with LiveTensors(standing()) as counter:
-        yield result
-    result.append(counter.peak)
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    highest = before = _resident_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.002):
+            highest = max(highest, _resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return (highest - before) / 2**20
 
 
-def describe_machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return f"{device}, torch {torch.__version__}"
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The flags that all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="the target's shape only, three repeats")
+    parser.add_argument("--repeats", type=int, default=5, help="how often both sides run")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    return parser
+
+
+def start(options: argparse.Namespace) -> Any:
+    """Set threads, say what is measured on what, and build the model."""
+    torch.set_num_threads(options.threads)
+    if options.quick:
+        options.repeats = min(options.repeats, 3)
+    on_gpu = options.device.startswith("cuda")
+    where = torch.cuda.get_device_name() if on_gpu else f"{platform.processor() or platform.machine()} CPU"
+    print(f"{where}, {options.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    return build_model(device=options.device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """A markdown table, one line a comparison."""
+    names = list(comparisons[0].label)
+    with_memory = comparisons[0].ours_mib is not None
+    head = [*names, "ours s", "peer s", "ratio", "spread"] + (["ours MiB", "peer MiB"] if with_memory else [])
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for c in comparisons:
+        cells = [str(c.label[name]) for name in names]
+        cells += [f"{statistics.median(c.ours_s):.3f}", f"{statistics.median(c.theirs_s):.3f}", f"{c.ratio:.2f}"]
+        cells.append(f"{min(c.ratios):.2f}-{max(c.ratios):.2f}")
+        if with_memory:
+            cells += [f"{c.ours_mib:.0f}", f"{c.theirs_mib:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def finish(options: argparse.Namespace, comparisons: Sequence[Comparison], target: Comparison, **more: Any) -> None:
+    """Print the table and the target's ratio, last of all; write the numbers where asked."""
+    print(table(comparisons))
+    if options.json is not None:
+        found = {
+            "threads": options.threads,
+            "device": options.device,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "comparisons": [c.record() for c in comparisons],
+            **more,
+        }
+        options.json.write_text(json.dumps(found, indent=2))
+    print(f"spread: {min(target.ratios):.2f} to {max(target.ratios):.2f} over {len(target.ratios)} repeats in turn")
+    print(f"ratio: {target.ratio:.2f}")

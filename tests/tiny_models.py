@@ -45,15 +45,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def llava_onevision_processor() -> LlavaOnevisionProcessor:
-    """A LLaVA-OneVision processor: 28-pixel tiles in grids up to 2 x 2, four visual tokens a tile, Qwen2's chat form."""
+def llava_onevision_processor(tile_px: int = 28, tiles: int = 2) -> LlavaOnevisionProcessor:
+    """A LLaVA-OneVision processor with Qwen2's chat form: square tiles of 14-pixel patches, grids up to tiles x tiles.
+
+    A tile of k x k patches is k * k visual tokens; an image is its small version and its grid, with a token at the end
+    of every line of the grid.
+    """
     image_processor = LlavaOnevisionImageProcessorPil(
-        size={"height": 28, "width": 28}, image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]]
+        size={"height": tile_px, "width": tile_px}, image_grid_pinpoints=_grids(tile_px, tiles)
     )
     return without_video(LlavaOnevisionProcessor)(
         image_processor=image_processor,
         tokenizer=byte_tokenizer(),
-        num_image_tokens=4,
+        num_image_tokens=(tile_px // 14) ** 2,
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
     )
@@ -65,24 +69,29 @@ def llava_onevision_config(
     num_layers: int = 2,
     num_heads: int = 4,
     num_key_value_heads: int = 2,
+    intermediate_size: int | None = None,
     vocab_size: int = 264,
     tied: bool = False,
+    vision_hidden_size: int = 16,
+    vision_layers: int = 2,
+    tile_px: int = 28,
+    tiles: int = 2,
 ) -> LlavaOnevisionConfig:
-    """The configuration that goes with `llava_onevision_processor`."""
+    """The configuration that goes with `llava_onevision_processor` of the same tiles."""
     tokenizer = byte_tokenizer()
     vision = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
+        hidden_size=vision_hidden_size,
+        intermediate_size=2 * vision_hidden_size,
+        num_hidden_layers=vision_layers,
         num_attention_heads=2,
-        image_size=28,
+        image_size=tile_px,
         patch_size=14,
         vision_use_head=False,
     )
     text = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
+        intermediate_size=intermediate_size or 2 * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_key_value_heads,
@@ -99,9 +108,13 @@ def llava_onevision_config(
         video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]],
+        image_grid_pinpoints=_grids(tile_px, tiles),
         tie_word_embeddings=tied,
     )
+
+
+def _grids(tile_px: int, tiles: int) -> list[list[int]]:
+    return [[tile_px * rows, tile_px * columns] for rows in range(1, tiles + 1) for columns in range(1, tiles + 1)]
 
 
 def llava_onevision(seed: int = 0, **sizes: int | bool) -> LlavaOnevisionForConditionalGeneration:

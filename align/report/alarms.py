@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from align.report.changes import length_drift, overall, steps
-from align.report.metrics import in_order, percent, plain
+from align.report.changes import History
+from align.report.metrics import percent, plain
 from align.report.read import RoundData, RunData, iter_objects, number
 from align.report.trust import (
     LEAST_AGREEMENT,
@@ -49,9 +49,9 @@ class Warned:
     findings: list[tuple[int | None, str]]
 
 
-def find_alarms(run: RunData, trust: dict[int, Trust]) -> list[Warned]:
+def find_alarms(run: RunData, history: History, trust: dict[int, Trust]) -> list[Warned]:
     """All warnings, serious ones first, otherwise in the order of the run; `trust` holds the critic's by round."""
-    found = [*_worse_rounds(run), *_evaluation(run)]
+    found = [*_worse_rounds(history), *_evaluation(history)]
     for data in run.trained:
         found += [*_training(data), *_critic(data.number, trust.get(data.number, Trust())), *_losses(data)]
     if run.setting("shared_prefix") != "off":
@@ -71,9 +71,9 @@ def _by_title(alarms: list[Alarm]) -> list[Warned]:
     ]
 
 
-def _worse_rounds(run: RunData) -> Iterator[Alarm]:
-    for name in in_order({name for data in run.rounds for name in data.metrics}):
-        for step in steps(run, name):
+def _worse_rounds(history: History) -> Iterator[Alarm]:
+    for name, steps in history.steps.items():
+        for step in steps:
             if step.state == "worse":
                 yield Alarm(
                     f"Worse than the round before: {step.metric.label.lower()}",
@@ -84,8 +84,8 @@ def _worse_rounds(run: RunData) -> Iterator[Alarm]:
                 )
 
 
-def _evaluation(run: RunData) -> Iterator[Alarm]:
-    length = length_drift(run)
+def _evaluation(history: History) -> Iterator[Alarm]:
+    length = history.length_drift
     if length is not None:
         yield Alarm(
             f"Responses became {'longer' if length.last > length.first else 'shorter'}",
@@ -93,7 +93,7 @@ def _evaluation(run: RunData) -> Iterator[Alarm]:
             f"({percent(length.last / length.first - 1, 0)}).",
             "A quarter more or less suggests that length itself was rewarded.",
         )
-    variety = overall(run, "distinct_2")
+    variety = history.overall.get("distinct_2")
     if variety and variety.first > 0 and variety.last < (1 - LESS_VARIED) * variety.first:
         yield Alarm(
             "Wording became less varied",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.records import Evaluated, Evaluation
-from align.report.metrics import HEADLINES, Metric, metric
+from align.report.metrics import HEADLINES, Metric, in_order, metric
 from align.report.read import RoundData, RunData
 from align.statistics import Interval, paired_difference
 
@@ -52,11 +52,9 @@ class Change:
         return f"{show(self.difference.low)} to {show(self.difference.high)}"
 
 
-def change(name: str, before: RoundData, after: RoundData) -> Change | None:
-    """The change of a number from one round to another; None where one of them lacks it."""
-    first, last = before.metrics.get(name), after.metrics.get(name)
-    if first is None or last is None:
-        return None
+def change(name: str, before: RoundData, after: RoundData) -> Change:
+    """The change of a number from one round to another; both must have it."""
+    first, last = before.metrics[name], after.metrics[name]
     known = metric(name)
     paired = _paired(known, before, after, first, last)
     difference = paired if paired is not None else _unpaired(first, last)
@@ -68,25 +66,35 @@ def headline(run: RunData) -> str | None:
     return next((name for name in HEADLINES if any(name in data.metrics for data in run.rounds)), None)
 
 
-def overall(run: RunData, name: str) -> Change | None:
-    """First against last evaluated round; None with fewer than two."""
-    have = [data for data in run.rounds if name in data.metrics]
-    return change(name, have[0], have[-1]) if len(have) > 1 else None
+@dataclass(frozen=True)
+class History:
+    """All changes of a run by the number's name: first to last evaluated round, and every round to the next one.
+
+    A number that fewer than two rounds have is in neither.
+    """
+
+    overall: dict[str, Change]
+    steps: dict[str, list[Change]]
+
+    @property
+    def length_drift(self) -> Change | None:
+        """The change of response length, where it is more than a quarter and beyond its interval."""
+        length = self.overall.get("response_tokens")
+        if length is None or length.first <= 0 or not length.difference.excludes_zero:
+            return None
+        return length if abs(length.last / length.first - 1) > LENGTH_DRIFT else None
 
 
-def steps(run: RunData, name: str) -> list[Change]:
-    """Every round against the one evaluated before it, its parent in a complete run."""
-    have = [data for data in run.rounds if name in data.metrics]
-    found = [change(name, before, after) for before, after in itertools.pairwise(have)]
-    return [item for item in found if item is not None]
-
-
-def length_drift(run: RunData) -> Change | None:
-    """The change of response length from first to last, where it is more than a quarter and beyond its interval."""
-    length = overall(run, "response_tokens")
-    if length is None or length.first <= 0 or not length.difference.excludes_zero:
-        return None
-    return length if abs(length.last / length.first - 1) > LENGTH_DRIFT else None
+def history(run: RunData) -> History:
+    found = History({}, {})
+    for name in in_order({name for data in run.rounds for name in data.metrics}):
+        have = [data for data in run.rounds if name in data.metrics]
+        if len(have) < 2:
+            continue
+        steps = [change(name, before, after) for before, after in itertools.pairwise(have)]
+        found.steps[name] = steps
+        found.overall[name] = steps[0] if len(steps) == 1 else change(name, have[0], have[-1])
+    return found
 
 
 def _paired(known: Metric, before: RoundData, after: RoundData, first: Interval, last: Interval) -> Interval | None:

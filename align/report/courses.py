@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.report.changes import Change, overall
+from align.report.changes import Change, History
 from align.report.figures import Chart, Curve, Lane, rounds_chart, training_chart
 from align.report.metrics import Metric, in_order, metric
 from align.report.read import RoundData, RunData
@@ -43,19 +43,19 @@ _TRAINING: tuple[tuple[str, str, float | None, dict[str, str]], ...] = (
 )  # fmt: skip
 
 
-def held_out_figures(run: RunData, control: RunData | None) -> list[HeldOutFigure]:
+def held_out_figures(run: RunData, changes: History, control: RunData | None) -> list[HeldOutFigure]:
     """A chart for every number that was measured in any round, the control's curve beside the run's.
 
     A figure is quiet when there is nothing to draw: zero in every round of both runs.
     """
     names = in_order({name for data in run.rounds for name in data.metrics})
-    return [_held_out_figure(name, run, control) for name in names]
+    return [_held_out_figure(name, run, changes.overall.get(name), control) for name in names]
 
 
-def _held_out_figure(name: str, run: RunData, control: RunData | None) -> HeldOutFigure:
+def _held_out_figure(name: str, run: RunData, moved: Change | None, control: RunData | None) -> HeldOutFigure:
     points = _points(name, run) + (_points(name, control) if control else [])
     quiet = all(item.mean == 0 for _, item in points)
-    return HeldOutFigure(metric(name), _held_out_chart(name, run, control), overall(run, name), quiet)
+    return HeldOutFigure(metric(name), _held_out_chart(name, run, control), moved, quiet)
 
 
 def _held_out_chart(name: str, run: RunData, control: RunData | None) -> Chart:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from align.report.changes import Change, State, headline, length_drift, overall, steps
+from align.report.changes import Change, History, State, headline, history
 from align.report.metrics import metric, plain
 from align.report.read import RunData
 from align.report.trust import MOST_LENGTH_CORRELATION, Trust
@@ -12,7 +12,11 @@ from align.report.trust import MOST_LENGTH_CORRELATION, Trust
 
 @dataclass(frozen=True)
 class Verdict:
-    """`state` colours it, `title` says it, `detail` says how sure; `alarms` are rounds worse than their parent."""
+    """`state` colours it, `title` says it, `detail` says how sure.
+
+    `alarms` are rounds worse than their parent, `control` compares with the control, `aside` names length as what was
+    learned.
+    """
 
     state: State
     title: str
@@ -22,22 +26,22 @@ class Verdict:
     aside: str | None = None
 
 
-def judge(run: RunData, control: RunData | None = None, trust: dict[int, Trust] | None = None) -> Verdict:
-    """The verdict on a run; `trust` holds its critic's figures by round, `aside` names length as what was learned."""
+def judge(run: RunData, changes: History, control: RunData | None, trust: dict[int, Trust]) -> Verdict:
+    """The verdict on a run with these changes; `trust` holds its critic's figures by round."""
     name = headline(run)
     if name is None:
         return Verdict("neutral", *_nothing_measured(run))
-    moved = overall(run, name)
+    moved = changes.overall.get(name)
     if moved is None:
         return Verdict("neutral", *_one_round(run, name))
-    alarms = [_alarm(step) for step in steps(run, name) if step.state == "worse"]
+    alarms = [_alarm(step) for step in changes.steps[name] if step.state == "worse"]
     return Verdict(
         moved.state,
         _title(moved),
         _detail(moved),
         alarms,
         _control(name, moved, control),
-        _length(run, moved, trust or {}),
+        _length(changes, moved, trust),
     )
 
 
@@ -105,7 +109,7 @@ def _alarm(step: Change) -> str:
 def _control(name: str, moved: Change, control: RunData | None) -> str | None:
     if control is None:
         return None
-    beside = overall(control, name)
+    beside = history(control).overall.get(name)
     if beside is None:
         return f"The control ({control.name}) has no two evaluations of this number to compare with."
     text = (
@@ -116,9 +120,9 @@ def _control(name: str, moved: Change, control: RunData | None) -> str | None:
     return text + ("; the two intervals do not touch." if apart else "; the two intervals overlap.")
 
 
-def _length(run: RunData, moved: Change, trust: dict[int, Trust]) -> str | None:
+def _length(changes: History, moved: Change, trust: dict[int, Trust]) -> str | None:
     """What to say when the responses' length moved with a critic that rewards length."""
-    drift = length_drift(run)
+    drift = changes.length_drift
     follows = [item.figures.get("reward_length_correlation", 0.0) for item in trust.values()]
     if drift is None or not follows:
         return None

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from align.report import flow, metrics
 from align.report.alarms import find_alarms
 from align.report.browser import build_browser, letter, marks
-from align.report.changes import steps
+from align.report.changes import history
 from align.report.courses import held_out_figures, published_source, training_figures
 from align.report.pictures import Pictures
 from align.report.places import find_places
@@ -81,7 +81,8 @@ def render(
 ) -> str:
     """The page as text."""
     trust = {data.number: measure_trust(data, run.problems) for data in run.trained}
-    figures = held_out_figures(run, control)
+    changes = history(run)
+    figures = held_out_figures(run, changes, control)
     browser = build_browser(
         run,
         question_images=question_images,
@@ -90,15 +91,15 @@ def render(
         max_training=max_training,
     )
     costs = flow.costs(run)
-    alarms = find_alarms(run, trust)
+    alarms = find_alarms(run, changes, trust)
     trust = {number: item for number, item in trust.items() if item.figures}
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment().get_template("report.html.j2").render(
         run=run,
         control=control,
-        verdict=judge(run, control, trust),
+        verdict=judge(run, changes, control, trust),
         figures=figures,
-        steps=[row for figure in figures if not figure.quiet and (row := steps(run, figure.metric.name))],
+        steps=[changes.steps[figure.metric.name] for figure in figures if not figure.quiet and figure.change],
         places=find_places(run),
         training=training_figures(run, backdrop=backdrop),
         published_source=published_source(),

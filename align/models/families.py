@@ -38,12 +38,15 @@ class Family:
     """The three classes of a family and how its tensor names on disk differ from those in memory.
 
     `names_on_disk`: regular expressions and their replacements, applied in order; they leave names on disk as they are.
+    `stored_buffers`: regular expressions of names on disk that are no weights: buffers that transformers 4 stored. They are
+    not loaded, and carried from a checkpoint to those made from it.
     """
 
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     processor: type[ProcessorMixin]
     names_on_disk: tuple[tuple[str, str], ...] = ()
+    stored_buffers: tuple[str, ...] = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
 
 
 # transformers 5 has no inner `vision_model` in SigLIP; the checkpoints do.

@@ -136,6 +136,12 @@ def _family(folder: str | os.PathLike, config: dict[str, Any]) -> Family | None:
     names = {name for value in native.values() for name in ([value] if isinstance(value, str) else value)}
     if architecture in names:
         return None
+    if config.get("model_type") == "valley_omni":
+        raise UserError(
+            "this is Valley3, which hears as well as sees; its audio encoder is not supported",
+            where=f"{folder}/config.json",
+            fix="use Valley-Eagle-7B, Valley2.5 or another vision-language model",
+        )
     near = difflib.get_close_matches(str(architecture), [*FAMILIES, *names], n=1)
     raise UserError(
         f"expected the architecture of a vision-language model, found {architecture!r}",

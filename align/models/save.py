@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -25,7 +26,7 @@ from align.errors import UserError
 from align.models.families import Family, family_of
 from align.models.files import read_json, write_json
 from align.models.travelling_code import add_code
-from align.models.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, tensor_table
+from align.models.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, tensor_table, weight_files
 
 # What wrappers put in front of, or into, the names of a state dict.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -78,6 +79,8 @@ def save_checkpoint(
     try:
         if family is not None:
             renamed = {_name_on_disk(name, family): tensor for name, tensor in weights.items()}
+            if parent_folder is not None:
+                renamed |= _stored_buffers(parent_folder, family)
             kept = _without_tied_copies(model, renamed, set(expected))
             _check_tensors({name: tuple(tensor.shape) for name, tensor in kept.items()}, expected)
             _write_weights(kept, work, max_shard_size)
@@ -154,6 +157,16 @@ def _name_on_disk(name: str, family: Family) -> str:
     for pattern, replacement in family.names_on_disk:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def _stored_buffers(parent: Path, family: Family) -> dict[str, torch.Tensor]:
+    """The parent's buffers that are computed today, so that its older loaders find them where they were."""
+    found = {}
+    for path in weight_files(parent) if family.stored_buffers else []:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if any(re.search(p, name) for p in family.stored_buffers)]  # noqa: SIM118
+            found.update({name: file.get_tensor(name) for name in names})
+    return found
 
 
 def _without_tied_copies(

@@ -8,6 +8,7 @@ only where that is asked for.
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,28 @@ def load_processor(folder: str | os.PathLike, **settings: Any) -> Any:
             where=str(folder),
             fix="add the model's preprocessor_config.json or processor_config.json",
         )
+    _check_settings(processor, settings, folder)
     return processor
+
+
+def _check_settings(processor: Any, settings: dict[str, Any], folder: str | os.PathLike) -> None:
+    """Raise UserError for a setting that a processor of transformers has swallowed without meaning."""
+    known: set[str] = set()
+    for part in (processor, getattr(processor, "image_processor", None), processor.tokenizer):
+        if part is None:
+            continue
+        kind = type(part)
+        known |= {name for name in dir(kind) if not name.startswith("_")}
+        known |= set(getattr(getattr(kind, "valid_kwargs", None), "__annotations__", {}))
+        known |= set(inspect.signature(kind.__init__).parameters)
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise UserError(
+            f"its processor ({type(processor).__name__}) has no setting {unknown[0]!r}",
+            where=str(folder),
+            fix=f"did you mean {near[0]!r}?" if near else "take it out of model.processor",
+        )
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

@@ -1,103 +1,75 @@
 """DPO steps a second and peak memory: ours against stock TRL with a live reference, on the same pairs.
 
-    python scripts/bench_dpo.py             # table over prompt lengths, about 15 minutes on a CPU
-    python scripts/bench_dpo.py --quick     # 1000/120 and 400/60 only, fewer repeats
-    python scripts/bench_dpo.py --size valley-eagle-7b   # on a GPU: our step alone, pairs/s, MFU, peak GiB
+    python scripts/bench_dpo.py             # table over prompt lengths
+    python scripts/bench_dpo.py --quick     # 1000/120 and 400/60 only, three repeats
 
-A step is forward, backward and AdamW on one pair, float32, from a batch that has been collated before: opening images
-and tokenising are left out on both sides (stock TRL does them twice). Ours finds the reference's log-probabilities in
-the batch; what computing them costs is measured too and shown as a ratio of its own, for a single epoch, in which it
-is paid once a pair. Peak memory is that of all tensors alive during a step: weights, reference, gradients, optimiser
-state and activations.
+A step is forward, backward and AdamW on one pair, from a batch that has been collated before: opening images and
+tokenising are left out on both sides (stock TRL does them twice a pair). The peer's batch is what TRL's collator makes
+(tests/dpo/test_equals_trl.py). Ours finds the reference's log-probabilities in the batch; what computing them costs is
+measured too, and `with reference` is the ratio of a single epoch, in which that is paid once a pair. Peak memory is
+that of all tensors alive during a step: weights, reference, gradients, optimiser state and activations, on a CPU
+counted by their storages (scripts/live_tensors.py), on a GPU by the allocator.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
+import statistics
+import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Ratio, Size, alternate, build_model, describe_machine, peak_bytes, question_of, tiny_models
+from bench_common import Comparison, arguments, compare_in_turn, finish, prompt_inputs, start
 from datasets import Dataset
+from live_tensors import peak_bytes
 from trl import DPOConfig, DPOTrainer
 
-from align.dpo.collator import PairCollator
-from align.dpo.reference import group_log_probs
+from align.dpo.collator import plain_batch, shared_batch
 from align.dpo.shared import log_prob_head
 from align.dpo.trainer import PairTrainer, pair_dataset
-from align.images import ImageStore
 from align.records import Pair
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.tiny_models import llava_onevision_processor
 
 LENGTHS = [(200, 60), (400, 60), (1000, 120), (2000, 150), (4000, 200)]
 QUICK_LENGTHS = [(400, 60), (1000, 120)]
 HEADLINE = (1000, 120)
+TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured at one prompt and response length."""
+class Batches:
+    """One pair in both layouts, and what a data set needs to stand for it."""
 
-    prompt: int
-    response: int
-    trl_pairs_s: float
-    our_pairs_s: float
-    ratio: Ratio
-    ratio_with_reference: Ratio
-    memory_ratio: float
-    loss_difference: float
-
-
-def make_pair(folder: Path, processor: Any, image_tokens: int, prompt: int, response: int) -> Pair:
-    """A pair with one image, `prompt` tokens before the responses and `response` tokens in each of them."""
-    tiny_models.random_image(0, 300, 300).save(folder / "image.png")
-    question = question_of(processor, image_tokens, prompt)
-    # One token a character, and two for the end of the turn.
-    texts = [(word * response)[: response - 2] for word in ("good words ", "other ones ")]
-    return Pair(
-        id="pair",
-        images=["image.png"],
-        prompt=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-        chosen=[{"role": "assistant", "content": texts[0]}],
-        rejected=[{"role": "assistant", "content": texts[1]}],
-    )
-
-
-def arguments(folder: str) -> DPOConfig:
-    return DPOConfig(
-        output_dir=folder,
-        max_length=None,
-        per_device_train_batch_size=1,
-        learning_rate=1e-6,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    def __init__(self, model: Any, prompt: int, response: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        responses = [[torch.randint(1, 4000, (response,), generator=generator).tolist()] for _ in range(2)]
+        inputs = prompt_inputs(model, prompt)
+        twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        self.plain = plain_batch(twice, responses, pad_token_id=0)
+        self.shared = shared_batch(inputs, responses, pad_token_id=0)
+        turn = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
+        self.pair = Pair(id="pair", prompt=[{"role": "user", "content": "?"}], chosen=turn[0], rejected=turn[1])
 
 
 class Step:
-    """A trainer that repeats one step on one collated batch."""
+    """A trainer that repeats one step on one batch."""
 
-    def __init__(self, trainer: DPOTrainer, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, trainer: DPOTrainer, batch: dict[str, Any]) -> None:
         self.trainer = trainer
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
-        self.batch = trainer._prepare_inputs(trainer.data_collator(rows))
-        self.loss = float("nan")
+        self.batch = trainer._prepare_inputs(batch)
+        self.losses: list[float] = []
 
     def __call__(self) -> None:
-        self.loss = float(self.trainer.training_step(self.trainer.model, dict(self.batch)))
+        self.losses.append(float(self.trainer.training_step(self.trainer.model, dict(self.batch))))
         self.trainer.optimizer.step()
         self.trainer.model.zero_grad()
 
@@ -109,133 +81,108 @@ class Step:
                 yield from model.buffers()
         for state in self.trainer.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-        yield from (value for value in self.batch.values() if isinstance(value, torch.Tensor))
-
-    def peak(self) -> int:
-        with peak_bytes(self.standing) as result:
-            self()
-        return result[0]
+        yield from self.batch.values()
 
 
-def stock(model: Any, processor: Any, pair: Pair, images: ImageStore, folder: str) -> Step:
+def trainer_arguments(folder: str, device: str) -> DPOConfig:
+    return DPOConfig(
+        output_dir=folder,
+        max_length=None,
+        per_device_train_batch_size=1,
+        learning_rate=1e-5,
+        bf16=device != "cpu",
+        use_cpu=device == "cpu",
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def stock_step(model: Any, batches: Batches, folder: str, device: str) -> Step:
+    """TRL as it is: two full rows a pair, and a reference model beside the policy."""
     row = {
-        "images": [images.open(name) for name in pair.images],
-        "prompt": [{"role": "user", "content": pair.prompt[0]["content"][1]["text"]}],
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
+        "images": [],
+        "prompt": batches.pair.prompt,
+        "chosen": batches.pair.chosen,
+        "rejected": batches.pair.rejected,
     }
     trainer = DPOTrainer(
         model=copy.deepcopy(model),
         ref_model=copy.deepcopy(model),
-        args=arguments(folder),
+        args=trainer_arguments(folder, device),
         train_dataset=Dataset.from_list([row]),
-        processing_class=processor,
+        data_collator=lambda rows: batches.plain,
+        processing_class=llava_onevision_processor(),
     )
-    return Step(trainer, [row])
+    return Step(trainer, dict(batches.plain))
 
 
-def shared(
-    model: Any, processor: Any, pair: Pair, images: ImageStore, folder: str, reference: tuple[float, float]
-) -> Step:
-    dataset = pair_dataset([pair], [reference])
+class GivenBatch:
+    """Stands for the collator of a batch that is there already."""
+
+    layout = "shared"
+
+
+def our_step(model: Any, batches: Batches, folder: str, device: str, reference: torch.Tensor) -> Step:
+    """Ours: the prompt once a pair, and the reference's log-probabilities with the batch."""
     trainer = PairTrainer(
         copy.deepcopy(model),
-        args=arguments(folder),
-        train_dataset=dataset,
-        data_collator=PairCollator(processor, images, "shared"),
-        processor=processor,
+        args=trainer_arguments(folder, device),
+        train_dataset=pair_dataset([batches.pair], [(float(reference[0]), float(reference[1]))]),
+        data_collator=GivenBatch(),
+        processor=llava_onevision_processor(),
     )
-    return Step(trainer, list(dataset))
+    columns = {"ref_chosen_logps": reference[:1], "ref_rejected_logps": reference[1:]}
+    return Step(trainer, batches.shared | columns | {"pair_index": torch.tensor([0])})
 
 
-class ReferencePass:
-    """The reference's log-probabilities of one pair, as they are computed once a round."""
-
-    def __init__(self, model: Any, processor: Any, pair: Pair, images: ImageStore) -> None:
-        self.model = copy.deepcopy(model).eval()
-        self.collator = PairCollator(processor, images, "shared")
-        self.pair = pair
-        # Collated before, as for the steps.
-        inputs = self.collator.collate([pair])
-        self.collator.batch = lambda *_: dict(inputs)  # type: ignore[method-assign]
-
-    @torch.no_grad()
-    def __call__(self) -> tuple[float, float]:
-        with log_prob_head(self.model, shared=True):
-            (line,) = group_log_probs(self.model, [[self.pair]], self.collator, nullcontext)
-        return line.logps
+@torch.no_grad()
+def reference_log_probs(model: Any, batch: dict[str, torch.Tensor], device: str) -> torch.Tensor:
+    """What is computed once a round: the log-probabilities of both responses under the reference."""
+    batch = {name: value.to(device) for name, value in batch.items()}
+    labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    with torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
+        return model(**batch, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
 
 
-def measure(size: Size, prompt: int, response: int, repeats: int) -> Row:
-    model, processor, image_tokens = build_model(size, prompt)
+def measure(model: Any, prompt: int, response: int, repeats: int, device: str) -> Comparison:
+    batches = Batches(model, prompt, response)
     with tempfile.TemporaryDirectory() as folder:
-        images = ImageStore(Path(folder))
-        pair = make_pair(Path(folder), processor, image_tokens, prompt, response)
-        reference = ReferencePass(model, processor, pair, images)
-        peer = stock(model, processor, pair, images, folder)
-        ours = shared(model, processor, pair, images, folder, reference())
-        mask = peer.batch["completion_mask"]
-        assert peer.batch["attention_mask"].sum(dim=1).tolist() == [prompt + response] * 2
-        assert mask.sum(dim=1).tolist() == [response] * 2
-        seconds = alternate({"trl": peer, "ours": ours, "reference": reference}, repeats)
-        difference = abs(peer.loss - ours.loss)
-        memory = ours.peak() / peer.peak()
-    with_reference = [a + b for a, b in zip(seconds["ours"], seconds["reference"], strict=True)]
-    return Row(
-        prompt,
-        response,
-        trl_pairs_s=repeats / sum(seconds["trl"]),
-        our_pairs_s=repeats / sum(seconds["ours"]),
-        ratio=Ratio.of(seconds["trl"], seconds["ours"]),
-        ratio_with_reference=Ratio.of(seconds["trl"], with_reference),
-        memory_ratio=memory,
-        loss_difference=difference,
-    )
-
-
-def print_table(rows: list[Row]) -> None:
-    print("| prompt | response | TRL pairs/s | ours pairs/s | ratio [quartiles] | with reference pass | peak memory |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row.prompt} | {row.response} | {row.trl_pairs_s:.2f} | {row.our_pairs_s:.2f} | {row.ratio} "
-            f"| {row.ratio_with_reference} | {row.memory_ratio:.2f}x |"
-        )
+        with log_prob_head(model, shared=True):
+            reference = reference_log_probs(model, batches.shared, device)
+            seconds = []
+            for _ in range(repeats):
+                began = time.perf_counter()
+                reference_log_probs(model, batches.shared, device).tolist()
+                seconds.append(time.perf_counter() - began)
+        theirs = stock_step(model, batches, folder, device)
+        ours = our_step(model, batches, folder, device, reference)
+        result = compare_in_turn({"prompt": prompt, "response": response}, ours, theirs, repeats=repeats)
+        difference = max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True))
+        assert difference < TOLERANCE or device != "cpu", f"the losses differ by {difference}"
+        result.ours_mib = peak_bytes(ours, ours.standing()) / 2**20
+        result.theirs_mib = peak_bytes(theirs, theirs.standing()) / 2**20
+    one_epoch = statistics.median(result.theirs_s) / (statistics.median(result.ours_s) + statistics.median(seconds))
+    result.label |= {
+        "TRL pairs/s": f"{1 / statistics.median(result.theirs_s):.2f}",
+        "our pairs/s": f"{1 / statistics.median(result.ours_s):.2f}",
+        "with reference": f"{one_epoch:.2f}",
+        "memory": f"{result.ours_mib / result.theirs_mib:.2f}",
+    }
+    return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two lengths and few repeats")
-    parser.add_argument("--repeats", type=int, help="rounds that are timed")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    options = parser.parse_args()
+    options = arguments(__doc__).parse_args()
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(options.threads)
-    size = Size()
-    repeats = options.repeats or (5 if options.quick else 11)
-    print(f"{describe_machine()}; LLaVA-OneVision {size}; {repeats} rounds")
-    rows = []
+    model = start(options)
+    found = []
     for prompt, response in QUICK_LENGTHS if options.quick else LENGTHS:
-        rows.append(measure(size, prompt, response, repeats))
-        print(f"{prompt}/{response}: {rows[-1].ratio}, memory {rows[-1].memory_ratio:.2f}x", flush=True)
-    print()
-    print_table(rows)
-    if options.json:
-        options.json.write_text(
-            json.dumps(
-                [
-                    vars(row) | {"ratio": vars(row.ratio), "ratio_with_reference": vars(row.ratio_with_reference)}
-                    for row in rows
-                ],
-                indent=1,
-            )
-        )
-    headline = next(row for row in rows if (row.prompt, row.response) == HEADLINE)
-    print(
-        f"\nat {headline.prompt}/{headline.response}, quartiles {headline.ratio.low:.2f} to {headline.ratio.high:.2f}"
-    )
-    print(f"ratio: {headline.ratio.median:.2f}")
+        found.append(measure(model, prompt, response, options.repeats, options.device))
+        print(f"{prompt}/{response}: {found[-1].ratio:.2f}", flush=True)
+    target = next(c for c in found if (c.label["prompt"], c.label["response"]) == HEADLINE)
+    finish(options, found, target)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.report.changes import History
+from align.report.courses import end_of
 from align.report.metrics import percent, plain
 from align.report.read import RoundData, RunData, iter_objects, number
 from align.report.trust import (
@@ -103,7 +104,7 @@ def _evaluation(history: History) -> Iterator[Alarm]:
 
 
 def _training(data: RoundData) -> Iterator[Alarm]:
-    chosen, margin = _end_of(data, "rewards/chosen"), _end_of(data, "rewards/margins")
+    chosen, margin = end_of(data, "rewards/chosen"), end_of(data, "rewards/margins")
     if chosen is not None and margin is not None and -chosen > max(0.05, CHOSEN_FALL * margin):
         yield Alarm(
             "The chosen reward fell",
@@ -112,7 +113,7 @@ def _training(data: RoundData) -> Iterator[Alarm]:
             "margin. An SFT term on the chosen response or a smaller learning rate holds them.",
             data.number,
         )
-    accuracy = _end_of(data, "rewards/accuracies")
+    accuracy = end_of(data, "rewards/accuracies")
     if accuracy is not None and accuracy < WEAK_ACCURACY:
         yield Alarm(
             "The pairs taught hardly anything",
@@ -120,13 +121,6 @@ def _training(data: RoundData) -> Iterator[Alarm]:
             "A coin gives 50 %. The preferences may be random, or the learning rate too small.",
             data.number,
         )
-
-
-def _end_of(data: RoundData, key: str) -> float | None:
-    """Mean over the last fifth of the course."""
-    values = [entry[key] for entry in data.log if key in entry]
-    tail = values[-max(1, len(values) // 5) :]
-    return sum(tail) / len(tail) if tail else None
 
 
 def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:

@@ -95,6 +95,44 @@ def _lane(data: RoundData, keys: dict[str, str], published: dict[str, list[tuple
     return Lane(data.number, series, {kind: published[key] for key, kind in keys.items() if key in published})
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Where a round's training arrived: means over the last fifth of its course, by the trainer's key."""
+
+    number: int
+    steps: int
+    values: list[float | None]
+
+
+ENDING_KEYS = {
+    "loss": "Loss",
+    "rewards/accuracies": "Accuracy",
+    "rewards/margins": "Margin",
+    "rewards/chosen": "Chosen",
+    "rewards/rejected": "Rejected",
+}
+
+
+def endings(run: RunData) -> list[Ending]:
+    """One a round that has logged any training."""
+    return [
+        Ending(
+            data.number,
+            int(max(entry.get("step", 0.0) for entry in data.log)),
+            [end_of(data, key) for key in ENDING_KEYS],
+        )
+        for data in run.trained
+        if any(key in entry for entry in data.log for key in ENDING_KEYS)
+    ]
+
+
+def end_of(data: RoundData, key: str) -> float | None:
+    """Mean of a logged number over the last fifth of the course."""
+    values = [entry[key] for entry in data.log if key in entry]
+    tail = values[-max(1, len(values) // 5) :]
+    return sum(tail) / len(tail) if tail else None
+
+
 def read_published() -> dict[str, list[tuple[float, float]]]:
     """The course of Valley2-DPO by the trainer's key, as (share of the training, mean over a window of steps)."""
     data = _published()

@@ -157,7 +157,7 @@ def duration(seconds: float) -> str:
     >>> duration(4.25), duration(92), duration(7500)
     ('4.2 s', '1 min 32 s', '2 h 5 min')
     """
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

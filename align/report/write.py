@@ -21,7 +21,7 @@ from align.report import flow, metrics
 from align.report.alarms import find_alarms
 from align.report.browser import build_browser, letter, marks
 from align.report.changes import history
-from align.report.courses import held_out_figures, published_source, training_figures
+from align.report.courses import ENDING_KEYS, endings, held_out_figures, published_source, training_figures
 from align.report.pictures import Pictures
 from align.report.places import find_places
 from align.report.read import RunData, read_run
@@ -102,6 +102,8 @@ def render(
         steps=[changes.steps[figure.metric.name] for figure in figures if not figure.quiet and figure.change],
         places=find_places(run),
         training=training_figures(run, backdrop=backdrop),
+        endings=endings(run),
+        ending_names=list(ENDING_KEYS.values()),
         published_source=published_source(),
         trust=trust,
         trust_rows=trust_rows(trust),

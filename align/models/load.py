@@ -83,8 +83,9 @@ def load_processor(folder: str | os.PathLike, **settings: Any) -> Any:
             return family.processor.from_pretrained(folder, **settings)
         known = image_only.processor_class(Path(folder), config) if Path(folder).is_dir() else None
         if known is not None and image_only.needs_torchvision(known):
-            return image_only.without_video(known).from_pretrained(folder, **settings)
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **settings)
+            processor = image_only.without_video(known).from_pretrained(folder, **settings)
+        else:
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **settings)
     except (ValueError, TypeError, OSError, ImportError, KeyError) as error:
         raise UserError(f"the processor cannot be opened: {error}", where=str(folder)) from error
     if not hasattr(processor, "tokenizer"):

@@ -1,0 +1,168 @@
+"""A video in, a few of its frames out as PIL images: a file through PyAV, or a folder of frames.
+
+Which frames are looked at differs between models: a picker gets the number of frames and the frame rate and gives indices. A
+model's processor has its own (`processor.frame_indices`). Frames of a file carry their number under `info["video_frame"]`: some
+models scale them otherwise than pictures. Sound is not read, addresses are not fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from align.errors import UserError
+from align.images import ImageStore
+
+FRAME_KEY = "video_frame"
+FRAME_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MAX_FRAME_PIXELS = 100_000_000
+MAX_FRAMES = 1_000_000
+
+# (number of frames in the video, frames per second or None) -> indices of the frames to look at, in order.
+Picker = Callable[[int, float | None], list[int]]
+
+
+def evenly(num_frames: int, frames_per_second: float | None = None, *, count: int = 8) -> list[int]:
+    """`count` frames from the first to the last, indices truncated: Valley 1, Valley2 (8), LLaVA-OneVision (16 or more).
+
+    A video with fewer frames has some twice, as in the originals.
+
+    >>> evenly(13), evenly(3, count=4)
+    ([0, 1, 3, 5, 6, 8, 10, 12], [0, 0, 1, 2])
+    """
+    return np.linspace(0, num_frames - 1, count).astype(int).tolist()
+
+
+def every(
+    num_frames: int, frames_per_second: float | None = None, *, seconds: float = 2.0, at_most: int | None = None
+) -> list[int]:
+    """A frame every so many seconds from the first one on (Valley 1's "fps" mode: 2 s); of too many, evenly some.
+
+    The rate is rounded to whole frames a second first, as in the original. Without a rate, a frame is a second.
+
+    >>> every(10, 1.0), every(10, 1.0, at_most=3)
+    ([0, 2, 4, 6, 8], [0, 4, 8])
+    """
+    rate = max(round(frames_per_second or 1.0), 1)
+    indices = list(range(0, num_frames, max(int(rate * seconds), 1)))
+    if at_most is None or len(indices) <= at_most:
+        return indices
+    return [indices[i] for i in evenly(len(indices), count=at_most)]
+
+
+def picker_of(processor: Any, num_frames: int | None = None) -> Picker:
+    """How a model picks frames: `num_frames` evenly where that is given, else as its processor says, else 8 evenly."""
+    if num_frames is not None:
+        return partial(evenly, count=num_frames)
+    return getattr(processor, "frame_indices", evenly)
+
+
+def read_frames(
+    path: str | Path, num_frames: int | None = None, picker: Picker | None = None, *, max_pixels: int = MAX_FRAME_PIXELS
+) -> list[Image.Image]:
+    """The picked frames of a video file, or of a folder of frames in the order of their names, as RGB images.
+
+    `picker`: which ones, by default `num_frames` evenly (8 where neither is given). `max_pixels`: the most pixels of a frame.
+
+    Raises UserError for a path that is not there, a file that cannot be decoded, a folder without frames, a frame that is too
+    large, and where PyAV is missing.
+    """
+    path = Path(path)
+    picker = picker or partial(evenly, count=num_frames or 8)
+    if path.is_dir():
+        return _from_folder(path, picker, max_pixels)
+    if not path.is_file():
+        raise UserError("there is no such video", where=str(path), fix="check the path")
+    return _from_file(path, picker, max_pixels)
+
+
+def _from_folder(folder: Path, picker: Picker, max_pixels: int) -> list[Image.Image]:
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES)
+    if not names:
+        raise UserError(
+            f"expected frames ({', '.join(FRAME_SUFFIXES)}), found none", where=str(folder), fix="check the path"
+        )
+    store = ImageStore(folder, max_pixels)
+    return [store.open(names[index]) for index in _checked(picker(len(names), None), len(names), folder)]
+
+
+def _from_file(path: Path, picker: Picker, max_pixels: int) -> list[Image.Image]:
+    av = _av()
+    try:
+        count, rate = _measure(av, path, max_pixels)
+        wanted = _checked(picker(count, rate), count, path)
+        frames, num_decoded = _decode(av, path, set(wanted), max_pixels)
+        if len(frames) < len(set(wanted)) and num_decoded:
+            # Some packets hold no picture of their own, or are damaged: the frames that come out are the video.
+            wanted = _checked(picker(num_decoded, rate), num_decoded, path)
+            frames, _ = _decode(av, path, set(wanted), max_pixels)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise UserError(
+            f"the video cannot be read ({error})", where=str(path), fix="convert it (to H.264 in MP4), or remove it"
+        ) from None
+    if not frames:
+        raise UserError("expected a video, found no frame that can be decoded", where=str(path))
+    return [frames[index] for index in wanted]
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise UserError(
+            "reading video files needs PyAV, which is not installed",
+            fix="pip install 'valley-align[video]', or give a folder of frames",
+        ) from None
+    return av
+
+
+def _measure(av: Any, path: Path, max_pixels: int) -> tuple[int, float | None]:
+    """How many frames a file has, and how many a second. Its packets are counted: headers are often wrong."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise UserError("expected a video, found a file without pictures", where=str(path))
+        stream = container.streams.video[0]
+        _check_size(stream.width, stream.height, max_pixels, path)
+        count = 0
+        for packet in container.demux(stream):
+            count += packet.size > 0
+            if count > MAX_FRAMES:
+                raise UserError(f"expected at most {MAX_FRAMES} frames", where=str(path), fix="cut the video")
+        return max(count, 1), float(stream.average_rate) if stream.average_rate else None
+
+
+def _decode(av: Any, path: Path, wanted: set[int], max_pixels: int) -> tuple[dict[int, Image.Image], int]:
+    """The wanted frames by number, and how many frames were decoded to find them."""
+    images: dict[int, Image.Image] = {}
+    number = -1
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                _check_size(frame.width, frame.height, max_pixels, path)
+                images[number] = frame.to_image().convert("RGB")
+                images[number].info[FRAME_KEY] = number
+            if len(images) == len(wanted):
+                break
+    return images, number + 1
+
+
+def _check_size(width: int, height: int, max_pixels: int, path: Path) -> None:
+    if width * height > max_pixels:
+        raise UserError(
+            f"expected frames of at most {max_pixels} pixels, found {width}x{height}",
+            where=str(path),
+            fix="scale the video down",
+        )
+
+
+def _checked(indices: list[int], count: int, path: Path) -> list[int]:
+    if not indices or min(indices) < 0 or max(indices) >= count:
+        raise UserError(f"the frames {indices[:8]} were picked of a video of {count}", where=str(path))
+    return [int(index) for index in indices]

@@ -1,0 +1,145 @@
+"""Frames of real video files, written here with PyAV, and of folders."""
+
+from __future__ import annotations
+
+import builtins
+from fractions import Fraction
+from functools import partial
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from align.errors import UserError
+from align.models.valley1 import processing as valley1
+from align.video import FRAME_KEY, evenly, every, picker_of, read_frames
+
+WIDTH, HEIGHT = 64, 48
+
+
+def shade(number: int) -> int:
+    """The grey of a frame: far enough from its neighbours to survive compression."""
+    return 20 + 15 * number
+
+
+def write_video(path, num_frames: int = 13, rate: int = 10, codec: str = "mpeg4", size=(WIDTH, HEIGHT)):
+    """A video whose frames are plain, each of its own grey."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(rate))
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for number in range(num_frames):
+            picture = Image.new("RGB", size, (shade(number),) * 3)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return path
+
+
+def greys(frames) -> list[int]:
+    return [round((float(np.asarray(frame).mean()) - 20) / 15) for frame in frames]
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "mpeg4"), ("a.mp4", "libx264"), ("a.mkv", "libvpx-vp9")])
+def test_the_picked_frames_of_a_file_are_read(tmp_path, name, codec):
+    frames = read_frames(write_video(tmp_path / name, codec=codec), 8)
+    assert greys(frames) == [0, 1, 3, 5, 6, 8, 10, 12]
+    assert [frame.info[FRAME_KEY] for frame in frames] == [0, 1, 3, 5, 6, 8, 10, 12]
+    assert {(frame.size, frame.mode) for frame in frames} == {((WIDTH, HEIGHT), "RGB")}
+
+
+def test_a_short_video_has_frames_twice(tmp_path):
+    assert greys(read_frames(write_video(tmp_path / "a.mp4", num_frames=3), 4)) == [0, 0, 1, 2]
+
+
+def test_a_picker_gets_the_frame_rate(tmp_path):
+    seen = []
+
+    def picker(count, rate):
+        seen.append((count, rate))
+        return every(count, rate, seconds=0.5)
+
+    assert greys(read_frames(write_video(tmp_path / "a.mp4", rate=10), picker=picker)) == [0, 5, 10]
+    assert seen == [(13, 10.0)]
+
+
+def test_frames_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
+    for number in reversed(range(5)):
+        Image.new("RGB", (8, 8), (shade(number),) * 3).save(tmp_path / f"{number:02d}.png")
+    (tmp_path / "notes.txt").write_text("no frame")
+    frames = read_frames(tmp_path, 3)
+    assert greys(frames) == [0, 2, 4]
+    assert all(FRAME_KEY not in frame.info for frame in frames)
+
+
+def test_every_two_seconds_at_most_so_many():
+    assert every(100, 9.6) == [0, 20, 40, 60, 80]
+    assert every(100, 9.6, at_most=3) == [0, 40, 80]
+    assert every(3, None) == [0, 2]
+
+
+def test_the_number_of_frames_can_be_set_over_the_model_s_own():
+    class Processor:
+        def frame_indices(self, num_frames, frames_per_second=None):
+            return [num_frames - 1]
+
+    assert picker_of(Processor())(9, None) == [8]
+    assert picker_of(Processor(), 2)(9, None) == [0, 8]
+    assert picker_of(object())(8, None) == list(range(8)) == evenly(8)
+
+
+def test_what_cannot_be_read_is_a_user_error(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video at all")
+    whole = write_video(tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 3])
+    (tmp_path / "empty").mkdir()
+    for name, reason in [
+        ("text.mp4", "cannot be read"),
+        ("cut.mp4", "cannot be read"),
+        ("empty", "expected frames"),
+        ("missing.mp4", "no such video"),
+    ]:
+        with pytest.raises(UserError, match=reason) as error:
+            read_frames(tmp_path / name)
+        assert name in str(error.value)
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(UserError, match="without pictures"):
+        read_frames(tmp_path / "a.wav")
+
+
+def test_frames_that_are_too_large_are_refused(tmp_path):
+    with pytest.raises(UserError, match="64x48"):
+        read_frames(write_video(tmp_path / "a.mp4"), max_pixels=WIDTH * HEIGHT - 1)
+
+
+def test_a_picker_that_picks_what_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="of a video of 13"):
+        read_frames(write_video(tmp_path / "a.mp4"), picker=lambda count, rate: [count])
+
+
+def test_without_pyav_files_are_refused_and_folders_are_read(tmp_path, monkeypatch):
+    real_import = builtins.__import__
+
+    def no_av(name, *args, **kwargs):
+        if name == "av":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    video = write_video(tmp_path / "a.mp4")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    monkeypatch.setattr(builtins, "__import__", no_av)
+    with pytest.raises(UserError, match=r"valley-align\[video\]"):
+        read_frames(video)
+    assert len(read_frames(tmp_path, picker=partial(evenly, count=2))) == 2
+
+
+def test_valley_1_knows_the_frames_of_a_file():
+    assert valley1.FRAME_KEY == FRAME_KEY

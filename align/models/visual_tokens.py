@@ -85,6 +85,15 @@ class VisualCausalLM:
     model: Any
     encoder_configs: ClassVar[tuple[str, ...]]
     """Names of the attributes of the config that hold the encoders' configs."""
+    unused_modules: ClassVar[tuple[str, ...]] = ()
+    """Modules that are stored but never used: a gradient that never comes would stop DDP."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which makes every parameter that it loads a trained one; unused modules stay out."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        freeze_unused(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def get_image_features(self, **image_inputs: Any) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(**image_inputs)
@@ -127,6 +136,14 @@ class VisualCausalLM:
             [tokens for sequence in features.split(counts) for tokens in [sequence] * expand_size]
         )
         return expanded_ids, kwargs
+
+
+def freeze_unused(model: Any) -> None:
+    """Takes the modules that `unused_modules` names, where they exist, out of training."""
+    modules = dict(model.named_modules())
+    for name in model.unused_modules:
+        if name in modules:
+            modules[name].requires_grad_(False)
 
 
 def encoder_attention(text_config: Any) -> str | None:

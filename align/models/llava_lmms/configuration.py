@@ -5,7 +5,6 @@ layer, 26 of 27. `model_type` is "llava" in some folders, a name that transforme
 in others; `architectures` decides. Keys that change nothing at inference are kept as attributes and not read.
 """
 
-import os
 import re
 from typing import Any
 
@@ -92,8 +91,10 @@ class LlavaQwenConfig(Qwen2Config):
         _check(self)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "LlavaQwenConfig":
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Takes "llava" for this model's type, which transformers would take for another model's, tokenizer included."""
+        content, rest = super().get_config_dict(*args, **kwargs)
+        return {**content, "model_type": cls.model_type}, rest
 
     @property
     def image_token_id(self) -> int:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel, SiglipVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from ..visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention
+from ..visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention, freeze_unused
 from .configuration import LlavaQwenConfig
 from .layout import NUM_LAYOUT_FIELDS, ImageLayout
 
@@ -33,11 +33,6 @@ class VisionTower(nn.Module):
     def __init__(self, encoder: SiglipVisionModel) -> None:
         super().__init__()
         self.vision_tower = encoder
-        # The final normalisation (and a pooling head, where there is one) is stored but never used: a gradient that never
-        # comes would stop DDP.
-        for unused in (encoder.post_layernorm, getattr(encoder, "head", None)):
-            if unused is not None:
-                unused.requires_grad_(False)
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
         """`(V, 3, S, S)` to `(V, P, C)`: patches of the last stored layer."""
@@ -134,12 +129,14 @@ class LlavaQwenForCausalLM(VisualCausalLM, Qwen2ForCausalLM):
 
     config_class = LlavaQwenConfig
     encoder_configs = ("vision_config",)
+    unused_modules = ("model.vision_tower.vision_tower.post_layernorm", "model.vision_tower.vision_tower.head")
 
     def __init__(self, config: LlavaQwenConfig) -> None:
         Qwen2PreTrainedModel.__init__(self, config)
         self.model = LlavaQwenModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        freeze_unused(self)
         self.post_init()
 
     def forward(

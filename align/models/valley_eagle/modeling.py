@@ -26,6 +26,7 @@ from transformers import Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel, Sig
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
+from ..visual_tokens import freeze_unused
 from .configuration import ValleyEagleConfig
 
 IMAGE_INPUTS = ("pixel_values", "tiles_per_image", "image_sizes", "eagle_pixel_values", "image_grid_thw")
@@ -127,10 +128,6 @@ class ValleyQwen2Model(Qwen2Model):
         if config.eagle_vision_config is not None:
             self.qwen2vl_vision_tower = Qwen2VisionTransformerPretrainedModel(config.eagle_vision_config)
         self.mm_projector = PROJECTORS[config.mm_projector_type](config)
-        # The pooling head is stored but never used: a gradient that never comes would stop DDP. A small encoder may
-        # be configured without it (vision_use_head: false).
-        if config.vision_config.vision_use_head:
-            self.vision_tower.vision_tower.head.requires_grad_(False)
         self.post_init()
 
     def get_image_features(
@@ -262,13 +259,23 @@ class ValleyQwen2ForCausalLM(Qwen2ForCausalLM):
     """Valley-Eagle with its language-model head; named as the published checkpoints name it."""
 
     config_class = ValleyEagleConfig
+    # The pooling head is stored but never used, and a small encoder may be configured without it.
+    unused_modules = ("model.vision_tower.vision_tower.head",)
 
     def __init__(self, config: ValleyEagleConfig) -> None:
         Qwen2PreTrainedModel.__init__(self, config)
         self.model = ValleyQwen2Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        freeze_unused(self)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, which makes every parameter that it loads a trained one; the unused head stays out."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        freeze_unused(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(*args, **kwargs)

@@ -203,3 +203,122 @@ def test_pairs_that_cannot_be_used_are_refused(tmp_path):
     this.pairs.unlink()
     with pytest.raises(UserError, match="there are no pairs"):
         run_dpo(config, 1)
+
+
+def test_an_adapter_is_merged_into_a_whole_checkpoint(tmp_path):
+    config = make_run(tmp_path, dpo={"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "learning_rate": 1e-2})
+    run_dpo(config, 1)
+    before, after = weights(tmp_path / "policy"), weights(round_1(config).checkpoint)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.endswith(("q_proj.weight", "v_proj.weight"))}
+    assert not (round_1(config).checkpoint / "adapter_config.json").exists()
+
+
+def test_an_adapter_stopped_by_sigterm_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    dpo = {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "learning_rate": 1e-2}
+    straight, stopped = (make_run(tmp_path, name=name, dpo=dpo) for name in ("straight", "stopped"))
+    run_dpo(straight, 1)
+    with monkeypatch.context() as patch:
+        stop_once(patch, 3)
+        with pytest.raises(SystemExit):
+            run_dpo(stopped, 1)
+    run_dpo(stopped, 1)
+    expected, found = weights(round_1(straight).checkpoint), weights(round_1(stopped).checkpoint)
+    for name in expected:
+        assert torch.allclose(expected[name], found[name], atol=1e-6), name
+
+
+def test_live_and_cached_references_train_the_same(tmp_path):
+    courses = {}
+    for reference in ("round-start", "live", "initial"):
+        config = make_run(tmp_path, name=reference, dpo={"reference": reference})
+        run_dpo(config, 1)
+        courses[reference] = history(round_1(config).checkpoint)
+        assert round_1(config).reference.exists() == (reference != "live")
+    # In the first round the first policy is the round's start.
+    assert courses["initial"] == courses["round-start"]
+    for cached, live in zip(courses["round-start"], courses["live"], strict=True):
+        assert cached["loss"] == pytest.approx(live["loss"], abs=1e-4)
+        assert cached["rewards/margins"] == pytest.approx(live["rewards/margins"], abs=1e-4)
+
+
+def test_the_second_round_starts_from_the_first_and_may_refer_to_the_first_policy(tmp_path):
+    config = make_run(tmp_path, dpo={"reference": "initial", "gradient_accumulation_steps": 1})
+    run_dpo(config, 1)
+    second = RunDir(config.run_dir).round(2)
+    second.path.mkdir()
+    write_jsonl(second.pairs, make_pairs(tmp_path / "images", 4))
+    run_dpo(config, 2)
+    first_step = history(second.checkpoint)[0]
+    assert abs(first_step["rewards/margins"]) > 1e-3
+    assert (
+        second.manifest.stage("dpo")["inputs"]["reference"] == round_1(config).manifest.stage("dpo")["inputs"]["policy"]
+    )
+
+
+def test_a_loss_that_is_no_number_stops_at_the_last_good_state(tmp_path, monkeypatch):
+    config = make_run(tmp_path, dpo={"gradient_accumulation_steps": 1, "num_train_epochs": 1})
+    make_trainer = DpoStage._trainer
+
+    def spoil(module, inputs, output):
+        output.last_hidden_state = output.last_hidden_state * float("nan")
+        return output
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **_):
+            if state.global_step == 2:
+                # The weights stay good; what they compute does not.
+                model.model.register_forward_hook(spoil)
+
+    def with_poison(self, *args):
+        trainer = make_trainer(self, *args)
+        trainer.add_callback(Poison())
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DpoStage, "_trainer", with_poison)
+        with pytest.raises(
+            UserError, match=r"the loss is nan at step 3, with the pairs p\d; the state after step 2 is kept"
+        ):
+            run_dpo(config, 1)
+    state = round_1(config).trainer / "checkpoint-2"
+    assert all(torch.isfinite(tensor).all() for tensor in weights(state).values())
+    run_dpo(config, 1)
+    assert [entry["step"] for entry in history(round_1(config).checkpoint)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights_are_touched(tmp_path, monkeypatch):
+    config = make_run(tmp_path, dpo={"gradient_accumulation_steps": 2, "num_train_epochs": 1})
+    make_trainer = DpoStage._trainer
+
+    def with_bad_gradient(self, *args):
+        trainer = make_trainer(self, *args)
+        trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return trainer
+
+    monkeypatch.setattr(DpoStage, "_trainer", with_bad_gradient)
+    with pytest.raises(
+        UserError, match=r"the norm of the gradient is nan at step 1, with the pairs p\d, p\d; nothing has"
+    ):
+        run_dpo(config, 1)
+
+
+def test_a_shared_prefix_that_is_not_exact_is_refused_or_replaced(tmp_path):
+    class Twisted(torch.nn.Module):
+        """An attention output that depends on how the row is laid out, as a state-space layer's would."""
+
+        def forward(self, hidden):
+            return hidden + hidden.cumsum(dim=1) * 0.01
+
+    model = tiny_models.llava_onevision()
+    processor = tiny_models.llava_onevision_processor()
+    (tmp_path / "images").mkdir()
+    pairs = make_pairs(tmp_path / "images", 1)
+    collator = train.PairCollator(processor, train.ImageStore(tmp_path / "images"), "shared")
+    model.model.language_model.norm = torch.nn.Sequential(Twisted(), model.model.language_model.norm)
+    layout, note = train.choose_layout("auto", model, collator, pairs)
+    assert layout == "plain"
+    assert note.startswith("not used: shared and plain log-probabilities differ")
+    with pytest.raises(UserError, match="shared_prefix is on, but it cannot be used"):
+        train.choose_layout("on", model, collator, pairs)

@@ -145,7 +145,7 @@ def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
     if length is not None and abs(length) > MOST_LENGTH_CORRELATION:
         yield Alarm(
             f"The critic likes {'longer' if length > 0 else 'shorter'} responses",
-            f"Within a question, reward and length correlate by {plain(length)}.",
+            f"Among comparable responses to a question, reward and length correlate by {plain(length)}.",
             f"Beyond {plain(MOST_LENGTH_CORRELATION)} length may be what is learned.",
             round_,
         )
@@ -161,7 +161,7 @@ def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
 
 
 def _losses(data: RoundData) -> Iterator[Alarm]:
-    sample, score = data.counts("sample"), data.counts("score")
+    sample, judged = data.counts("sample"), data.judged
     responses, truncated = number(sample.get("responses")), number(sample.get("truncated"))
     if responses and truncated and truncated / responses > MOST_TRUNCATED:
         yield Alarm(
@@ -170,7 +170,7 @@ def _losses(data: RoundData) -> Iterator[Alarm]:
             "What is cut off is judged unfairly, and is left out of pairs unless pairs.keep_truncated is set.",
             data.number,
         )
-    unscored = total(score.get("unscored"))
+    unscored = total(judged.get("unscored"))
     if responses and unscored / responses > MOST_UNSCORED:
         yield Alarm(
             "The critic could not score much",
@@ -179,7 +179,7 @@ def _losses(data: RoundData) -> Iterator[Alarm]:
             data.number,
             serious=True,
         )
-    questions, pairs = number(sample.get("questions")), number(score.get("pairs"))
+    questions, pairs = number(sample.get("questions")), number(judged.get("pairs"))
     if questions and pairs is not None and pairs / questions < LEAST_PAIRS:
         yield Alarm(
             "Few questions gave a pair",

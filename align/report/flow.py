@@ -52,6 +52,7 @@ _SHOWN = {
     "sample": {"questions", "responses", "truncated", "empty", "identical", "tokens"},
     "score": {"questions", "responses", "scored", "unscored", "verdicts", "pairs", "dropped", "dropped_responses",
               "dropped_pairs", "questions_without_pair", "critic"},
+    "pairs": {"questions", "pairs", "dropped", "dropped_responses", "dropped_pairs", "questions_without_pair"},
     "dpo": {"pairs", "tokens", "dropped_too_long", "loss", "reward_accuracy", "reward_margin"},
 }  # fmt: skip
 
@@ -63,29 +64,31 @@ def funnels(run: RunData) -> list[Funnel]:
 
 
 def _steps(data: RoundData) -> list[Step]:
-    sample, score, dpo = data.counts("sample"), data.counts("score"), data.counts("dpo")
+    sample, judged, dpo = data.counts("sample"), data.judged, data.counts("dpo")
     questions, responses = number(sample.get("questions")), number(sample.get("responses"))
     steps = []
     if questions is not None:
         steps.append(Step("questions asked", questions))
     if responses is not None:
-        kinds = [(key, number(sample.get(key))) for key in ("truncated", "empty", "identical")]
-        steps.append(Step("responses sampled", responses, losses=[Loss(_WORDS[key], n) for key, n in kinds if n]))
-    scored, verdicts = number(score.get("scored")), number(score.get("verdicts"))
+        # Once pairs are made, these stand among the responses that were not fit for one.
+        kinds = () if "dropped_responses" in judged else ("truncated", "empty", "identical")
+        losses = [Loss(_WORDS[key], n) for key in kinds if (n := number(sample.get(key)))]
+        steps.append(Step("responses sampled", responses, losses=losses))
+    scored, verdicts = number(judged.get("scored")), number(judged.get("verdicts"))
     if scored is not None:
         label = f"responses scored by {verdicts:,.0f} verdicts" if verdicts else "responses scored"
-        steps.append(_kept(label, scored, responses, "responses", reasons(score.get("unscored"))))
-    left_out = reasons(score.get("dropped_responses"))
+        steps.append(_kept(label, scored, responses, "responses", reasons(judged.get("unscored"))))
+    left_out = reasons(judged.get("dropped_responses"))
     if scored is not None and left_out:
         # Unscored responses were taken off in the step before.
         losses = [loss for loss in left_out if loss.reason != "unscored"]
         usable = scored - sum(loss.count for loss in losses)
         steps.append(_kept("responses fit for a pair", usable, scored, "scored responses", losses))
-    pairs = number(score.get("pairs"))
+    pairs = number(judged.get("pairs"))
     if pairs is not None:
-        losses = reasons(score.get("questions_without_pair")) or reasons(score.get("dropped"))
+        losses = reasons(judged.get("questions_without_pair")) or reasons(judged.get("dropped"))
         without = sum(loss.count for loss in losses)
-        if questions and score.get("questions_without_pair") is not None:
+        if questions and judged.get("questions_without_pair") is not None:
             steps.append(_kept("questions with a pair", questions - without, questions, "questions", losses))
             losses = []
         steps.append(Step("preference pairs", pairs, losses=losses))
@@ -119,9 +122,7 @@ def _others(data: RoundData) -> list[tuple[str, float]]:
         for key, value in stage.counts.items():
             if key not in _SHOWN.get(stage.name, {"questions"}) and (n := number(value)) is not None:
                 found.append((f"{stage.name}: {key.replace('_', ' ')}", n))
-    found += [
-        (f"combinations: {loss.reason}", loss.count) for loss in reasons(data.counts("score").get("dropped_pairs"))
-    ]
+    found += [(f"combinations: {loss.reason}", loss.count) for loss in reasons(data.judged.get("dropped_pairs"))]
     return found
 
 

@@ -59,6 +59,11 @@ class RoundData:
         return self.stages[stage].counts if stage in self.stages else {}
 
     @property
+    def judged(self) -> JSON:
+        """Counts of the score and of the pairs stage together."""
+        return self.counts("score") | self.counts("pairs")
+
+    @property
     def evaluated(self) -> bool:
         return bool(self.metrics or self.lines)
 

@@ -53,33 +53,47 @@ def grade_response(text: str, question: Question) -> bool | None:
 
 
 def _of_manifest(data: RoundData) -> dict[str, float]:
-    figures = data.counts("score").get("critic")
+    figures = data.judged.get("critic")
     if not isinstance(figures, dict):
         return {}
     return {str(key): x for key, value in figures.items() if (x := number(value)) is not None}
 
 
-def _length_correlation(samples: dict[str, JSON], scores: Any) -> float | None:
-    """Pearson's correlation of reward and number of tokens after each question's own means are taken off."""
+def _length_correlation(samples: dict[str, JSON], scores: Iterable[JSON]) -> float | None:
+    """Pearson's correlation of reward and number of tokens among comparable responses.
+
+    Comparable are responses to one question, and where its answer is known only those that are equally right: a critic
+    that knows wrong answers to be longer does not love brevity. Each group's own means are taken off.
+    """
     sums = [0.0, 0.0, 0.0]
     for line in scores:
-        responses = samples.get(str(line.get("id")), {}).get("responses") or []
-        points = [
-            (reward, tokens)
-            for reward, response in zip(map(number, line.get("rewards") or []), responses, strict=False)
-            if reward is not None and (tokens := _tokens(response)) is not None
-        ]
-        mean_reward = sum(reward for reward, _ in points) / max(1, len(points))
-        mean_tokens = sum(tokens for _, tokens in points) / max(1, len(points))
-        for reward, tokens in points:
-            x, y = reward - mean_reward, tokens - mean_tokens
-            sums = [sums[0] + x * y, sums[1] + x * x, sums[2] + y * y]
+        for points in _comparable(samples.get(str(line.get("id")), {}), line.get("rewards") or []):
+            mean_reward = sum(reward for reward, _ in points) / len(points)
+            mean_tokens = sum(tokens for _, tokens in points) / len(points)
+            for reward, tokens in points:
+                x, y = reward - mean_reward, tokens - mean_tokens
+                sums = [sums[0] + x * y, sums[1] + x * x, sums[2] + y * y]
     product, squares = sums[0], sums[1] * sums[2]
-    return product / math.sqrt(squares) if squares > 0 else None
+    return product / math.sqrt(squares) if squares > 1e-12 else None
 
 
-def _tokens(response: Any) -> float | None:
-    return number(response.get("num_tokens")) if isinstance(response, dict) else None
+def _comparable(line: JSON, rewards: list[Any]) -> Iterable[list[tuple[float, float]]]:
+    """(reward, tokens) of a question's responses, in groups of equal correctness."""
+    question = _question(line)
+    groups: dict[bool | None, list[tuple[float, float]]] = {}
+    for reward, response in zip(map(number, rewards), line.get("responses") or [], strict=False):
+        tokens = number(response.get("num_tokens")) if isinstance(response, dict) else None
+        if reward is not None and tokens is not None:
+            correct = grade_response(str(response.get("text")), question) if question else None
+            groups.setdefault(correct, []).append((reward, tokens))
+    return groups.values()
+
+
+def _question(line: JSON) -> Question | None:
+    try:
+        return Question.model_validate(line.get("question"))
+    except ValueError:
+        return None
 
 
 def _compare_pairs(samples: dict[str, JSON], pairs: Iterable[JSON]) -> tuple[int, int, int, int]:
@@ -102,12 +116,12 @@ def _sides(line: JSON | None, indices: Any) -> tuple[Question, JSON, JSON] | Non
     """The question of a pair with its chosen and rejected response; None where the samples do not hold them."""
     try:
         responses = line["responses"]  # type: ignore[index]
-        question = Question.model_validate(line["question"])  # type: ignore[index]
         sides = responses[indices["chosen"]], responses[indices["rejected"]]
         assert all(isinstance(side["text"], str) and isinstance(side["num_tokens"], int) for side in sides)
     except (TypeError, KeyError, IndexError, ValueError, AssertionError):
         return None
-    return question, *sides
+    question = _question(line) if line else None
+    return None if question is None else (question, *sides)
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,7 @@ FIGURES = (
     Figure("position_bias", "Position bias", "rate of preferring the first place minus that of the second; 0 is none", False, lambda x: abs(x) > MOST_POSITION_BIAS),
     Figure("tie_rate", "Ties", "share of verdicts without a winner"),
     Figure("agreement", "Agrees with reference answers", "of the pairs that set a right response against a wrong one, those that chose the right one", True, lambda x: x < LEAST_AGREEMENT),
-    Figure("reward_length_correlation", "Reward follows length", "correlation of reward and tokens within a question; 0 is none", False, lambda x: abs(x) > MOST_LENGTH_CORRELATION),
+    Figure("reward_length_correlation", "Reward follows length", "correlation of reward and tokens among the responses to a question, equally right ones where the answer is known; 0 is none", False, lambda x: abs(x) > MOST_LENGTH_CORRELATION),
     Figure("chosen_longer", "Chosen is the longer one", "of the pairs of unequal length, those whose chosen response has more tokens"),
 )  # fmt: skip
 

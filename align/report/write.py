@@ -28,7 +28,7 @@ from align.report.read import RunData, read_run
 from align.report.trust import measure_trust
 from align.report.trust import rows as trust_rows
 from align.report.verdict import judge
-from align.rundir import RunDir, write_text
+from align.rundir import STAGES, RunDir, write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -109,6 +109,7 @@ def render(
         trust_rows=trust_rows(trust),
         funnels=flow.funnels(run),
         costs=costs,
+        stages=[stage for stage in STAGES if any(cost.stage == stage for cost in costs)],
         device_hours=_total(cost.device_hours for cost in costs),
         tokens=_total(cost.tokens for cost in costs),
         alarms=alarms,

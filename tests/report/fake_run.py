@@ -138,7 +138,8 @@ class FakeRun:
         notes = {"shared_prefix": "exact, max error 9.5e-07"}
         for name, stage_counts, seconds in (
             ("sample", sampled, 21.5),
-            ("score", counts, 33.25),
+            ("score", score_counts(scores), 33.25),
+            ("pairs", counts, 0.25),
             ("dpo", {"pairs": len(pairs), "steps": self.steps}, 47.0),
         ):
             begin(this, name)
@@ -169,7 +170,7 @@ class FakeRun:
 
 
 def make_pairs(samples: list[Samples], scores: list[Scores]) -> tuple[list[Pair], dict[str, Any]]:
-    """Best against worst, with the counts that the score stage writes."""
+    """Best against worst, with the counts that the pairs stage writes."""
     pairs, tied = [], 0
     for line, score in zip(samples, scores, strict=True):
         rewards = [reward or 0.0 for reward in score.rewards]
@@ -195,16 +196,22 @@ def make_pairs(samples: list[Samples], scores: list[Scores]) -> tuple[list[Pair]
         )
     counts = {
         "questions": len(samples),
-        "responses": sum(len(line.responses) for line in samples),
+        "pairs": len(pairs),
+        "dropped_responses": {"same text as another response": 3},
+        "dropped_pairs": {"not picked by the strategy": 5 * len(pairs)},
+        "questions_without_pair": {"all rewards tied": tied},
+    }
+    return pairs, counts
+
+
+def score_counts(scores: list[Scores]) -> dict[str, Any]:
+    return {
+        "questions": len(scores),
         "scored": sum(len(score.rewards) for score in scores),
         "unscored": {},
         "verdicts": sum(len(score.verdicts) for score in scores),
-        "pairs": len(pairs),
-        "dropped_responses": {"same text as another response": 3},
-        "questions_without_pair": {"all rewards tied": tied},
         "critic": {"consistency": 0.8125, "position_bias": 0.0417, "tie_rate": 0.0},
     }
-    return pairs, counts
 
 
 def begin(this: Round, stage: str) -> None:

@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return re.sub(r"[ \t\r\n]+", " ", "".join(self.parts))
+        return re.sub(r"[ \t\r\n]+", " ", " ".join(self.parts))
 
     def attributes(self, name: str) -> list[str]:
         return [attrs[name] or "" for _, attrs in self.elements if name in attrs]
@@ -309,8 +309,10 @@ def test_counts_and_costs_are_those_of_the_manifests(built):
     text = read(write_report(built / "critic")).text
     stages = [json.loads((built / f"critic/round-{n}/manifest.json").read_text())["stages"] for n in range(4)]
     for entry in stages[1:]:
-        assert f"questions asked{entry['sample']['counts']['questions']}" in text.replace(" ", "").replace("questionsasked", "questions asked")  # fmt: skip
-        assert f"{entry['score']['counts']['pairs']}" in text
-        assert f"{entry['sample']['counts']['tokens']:,}" in text
+        counts = {name: stage["counts"] for name, stage in entry.items()}
+        assert f"questions asked {counts['sample']['questions']} " in text
+        assert f"responses scored by {counts['score']['verdicts']:,} verdicts {counts['score']['scored']} " in text
+        assert f"preference pairs {counts['pairs']['pairs']} " in text
+        assert f"{counts['sample']['tokens']:,}" in text
     seconds = sum(stage["seconds"] for entry in stages for stage in entry.values())
     assert f"{int(seconds) // 60} min {round(seconds) % 60} s in all" in text

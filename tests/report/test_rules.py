@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -261,32 +262,34 @@ def test_one_group_alone_is_no_place():
     assert find_places(a_run(*rounds)) is None
 
 
-def test_length_correlation_is_within_questions(tmp_path):
-    import json
+def write_scored(folder: Path, lines: list[tuple[str | None, list[tuple[str, int, float]]]]) -> RoundData:
+    """A round of questions with these answers, each with responses as (text, tokens, reward)."""
+    data = RoundData(1, Round(folder, 1))
+    samples, scores = [], []
+    for index, (answer, responses) in enumerate(lines):
+        question = {"id": f"q{index}", "question": "How many?", "answer": answer, "answer_kind": "number"}
+        said = [{"text": text, "num_tokens": tokens} for text, tokens, _ in responses]
+        samples.append({"id": f"q{index}", "question": question, "responses": said, "seed": 0})
+        scores.append({"id": f"q{index}", "rewards": [reward for _, _, reward in responses]})
+    data.folder.samples.write_text("".join(json.dumps(line) + "\n" for line in samples))
+    data.folder.scores.write_text("".join(json.dumps(line) + "\n" for line in scores))
+    return data
 
-    data = RoundData(1, Round(tmp_path, 1))
-    # Question a has long responses and low rewards, b short and high; within each, longer is better.
-    samples = {"a": [100, 101], "b": [1, 2]}
-    rewards = {"a": [-5.0, -4.0], "b": [5.0, 6.0]}
-    question = {"id": "a", "question": "?"}
-    data.folder.samples.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "id": id_,
-                    "question": question,
-                    "responses": [{"text": "x", "num_tokens": n} for n in tokens],
-                    "seed": 0,
-                }
-            )
-            + "\n"
-            for id_, tokens in samples.items()
-        )
-    )
-    data.folder.scores.write_text(
-        "".join(json.dumps({"id": id_, "rewards": values}) + "\n" for id_, values in rewards.items())
-    )
+
+def test_length_correlation_is_within_questions(tmp_path):
+    # The first question has long responses and low rewards, the second short and high; within each, longer is better.
+    low, high = [("x", 100, -5.0), ("x", 101, -4.0)], [("x", 1, 5.0), ("x", 2, 6.0)]
+    data = write_scored(tmp_path, [(None, low), (None, high)])
     assert measure_trust(data, []).figures == {"reward_length_correlation": pytest.approx(1.0)}
+
+
+def test_short_right_answers_do_not_make_a_critic_that_loves_brevity(tmp_path):
+    knows = [("3", 1, 1.0), ("3", 2, 1.0), ("It is 4", 9, -1.0), ("It is 5", 8, -1.0)]
+    assert "reward_length_correlation" not in measure_trust(write_scored(tmp_path, [("3", knows)]), []).figures
+    brief = [("3", 1, 1.0), ("3", 2, 0.0), ("It is 4", 9, -1.0), ("It is 5", 8, 0.0)]
+    assert measure_trust(write_scored(tmp_path, [("3", brief)]), []).figures == {
+        "reward_length_correlation": pytest.approx(-1.0)
+    }
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,17 @@ def training_arguments(config: Config, output_dir: Path, device: torch.device, d
         "disable_tqdm": True,
     }
     try:
-        return DPOConfig(**fields)
+        return DPOConfig(**_by_their_new_names(fields))
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"TRL refuses the dpo section: {error}") from None
+
+
+def _by_their_new_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """transformers has renamed gradient checkpointing; both names can be set, and both versions are understood."""
+    known = {field.name for field in dataclasses.fields(DPOConfig)}
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if new in known and old in fields:
+            value = fields.pop(old)
+            fields.setdefault(new, value)
+    return fields

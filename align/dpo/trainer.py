@@ -93,6 +93,7 @@ class PairTrainer(DPOTrainer):
         )
         self.projector_learning_rate_multiplier = projector_learning_rate_multiplier
         self._pairs_of_step: list[int] = []
+        self._total_train_tokens = 0
         self.remove_callback(PrinterCallback)
         if data_collator.layout == "shared":
             self._share_prompts()

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention
+from .visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention, freeze_unused
 
 
 class ImageLlamaConfig(LlamaConfig):
@@ -132,6 +132,7 @@ class ImageLlamaForCausalLM(VisualCausalLM, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        freeze_unused(self)
 
     def forward(
         self,
@@ -178,9 +179,14 @@ class ImageLlamaForCausalLM(VisualCausalLM, LlamaForCausalLM):
         )
 
 
-def freeze_unused_layers(vision_tower: Any, select_layer: int) -> None:
-    """Takes what lies behind the chosen hidden state out of training: a gradient that never comes would stop DDP."""
-    layers = vision_tower.encoder.layers
-    first_unused = select_layer if select_layer >= 0 else len(layers) + 1 + select_layer
-    for module in (*layers[first_unused:], vision_tower.post_layernorm):
-        module.requires_grad_(False)
+def unused_clip_layers(config: Any, prefix: str) -> tuple[str, ...]:
+    """Names of what lies behind the hidden state of CLIP that is read, under the tower's name.
+
+    >>> from types import SimpleNamespace as Config
+    >>> unused_clip_layers(Config(mm_vision_select_layer=-2, vision_config=Config(num_hidden_layers=24)), "tower")
+    ('tower.post_layernorm', 'tower.encoder.layers.23')
+    """
+    num_layers, chosen = config.vision_config.num_hidden_layers, config.mm_vision_select_layer
+    first_unused = chosen if chosen >= 0 else num_layers + 1 + chosen
+    layers = (f"{prefix}.encoder.layers.{index}" for index in range(first_unused, num_layers))
+    return (f"{prefix}.post_layernorm", *layers)

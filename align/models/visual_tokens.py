@@ -139,11 +139,10 @@ class VisualCausalLM:
 
 
 def freeze_unused(model: Any) -> None:
-    """Takes the modules that `unused_modules` names, where they exist, out of training."""
-    modules = dict(model.named_modules())
-    for name in model.unused_modules:
-        if name in modules:
-            modules[name].requires_grad_(False)
+    """Takes the modules and parameters that `unused_modules` names, where they exist, out of training."""
+    for name, parameter in model.named_parameters():
+        if any(name == unused or name.startswith(f"{unused}.") for unused in model.unused_modules):
+            parameter.requires_grad_(False)
 
 
 def encoder_attention(text_config: Any) -> str | None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import ChineseCLIPVisionModel, CLIPVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..image_llama import ImageLlamaForCausalLM, ImageLlamaModel, freeze_unused_layers
+from ..image_llama import ImageLlamaForCausalLM, ImageLlamaModel, unused_clip_layers
 from .configuration import ChineseValleyConfig, ValleyLlamaConfig
 
 MAX_FRAMES = 2048
@@ -38,7 +38,6 @@ class ValleyLlamaModel(ImageLlamaModel):
             self.pooling_layer = nn.Linear(config.hidden_size * config.num_patches, 1)
         if config.pooling == "delta":
             self._add_delta_encoder(config.hidden_size)
-        freeze_unused_layers(self.vision_tower, config.mm_vision_select_layer)
         self.post_init()
 
     def _add_delta_encoder(self, width: int) -> None:
@@ -50,9 +49,9 @@ class ValleyLlamaModel(ImageLlamaModel):
         def layer() -> nn.TransformerEncoderLayer:
             return nn.TransformerEncoderLayer(width, DELTA_HEADS, DELTA_WIDTH, DELTA_DROPOUT, batch_first=True)
 
-        self.position_matrix = nn.Parameter(torch.zeros(MAX_FRAMES, width), requires_grad=False)
+        self.position_matrix = nn.Parameter(torch.zeros(MAX_FRAMES, width))
         self.transformer_delta_encoder = nn.TransformerEncoder(layer(), num_layers=1, enable_nested_tensor=False)
-        self.transforemr_adding_layer = layer().requires_grad_(False)
+        self.transforemr_adding_layer = layer()
 
     def placeholders(self, num_pictures: int) -> list[int | None]:
         """The tokens that stand for an image of so many pictures, without the four that wrap them."""
@@ -124,6 +123,12 @@ class ValleyLlamaForCausalLM(ImageLlamaForCausalLM):
 
     config_class: type[ValleyLlamaConfig] = ValleyLlamaConfig
     backbone_class = ValleyLlamaModel
+
+    @property
+    def unused_modules(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What is stored and gets no gradient; the table of positions is a constant in the original too."""
+        delta = ("model.position_matrix", "model.transforemr_adding_layer")
+        return (*unused_clip_layers(self.config, "model.vision_tower"), *delta)
 
 
 class LlavaLlamaForCausalLM(ValleyLlamaForCausalLM):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..image_llama import ImageLlamaForCausalLM, ImageLlamaModel, freeze_unused_layers
+from ..image_llama import ImageLlamaForCausalLM, ImageLlamaModel, unused_clip_layers
 from .abstractor import CAbstractor
 from .configuration import QH360VLConfig
 
@@ -28,7 +28,6 @@ class ClipTower(nn.Module):
         super().__init__()
         self.select_layer = config.mm_vision_select_layer
         self.vision_tower = CLIPVisionModel(config.vision_config)
-        freeze_unused_layers(self.vision_tower, self.select_layer)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """`(P, 3, S, S)` to patches `(P, L, E)`, without the class token."""
@@ -53,7 +52,7 @@ class QH360VLModel(ImageLlamaModel):
         self.mm_projector_ctt, self.mm_projector_ori = projector(), projector()
         if not config.joins_crops:
             # Stored by the original beside the two that are used.
-            self.mm_projector = projector().requires_grad_(False)
+            self.mm_projector = projector()
         self.post_init()
 
     def get_image_features(
@@ -80,6 +79,11 @@ class QH360_VL_LlamaForCausalLM(ImageLlamaForCausalLM):
 
     config_class = QH360VLConfig
     backbone_class = QH360VLModel
+
+    @property
+    def unused_modules(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What is stored and gets no gradient."""
+        return (*unused_clip_layers(self.config, "model.vision_tower.vision_tower"), "model.mm_projector")
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

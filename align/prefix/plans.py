@@ -12,6 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from align.prefix.layout import PADDING, Layout, sees
 
+# Query heads on one key head, above which backward is faster with repeated keys on a CPU.
+MAX_FOLDED_WITH_GRADIENTS = 4
+
 
 class AttentionPlan:
     """What the layers of one forward receive in place of a mask.
@@ -27,22 +30,42 @@ class AttentionPlan:
         self.num_keys = prompt_width if mask is None else mask.shape[3]
         self.num_queries = prompt_width + (0 if mask is None else mask.shape[2])
         self.num_calls = 0
-        self._biases: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._biases: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
 
-    def bias(self, like: Tensor) -> Tensor:
-        """The mask as 0 and -inf, made once a dtype: SDPA would otherwise convert the bool mask in every layer."""
+    def bias(self, like: Tensor, copies: int = 1) -> Tensor:
+        """The mask as 0 and -inf, `(B, 1, copies * Q, K)`, the queries' rows so many times one after the other.
+
+        Made once a forward: SDPA would otherwise convert the bool mask in every layer.
+        """
         assert self.mask is not None
-        key = (like.dtype, like.device)
+        key = (like.dtype, like.device, copies)
         if key not in self._biases:
             mask = self.mask.to(like.device)
-            self._biases[key] = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(
-                ~mask, float("-inf")
-            )
+            bias = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, float("-inf"))
+            self._biases[key] = bias.repeat(1, 1, copies, 1) if copies > 1 else bias
         return self._biases[key]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
         """`(B, heads, Q, D)` for the queries behind the prompt: the one place where another kernel would be chosen."""
-        return _masked_attention(query, key, value, self.bias(query), scale=scale, dropout=dropout)
+        return self._masked(query, key, value, scale=scale, dropout=dropout)
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+        """SDPA under the mask. Queries that share a key head stand one after the other as queries of one head.
+
+        So keys are not repeated, and kernels that know no grouped queries can be used. Measured on one CPU thread,
+        growing 4 rows of 5 branches over 1200 keys, 4 heads on 2: 0.56 ms so, 0.86 with `enable_gqa`, 1.5 with
+        repeated keys; 28 heads on 4 of width 128, 1500 keys: 5.5, 7.2, 59. With gradients 2 x 120 tokens behind 1000
+        take 9.4, 9.1 and 10.0 ms; with 8 heads on 1 24, 29 and 18 (two threads), so there keys are repeated.
+        """
+        groups = query.shape[1] // key.shape[1]
+        if groups > MAX_FOLDED_WITH_GRADIENTS and query.requires_grad and not query.is_cuda:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+            groups = 1
+        folded = query.reshape(len(query), key.shape[1], groups * query.shape[2], query.shape[3])
+        out = scaled_dot_product_attention(
+            folded, key, value, attn_mask=self.bias(query, groups), dropout_p=dropout, scale=scale
+        )
+        return out.reshape(*query.shape[:3], out.shape[-1])
 
 
 class GroupedPlan(AttentionPlan):
@@ -77,13 +100,8 @@ class GroupedPlan(AttentionPlan):
         self.num_keys = self.num_queries = self.prompt_width + length
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
-        out = _masked_attention(
-            self._grouped(query),
-            self._with_prompt(key),
-            self._with_prompt(value),
-            self.bias(query),
-            scale=scale,
-            dropout=dropout,
+        out = self._masked(
+            self._grouped(query), self._with_prompt(key), self._with_prompt(value), scale=scale, dropout=dropout
         )
         batch, num_groups, width = self.index.shape
         out = out.transpose(1, 2).reshape(batch, num_groups * width, *out.shape[1::2])
@@ -129,21 +147,3 @@ def _top_segment(layout: Layout) -> Tensor:
     is_top = top == torch.arange(top.shape[1], device=top.device)
     number = (is_top.cumsum(dim=1) - 1).gather(1, top)
     return torch.where(layout.is_token, number.gather(1, layout.segment.clamp(min=0)), PADDING)
-
-
-def _masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale: float | None, dropout: float
-) -> Tensor:
-    """SDPA under an additive mask `(B, 1, Q, K)`, grouped queries on whichever way is fast on the device.
-
-    Measured on CPU (4 query heads on 2 key heads, 1000 + 2 x 120 tokens): grouped 9.1 ms forward and backward,
-    repeated keys 10.0 ms. With 8 heads on 1, backward of the grouped way is slower (29 against 18 ms), without
-    gradients it is faster (5.1 against 5.3 ms). On CUDA the fused kernels that take a mask have no grouped queries.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and (query.is_cuda or (groups > 4 and query.requires_grad)):
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        groups = 1
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
-    )

@@ -18,6 +18,8 @@ from align.report.trust import grade_response
 KINDS = ("gained", "lost", "stayed wrong", "stayed right", "open")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WIDEST_TABLE = 8
+MOST_RATIONALES = 24
+MOST_PICTURES = 6
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trained:
-    """A training question in one round; `table` holds the verdicts by (shown first, shown second) when it fits."""
+    """A training question in one round.
+
+    `table` holds the verdicts by (shown first, shown second) when it fits; `rationales` are some of the verdicts that
+    have one, those about chosen and rejected first, of `num_rationales`.
+    """
 
     question: Question
     number: int
     candidates: list[Candidate]
-    verdicts: list[VerdictRecord]
     table: list[list[VerdictRecord | None]]
+    rationales: list[VerdictRecord]
+    num_rationales: int
     pictures: list[Picture]
     margin: float | None = None
 
@@ -189,12 +196,16 @@ def _join(number: int, line: Samples, scores: Scores | None, pairs: list[Pair], 
             )
         )
     verdicts = scores.verdicts if scores else []
+    spoken = [verdict for verdict in verdicts if verdict.rationale]
     return Trained(
         question=line.question,
         number=number,
         candidates=candidates,
-        verdicts=verdicts,
         table=verdict_table(len(candidates), verdicts),
+        rationales=sorted(spoken, key=lambda verdict: -(verdict.first in roles) - (verdict.second in roles))[
+            :MOST_RATIONALES
+        ],
+        num_rationales=len(spoken),
         pictures=_embed(line.question, pictures),
         margin=pairs[0].margin if pairs else None,
     )
@@ -222,4 +233,5 @@ def marks(responses: Sequence[Evaluated]) -> str:
 
 
 def _embed(question: Question, pictures: Pictures) -> list[Picture]:
-    return [Picture(reference, pictures.uri(reference)) for reference in question.images]
+    """The first few of a question's images; a film's frames would fill the page."""
+    return [Picture(reference, pictures.uri(reference)) for reference in question.images[:MOST_PICTURES]]

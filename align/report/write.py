@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from align.errors import UserError
 from align.report import flow, metrics
 from align.report.alarms import find_alarms
 from align.report.browser import build_browser, letter, marks
@@ -28,7 +29,7 @@ from align.report.read import RunData, read_run
 from align.report.trust import measure_trust
 from align.report.trust import rows as trust_rows
 from align.report.verdict import judge
-from align.rundir import STAGES, RunDir, write_text
+from align.rundir import STAGES, RunDir, make_folder, write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -51,7 +52,7 @@ def write_report(
     adds the published course of Valley2-DPO, which the reader can switch on behind the training curves.
 
     Raises:
-        UserError: `run` or `control` is not a run directory.
+        UserError: `run` or `control` is not a run directory, or the file cannot be written.
     """
     data = read_run(run)
     beside = read_run(control) if control is not None else None
@@ -65,7 +66,11 @@ def write_report(
         backdrop=backdrop,
     )
     path = out or RunDir(run).report
-    write_text(path, page)
+    make_folder(path.parent)
+    try:
+        write_text(path, page)
+    except OSError as error:
+        raise UserError(f"the report cannot be written ({error.strerror})", where=str(path)) from None
     return path
 
 

@@ -316,3 +316,12 @@ def test_counts_and_costs_are_those_of_the_manifests(built):
         assert f"{counts['sample']['tokens']:,}" in text
     seconds = sum(stage["seconds"] for entry in stages for stage in entry.values())
     assert f"{int(seconds) // 60} min {round(seconds) % 60} s in all" in text
+
+
+def test_a_place_that_cannot_be_written_is_refused(built, tmp_path):
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(built / "critic", out=tmp_path)
+
+
+def test_the_folder_of_the_report_is_made(built, tmp_path):
+    assert write_report(built / "critic", out=tmp_path / "new" / "r.html").is_file()

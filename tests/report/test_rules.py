@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from align.records import Evaluated, Evaluation, Question
+from align.records import Evaluated, Evaluation, Question, Response, Samples, Scores, VerdictRecord, write_jsonl
 from align.report.alarms import find_alarms
+from align.report.browser import MOST_PICTURES, MOST_RATIONALES, build_browser
 from align.report.changes import history
 from align.report.flow import duration, funnels, reasons
 from align.report.metrics import metric, percent, plain
+from align.report.pictures import Pictures
 from align.report.places import find_places
 from align.report.read import RoundData, RunData, Stage
 from align.report.trust import Trust, measure_trust
@@ -322,3 +324,25 @@ def test_numbers_read_well():
         "1 h 0 min",
         "24 h 0 min",
     ]
+
+
+def test_many_rationales_and_frames_are_cut_and_counted(tmp_path):
+    data = RoundData(1, Round(tmp_path, 1))
+    question = Question(id="q", question="What?", images=[f"{frame}.png" for frame in range(40)])
+    responses = [Response(text=str(index), num_tokens=1) for index in range(10)]
+    verdicts = [
+        VerdictRecord(first=one, second=two, winner=one, rationale="so")
+        for one in range(10)
+        for two in range(10)
+        if one != two
+    ]
+    write_jsonl(data.folder.samples, [Samples(id="q", question=question, responses=responses, seed=0)])
+    write_jsonl(data.folder.scores, [Scores(id="q", rewards=[0.0] * 10, verdicts=verdicts)])
+    pictures = Pictures(None)
+    browser = build_browser(
+        a_run(data), question_images=pictures, evaluation_images=pictures, max_held_out=1, max_training=1
+    )
+    (item,) = browser.training
+    assert (len(item.rationales), item.num_rationales) == (MOST_RATIONALES, 90)
+    assert len(item.pictures) == MOST_PICTURES
+    assert item.table == []

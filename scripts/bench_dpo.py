@@ -2,6 +2,7 @@
 
     python scripts/bench_dpo.py             # table over prompt lengths
     python scripts/bench_dpo.py --quick     # 1000/120 and 400/60 only, three repeats
+    python scripts/bench_dpo.py --size valley-eagle-7b   # on a GPU: pairs/s, model FLOPs utilisation, peak GiB
 
 A step is forward, backward and AdamW on one pair, from a batch that has been collated before: opening images and
 tokenising are left out on both sides (stock TRL does them twice a pair). The peer's batch is what TRL's collator makes
@@ -13,6 +14,7 @@ counted by their storages (scripts/live_tensors.py), on a GPU by the allocator.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import sys
@@ -28,6 +30,7 @@ from bench_common import Comparison, arguments, compare_in_turn, finish, prompt_
 from datasets import Dataset
 from live_tensors import peak_bytes
 from trl import DPOConfig, DPOTrainer
+from valley_size import SIZES, build_valley, peak_flops, prompt_of_one_image, work_of
 
 from align.dpo.collator import plain_batch, shared_batch
 from align.dpo.shared import log_prob_head
@@ -41,18 +44,23 @@ LENGTHS = [(200, 60), (400, 60), (1000, 120), (2000, 150), (4000, 200)]
 QUICK_LENGTHS = [(400, 60), (1000, 120)]
 HEADLINE = (1000, 120)
 TOLERANCE = 1e-3
+PUBLISHED_PAIRS_S = 0.588
 
 
 class Batches:
     """One pair in both layouts, and what a data set needs to stand for it."""
 
-    def __init__(self, model: Any, prompt: int, response: int) -> None:
+    def __init__(self, inputs: dict[str, torch.Tensor], response: int, vocab_size: int, pairs: int = 1) -> None:
         generator = torch.Generator().manual_seed(1)
-        responses = [[torch.randint(1, 4000, (response,), generator=generator).tolist()] for _ in range(2)]
-        inputs = prompt_inputs(model, prompt)
+        responses = [
+            [torch.randint(1, vocab_size // 2, (response,), generator=generator).tolist() for _ in range(pairs)]
+            for _ in range(2)
+        ]
+        inputs = {name: torch.cat([value.cpu()] * pairs) for name, value in inputs.items()}
         twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
         self.plain = plain_batch(twice, responses, pad_token_id=0)
         self.shared = shared_batch(inputs, responses, pad_token_id=0)
+        self.pairs = pairs
         turn = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
         self.pair = Pair(id="pair", prompt=[{"role": "user", "content": "?"}], chosen=turn[0], rejected=turn[1])
 
@@ -67,9 +75,11 @@ class Step:
         trainer.model.train()
         self.batch = trainer._prepare_inputs(batch)
         self.losses: list[float] = []
+        self.accumulation = 1
 
     def __call__(self) -> None:
-        self.losses.append(float(self.trainer.training_step(self.trainer.model, dict(self.batch))))
+        for _ in range(self.accumulation):
+            self.losses.append(float(self.trainer.training_step(self.trainer.model, dict(self.batch))))
         self.trainer.optimizer.step()
         self.trainer.model.zero_grad()
 
@@ -84,19 +94,20 @@ class Step:
         yield from self.batch.values()
 
 
-def trainer_arguments(folder: str, device: str) -> DPOConfig:
-    return DPOConfig(
-        output_dir=folder,
-        max_length=None,
-        per_device_train_batch_size=1,
-        learning_rate=1e-5,
-        bf16=device != "cpu",
-        use_cpu=device == "cpu",
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+def trainer_arguments(folder: str, device: str, **settings: Any) -> DPOConfig:
+    defaults = {
+        "output_dir": folder,
+        "max_length": None,
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-5,
+        "bf16": device != "cpu",
+        "use_cpu": device == "cpu",
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return DPOConfig(**(defaults | settings))
 
 
 def stock_step(model: Any, batches: Batches, folder: str, device: str) -> Step:
@@ -124,17 +135,28 @@ class GivenBatch:
     layout = "shared"
 
 
-def our_step(model: Any, batches: Batches, folder: str, device: str, reference: torch.Tensor) -> Step:
+def our_step(
+    model: Any,
+    batches: Batches,
+    folder: str,
+    device: str,
+    reference: torch.Tensor,
+    *,
+    in_place: bool = False,
+    **settings: Any,
+) -> Step:
     """Ours: the prompt once a pair, and the reference's log-probabilities with the batch."""
     trainer = PairTrainer(
-        copy.deepcopy(model),
-        args=trainer_arguments(folder, device),
+        model if in_place else copy.deepcopy(model),
+        args=trainer_arguments(folder, device, **settings),
         train_dataset=pair_dataset([batches.pair], [(float(reference[0]), float(reference[1]))]),
         data_collator=GivenBatch(),
         processor=llava_onevision_processor(),
     )
-    columns = {"ref_chosen_logps": reference[:1], "ref_rejected_logps": reference[1:]}
-    return Step(trainer, batches.shared | columns | {"pair_index": torch.tensor([0])})
+    if settings.get("gradient_checkpointing"):
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    columns = {"ref_chosen_logps": reference[: batches.pairs], "ref_rejected_logps": reference[batches.pairs :]}
+    return Step(trainer, batches.shared | columns | {"pair_index": torch.zeros(batches.pairs, dtype=torch.long)})
 
 
 @torch.no_grad()
@@ -147,7 +169,7 @@ def reference_log_probs(model: Any, batch: dict[str, torch.Tensor], device: str)
 
 
 def measure(model: Any, prompt: int, response: int, repeats: int, device: str) -> Comparison:
-    batches = Batches(model, prompt, response)
+    batches = Batches(prompt_inputs(model, prompt), response, model.config.text_config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         with log_prob_head(model, shared=True):
             reference = reference_log_probs(model, batches.shared, device)
@@ -173,9 +195,73 @@ def measure(model: Any, prompt: int, response: int, repeats: int, device: str) -
     return result
 
 
+def measure_valley(options: argparse.Namespace) -> None:
+    """Our step at full size: one 800 x 600 image, 150-token responses, towers frozen, as Valley2-DPO was trained.
+
+    Weights, gradients and AdamW's moments are bfloat16, which is what fits beside each other on one GPU (17.8, 15.6
+    and 31.1 GB); a real run keeps float32 weights and spreads them over several.
+    """
+    device, on_gpu = options.device, options.device != "cpu"
+    torch.set_num_threads(options.threads)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model, processor = build_valley(options.size, device, dtype)
+    inputs = prompt_of_one_image(processor)
+    work = work_of(model, inputs, options.response)
+    batches = Batches(inputs, options.response, model.config.vocab_size, options.pairs)
+    settings = {"gradient_checkpointing": options.checkpointing, "optim": options.optim}
+    with tempfile.TemporaryDirectory() as folder:
+        with log_prob_head(model, shared=True):
+            reference = reference_log_probs(model, batches.shared, device).cpu()
+        step = our_step(model, batches, folder, device, reference, in_place=True, **settings)
+        step.accumulation = options.accumulation
+        step()
+        seconds = [_timed(step) for _ in range(options.repeats)]
+        peak = peak_bytes(step, step.standing()) / 2**30
+    pairs = options.pairs * options.accumulation
+    rates = sorted(pairs / second for second in seconds)
+    rate = statistics.median(rates)
+    print(f"{options.size}: {work.prompt_tokens} prompt tokens, 2 x {work.response_tokens} response tokens a pair")
+    print(
+        f"{options.pairs} pairs a forward, optimiser {options.optim} every {options.accumulation} forwards, weights {dtype}"
+    )
+    print(
+        f"{rate:.3f} pairs/s ({rates[0]:.3f} to {rates[-1]:.3f}), {rate * work.tokens:.0f} tokens/s, peak {peak:.1f} GiB"
+    )
+    if (peak_rate := peak_flops()) is not None:
+        print(
+            f"model FLOPs utilisation {100 * rate * work.flops / peak_rate:.1f} % ({work.flops / 1e12:.1f} TFLOP a pair)"
+        )
+    if options.size == "valley-eagle-7b":
+        print(f"the published Valley2-DPO run had {PUBLISHED_PAIRS_S} pairs/s a GPU (of a type that is not recorded)")
+        print(f"ratio: {rate / PUBLISHED_PAIRS_S:.2f}")
+
+
+def _timed(step: Step) -> float:
+    began = time.perf_counter()
+    # Every step reads its loss back, so that the device is idle when it returns but for the optimiser.
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--size", choices=("small", *SIZES), default="small", help="which model")
+    valley = parser.add_argument_group("with --size valley-eagle-7b")
+    valley.add_argument("--response", type=int, default=150, help="tokens of a response")
+    valley.add_argument("--pairs", type=int, default=1, help="pairs a forward")
+    valley.add_argument("--accumulation", type=int, default=2, help="forwards a step of the optimiser")
+    valley.add_argument("--optim", default="adamw_torch_fused", help="transformers' name of the optimiser")
+    valley.add_argument(
+        "--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations"
+    )
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if options.size != "small":
+        measure_valley(options)
+        return
     model = start(options)
     found = []
     for prompt, response in QUICK_LENGTHS if options.quick else LENGTHS:

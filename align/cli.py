@@ -123,6 +123,8 @@ def dpo(
 ) -> None:
     """Stage 3: DPO on the pairs of the round, into a new checkpoint."""
     set_ = [*(set_ or []), *([f"launch.strategy={strategy}"] if strategy else [])]
+    if round_ == 1 and load_config(find_config(config), set_).pairs_file is not None:
+        pairs(round_, config, set_)
     _stage("dpo", round_, config, set_, redo=redo, num_processes=num_processes)
     _say("trained", next_command=f"align evaluate --round {round_}, or align sample --round {round_ + 1}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from align.errors import UserError
 
@@ -69,7 +69,15 @@ class CriticSettings(Section):
         None, description="name of a built-in prompt or path of your own; empty: the kind's default"
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="further settings of the critic kind, e.g. {soft: true}"
+        default_factory=dict,
+        description="further settings of the critic kind, e.g. {soft: true}; members of a panel may name a `model` of their own",
+    )
+    trust_sample: int = Field(
+        32, ge=0, description="questions judged again with a blank and a shuffled image, to see that the critic looks"
+    )
+    gates: dict[str, float] = Field(
+        default_factory=dict,
+        description="stop after scoring unless these hold, e.g. {max_position_bias: 0.3, min_image_dependence: 0.1}",
     )
     batch_size: int | None = Field(None, ge=1, description="questions at a time; empty: found by itself within memory")
 
@@ -90,6 +98,17 @@ class PairSettings(Section):
         None, ge=1, description="drop pairs whose responses differ in length by more than this factor; empty: any"
     )
     keep_truncated: bool = Field(False, description="let responses cut at max_new_tokens into pairs")
+    balance_lengths: float | None = Field(
+        None,
+        ge=0,
+        description="drop the most lopsided pairs until the mean log(chosen/rejected length) is within +- this; empty: keep all",
+    )
+    mix_earlier: float = Field(
+        0.0, ge=0, lt=1, description="share of a round's pairs that comes from earlier rounds (0.2: a fifth)"
+    )
+    mix_order: Literal["hardest", "random"] = Field(
+        "hardest", description="which earlier pairs are mixed in: those with the smallest margins, or any"
+    )
 
 
 class DpoSettings(BaseModel):
@@ -149,9 +168,14 @@ class Config(Section):
     name: str = Field("run", pattern=r"^[\w.-]+$", description="the run's name; its folder is run_root/name")
     run_root: Path = Field(Path("runs"), description="where runs are kept")
     policy: str = Field(..., description="checkpoint to start from: a folder or a hub id")
-    questions: Path = Field(..., description="image questions (JSONL: id, question, images, answer)")
+    pairs_file: Path | None = Field(
+        None, description="pairs that exist already (JSONL): round 1 trains on them, nothing is sampled or scored"
+    )
+    questions: Path | None = Field(
+        None, description="image questions (JSONL: id, question, images, answer); may be empty with pairs_file"
+    )
     image_root: Path | None = Field(
-        None, description="folder that all images lie in; empty: the folder of the questions file"
+        None, description="folder that all images lie in; empty: the folder of the questions (or pairs) file"
     )
     max_image_pixels: int = Field(100_000_000, ge=1, description="larger images are refused")
     rounds: int = Field(3, ge=1, description="rounds of sample, score and dpo")
@@ -167,13 +191,29 @@ class Config(Section):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="held-out numbers")
     launch: LaunchSettings = Field(default_factory=LaunchSettings, description="processes")
 
+    @field_validator("questions")
+    @classmethod
+    def _has_data(cls, questions: Path | None, info: ValidationInfo) -> Path | None:
+        if questions is None and info.data.get("pairs_file") is None:
+            raise ValueError("required, unless pairs_file is given")
+        return questions
+
+    @field_validator("rounds")
+    @classmethod
+    def _can_be_fed(cls, rounds: int, info: ValidationInfo) -> int:
+        if rounds > 1 and info.data.get("questions", Path()) is None:
+            raise ValueError("pairs_file without questions is enough for 1 round")
+        return rounds
+
     @property
     def run_dir(self) -> Path:
         return self.run_root / self.name
 
     @property
     def question_images(self) -> Path:
-        return self.image_root or self.questions.parent
+        data = self.questions or self.pairs_file
+        assert data is not None
+        return self.image_root or data.parent
 
     @property
     def evaluation_images(self) -> Path:
@@ -225,13 +265,15 @@ def build_config(data: dict[str, Any], *, base: Path, where: str = CONFIG_NAME) 
         problems = "\n".join(f"  - {line}" for line in _problems(error))
         raise UserError(f"the configuration has faults:\n{problems}", where=where) from None
     config.run_root = base / config.run_root
-    config.questions = base / config.questions
+    config.questions = base / config.questions if config.questions else None
+    config.pairs_file = base / config.pairs_file if config.pairs_file else None
     config.image_root = base / config.image_root if config.image_root else None
     config.policy = _local_or_hub(config.policy, base)
     if config.critic.model:
         config.critic.model = _local_or_hub(config.critic.model, base)
     if config.critic.prompt and (base / config.critic.prompt).is_file():
         config.critic.prompt = str(base / config.critic.prompt)
+    config.critic.options = _resolved_members(config.critic.options, base)
     if config.evaluate.questions:
         config.evaluate.questions = base / config.evaluate.questions
     if config.evaluate.image_root:
@@ -360,7 +402,8 @@ def _problems(error: ValidationError) -> list[str]:
         elif fault["type"] == "missing":
             lines.append(f"{key}: required, but not given")
         else:
-            lines.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}")
+            problem = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {problem}, found {fault['input']!r}" if key else problem)
     return lines
 
 
@@ -372,6 +415,22 @@ def _known_keys(path: list[str]) -> list[str]:
             return []
         model = annotation
     return list(model.model_fields)
+
+
+def _resolved_members(options: dict[str, Any], base: Path) -> dict[str, Any]:
+    """A panel's options with the models and prompts of its members as absolute paths."""
+    if not isinstance(options.get("critics"), dict):
+        return options
+    members = {}
+    for name, member in options["critics"].items():
+        if isinstance(member, dict):
+            member = dict(member)
+            if isinstance(member.get("model"), str):
+                member["model"] = _local_or_hub(member["model"], base)
+            if isinstance(member.get("prompt"), str) and (base / member["prompt"]).is_file():
+                member["prompt"] = str(base / member["prompt"])
+        members[name] = member
+    return options | {"critics": members}
 
 
 def _local_or_hub(reference: str, base: Path) -> str:

@@ -154,6 +154,8 @@ def _correct(text: str, question: Question) -> bool | None:
 
 def _check_overlap(config: Config, questions: list[Question]) -> None:
     """Refuse to evaluate on questions that are trained on."""
+    if config.questions is None:
+        return
     trained = {(question.question, tuple(question.images)) for question in read_questions(config.questions)}
     same_root = config.evaluation_images.resolve() == config.question_images.resolve()
     both = [

@@ -50,8 +50,10 @@ class ImageStore:
         with self._header(reference) as image:
             return image.size
 
-    def open(self, reference: str) -> Image.Image:
-        """The image as RGB, fully decoded; the first frame of an animation."""
+    def open(self, reference: str | Image.Image) -> Image.Image:
+        """The image as RGB, fully decoded; the first frame of an animation. A picture in memory is handed back."""
+        if isinstance(reference, Image.Image):
+            return reference
         with self._header(reference) as image:
             try:
                 return image.convert("RGB")

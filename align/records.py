@@ -64,6 +64,15 @@ class Question(Record):
             raise ValueError(f"the text names {tags} {IMAGE_TAG} but there are {len(self.images)} images")
         return self
 
+    def as_text(self) -> str:
+        """The dialogue up to the question in one text without image tags, as a critic reads it.
+
+        >>> Question(id="q", question="<image>And this?", images=["b"], history=[Turn(role="user", content="Hi")]).as_text()
+        'user: Hi\\nAnd this?'
+        """
+        turns = [f"{turn.role}: {turn.content}" for turn in self.history] + [self.question]
+        return "\n".join(turns).replace(IMAGE_TAG, "").strip()
+
     def messages(self) -> list[dict[str, Any]]:
         """The chat messages of the prompt, images as bare ``{"type": "image"}`` parts in the order of `images`.
 

@@ -23,7 +23,8 @@ def run_rounds(config: Config, config_args: list[str]) -> None:
         _run_or_launch(config, "evaluate", 0, config_args)
     for number in range(1, config.rounds + 1):
         log.info("round %d of %d", number, config.rounds)
-        for stage in ("sample", "score", "pairs", "dpo"):
+        given = number == 1 and config.pairs_file is not None
+        for stage in ("pairs", "dpo") if given else ("sample", "score", "pairs", "dpo"):
             _run_or_launch(config, stage, number, config_args)
         if config.evaluate.questions is not None:
             _run_or_launch(config, "evaluate", number, config_args)

@@ -89,6 +89,11 @@ class Round:
         return self.path / "scores.jsonl"
 
     @property
+    def controls(self) -> Path:
+        """What the critic says of a few questions with other images than theirs."""
+        return self.path / "controls.jsonl"
+
+    @property
     def pairs(self) -> Path:
         return self.path / "pairs.jsonl"
 
@@ -133,7 +138,7 @@ class Round:
         """Take back a stage and all later ones of this round: their files and their entries in the manifest."""
         files = {
             "sample": [self.samples],
-            "score": [self.scores],
+            "score": [self.scores, self.controls],
             "pairs": [self.pairs],
             "dpo": [self.reference, self.reference.with_suffix(".json")],
             "evaluate": [self.evaluation, self.evaluation_lines],

@@ -7,6 +7,7 @@ the batch or the number of processes. Finished questions are kept when the stage
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.config import Config
@@ -32,6 +33,8 @@ def run_sample(config: Config, number: int) -> None:
     run = RunDir(config.run_dir)
     this = run.round(number)
     policy = run.policy(number, config.policy)
+    if config.questions is None:
+        raise UserError("there are no questions to sample", fix="set questions, or train on pairs_file: align dpo")
     questions = round_questions(read_questions(config.questions), number, config.sample.questions_per_round)
     images = ImageStore(config.question_images, config.max_image_pixels)
     check_images(questions, images)
@@ -39,7 +42,7 @@ def run_sample(config: Config, number: int) -> None:
         raise UserError(
             "sample.num_responses is 1: a preference needs two responses", fix="set it to 2 or more (5 is usual)"
         )
-    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config, policy)):
+    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config.questions, policy)):
         log.info("round %d is sampled already: %s", number, this.samples)
         return
 
@@ -144,5 +147,5 @@ def _settings(config: Config) -> dict[str, object]:
     return {"sample": sample, "seed": config.seed, "processor": config.model.processor}
 
 
-def _inputs(config: Config, policy: str) -> dict[str, str]:
-    return {"questions": content_hash(config.questions), "policy": checkpoint_hash(policy)}
+def _inputs(questions: Path, policy: str) -> dict[str, str]:
+    return {"questions": content_hash(questions), "policy": checkpoint_hash(policy)}

@@ -1,50 +1,68 @@
 """Stage 2: samples in, scores.jsonl out: a critic judges the responses of every question.
 
 What the critic could not judge is unscored with its reason and never 0. Finished questions are kept when the stage is
-interrupted.
+interrupted. A few questions are judged again with other images (controls.jsonl), to see how far the critic can be
+trusted; a gate that does not hold stops here, with the scores kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from align.config import Config
+from align.engines.critics import CriticPlan, open_critic, plan_critic
 from align.errors import UserError, reward_faults
 from align.images import ImageStore
 from align.progress import log
-from align.questionwise import Keep, begin, finish, work_through
-from align.records import IMAGE_TAG, Question, Samples, Scores, VerdictRecord, read_jsonl
-from align.rundir import RunDir, checkpoint_hash, content_hash
-from reward.critics import Critic, Item, Judgement, Verdict, make_critic, needs, settings_of
-from reward.ranking import consistency, position_bias, tie_rate
+from align.questionwise import Done, Keep, begin, finish, work_through
+from align.records import Samples, Scores, VerdictRecord, read_jsonl
+from align.rundir import Round, RunDir, checkpoint_hash, content_hash
+from align.trust import check_gates, control_items, critic_figures, item_of
+from reward.critics import Critic, Item, Judgement
+from reward.trust import check_gates as check_gate_names
 
 STAGE = "score"
 DEFAULT_BATCH = 16
+
+ThingT = TypeVar("ThingT")
+OpenCritic = Callable[[], tuple[Critic, Callable[[], dict[str, str]]]]
 
 
 def run_score(config: Config, number: int) -> None:
     """Score a round; does nothing when that has been done.
 
     Raises:
-        UserError: the round is not sampled, the critic's settings are wrong, or nothing could be scored.
+        UserError: the round is not sampled, the critic's settings are wrong, nothing could be scored, or the critic
+            does not pass its gates.
     """
     this = RunDir(config.run_dir).round(number)
     this.need("sample", "scores are made from its samples", f"align sample --round {number}")
     samples = read_jsonl(this.samples, Samples)
     images = ImageStore(config.question_images, config.max_image_pixels)
+    plan = plan_critic(config)
     with reward_faults():
-        _check_critic(config)
-    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config, this.samples)):
+        check_gate_names(config.critic.gates)
+    if begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config, plan, this.samples)):
+        _score_round(config, plan, this, samples, images)
+    else:
         log.info("round %d is scored already: %s", number, this.scores)
-        return
+    check_gates(this, config.critic.gates)
 
-    def work(todo: list[Samples], keep: Keep) -> dict[str, str]:
-        return _judge(config, todo, images, keep)
 
-    done = work_through(this.scores, Scores, samples, work, label=f"round {number}: score")
+def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Samples], images: ImageStore) -> None:
+    @cache
+    def opened() -> tuple[Critic, Callable[[], dict[str, str]]]:
+        return open_critic(plan, config, images.open)
+
+    size = config.critic.batch_size or DEFAULT_BATCH
+    label = f"round {this.number}: score"
+    work = _judge(opened, item_of, size)
+    done = work_through(this.scores, Scores, samples, work, label=label)
     counts = _counts(done.records)
     if not counts["scored"]:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in counts["unscored"].items())
@@ -53,7 +71,40 @@ def run_score(config: Config, number: int) -> None:
             where=str(this.scores),
             fix="check critic.kind, critic.model and its prompt, then run with --redo",
         )
-    finish(this.manifest, STAGE, outputs=[this.scores], counts=counts, done=done)
+    outputs, seconds = [this.scores], done.seconds
+    controls = Done([], {}, 0.0)
+    if plan.looks and config.critic.trust_sample:
+        items = control_items(
+            [item_of(line) for line in samples], images, number=config.critic.trust_sample, seed=config.seed
+        )
+        if items:
+            work = _judge(opened, lambda control: control.item, size)
+            controls = work_through(this.controls, Scores, items, work, label=f"{label}, other images")
+            outputs, seconds = [*outputs, this.controls], seconds + controls.seconds
+    counts["critic"] = critic_figures(samples, done.records, controls.records)
+    notes = done.notes | controls.notes
+    finish(this.manifest, STAGE, outputs=outputs, counts=counts, done=Done(done.records, notes, seconds))
+
+
+def _judge(opened: OpenCritic, item: Callable[[Any], Item], size: int) -> Callable[[list[Any], Keep], dict[str, str]]:
+    """What `work_through` calls: judge things that have an id, `size` at a time."""
+
+    def work(todo: list[Any], keep: Keep) -> dict[str, str]:
+        critic, notes = opened()
+        for things in _batches(todo, size):
+            with reward_faults():
+                judgements = critic.judge([item(thing) for thing in things])
+            for thing, judgement in zip(things, judgements, strict=True):
+                keep(_scores(thing.id, judgement))
+        return notes()
+
+    return work
+
+
+def _batches(things: Sequence[ThingT], size: int) -> Iterator[list[ThingT]]:
+    source = iter(things)
+    while batch := list(islice(source, size)):
+        yield batch
 
 
 def _counts(scores: Sequence[Scores]) -> dict[str, Any]:
@@ -62,107 +113,7 @@ def _counts(scores: Sequence[Scores]) -> dict[str, Any]:
         "scored": sum(reward is not None for score in scores for reward in score.rewards),
         "unscored": dict(Counter(reason for score in scores for reason in score.unscored.values())),
         "verdicts": sum(len(score.verdicts) for score in scores),
-        "critic": critic_figures(scores),
     }
-
-
-def critic_figures(scores: Sequence[Scores]) -> dict[str, float]:
-    """How far the critic can be trusted: agreement of both orders, bias for a position, ties."""
-    verdicts = [[_verdict(record) for record in score.verdicts] for score in scores]
-    figures = {
-        "consistency": consistency(verdicts),
-        "position_bias": position_bias(verdicts),
-        "tie_rate": tie_rate(verdicts),
-    }
-    return {name: round(value, 4) for name, value in figures.items() if value is not None}
-
-
-def _verdict(record: VerdictRecord) -> Verdict:
-    p_first, p_second = record.p_first or 0.0, record.p_second or 0.0
-    return Verdict(record.first, record.second, p_first, p_second, record.p_tie, record.winner, record.rationale)
-
-
-def _judge(config: Config, todo: list[Samples], images: ImageStore, keep: Keep) -> dict[str, str]:
-    critic, notes = _open_critic(config, images)
-    for lines in _batches(todo, config.critic.batch_size or DEFAULT_BATCH):
-        with reward_faults():
-            judgements = critic.judge([_item(line) for line in lines])
-        for line, judgement in zip(lines, judgements, strict=True):
-            keep(_scores(line.id, judgement))
-    return notes()
-
-
-def _batches(lines: list[Samples], size: int) -> Iterator[list[Samples]]:
-    source = iter(lines)
-    while batch := list(islice(source, size)):
-        yield batch
-
-
-def _open_critic(config: Config, images: ImageStore) -> tuple[Critic, Callable[[], dict[str, str]]]:
-    settings = _critic_options(config)
-    if needs(config.critic.kind) is None:
-        with reward_faults():
-            return make_critic(config.critic.kind, settings), dict
-    from align.engines.open import open_engine
-
-    assert config.critic.model is not None
-    engine = open_engine(
-        config.critic.model,
-        config.model,
-        open_image=images.open,
-        processor=config.critic.processor,
-        shared_prefix=config.shared_prefix,
-        batch_size=config.critic.batch_size,
-    )
-    with reward_faults():
-        return make_critic(config.critic.kind, settings, asker=engine), lambda: engine.notes
-
-
-def _check_critic(config: Config) -> None:
-    """Find faults in the critic's settings and prompt before any weights are loaded."""
-    asker = None
-    if needs(config.critic.kind) is not None:
-        if config.critic.model is None:
-            raise UserError(f"the {config.critic.kind} critic needs a model", fix="set critic.model to its checkpoint")
-        asker = _NoAsker()
-    make_critic(config.critic.kind, _critic_options(config), asker=asker)
-
-
-class _NoAsker:
-    """Stands where the engine will be while settings are checked; never asked."""
-
-    def log_probs(self, asks: Any) -> list[Any]:
-        raise AssertionError("asked before the engine was opened")
-
-    def generate(self, asks: Any, *, max_new_tokens: int) -> list[list[str | None]]:
-        raise AssertionError("asked before the engine was opened")
-
-
-def _critic_options(config: Config) -> dict[str, Any]:
-    options = dict(config.critic.options)
-    if config.critic.prompt is not None and "prompt" in settings_of(config.critic.kind):
-        options["prompt"] = config.critic.prompt
-    if config.critic.kind == "random":
-        options.setdefault("seed", config.seed)
-    return options
-
-
-def _item(line: Samples) -> Item:
-    question = line.question
-    return Item(
-        id=line.id,
-        question=_question_text(question),
-        images=tuple(question.images),
-        responses=tuple(response.text for response in line.responses),
-        answer=question.answer,
-        answer_kind=question.answer_kind,
-    )
-
-
-def _question_text(question: Question) -> str:
-    """What the critic reads as the question: the dialogue up to it, without image tags."""
-    turns = [f"{turn.role}: {turn.content}" for turn in question.history] + [question.question]
-    return "\n".join(turns).replace(IMAGE_TAG, "").strip()
 
 
 def _scores(id_: str, judgement: Judgement) -> Scores:
@@ -190,21 +141,20 @@ def _scores(id_: str, judgement: Judgement) -> Scores:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    critic = config.critic.model_dump(exclude={"model", "batch_size", "prompt"})
+    # Gates judge what was measured and change nothing of it, so they may change without judging again.
+    critic = config.critic.model_dump(exclude={"model", "batch_size", "prompt", "gates"})
     return {"critic": critic, "seed": config.seed}
 
 
-def _inputs(config: Config, samples: Any) -> dict[str, str]:
+def _inputs(config: Config, plan: CriticPlan, samples: Path) -> dict[str, str]:
     inputs = {"samples": content_hash(samples)}
-    if config.critic.model is not None and needs(config.critic.kind) is not None:
-        inputs["critic"] = checkpoint_hash(config.critic.model)
-    if config.critic.prompt is not None:
-        inputs["prompt"] = _prompt_hash(config.critic.prompt)
-    return inputs
+    inputs |= {name: checkpoint_hash(checkpoint) for name, checkpoint in plan.checkpoints().items()}
+    prompts = {"prompt": config.critic.prompt}
+    members = config.critic.options.get("critics")
+    if isinstance(members, dict):
+        prompts |= {f"prompt {name}": member.get("prompt") for name, member in members.items()}
+    return inputs | {name: _prompt_hash(prompt) for name, prompt in prompts.items() if prompt}
 
 
 def _prompt_hash(prompt: str) -> str:
-    from pathlib import Path
-
-    path = Path(prompt)
-    return content_hash(path) if path.is_file() else prompt
+    return content_hash(Path(prompt)) if Path(prompt).is_file() else prompt

@@ -29,6 +29,7 @@ MEASURES = {
     "length_correlation_given_reference": "the same with correctness held fixed",
     "agreement_with_reference": "right-wrong pairs that the critic orders rightly (a tie counts half)",
     "agreement_between_critics": "pairs that two critics of the panel order the same way, lowest of all couples",
+    "image_dependence": "preferences that change with the image: the lower of the two below",
     "image_dependence_blank": "preferences that change when the image is blank",
     "image_dependence_shuffled": "preferences that change when the image is another question's",
 }
@@ -93,6 +94,7 @@ def measure_trust(
         ),
         "agreement_with_reference": agreement(judgements, reference).rate if reference else None,
         "agreement_between_critics": _lowest_agreement(judgements),
+        "image_dependence": min((found.changed for found in (blank, shuffled) if found), default=None),
         "image_dependence_blank": blank.changed if blank else None,
         "image_dependence_shuffled": shuffled.changed if shuffled else None,
     }

@@ -63,11 +63,13 @@ def make_critic(
     asker: Asker | None = None,
     scorer: Scorer | None = None,
     askers: Mapping[str, Asker] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
 ) -> Critic:
     """A critic of this kind with these settings and what it needs; RewardError says what is unknown or missing.
 
     `asker` is for the kinds that ask a model, `scorer` for `scalar`. A panel takes its members from
-    `settings["critics"]`, name -> `{"kind": ..., further settings}`; `askers` gives members models of their own.
+    `settings["critics"]`, name -> `{"kind": ..., further settings}`; `askers` and `scorers` give members models of
+    their own.
 
     >>> make_critic("random", {"sead": 3})
     Traceback (most recent call last):
@@ -79,7 +81,9 @@ def make_critic(
         members = _members(options)
         options.pop("critics")
         given["critics"] = {
-            name: _make_member(name, *member, asker=(askers or {}).get(name, asker), scorer=scorer)
+            name: _make_member(
+                name, *member, asker=(askers or {}).get(name, asker), scorer=(scorers or {}).get(name, scorer)
+            )
             for name, member in members.items()
         }
     _check_options(kind, options)

@@ -1,0 +1,94 @@
+"""A JSONL file of pairs that exist already in; the pairs that can be trained on out, and a count of the others by reason.
+
+A bad line is reported with file and line and left out; the rest goes on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from align.errors import UserError
+from align.images import ImageStore
+from align.progress import log
+from align.records import Pair, parse_line
+
+SHOWN = 20
+
+
+def read_pairs_file(path: Path, images: ImageStore) -> tuple[list[Pair], dict[str, Any]]:
+    """The usable pairs in file order, and counts as the pairs stage keeps them.
+
+    Dropped: lines that are no pair, ids that stand twice, prompts whose image parts are not as many as the images,
+    and pairs with an image that cannot be read.
+    """
+    pairs: list[Pair] = []
+    dropped: Counter[str] = Counter()
+    seen: set[str] = set()
+    total = 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            total += 1
+            where = f"{path}:{number}"
+            try:
+                pair = parse_line(line, Pair, where)
+                reason = _why_not(pair, seen, images, where)
+            except UserError as error:
+                reason = ("no valid pair", str(error))
+            if reason is None:
+                seen.add(pair.id)
+                pairs.append(pair)
+                continue
+            dropped[reason[0]] += 1
+            if dropped.total() <= SHOWN:
+                log.warning("left out: %s", reason[1])
+    if dropped.total() > SHOWN:
+        log.warning("and %d more are left out", dropped.total() - SHOWN)
+    return pairs, {
+        "questions": total,
+        "pairs": len(pairs),
+        "dropped_responses": {},
+        "dropped_pairs": dict(dropped),
+        "questions_without_pair": {},
+    }
+
+
+def text_of(messages: list[dict[str, Any]]) -> str:
+    """All text of some messages.
+
+    >>> text_of([{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}])
+    'A cat.'
+    """
+    texts = []
+    for message in messages:
+        content = message.get("content", "")
+        parts = [{"text": content}] if isinstance(content, str) else content
+        texts += [str(part.get("text", "")) for part in parts]
+    return "".join(texts)
+
+
+def _why_not(pair: Pair, seen: set[str], images: ImageStore, where: str) -> tuple[str, str] | None:
+    """Why a pair cannot be used, in short and with its place; None where it can."""
+    if pair.id in seen:
+        return "id stands twice", f"{where}: the id {pair.id!r} stands twice"
+    wanted = sum(part.get("type") == "image" for turn in pair.prompt for part in _parts(turn))
+    if wanted != len(pair.images):
+        found = f"the prompt has {wanted} image parts, but there are {len(pair.images)} images"
+        return "image parts and images differ", f"{where}: {found} (pair {pair.id})"
+    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if not text_of(side).strip():
+            return "empty response", f"{where}: the {name} response is empty (pair {pair.id})"
+    for reference in pair.images:
+        try:
+            images.size(reference)
+        except UserError as error:
+            return "image cannot be read", f"{where}: {error} (pair {pair.id})"
+    return None
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message.get("content", [])
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []

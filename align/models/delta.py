@@ -27,8 +27,8 @@ RESIZED = ("model.embed_tokens.weight", "lm_head.weight")
 WHOLE = re.compile(
     r"^model\.(mm_projector|vision_tower|pooling_layer|position_matrix|transformer_delta_encoder|transforemr_adding_layer)\b"
 )
-# Differences of buffers that are computed today: their sum is only right where the base stores them too.
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+# Frequencies that are computed today. Their difference is zero, and their sum is right only where the base stores them too.
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$")
 COPIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".md")
 
 

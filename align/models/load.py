@@ -84,6 +84,8 @@ def load_processor(folder: str | os.PathLike, **settings: Any) -> Any:
         known = image_only.processor_class(Path(folder), config) if Path(folder).is_dir() else None
         if known is not None and image_only.needs_torchvision(known):
             processor = image_only.without_video(known).from_pretrained(folder, **settings)
+        elif known is not None and known in image_only.ON_PIL.values():
+            processor = known.from_pretrained(folder, **settings)
         else:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **settings)
     except (ValueError, TypeError, OSError, ImportError, KeyError) as error:

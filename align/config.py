@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from align.errors import UserError
 
@@ -21,6 +22,56 @@ CONFIG_NAME = "align.yaml"
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Server(Section):
+    """An OpenAI-compatible endpoint that serves a checkpoint; a URL alone is one, too."""
+
+    url: str = Field(..., description="e.g. http://gpu1:8000 or https://host/openai/v1")
+    model: str | None = Field(
+        None,
+        description="the name it is served under; {round} stands for the round that made the checkpoint, 0 for the first policy; empty: the checkpoint's path",
+    )
+    api_key_env: str | None = Field(None, description="environment variable that holds the key")
+    check_model: bool = Field(True, description="false where the server does not list the model that it serves")
+
+    @field_validator("url")
+    @classmethod
+    def _is_plain(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must begin with http:// or https:// and name a host")
+        if parts.username or parts.password or parts.query:
+            # A ValueError would be shown together with the value.
+            raise UserError(
+                f"the server's url on {parts.hostname} holds a user, a password or a query", fix="use api_key_env"
+            )
+        return url
+
+
+def _server_of_url(value: Any) -> Any:
+    return [{"url": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+
+Servers = Annotated[list[Server], BeforeValidator(_server_of_url)]
+
+
+class ServerSettings(Section):
+    """How servers are spoken to, where a stage names some (sample.servers, critic.servers, evaluate.servers)."""
+
+    concurrency: int = Field(32, ge=1, description="requests in flight at a time, for each endpoint")
+    timeout_s: float = Field(600.0, gt=0, description="longest wait for an answer")
+    tries: int = Field(6, ge=1, description="how often a request is sent at most, on whichever endpoints")
+    backoff_s: float = Field(0.5, ge=0, description="pause before the second try; it doubles with every further one")
+    cooldown_s: float = Field(15.0, gt=0, description="rest of an endpoint that failed, before it is checked again")
+    wait_s: float = Field(
+        0.0, ge=0, description="how long to wait, at the start or later, for servers when none is there with the model"
+    )
+    max_image_pixels: int = Field(4_000_000, ge=1, description="larger images are scaled down before they are sent")
+    image_format: Literal["png", "jpeg"] = Field("png", description="how images travel; jpeg is smaller and loses")
+    top_logprobs: int = Field(
+        20, ge=1, description="alternatives a token that a critic's server is asked to show (vLLM: --max-logprobs)"
+    )
 
 
 class ModelSettings(Section):
@@ -55,6 +106,10 @@ class SampleSettings(Section):
         description="how many questions a round takes, in file order, without repeats between rounds until all are used; empty: all of them every round",
     )
     batch_size: int | None = Field(None, ge=1, description="questions at a time; empty: found by itself within memory")
+    servers: Servers = Field(
+        default_factory=list,
+        description="endpoints that serve the policy, which is then not loaded here: URLs, or {url, model, api_key_env}",
+    )
 
 
 class CriticSettings(Section):
@@ -80,6 +135,10 @@ class CriticSettings(Section):
         description="stop after scoring unless these hold, e.g. {max_position_bias: 0.3, min_image_dependence: 0.1}",
     )
     batch_size: int | None = Field(None, ge=1, description="questions at a time; empty: found by itself within memory")
+    servers: Servers = Field(
+        default_factory=list,
+        description="endpoints that serve critic.model, which is then not loaded here: URLs, or {url, model, api_key_env}",
+    )
 
 
 class PairSettings(Section):
@@ -151,6 +210,10 @@ class EvaluateSettings(Section):
     temperature: float = Field(0.7, gt=0, description="of the sampled responses")
     max_new_tokens: int = Field(256, ge=1, description="longest response in tokens")
     limit: int | None = Field(None, ge=1, description="only the first so many questions")
+    servers: Servers = Field(
+        default_factory=list,
+        description="endpoints that serve the round's checkpoint: URLs, or {url, model, api_key_env}",
+    )
 
 
 class LaunchSettings(Section):
@@ -190,6 +253,7 @@ class Config(Section):
     dpo: DpoSettings = Field(default_factory=DpoSettings, description="training")
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="held-out numbers")
     launch: LaunchSettings = Field(default_factory=LaunchSettings, description="processes")
+    server: ServerSettings = Field(default_factory=ServerSettings, description="how servers are spoken to")
 
     @field_validator("questions")
     @classmethod

@@ -72,7 +72,7 @@ class ValleyLlamaProcessor(ImageChatProcessor):
     ends with `### `, so that the model writes `Assistant:` itself; `original_demo` is how its demo asks, where the word is
     misspelt `Assistent` and user turns without an image are left out.
     `default_system`: the system text of a conversation that has none: one of `v1`, `multimodal_video`, `demo`, `chinese`, or
-    a text of one's own; None for none. Default: `chinese` for Chinese-Valley, else `multimodal_video`.
+    a text of one's own; None or an empty text for none. Default: `chinese` for Chinese-Valley, else `multimodal_video`.
     `num_video_frames`: frames of a video, evenly spaced, 8 by default.
 
     A response ends with `###` (`stop_strings`), which no end token stands for; `clean_response` takes away what the

@@ -43,7 +43,7 @@ class QH360VLProcessor(ImageChatProcessor):
     Settings, each a keyword of `from_pretrained`, kept when saved:
 
     `default_system`: the system turn of a conversation that has none, by default the long one of the original's demo and
-    evaluation; None for none.
+    evaluation; None or an empty text for none.
     `image_aspect_ratio`: `pad` shows the image in the middle of a coloured square, `square` squeezes it into one. Default:
     that of config.json, `pad` in the published folders.
     """
@@ -64,7 +64,7 @@ class QH360VLProcessor(ImageChatProcessor):
     ) -> None:
         config = config or QH360VLConfig()
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
-        self.default_system = default_system
+        self.default_system = default_system or None
         self.image_aspect_ratio = image_aspect_ratio or config.image_aspect_ratio or "square"
         if self.image_aspect_ratio not in ("pad", "square"):
             raise ValueError(f"image_aspect_ratio: expected pad or square, found {self.image_aspect_ratio!r}")

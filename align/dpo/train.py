@@ -8,6 +8,7 @@ the form of the one it started from.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shutil
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig
 
@@ -36,6 +39,7 @@ from align.models.save import save_checkpoint
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 from align.prefix.proof import prove
 from align.progress import log
+from align.ranks import world_size
 from align.records import Pair, read_jsonl
 from align.rundir import Round, RunDir, checkpoint_hash, content_hash, text_hash
 
@@ -54,6 +58,7 @@ def run_dpo(config: Config, number: int) -> None:
     policy = run.policy(number, config.policy)
     device = pick_device(config.model.device)
     dtype = training_dtype(config.model.dtype)
+    # For everything before training the model is whole on every device, however it will be spread afterwards.
     args = training_arguments(config, this.trainer, device, dtype)
     pairs = read_pairs(this)
     state = args.distributed_state
@@ -126,6 +131,7 @@ class DpoStage:
         if self.config.dpo.reference != "live":
             reference = self._reference(model, pairs, collator)
         reference_s = time.monotonic() - started
+        model = self._spread(model)
         trainer = self._trainer(model, pairs, lengths, collator, reference)
         parameters = count_parameters(trainer.model)
         self._train(trainer)
@@ -149,10 +155,31 @@ class DpoStage:
         return load_model(
             checkpoint,
             dtype=self.dtype,
-            device=self.device,
+            # DeepSpeed's third stage places the pieces itself.
+            device=None if is_deepspeed_zero3_enabled() else self.device,
             attn_implementation=self.config.model.attention,
             allow_pickle=self.config.model.allow_pickle,
         )
+
+    def _spread(self, model: Any) -> Any:
+        """The model to be trained under the strategy of the launch, and the arguments for it."""
+        strategy = self.config.launch.strategy
+        if world_size() == 1 or strategy == "ddp":
+            return model
+        # accelerate fixes the kind of distribution when it is first asked; the process group itself stays.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.args = training_arguments(self.config, self.this.trainer, self.device, self.dtype, strategy)
+        if self.args.deepspeed:
+            import deepspeed
+
+            # It has a process group of its own, on top of the one that is there.
+            deepspeed.init_distributed()
+        if strategy != "zero3":
+            return model
+        # From now on transformers loads every process's piece only.
+        del model
+        gc.collect()
+        return self.load(self.policy)
 
     def _that_fit(self, pairs: list[Pair], lengths: list[PairLength], max_length: int | None) -> list[Pair]:
         if max_length is None:
@@ -237,12 +264,25 @@ class DpoStage:
     def _save(self, trainer: PairTrainer, processor: Any) -> None:
         """Write the finished checkpoint in the form of its parent, with the trainer's record of how it came about."""
         model = trainer.accelerator.unwrap_model(trainer.model)
+        gathered = None
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            # All processes take part; the main one gets whole tensors.
+            gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if self.config.dpo.lora is not None:
             model = model.merge_and_unload()
         restore_forward(model)
+        if is_deepspeed_zero3_enabled():
+            # A model that was loaded in pieces does not remember the names of its tensors on disk.
+            unset_hf_deepspeed_config()
+            model = self.load(self.policy) if trainer.is_world_process_zero() else model
         if trainer.is_world_process_zero():
             save_checkpoint(
-                model, processor, self.this.checkpoint, parent=_folder(self.policy), dtype=self._stored_dtype()
+                model,
+                processor,
+                self.this.checkpoint,
+                parent=_folder(self.policy),
+                state_dict=gathered,
+                dtype=self._stored_dtype(),
             )
             trainer.state.save_to_json(str(self.this.checkpoint / "trainer_state.json"))
         trainer.accelerator.wait_for_everyone()

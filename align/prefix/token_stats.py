@@ -148,8 +148,11 @@ def _gathered(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[Any
     if not hasattr(weight, "ds_id"):
         return nullcontext()
     import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    return deepspeed.zero.GatheredParameters([p for p in (weight, bias) if p is not None])
+    # One that is there already (small, or tied to embeddings in use) must not be taken away again at the end.
+    absent = [p for p in (weight, bias) if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE]  # type: ignore[attr-defined]
+    return deepspeed.zero.GatheredParameters(absent) if absent else nullcontext()
 
 
 def final_logits(

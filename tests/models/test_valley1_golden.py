@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import GenerationConfig
 
 from align.models.load import load_model, load_processor
 from align.models.valley1.processing import FRAME_KEY
+from align.video import picker_of, read_frames
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "valley_v1_tiny"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
@@ -142,3 +144,25 @@ def test_a_copy_elsewhere_gives_the_same(tmp_path, model, processors):
     swapped = load_model(folder)
     assert swapped.config.image_token_id != model.config.image_token_id
     assert load_processor(folder).image_token_id == swapped.config.image_token_id
+
+
+def test_a_video_file_gives_the_original_greedy_tokens(tmp_path, model, processors):
+    """The recorded frames as a real file of a lossless codec, read and picked as a user's video would be."""
+    case, processor = CASES["video13_file"], processors["inference"]
+    pictures = [Image.open(GOLDEN / path).convert("RGB") for path in case["images"]]
+    with av.open(str(tmp_path / "film.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt = "bgr0"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    frames = read_frames(tmp_path / "film.mkv", picker=picker_of(processor))
+    assert [frame.info[FRAME_KEY] for frame in frames] == case["sampled"]
+    inputs = processor.apply_chat_template(
+        conversation_of(case), images=frames, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    expected = build_inputs(processors, "video13_file")
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    tokens = model.generate(**inputs, generation_config=GREEDY)
+    assert tokens[0, inputs["input_ids"].shape[1] :].tolist() == case["greedy"]

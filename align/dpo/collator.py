@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -24,6 +25,8 @@ from align.images import ImageStore
 from align.prefix.layout import Layout, Segment
 from align.records import Pair
 
+# Large enough for the smallest size that processors accept.
+BLANK_PX = 56
 LAYOUT_PREFIX = "prefix_"
 PER_TOKEN_KEYS = ("token_type_ids", "mm_token_type_ids")
 LayoutName = Literal["plain", "shared"]
@@ -34,12 +37,15 @@ class PairCollator:
     """Rows of the data set to one batch.
 
     `max_length` is the limit that was checked before training; a longer row here means that the check was wrong.
+    `always_images` adds, to a shared batch without any image, a row that has a blank image and no response: where
+    weights are spread over processes, all of them must run the vision tower or wait for each other forever.
     """
 
     processor: Any
     images: ImageStore
     layout: LayoutName = "plain"
     max_length: int | None = None
+    always_images: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.collate([Pair.model_validate_json(row["pair"]) for row in rows])
@@ -64,6 +70,9 @@ class PairCollator:
     ) -> dict[str, Tensor]:
         """A batch of n prompts with K responses each; `responses[k][b]` are token ids, empty where there is none."""
         pictures = [[self.images.open(name) for name in names] for names in image_names]
+        if self.always_images and self.layout == "shared" and not any(pictures):
+            prompts = [*prompts, self._blank_prompt()]
+            pictures.append([Image.new("RGB", (BLANK_PX, BLANK_PX))])
         if self.layout == "shared":
             batch = shared_batch(encode_prompts(self.processor, prompts, pictures), responses, self.pad_token_id)
         else:
@@ -77,6 +86,10 @@ class PairCollator:
     def pad_token_id(self) -> int:
         tokenizer = self.processor.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def _blank_prompt(self) -> str:
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}]
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _check_length(self, batch: dict[str, Tensor]) -> None:
         if self.max_length is None:
@@ -133,7 +146,8 @@ def shared_batch(
     What TRL reads: `input_ids` (K n, 1 + C), the last token of the prompt and then the response, all first responses
     before all second ones; `completion_mask` of the same shape; `attention_mask` (n, P + S), of the tokens that are
     really computed, since TRL counts with it. What the model reads instead (`align.dpo.shared`): `prompt_ids` (n, P),
-    whatever else the processor made of prompts and images, and the fields of the `Layout` under ``prefix_``.
+    whatever else the processor made of prompts and images, and the fields of the `Layout` under ``prefix_``. Prompts
+    beyond those that have responses are run and give nothing.
 
     >>> prompts = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
     >>> batch = shared_batch(prompts, [[[3, 4]], [[5]]], pad_token_id=0)
@@ -144,7 +158,7 @@ def shared_batch(
     """
     batch = dict(prompt_inputs)
     prompt_ids, prompt_mask = batch.pop("input_ids"), batch.pop("attention_mask")
-    rows = [[Segment(group[b]) for group in responses] for b in range(len(prompt_ids))]
+    rows = [[Segment(group[b]) for group in responses if b < len(group)] for b in range(len(prompt_ids))]
     layout = Layout.build(prompt_mask.bool(), rows, pad_token_id)
     last = prompt_ids.gather(1, prompt_mask.sum(dim=1, keepdim=True) - 1)[:, 0].tolist()
     completions = [[last[b], *response] for group in responses for b, response in enumerate(group)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from align.dpo.collator import PairCollator, layout_of, plain_batch, prompt_inputs_of
+from align.dpo.shared import log_prob_head
 from align.dpo.texts import PairLength, PromptCounter, check_lengths, render_pair
 from align.errors import UserError
 from align.records import Pair
@@ -99,3 +100,16 @@ def test_all_pairs_that_do_not_fit_are_named_and_the_rest_is_kept():
         check_lengths(lengths, 16, drop=False)
     with pytest.raises(UserError, match="3 of 3 pairs"):
         check_lengths(lengths, 5, drop=True)
+
+
+def test_a_batch_without_images_can_be_given_one_that_changes_nothing(processor, model, images):
+    pairs = make_pairs(images.root, 2, num_images=(0,))
+    results = []
+    with log_prob_head(model, shared=True), torch.no_grad():
+        for always_images in (False, True):
+            collator = PairCollator(processor, images, "shared", always_images=always_images)
+            batch = collator.collate(pairs)
+            assert ("pixel_values" in batch) == always_images
+            labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+            results.append(model(**batch, labels=labels, fused_lm_head=True).log_probs)
+    assert torch.allclose(*results, atol=1e-5)

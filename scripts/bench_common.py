@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from live_tensors import peak_bytes
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
@@ -29,6 +29,7 @@ TILE_SIDE = TILE_PX // PATCH_PX
 MAX_SIDE_TILES = 8
 VOCAB_SIZE = 4096
 IMAGE_TOKEN = VOCAB_SIZE - 1
+HEAD_STD = 0.3
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ def build_model(size: Size = Size(), *, device: str = "cpu", dtype: torch.dtype 
         image_grid_pinpoints=pinpoints,
         tie_word_embeddings=False,
     )
-    return LlavaOnevisionForConditionalGeneration(config).to(device, dtype).eval()
+    model = LlavaOnevisionForConditionalGeneration(config).to(device, dtype).eval()
+    with torch.no_grad():
+        # Random heads predict nearly uniformly. So that nuclei are as small as a trained model's:
+        model.lm_head.weight.normal_(std=HEAD_STD)
+    return model
 
 
 def image_grid(num_prompt_tokens: int) -> tuple[int, int, int]:
@@ -132,32 +137,37 @@ class Comparison:
         return {**asdict(self), "ratio": self.ratio}
 
 
+# What seconds are: of the wall clock, or of this process's CPU time, which other users of the machine do not change.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = CLOCKS["wall"]
+
+
 def compare_in_turn(
     label: dict[str, Any],
     ours: Callable[[], Any],
     theirs: Callable[[], Any],
     *,
     repeats: int,
-    with_memory: bool = False,
+    standing: Sequence[Tensor] = (),
 ) -> Comparison:
-    """Run both sides once to warm up, then `repeats` times in turn."""
+    """Run both sides once to warm up, then `repeats` times in turn; with `standing` tensors, measure memory too."""
     result = Comparison(label)
     ours()
     theirs()
     for _ in range(repeats):
-        result.ours_s.append(_seconds(ours))
-        result.theirs_s.append(_seconds(theirs))
-    if with_memory:
-        result.ours_mib, result.theirs_mib = peak_mib(ours), peak_mib(theirs)
+        result.ours_s.append(seconds(ours))
+        result.theirs_s.append(seconds(theirs))
+    if standing:
+        result.ours_mib, result.theirs_mib = peak_mib(ours, standing), peak_mib(theirs, standing)
     return result
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def seconds(run: Callable[[], Any]) -> float:
     _synchronise()
-    start = time.perf_counter()
+    start = clock()
     run()
     _synchronise()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _synchronise() -> None:
@@ -165,33 +175,10 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def peak_mib(run: Callable[[], Any]) -> float:
-    """Peak memory of a run above what was in use before: allocated on CUDA, resident (sampled every 2 ms) on a CPU."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    highest = before = _resident_bytes()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.002):
-            highest = max(highest, _resident_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        run()
-    finally:
-        done.set()
-        watcher.join()
-    return (highest - before) / 2**20
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def peak_mib(run: Callable[[], Any], standing: Sequence[Tensor]) -> float:
+    """The most tensors alive during a run, in MiB, above those that stand there before: weights and inputs."""
+    before = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in standing}.values())
+    return (peak_bytes(run, standing) - before) / 2**20
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -201,18 +188,23 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="how often both sides run")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: where others use the machine too")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     return parser
 
 
 def start(options: argparse.Namespace) -> Any:
     """Set threads, say what is measured on what, and build the model."""
+    global clock
+    clock = CLOCKS[options.clock]
     torch.set_num_threads(options.threads)
     if options.quick:
         options.repeats = min(options.repeats, 3)
     on_gpu = options.device.startswith("cuda")
     where = torch.cuda.get_device_name() if on_gpu else f"{platform.processor() or platform.machine()} CPU"
-    print(f"{where}, {options.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(
+        f"{where}, {options.threads} threads, {options.clock} seconds, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
     return build_model(device=options.device, dtype=torch.bfloat16 if on_gpu else torch.float32)
 
 
@@ -238,6 +230,7 @@ def finish(options: argparse.Namespace, comparisons: Sequence[Comparison], targe
     if options.json is not None:
         found = {
             "threads": options.threads,
+            "clock": options.clock,
             "device": options.device,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

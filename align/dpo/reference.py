@@ -137,6 +137,8 @@ def reference_log_probs(
     done = set(part.read())
     groups = group_by_question(pairs, collator)
     todo = [group for group in groups if not all(pair.id in done for pair in group)]
+    # Nobody appends before everybody has read: the shares would be cut from different lists.
+    state.wait_for_everyone()
     if todo:
         _compute(load_model(), todo[state.process_index :: state.num_processes], part, collator, autocast, batch_size)
     state.wait_for_everyone()

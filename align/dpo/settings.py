@@ -50,44 +50,6 @@ OWN_FIELDS = {
 HINTS = {"warmup_ratio": "warmup_steps takes a ratio when it is below 1"}
 
 
-def _ddp(config: Config) -> dict[str, Any]:
-    return {}
-
-
-def _zero2(config: Config) -> dict[str, Any]:
-    return {"deepspeed": _deepspeed({"stage": 2, "overlap_comm": True, "contiguous_gradients": True})}
-
-
-def _zero3(config: Config) -> dict[str, Any]:
-    stage = {"stage": 3, "overlap_comm": True, "stage3_gather_16bit_weights_on_model_save": True}
-    return {"deepspeed": _deepspeed(stage)}
-
-
-def _fsdp2(config: Config) -> dict[str, Any]:
-    fsdp = {"fsdp_version": 2, "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT"}
-    return {"fsdp": "full_shard auto_wrap", "fsdp_config": fsdp}
-
-
-def _deepspeed(zero: dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed configuration that takes everything else from the training arguments."""
-    automatic = (
-        "train_micro_batch_size_per_gpu",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    )
-    return dict.fromkeys(automatic, "auto") | {
-        "zero_optimization": zero,
-        "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto"},
-        # The projector's own learning rate makes param groups that DeepSpeed has no test of.
-        "zero_allow_untested_optimizer": True,
-    }
-
-
-STRATEGIES = {"ddp": _ddp, "zero2": _zero2, "zero3": _zero3, "fsdp2": _fsdp2}
-
-
 def check_fields(settings: DpoSettings) -> None:
     """Raise UserError that lists every key of the section that is neither ours nor TRL's to set."""
     trl = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
@@ -105,12 +67,16 @@ def check_fields(settings: DpoSettings) -> None:
 
 
 def training_arguments(
-    config: Config, output_dir: Path, device: torch.device, dtype: torch.dtype, strategy: str = "ddp"
+    config: Config,
+    output_dir: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    strategy_fields: dict[str, Any] | None = None,
 ) -> DPOConfig:
-    """The arguments of a round's training on `device` with weights of `dtype`, spread by `strategy`.
+    """The arguments of a round's training on `device` with weights of `dtype`, spread as `align.dpo.strategies` says.
 
-    With a strategy of DeepSpeed's third stage, every model that transformers loads from now on is spread too, as long
-    as the result is alive.
+    With a configuration of DeepSpeed's third stage, every model that transformers loads from now on is spread too, as
+    long as the result is alive.
 
     On a GPU that has bfloat16, float32 weights are trained with bfloat16 arithmetic (autocast). Log-probabilities and
     losses are float32 everywhere.
@@ -126,8 +92,7 @@ def training_arguments(
         "dataloader_pin_memory": on_gpu,
         "seed": config.seed,
     }
-    fields |= STRATEGIES[strategy](config)
-    fields |= config.dpo.trainer_fields()
+    fields |= (strategy_fields or {}) | config.dpo.trainer_fields()
     fields |= {
         "output_dir": str(output_dir),
         "remove_unused_columns": False,

@@ -29,6 +29,7 @@ from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_input
 from align.dpo.parts import count_parameters, freeze_parts
 from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.settings import training_arguments
+from align.dpo.strategies import check_distribution, chosen_strategy, strategy_fields, whole_models
 from align.dpo.texts import PairLength, check_lengths, pair_lengths
 from align.dpo.trainer import PairTrainer, pair_dataset
 from align.errors import UserError
@@ -39,7 +40,6 @@ from align.models.save import save_checkpoint
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 from align.prefix.proof import prove
 from align.progress import log
-from align.ranks import world_size
 from align.records import Pair, read_jsonl
 from align.rundir import Round, RunDir, checkpoint_hash, content_hash, text_hash
 
@@ -59,7 +59,9 @@ def run_dpo(config: Config, number: int) -> None:
     device = pick_device(config.model.device)
     dtype = training_dtype(config.model.dtype)
     # For everything before training the model is whole on every device, however it will be spread afterwards.
-    args = training_arguments(config, this.trainer, device, dtype)
+    strategy = chosen_strategy(config, device)
+    with whole_models():
+        args = training_arguments(config, this.trainer, device, dtype)
     pairs = read_pairs(this)
     state = args.distributed_state
     with state.main_process_first():
@@ -68,7 +70,7 @@ def run_dpo(config: Config, number: int) -> None:
         if this.manifest.complete(STAGE):
             log.info("round %d is trained already: %s", number, this.checkpoint)
             return
-    stage = DpoStage(config, this, policy, args, device, dtype)
+    stage = DpoStage(config, this, policy, args, device, dtype, strategy)
     stage.run(pairs)
 
 
@@ -111,6 +113,7 @@ class DpoStage:
     args: DPOConfig
     device: torch.device
     dtype: torch.dtype
+    strategy: str = "ddp"
 
     def run(self, given: list[Pair]) -> None:
         started = time.monotonic()
@@ -131,8 +134,16 @@ class DpoStage:
         if self.config.dpo.reference != "live":
             reference = self._reference(model, pairs, collator)
         reference_s = time.monotonic() - started
-        model = self._spread(model)
+        if self._spread(model):
+            # Freed here, where its last name is: there may not be room for it and the pieces.
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+            model = self.load(self.policy)
+        # Processes that fetch each other's weights module by module must all run the same modules.
+        collator.always_images = self.strategy not in ("ddp", "zero2") and any(pair.images for pair in pairs)
         trainer = self._trainer(model, pairs, lengths, collator, reference)
+        check_distribution(self.strategy, trainer.accelerator.distributed_type)
         parameters = count_parameters(trainer.model)
         self._train(trainer)
         self._save(trainer, processor)
@@ -151,35 +162,31 @@ class DpoStage:
                 shutil.rmtree(folder)
         trainer.accelerator.wait_for_everyone()
 
-    def load(self, checkpoint: str) -> Any:
+    def load(self, checkpoint: str, device: str | None = None) -> Any:
         return load_model(
             checkpoint,
             dtype=self.dtype,
             # DeepSpeed's third stage places the pieces itself.
-            device=None if is_deepspeed_zero3_enabled() else self.device,
+            device=None if is_deepspeed_zero3_enabled() else device or self.device,
             attn_implementation=self.config.model.attention,
             allow_pickle=self.config.model.allow_pickle,
         )
 
-    def _spread(self, model: Any) -> Any:
-        """The model to be trained under the strategy of the launch, and the arguments for it."""
-        strategy = self.config.launch.strategy
-        if world_size() == 1 or strategy == "ddp":
-            return model
+    def _spread(self, model: Any) -> bool:
+        """Set the arguments of the launch's strategy; True where the model must be loaded again, a piece a process."""
+        if self.strategy == "ddp":
+            return False
         # accelerate fixes the kind of distribution when it is first asked; the process group itself stays.
         AcceleratorState._reset_state(reset_partial_state=True)
-        self.args = training_arguments(self.config, self.this.trainer, self.device, self.dtype, strategy)
-        if self.args.deepspeed:
-            import deepspeed
+        fields = strategy_fields(self.strategy, model)
+        self.args = training_arguments(self.config, self.this.trainer, self.device, self.dtype, fields)
+        if not is_deepspeed_zero3_enabled():
+            return False
+        import deepspeed
 
-            # It has a process group of its own, on top of the one that is there.
-            deepspeed.init_distributed()
-        if strategy != "zero3":
-            return model
-        # From now on transformers loads every process's piece only.
-        del model
-        gc.collect()
-        return self.load(self.policy)
+        # While it loads, DeepSpeed asks its own layer how many processes there are, not torch's.
+        deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
+        return True
 
     def _that_fit(self, pairs: list[Pair], lengths: list[PairLength], max_length: int | None) -> list[Pair]:
         if max_length is None:
@@ -274,7 +281,7 @@ class DpoStage:
         if is_deepspeed_zero3_enabled():
             # A model that was loaded in pieces does not remember the names of its tensors on disk.
             unset_hf_deepspeed_config()
-            model = self.load(self.policy) if trainer.is_world_process_zero() else model
+            model = self.load(self.policy, device="cpu") if trainer.is_world_process_zero() else model
         if trainer.is_world_process_zero():
             save_checkpoint(
                 model,

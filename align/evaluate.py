@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from align.config import Config
+from align.engines.open import open_policy, served_as
 from align.errors import UserError, reward_faults
 from align.images import ImageStore
 from align.progress import log
@@ -43,14 +44,18 @@ def run_evaluate(config: Config, number: int) -> None:
     questions = read_questions(config.evaluate.questions)[: config.evaluate.limit]
     images = ImageStore(config.evaluation_images, config.max_image_pixels)
     _check_overlap(config, questions)
-    settings = {"evaluate": config.evaluate.model_dump(exclude={"questions", "image_root"}), "seed": config.seed}
+    settings = {
+        "evaluate": config.evaluate.model_dump(exclude={"questions", "image_root", "servers"}),
+        "seed": config.seed,
+    }
     inputs = {"questions": content_hash(config.evaluate.questions), "checkpoint": checkpoint_hash(checkpoint)}
+    inputs |= served_as(config.evaluate.servers, number)
     if not begin(this.manifest, STAGE, settings=settings, inputs=inputs):
         log.info("round %d is evaluated already: %s", number, this.evaluation)
         return
 
     def work(todo: list[Question], keep: Keep) -> dict[str, str]:
-        return _answer(config, checkpoint, todo, images, keep)
+        return _answer(config, checkpoint, number, todo, images, keep)
 
     done = work_through(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
     if is_main_process():
@@ -85,18 +90,12 @@ def _over_samples(lines: list[Evaluation], value: Callable[[Evaluated], float]) 
     return bootstrap_mean([[value(response) for response in line.sampled] for line in lines])
 
 
-def _answer(config: Config, checkpoint: str, todo: list[Question], images: ImageStore, keep: Keep) -> dict[str, str]:
+def _answer(
+    config: Config, checkpoint: str, number: int, todo: list[Question], images: ImageStore, keep: Keep
+) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
-    from align.engines.open import open_engine
 
-    engine = open_engine(
-        checkpoint,
-        config.model,
-        open_image=images.open,
-        processor=config.model.processor,
-        shared_prefix=config.shared_prefix,
-        batch_size=config.sample.batch_size,
-    )
+    engine = open_policy(config, checkpoint, config.evaluate.servers, made_in_round=number, open_image=images.open)
 
     def requests(some: list[Question], num_samples: int) -> list[SampleRequest]:
         return [

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.config import Config
+from align.engines.open import open_policy, served_as
 from align.errors import UserError
 from align.images import ImageStore
 from align.progress import log
@@ -42,7 +43,8 @@ def run_sample(config: Config, number: int) -> None:
         raise UserError(
             "sample.num_responses is 1: a preference needs two responses", fix="set it to 2 or more (5 is usual)"
         )
-    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config.questions, policy)):
+    inputs = _inputs(config.questions, policy) | served_as(config.sample.servers, number - 1)
+    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs):
         log.info("round %d is sampled already: %s", number, this.samples)
         return
 
@@ -88,16 +90,8 @@ def _sample(
     config: Config, policy: str, todo: list[Question], images: ImageStore, number: int, keep: Keep
 ) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
-    from align.engines.open import open_engine
 
-    engine = open_engine(
-        policy,
-        config.model,
-        open_image=images.open,
-        processor=config.model.processor,
-        shared_prefix=config.shared_prefix,
-        batch_size=config.sample.batch_size,
-    )
+    engine = open_policy(config, policy, config.sample.servers, made_in_round=number - 1, open_image=images.open)
     requests = [
         SampleRequest(
             id=question.id,
@@ -143,7 +137,7 @@ def _counts(samples: list[Samples]) -> dict[str, int]:
 
 
 def _settings(config: Config) -> dict[str, object]:
-    sample = config.sample.model_dump(exclude={"batch_size"})
+    sample = config.sample.model_dump(exclude={"batch_size", "servers"})
     return {"sample": sample, "seed": config.seed, "processor": config.model.processor}
 
 

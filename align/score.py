@@ -21,7 +21,7 @@ from align.images import ImageStore
 from align.progress import log
 from align.questionwise import Done, Keep, begin, finish, work_through
 from align.records import Samples, Scores, VerdictRecord, read_jsonl
-from align.rundir import Round, RunDir, checkpoint_hash, content_hash
+from align.rundir import Round, RunDir, content_hash
 from align.trust import check_gates, control_items, critic_figures, item_of
 from reward.critics import Critic, Item, Judgement
 from reward.trust import check_gates as check_gate_names
@@ -142,13 +142,13 @@ def _scores(id_: str, judgement: Judgement) -> Scores:
 
 def _settings(config: Config) -> dict[str, Any]:
     # Gates judge what was measured and change nothing of it, so they may change without judging again.
-    critic = config.critic.model_dump(exclude={"model", "batch_size", "prompt", "gates"})
+    critic = config.critic.model_dump(exclude={"model", "batch_size", "prompt", "gates", "servers"})
     return {"critic": critic, "seed": config.seed}
 
 
 def _inputs(config: Config, plan: CriticPlan, samples: Path) -> dict[str, str]:
     inputs = {"samples": content_hash(samples)}
-    inputs |= {name: checkpoint_hash(checkpoint) for name, checkpoint in plan.checkpoints().items()}
+    inputs |= plan.identities()
     prompts = {"prompt": config.critic.prompt}
     members = config.critic.options.get("critics")
     if isinstance(members, dict):

@@ -9,18 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.config import Config
+from align.config import Config, Server
 from align.errors import UserError, reward_faults
+from align.rundir import checkpoint_hash
 from reward.critics import Critic, asks_model, make_critic, needs, settings_of
 
 
 @dataclass(frozen=True)
 class MemberModel:
-    """A checkpoint that a critic needs: what it is for (`asker` or `scorer`), and its processor's settings."""
+    """A checkpoint that a critic needs: what it is for (`asker` or `scorer`), and its processor's settings.
+
+    Where there are `servers`, they have it, and `checkpoint` is at most the name of the model.
+    """
 
     need: str
     checkpoint: str
     processor: dict[str, Any] = field(default_factory=dict)
+    servers: tuple[Server, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,10 @@ class CriticPlan:
         """Whether the critic asks a model, so that it can be tested whether it looks at the image."""
         return bool(self.shared or self.own)
 
-    def checkpoints(self) -> dict[str, str]:
-        """Every checkpoint by what it is for."""
-        shared = {"critic": self.shared[0].checkpoint} if self.shared else {}
-        return shared | {f"critic {name}": model.checkpoint for name, model in self.own.items()}
+    def identities(self) -> dict[str, str]:
+        """What says which models these are, by what they are for: a checkpoint's hash, or a name on servers."""
+        shared = {"critic": " and ".join(sorted(set(map(_identity, self.shared))))} if self.shared else {}
+        return shared | {f"critic {name}": _identity(model) for name, model in self.own.items()}
 
 
 def plan_critic(config: Config) -> CriticPlan:
@@ -63,13 +68,18 @@ def plan_critic(config: Config) -> CriticPlan:
         if kind == "panel":
             options, own, wanted = _members(options)
         needed = sorted({need for need in wanted.values() if need in ("asker", "scorer")})
-        if needed and config.critic.model is None:
+        servers = tuple(config.critic.servers)
+        served = {"asker"} if servers else set()
+        if set(needed) - served and config.critic.model is None:
             who = [f"member {name}" for name, need in wanted.items() if name and need in needed]
             raise UserError(
                 f"the {kind} critic needs a model" + (f" for {', '.join(who)}" if who else ""),
-                fix="set critic.model to its checkpoint",
+                fix="set critic.model to its checkpoint, or critic.servers to where it is served",
             )
-        shared = [MemberModel(need, str(config.critic.model), config.critic.processor) for need in needed]
+        name = config.critic.model or ""
+        shared = [
+            MemberModel(need, name, config.critic.processor, servers if need in served else ()) for need in needed
+        ]
         plan = CriticPlan(kind, options, shared, own)
         nobody = _Nobody()
         make_critic(kind, options, asker=nobody, scorer=nobody)
@@ -124,8 +134,10 @@ def _open(model: MemberModel, config: Config, open_image: Callable[[Any], Any]) 
         from align.engines.scorer import open_scorer
 
         return open_scorer(model.checkpoint, config.model, open_image=open_image, processor=model.processor)
-    from align.engines.open import open_engine
+    from align.engines.open import open_engine, open_servers
 
+    if model.servers:
+        return open_servers(model.servers, model.checkpoint or None, config.server, open_image=open_image)
     return open_engine(
         model.checkpoint,
         config.model,
@@ -134,6 +146,12 @@ def _open(model: MemberModel, config: Config, open_image: Callable[[Any], Any]) 
         shared_prefix=config.shared_prefix,
         batch_size=config.critic.batch_size,
     )
+
+
+def _identity(model: MemberModel) -> str:
+    if not model.servers:
+        return checkpoint_hash(model.checkpoint)
+    return "served: " + ", ".join(sorted({server.model or model.checkpoint for server in model.servers}))
 
 
 def _notes(opened: Mapping[tuple[str, str], Any]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from align.config import ModelSettings, Server, ServerSettings
+from align.config import Config, ModelSettings, Server, ServerSettings
 from align.engines.base import Engine
 from align.errors import UserError
 
@@ -69,9 +69,32 @@ def open_servers(
     return engine
 
 
-def served_names(servers: Sequence[Server], checkpoint: str | None, made_in_round: int | None = None) -> list[str]:
-    """The names that a checkpoint is served under, for manifests: they change when the model does, URLs may change."""
-    return sorted({server.model or checkpoint or "" for server in named_for_round(servers, made_in_round)})
+def open_policy(
+    config: Config, checkpoint: str, servers: Sequence[Server], *, made_in_round: int, open_image: Callable[[Any], Any]
+) -> Engine:
+    """The policy as a checkpoint of a round: on the stage's servers where it names some, else in this process."""
+    if servers:
+        return open_servers(servers, checkpoint, config.server, open_image=open_image, made_in_round=made_in_round)
+    return open_engine(
+        checkpoint,
+        config.model,
+        open_image=open_image,
+        processor=config.model.processor,
+        shared_prefix=config.shared_prefix,
+        batch_size=config.sample.batch_size,
+    )
+
+
+def served_as(servers: Sequence[Server], made_in_round: int | None = None) -> dict[str, str]:
+    """For a manifest's inputs: the names that the model is served under, nothing where it is opened in this process.
+
+    URLs are left out: an interrupted stage may go on with other servers of the same model.
+
+    >>> served_as([Server(url="http://a", model="policy-{round}"), Server(url="http://b")], 0)
+    {'served as': 'its path, policy-0'}
+    """
+    names = {server.model or "its path" for server in named_for_round(servers, made_in_round)}
+    return {"served as": ", ".join(sorted(names))} if names else {}
 
 
 def named_for_round(servers: Sequence[Server], made_in_round: int | None) -> list[Server]:

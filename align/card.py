@@ -37,7 +37,7 @@ def write_model_card(config: Config, number: int) -> Path:
 
 def _heading(config: Config, parent: str) -> dict[str, Any]:
     heading: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    licence = _parent_licence(parent)
+    licence = licence_of(parent)
     if licence:
         heading["license"] = licence
     if not Path(config.policy).exists():
@@ -45,7 +45,7 @@ def _heading(config: Config, parent: str) -> dict[str, Any]:
     return heading | {"tags": ["dpo", "valley-align", "trl"]}
 
 
-def _parent_licence(parent: str) -> str | None:
+def licence_of(parent: str | Path) -> str | None:
     """The licence that the parent's own card names; inherited, never invented."""
     card = Path(parent) / "README.md"
     if not card.is_file():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,6 +177,122 @@ def report(
     loaded = _load(config, set_)
     path = write_report(loaded.run_dir, control=control)
     _say(f"report: {path}", next_command="open it in a browser")
+
+
+@app.command(epilog="Example:  align status runs/run   (from another terminal)")
+def status(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Where a run stands: stages, progress, speed, last losses."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from align.status import run_status
+
+    table = Table("round", "stage", "state", "", box=None)
+    for line in run_status(run):
+        table.add_row(str(line.round), line.stage, line.state, line.detail)
+    Console().print(table)
+
+
+@app.command(epilog="Example:  align compare runs/critic runs/verifier")
+def compare(
+    one: Annotated[Path, typer.Argument(help="A run's folder.")],
+    other: Annotated[Path, typer.Argument(help="Another run's folder.")],
+) -> None:
+    """Two runs side by side, and their paired difference on the same held-out questions."""
+    from align.compare import compare_runs
+    from align.summary import print_table
+
+    differences = compare_runs(one, other)
+    print_table({one.name: one, other.name: other})
+    typer.echo(f"{other.name} minus {one.name}, last rounds, paired over the same questions (95 % intervals):")
+    for name, interval in differences.items():
+        verdict = "" if interval.excludes_zero else "   (no difference can be told)"
+        typer.echo(f"  {name}: {interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{verdict}")
+
+
+@app.command(epilog="Example:  align info path/to/Valley-Eagle-7B --image photo.jpg")
+def info(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    image: Annotated[Path | None, typer.Option(help="Count the visual tokens of this image.")] = None,
+) -> None:
+    """What a checkpoint is: family, sizes, visual tokens, trainable parts, licence, shared prefix."""
+    from align.info import inspect_checkpoint
+
+    found = inspect_checkpoint(checkpoint, image)
+    rows = {
+        "architecture": f"{found.architecture}, opened by {found.opened_by}",
+        "about": found.about,
+        "tensors": f"{found.num_tensors} ({', '.join(f'{n} {dtype}' for dtype, n in found.dtypes.items())})",
+        "size": f"{_size(found.num_bytes)} on disk",
+        "parameters": ", ".join(f"{part} {count:,}" for part, count in found.parameters.items()),
+        "freeze": f"dpo.freeze takes any of {', '.join(found.parameters)}, embeddings, head",
+        "context": f"{found.context_tokens} tokens",
+        "shared prefix": found.shared_prefix,
+        "licence": found.licence or "not named in the folder's README.md",
+    }
+    if image is not None:
+        rows["image"] = (
+            f"{found.num_visual_tokens} tokens for {image.name}; {found.num_prompt_tokens} in a short prompt"
+        )
+    for name, text in rows.items():
+        typer.echo(f"{name + ':':<15}{text}")
+
+
+@app.command(epilog="Example:  align convert llava-onevision-qwen2-7b-ov ov-hf --to llava-hf")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    to: Annotated[str, typer.Option(help="The layout to write.")],
+    base: Annotated[Path | None, typer.Option(help="For delta weights: the base model they are added to.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights (unsafe unless trusted).")
+    ] = False,
+) -> None:
+    """A checkpoint in another layout, tensor by tensor; or delta weights added to their base."""
+    from align.models.convert import convert as convert_checkpoint
+
+    done = convert_checkpoint(source, target, to=to, base=base, allow_pickle=allow_pickle)
+    dropped = f"; {done.num_dropped_rows} padding rows of the vocabulary left out" if done.num_dropped_rows else ""
+    _say(
+        f"{done.num_tensors} tensors, {_size(done.num_bytes)}: {done.folder}{dropped}",
+        next_command=f"align info {done.folder}",
+    )
+
+
+@app.command(epilog="Example:  align chat runs/run/round-3/checkpoint --image photo.jpg")
+def chat(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder.")],
+    image: Annotated[Path | None, typer.Option(help="The image to talk about.")] = None,
+    question: Annotated[str | None, typer.Option("--question", "-q", help="Ask this and stop.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+) -> None:
+    """Try a checkpoint: ask about an image."""
+    from align.chat import chat as answers
+
+    asked = [question] if question else _typed_questions()
+    for answer in answers(checkpoint, image, asked, temperature=temperature, max_new_tokens=max_new_tokens):
+        typer.echo(answer)
+
+
+def _size(num_bytes: int) -> str:
+    """
+    >>> _size(3 * 2**30), _size(5 * 2**20)
+    ('3.00 GiB', '5.0 MiB')
+    """
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _typed_questions() -> Iterator[str]:
+    """Lines from the terminal until the end of input or an empty line."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
 
 
 @app.command(epilog="Example:  align demo --folder demo-run --seed 1")

@@ -140,8 +140,8 @@ class DpoStage:
             gc.collect()
             torch.cuda.empty_cache()
             model = self.load(self.policy)
-        # Processes that fetch each other's weights module by module must all run the same modules.
-        collator.always_images = self.strategy not in ("ddp", "zero2") and any(pair.images for pair in pairs)
+        # Processes that exchange weights or gradients module by module must all run the same modules.
+        collator.always_images = self.strategy != "ddp" and any(pair.images for pair in pairs)
         trainer = self._trainer(model, pairs, lengths, collator, reference)
         check_distribution(self.strategy, trainer.accelerator.distributed_type)
         parameters = count_parameters(trainer.model)

@@ -6,7 +6,9 @@ torch is imported inside the commands, so `--help` is instant. Exit codes: 0 don
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ import typer
 
 from align.config import CONFIG_NAME, Config, commented_config, dump_config, find_config, load_config
 from align.errors import UserError
+from align.launch import adopt_slurm, is_started_by_align, run_stage_command, wants_processes
 from align.progress import log
 from align.ranks import is_main_process
 from align.rundir import RunDir
@@ -159,6 +162,8 @@ def run(
     set_ = [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])]
     loaded = _load(config, set_)
     run_rounds(loaded, _config_args(config, set_))
+    if not is_main_process():
+        return
     path = write_report(loaded.run_dir)
     print_table({loaded.name: loaded.run_dir})
     last = RunDir(loaded.run_dir).round(loaded.rounds)
@@ -310,7 +315,10 @@ def demo(
 
 def main() -> None:
     """Entry point: faults of the user end in one message and exit code 2."""
+    adopt_slurm()
     _set_up_logging()
+    if not is_started_by_align():
+        signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except UserError as error:
@@ -332,13 +340,12 @@ def _stage(
     num_processes: int | None,
 ) -> dict[str, Any]:
     """Run one stage here, or in the processes that the configuration asks for; returns its counts."""
-    from align.launch import run_stage_command, wants_processes
     from align.rounds import run_stage
 
     overrides = [*(overrides or []), *([f"launch.num_processes={num_processes}"] if num_processes else [])]
     loaded = _load(config, overrides)
     this = RunDir(loaded.run_dir).round(number)
-    if wants_processes(loaded):
+    if wants_processes(loaded) and name != "pairs":
         run_stage_command(loaded, name, number, _config_args(config, overrides) + (["--redo"] if redo else []))
     else:
         run_stage(loaded, name, number, redo=redo)
@@ -360,14 +367,23 @@ def _config_args(config: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _say(text: str, *, next_command: str | None) -> None:
-    if not is_main_process():
+    if not is_main_process() or is_started_by_align():
         return
     typer.echo(text)
     if next_command:
         typer.secho(f"next: {next_command}", fg=typer.colors.CYAN)
 
 
+def _stop(*_: object) -> None:
+    """SIGTERM: what is finished is on the disk. Training takes the signal itself, to finish its step first."""
+    log.info("stopped; the same command goes on from here")
+    raise SystemExit(0)
+
+
 def _fail(text: str, *, code: int) -> None:
+    if not is_main_process():
+        # The main process usually says the same, and the launcher then ends this one.
+        time.sleep(2.0)
     typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
     sys.exit(code)
 

@@ -217,11 +217,20 @@ class EvaluateSettings(Section):
 
 
 class LaunchSettings(Section):
-    """How many processes train, and how they share the model."""
+    """How many processes work, on how many machines, and how they share the model while it is trained."""
 
     num_processes: int = Field(1, ge=1, description="processes on this machine, one a GPU")
     strategy: Literal["ddp", "zero2", "zero3", "fsdp2"] = Field(
-        "ddp", description="how the model is spread over the processes"
+        "ddp", description="how the trained model is spread over the processes"
+    )
+    num_machines: int = Field(1, ge=1, description="machines that run this same command")
+    machine_rank: int = Field(0, ge=0, description="which of them this one is, from 0 (usually by --set)")
+    main_process_ip: str | None = Field(None, description="address of the machine with rank 0")
+    main_process_port: int | None = Field(
+        None, ge=1, le=65535, description="port there; empty: a free one, or 29500 with several machines"
+    )
+    accelerate_config: Path | None = Field(
+        None, description="a file of `accelerate config` that decides all of this instead"
     )
 
 
@@ -342,6 +351,8 @@ def build_config(data: dict[str, Any], *, base: Path, where: str = CONFIG_NAME) 
         config.evaluate.questions = base / config.evaluate.questions
     if config.evaluate.image_root:
         config.evaluate.image_root = base / config.evaluate.image_root
+    if config.launch.accelerate_config:
+        config.launch.accelerate_config = base / config.launch.accelerate_config
     return config
 
 

@@ -1,51 +1,173 @@
-"""The same command again in several processes, under `accelerate launch`.
+"""The same command again in several processes, under `accelerate launch`; and what schedulers have arranged, understood.
 
-An environment that a launcher has already prepared (torchrun, accelerate, Slurm's srun with their variables) is
-respected: a command that finds RANK and WORLD_SIZE set never starts itself again.
+Processes that a launcher has started already (torchrun, accelerate, Slurm's srun with a task a GPU) are respected: a
+command that finds WORLD_SIZE set never starts itself again. Run as a module this file is `accelerate launch` with the
+exit code of the process that failed first in place of a traceback of the launcher's.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from align.config import Config
+from align.config import Config, LaunchSettings
 from align.errors import UserError
+from align.progress import log
+
+# Tells a process that the command which started it will speak for it.
+CHILD = "ALIGN_STARTED_BY_ALIGN"
+# Seconds that processes have to finish a step and save it, once they were asked to stop.
+TIME_TO_SAVE_S = 300
+USERS_FAULT, OUR_FAULT = 2, 1
 
 
 def wants_processes(config: Config) -> bool:
     """True where the configuration asks for several processes and no launcher has started them yet."""
-    return config.launch.num_processes > 1 and "WORLD_SIZE" not in os.environ
+    launch = config.launch
+    several = launch.num_processes * launch.num_machines > 1 or launch.accelerate_config is not None
+    return several and "WORLD_SIZE" not in os.environ
+
+
+def is_started_by_align() -> bool:
+    """True in a process that `run_stage_command` started."""
+    return CHILD in os.environ
 
 
 def run_stage_command(config: Config, stage: str, number: int, config_args: list[str]) -> None:
-    """Run `align STAGE --round N` in `launch.num_processes` processes and wait for it.
+    """Run `align STAGE --round N` in the processes that `launch:` asks for and wait for them.
+
+    SIGTERM is passed on to them, so that they can finish a step and save it. Under `num_machines` the same command must
+    be run on every machine, with the machine's own rank.
 
     Raises:
-        UserError: a process failed; its own message stands above this one.
+        SystemExit: with 0 where the processes were told to stop; with 2 where one of them ended with the user's fault,
+            having said so; with 1 where one failed otherwise.
     """
-    code = subprocess.call(launch_command(config, [stage, "--round", str(number), *config_args]))
+    command = launch_command(config.launch, [stage, "--round", str(number), *config_args])
+    process = subprocess.Popen(command, env=_environment())
+    with _passing_on_sigterm(process) as stop:
+        code = process.wait()
+    if stop.requested:
+        log.info("stopped; the same command goes on from here")
+        raise SystemExit(0)
+    if code == USERS_FAULT:
+        raise SystemExit(USERS_FAULT)
     if code:
-        raise UserError(
-            f"`align {stage} --round {number}` failed in one of {config.launch.num_processes} processes (exit code {code})",
-            fix="see the messages above",
-        )
+        log.error("`align %s --round %d` failed in one of its processes (exit code %d)", stage, number, code)
+        raise SystemExit(OUR_FAULT)
 
 
-def launch_command(config: Config, arguments: list[str]) -> list[str]:
-    """The `accelerate launch` command line of a stage."""
-    flags = [
-        "--num_processes",
-        str(config.launch.num_processes),
-        "--num_machines",
-        "1",
-        "--dynamo_backend",
-        "no",
-        "--mixed_precision",
-        "no",
-    ]
-    if config.launch.num_processes > 1:
+def launch_command(launch: LaunchSettings, arguments: list[str]) -> list[str]:
+    """The `accelerate launch` command line of a stage.
+
+    With `launch.accelerate_config` everything comes from that file, but for what is set here as well.
+    """
+    flags: list[str] = []
+    if launch.accelerate_config is not None:
+        if not launch.accelerate_config.is_file():
+            raise UserError("no such accelerate configuration", where=str(launch.accelerate_config))
+        flags += ["--config_file", str(launch.accelerate_config)]
+        if launch.num_processes > 1:
+            flags += ["--num_processes", str(launch.num_processes * launch.num_machines)]
+    else:
+        flags += ["--num_processes", str(launch.num_processes * launch.num_machines)]
+        flags += ["--num_machines", str(launch.num_machines), "--dynamo_backend", "no", "--mixed_precision", "no"]
         # Asked for as multi-GPU also without one: a MULTI_CPU setting would silently run one process.
         flags.append("--multi_gpu")
-    return [sys.executable, "-m", "accelerate.commands.launch", *flags, "--module", "align.cli", *arguments]
+    if launch.num_machines > 1:
+        if launch.main_process_ip is None:
+            raise UserError(
+                f"launch.num_machines is {launch.num_machines}, but launch.main_process_ip is empty",
+                fix="give the address of the machine with machine_rank 0, the same on every machine",
+            )
+        flags += ["--machine_rank", str(launch.machine_rank), "--main_process_ip", launch.main_process_ip]
+        flags += ["--main_process_port", str(launch.main_process_port or 29500)]
+    else:
+        flags += ["--main_process_port", str(launch.main_process_port or _free_port())]
+    return [sys.executable, "-m", "align.launch", *flags, "--module", "align.cli", *arguments]
+
+
+def adopt_slurm() -> None:
+    """Give a task of `srun` the variables of its rank, as torchrun would; does nothing elsewhere.
+
+    A step with a task a process (`--ntasks-per-node=8`) needs no launcher. A step with one task a machine is left to
+    `launch.num_processes`; the batch script itself is no step.
+    """
+    step = os.environ.get("SLURM_STEP_NUM_TASKS")
+    if step is None or "WORLD_SIZE" in os.environ or int(step) == 1:
+        return
+    if step == os.environ.get("SLURM_STEP_NUM_NODES", "1"):
+        return
+    os.environ |= {
+        "WORLD_SIZE": step,
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or os.environ["SLURM_LAUNCH_NODE_IPADDR"],
+        # A port of the job's own, the same in all of its tasks.
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000),
+    }
+
+
+@dataclass
+class _Stop:
+    requested: bool = field(default=False)
+
+
+@contextmanager
+def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[_Stop]:
+    """Within the context SIGTERM goes to the processes that work, not to their launcher, which would soon kill them."""
+    import psutil
+
+    stop = _Stop()
+
+    def pass_on(*_: object) -> None:
+        stop.requested = True
+        launcher = psutil.Process(process.pid)
+        for worker in launcher.children(recursive=True):
+            if worker.ppid() == process.pid:
+                worker.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _environment() -> dict[str, str]:
+    # For a scheduler that signals every process: the launcher then waits so long before it kills.
+    return os.environ | {CHILD: "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TIME_TO_SAVE_S)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _accelerate_launch(arguments: list[str]) -> None:
+    """`accelerate launch ARGUMENTS`, quietly; ends with the exit code of the process that failed first."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # What went wrong has been said by the process itself.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else OUR_FAULT)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+
+
+if __name__ == "__main__":
+    _accelerate_launch(sys.argv[1:])

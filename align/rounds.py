@@ -46,8 +46,11 @@ def run_stage(config: Config, stage: str, number: int, *, redo: bool = False) ->
 def _run_or_launch(config: Config, stage: str, number: int, config_args: list[str]) -> None:
     if not wants_processes(config) or stage == "pairs":
         run_stage(config, stage, number)
-    elif not RunDir(config.run_dir).round(number).manifest.complete(stage):
+    elif not (manifest := RunDir(config.run_dir).round(number).manifest).complete(stage):
         run_stage_command(config, stage, number, config_args)
+        if not manifest.complete(stage):
+            # Its processes were told to stop, and have said so.
+            raise SystemExit(0)
 
 
 def _call(config: Config, stage: str, number: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from align.engines.ahead import ReadAhead
 from align.engines.base import SampleRequest, SampleResult, SamplingSettings
 from align.engines.budget import Budget, is_out_of_memory
 from align.engines.plain import plain_ask_generate, plain_ask_log_probs, plain_sample
@@ -20,7 +21,7 @@ from align.engines.prompts import AskTree, Prompter, to_device
 from align.engines.sampling import SeededChooser, uniforms
 from align.engines.shared import prove_asks, prove_growth, sample_behind, shared_ask_generate, shared_ask_log_probs
 from align.errors import UserError
-from align.prefix.attention import stop_shared_prefix, use_shared_prefix
+from align.prefix.attention import PrefixUnsupported, stop_shared_prefix, use_shared_prefix
 from align.prefix.proof import Proof, failed, tolerance_for
 from reward.ask import Ask
 
@@ -70,15 +71,20 @@ class LocalEngine:
         """Answer all requests; `on_result` is called once a question, as soon as its last sample has ended."""
         answered: set[int] = set()
 
-        def run(batch: list[int]) -> Size:
+        def prepare(batch: list[int]) -> dict[str, Any]:
+            texts = [self.prompter.render(requests[i].messages) for i in batch]
+            return self.prompter.encode(texts, [requests[i].images for i in batch])
+
+        def run(batch: list[int], inputs: dict[str, Any]) -> Size:
             def keep(b: int, tokens: list[list[int]], stopped: list[bool]) -> None:
                 answered.add(batch[b])
                 on_result(self._result(requests[batch[b]].id, tokens, stopped))
 
-            return self._sample([requests[i] for i in batch], settings, keep)
+            return self._sample(inputs, [requests[i] for i in batch], settings, keep)
 
         self._in_batches(
             list(range(len(requests))),
+            prepare,
             run,
             proof="samples",
             alike=lambda i: (bool(requests[i].images), requests[i].num_samples),
@@ -109,47 +115,45 @@ class LocalEngine:
         answers = self._answer(asks, shared, plain, new_tokens=max_new_tokens)
         return [[self._text(tokens) for tokens in branches] for branches in answers]
 
-    def _sample(self, batch: list[SampleRequest], settings: SamplingSettings, keep: Callable[..., None]) -> Size:
+    def _sample(
+        self, inputs: dict[str, Any], batch: list[SampleRequest], settings: SamplingSettings, keep: Callable[..., None]
+    ) -> Size:
         """Sample a batch; returns the size of its largest question."""
-        if self.fallback_reason is None:
-            size = self._sample_shared(batch, settings, keep)
-            if size is not None:
-                return size
+        if self.fallback_reason is None and self._sample_shared(
+            to_device(inputs, self.device, self.dtype), batch, settings, keep
+        ):
+            return inputs["input_ids"].shape[1], batch[0].num_samples * settings.max_new_tokens
         return max(self._sample_plain(b, request, settings, keep) for b, request in enumerate(batch))
 
     def _sample_shared(
-        self, batch: list[SampleRequest], settings: SamplingSettings, keep: Callable[..., None]
-    ) -> Size | None:
-        """None when the proof failed; nothing was kept then."""
+        self, inputs: dict[str, Any], batch: list[SampleRequest], settings: SamplingSettings, keep: Callable[..., None]
+    ) -> bool:
+        """False when the shared prefix turned out not to be usable; nothing was kept then."""
         proving = "samples" not in self._proved
-        inputs = self._encode(
-            [self.prompter.render(request.messages) for request in batch], [request.images for request in batch]
-        )
-        num_samples = batch[0].num_samples
         try:
             use_shared_prefix(self.model)
             grown = sample_behind(
                 self.model,
                 inputs,
                 self._chooser(inputs, batch, settings),
-                num_samples=num_samples,
+                num_samples=batch[0].num_samples,
                 max_new_tokens=settings.max_new_tokens,
                 eos=self.eos_token_ids,
                 on_row=None if proving else keep,
                 with_log_probs=proving,
             )
         except Exception as error:
-            if not proving or is_out_of_memory(error):
+            if is_out_of_memory(error) or not (proving or isinstance(error, PrefixUnsupported)):
                 raise
             self._decide("samples", failed(error, tolerance_for(self.model)))
-            return None
+            return False
         if proving:
             self._decide("samples", prove_growth(self.model, inputs, grown))
             if self.fallback_reason is not None:
-                return None
+                return False
             for b, (tokens, stopped) in enumerate(zip(grown.tokens, grown.stopped, strict=True)):
                 keep(b, tokens, stopped)
-        return inputs["input_ids"].shape[1], num_samples * settings.max_new_tokens
+        return True
 
     def _sample_plain(
         self, b: int, request: SampleRequest, settings: SamplingSettings, keep: Callable[..., None]
@@ -183,19 +187,22 @@ class LocalEngine:
         """What `shared`, or `plain` where that is not proved, gives for every ask."""
         results: dict[int, Any] = {}
 
-        def run(batch: list[int]) -> Size:
+        def prepare(batch: list[int]) -> tuple[list[AskTree], dict[str, Any]]:
             trees = [self.prompter.tree_of(asks[i]) for i in batch]
-            images = [asks[i].images for i in batch]
-            inputs = self._encode([tree.prompt for tree in trees], images)
-            if self.fallback_reason is None and "asks" not in self._proved:
-                self._decide("asks", prove_asks(self.model, inputs, trees))
-            values = shared(inputs, trees) if self.fallback_reason is None else plain(trees, images)
+            return trees, self.prompter.encode([tree.prompt for tree in trees], [asks[i].images for i in batch])
+
+        def run(batch: list[int], prepared: tuple[list[AskTree], dict[str, Any]]) -> Size:
+            trees, inputs = prepared[0], to_device(prepared[1], self.device, self.dtype)
+            values = self._answer_shared(inputs, trees, shared) if self.fallback_reason is None else None
+            if values is None:
+                values = plain(trees, [asks[i].images for i in batch])
             results.update(zip(batch, values, strict=True))
             widest = max(sum(len(segment.token_ids) for segment in tree.segments) for tree in trees)
             return inputs["input_ids"].shape[1] + widest, max(len(tree.leaves) for tree in trees) * new_tokens
 
         self._in_batches(
             list(range(len(asks))),
+            prepare,
             run,
             proof="asks",
             alike=lambda i: bool(asks[i].images),
@@ -203,10 +210,26 @@ class LocalEngine:
         )
         return [results[i] for i in range(len(asks))]
 
+    def _answer_shared(
+        self,
+        inputs: dict[str, Any],
+        trees: list[AskTree],
+        shared: Callable[[dict[str, Any], list[AskTree]], list[Any]],
+    ) -> list[Any] | None:
+        """None when the shared prefix turned out not to be usable."""
+        if "asks" not in self._proved:
+            self._decide("asks", prove_asks(self.model, inputs, trees))
+        try:
+            return shared(inputs, trees) if self.fallback_reason is None else None
+        except PrefixUnsupported as error:
+            self._decide("asks", failed(error, tolerance_for(self.model)))
+            return None
+
     def _in_batches(
         self,
         todo: list[int],
-        run: Callable[[list[int]], Size],
+        prepare: Callable[[list[int]], Any],
+        run: Callable[[list[int], Any], Size],
         *,
         proof: str,
         alike: Callable[[int], Any],
@@ -214,23 +237,31 @@ class LocalEngine:
     ) -> None:
         """Run the items in order, in batches of equal `alike`, smaller ones after running out of memory.
 
-        `run` returns the size of its largest item. What is in `answered` is done, though its batch may fail.
+        `prepare` gives a batch's inputs, on the CPU and in another thread. `run` returns the size of its largest item.
+        What is in `answered` is done, though its batch may fail.
         """
         size: Size | None = None
-        while todo:
+
+        def next_batch(waiting: list[int]) -> list[int]:
             count = self.budget.num_items(*(size or (1, 0)))
             if size is None or (self.fallback_reason is None and proof not in self._proved):
                 count = min(count, PROOF_ITEMS)
-            batch = [i for i in todo[:count] if alike(i) == alike(todo[0])]
-            try:
-                ran = run(batch)
-                size = ran if size is None else (max(size[0], ran[0]), max(size[1], ran[1]))
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.budget.retreat(len(batch))
-                self.notes["out_of_memory"] = f"{self.budget.num_retreats} times; the batch was halved each time"
-            todo = [i for i in todo if i not in answered]
+            return [i for i in waiting[:count] if alike(i) == alike(waiting[0])]
+
+        with ReadAhead(prepare) as ahead:
+            while todo:
+                batch = next_batch(todo)
+                rest = [i for i in todo if i not in batch]
+                inputs = ahead.get(batch, next_batch(rest) if rest and size is not None else [])
+                try:
+                    ran = run(batch, inputs)
+                    size = ran if size is None else (max(size[0], ran[0]), max(size[1], ran[1]))
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self.budget.retreat(len(batch))
+                    self.notes["out_of_memory"] = f"{self.budget.num_retreats} times; the batch was halved each time"
+                todo = [i for i in todo if i not in answered]
 
     def _encode(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
         return to_device(self.prompter.encode(texts, images), self.device, self.dtype)

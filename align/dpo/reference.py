@@ -1,9 +1,10 @@
 """Log-probabilities of all responses under the reference policy: computed once a round, kept in the round's folder.
 
 All responses of a question stand behind one prompt, in the layout, the dtype and the code that training uses, so that
-the first step of training finds the same numbers: in float32 its loss is ln 2 and its rewards are 0 (to the last bit
-with one pair a batch; batches of several are padded differently and differ by some 1e-7 of the sums). With bfloat16
-arithmetic the same holds for one pair a batch on the same device, and rewards stay within about beta * 0.1 otherwise.
+the first step of training finds the same numbers. With one pair a batch they are the same to the last bit, in float32
+and in bfloat16: the loss is ln 2 and the rewards are 0. Batches of several pairs are padded differently: sums then
+differ by their rounding, in float32 by some 1e-6, in bfloat16 so that rewards (beta 0.1) were up to 0.002 on a small
+random model.
 
 ``reference.safetensors`` holds per-token and summed values, and in its header the key: hashes of everything that the
 numbers depend on. A file with another key is not used. Unfinished work lies beside it, line by line, and is continued.

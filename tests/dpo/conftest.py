@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
@@ -125,7 +125,13 @@ KEY = ReferenceKey("weights", "processor", "pairs", "shared", "float32", "8192")
 
 
 def compute(
-    path: Path, pairs: list[Pair], collator: PairCollator, load_model: Any, key: ReferenceKey = KEY, batch_size: int = 1
+    path: Path,
+    pairs: list[Pair],
+    collator: PairCollator,
+    load_model: Any,
+    key: ReferenceKey = KEY,
+    batch_size: int = 1,
+    bf16: bool = False,
 ) -> Reference:
     return reference_log_probs(
         path,
@@ -133,7 +139,7 @@ def compute(
         pairs,
         collator=collator,
         load_model=load_model,
-        autocast=nullcontext,
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         batch_size=batch_size,
         state=PartialState(cpu=True),
     )

@@ -21,11 +21,13 @@ def must_not_load():
     raise AssertionError("the model was loaded although nothing was to be computed")
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("layout", ["plain", "shared"])
-def test_first_step_has_loss_ln_2_and_rewards_0(tmp_path, processor, model, images, layout):
+def test_first_step_has_loss_ln_2_and_rewards_0(tmp_path, processor, model, images, layout, bf16):
     pairs = make_pairs(images.root, 4)
-    reference = compute(tmp_path / "r.safetensors", pairs, PairCollator(processor, images, layout), lambda: model)
-    args = make_args(tmp_path / "run", max_steps=1, per_device_train_batch_size=1)
+    collator = PairCollator(processor, images, layout)
+    reference = compute(tmp_path / "r.safetensors", pairs, collator, lambda: model, bf16=bf16)
+    args = make_args(tmp_path / "run", max_steps=1, per_device_train_batch_size=1, bf16=bf16)
     first = losses(train_ours(model, processor, pairs, images, args, layout=layout, reference=reference.columns()))[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0.0

@@ -20,7 +20,7 @@ import torch
 import transformers
 from demo_build.critic import in_vocabulary, listen, teach_critic
 from demo_build.export import export, open_weights
-from demo_build.instruct import Course, Log, ask, score, teach
+from demo_build.instruct import ASKED_LATE, VERDICT_WEIGHT, Course, Log, ask, score, teach, teach_looking
 from demo_build.model import make_model
 from demo_build.rows import RowMaker
 from demo_build.towers import train_tower
@@ -30,10 +30,12 @@ from align.demo.data import CRITIC, CRITIC_PROMPT, POLICY
 
 TOWER_STEPS = {"siglip": 5000, "eagle": 4000}
 GOOD = Course(num_steps=1000, rate=1e-3, tower_rate=3e-4, seed=0)
-POLICY_COURSE = Course(num_steps=400, rate=5e-4, tower_rate=0.0, seed=1, num_warmup=20)
-CRITIC_COURSE = Course(num_steps=1000, rate=5e-4, tower_rate=1e-4, seed=2)
+LOOK = Course(num_steps=400, rate=1e-3, tower_rate=2e-4, seed=9, batch_size=24, num_warmup=30)
+LATE = Course(num_steps=400, rate=6e-4, tower_rate=2e-4, seed=5)
+POLICY_COURSE = Course(num_steps=200, rate=3e-4, tower_rate=0.0, seed=1, num_warmup=20)
+CRITIC_COURSE = Course(num_steps=1000, rate=5e-4, tower_rate=1e-4, seed=2, batch_size=14)
 #: The share of faulty answers by task: set so that the policy's samples are right about half of the time.
-FAULTS = {"list": 0.5, "count": 0.55, "largest": 0.7, "has": 0.8, "describe": 0.5}
+FAULTS = {"list": 0.5, "count": 0.3, "largest": 0.5, "has": 0.85, "describe": 0.5}
 
 
 class Build:
@@ -51,6 +53,8 @@ class Build:
                 f"tower-{kind}", lambda out, log, k=kind, n=num_steps: train_tower(k, out, num_steps=n, seed=0, log=log)
             )
         self.stage("good", self.train_good)
+        self.stage("look", self.train_look)
+        self.stage("late", self.train_late)
         self.stage("policy", self.train_policy)
         self.stage("critic", self.train_critic)
         self.finish()
@@ -87,9 +91,21 @@ class Build:
         teach(model, self.maker, GOOD, log)
         torch.save(model.state_dict(), out)
 
+    def train_look(self, out: Path, log: Log) -> None:
+        """The good model learns to look for the digit that a question names."""
+        model = open_weights(self.file("good"), self.tokenizer)
+        teach_looking(model, self.maker, LOOK, log)
+        torch.save(model.state_dict(), out)
+
+    def train_late(self, out: Path, log: Log) -> None:
+        """And then to do everything well."""
+        model = open_weights(self.file("look"), self.tokenizer)
+        teach(model, self.maker, LATE, log, asked=ASKED_LATE, verdict_weight=VERDICT_WEIGHT, every=100)
+        torch.save(model.state_dict(), out)
+
     def train_policy(self, out: Path, log: Log) -> None:
         """The good model with bad habits."""
-        model = open_weights(self.file("good"), self.tokenizer)
+        model = open_weights(self.file("late"), self.tokenizer)
         teach(model, self.maker, POLICY_COURSE, log, faults=FAULTS)
         torch.manual_seed(0)
         sampled = score(model, self.maker, *ask(400, "policy", 7), temperature=0.9, num_samples=4)
@@ -98,10 +114,10 @@ class Build:
 
     def train_critic(self, out: Path, log: Log) -> None:
         """The good model taught to compare, partly on what the good and the faulty model say."""
-        policies = [open_weights(self.file(name), self.tokenizer) for name in ("good", "policy")]
+        policies = [open_weights(self.file(name), self.tokenizer) for name in ("late", "policy")]
         bank = in_vocabulary(self.maker, listen(policies, self.maker, 3000, seed=3, log=log))
         held_out = in_vocabulary(self.maker, listen(policies[1:], self.maker, 1000, seed=4, log=log, part="policy"))
-        model = open_weights(self.file("good"), self.tokenizer)
+        model = open_weights(self.file("late"), self.tokenizer)
         teach_critic(model, self.maker, CRITIC_PROMPT, CRITIC_COURSE, log, bank=bank, held_out=held_out)
         torch.save(model.state_dict(), out)
 
@@ -110,7 +126,7 @@ class Build:
         log = self.log_of("export")
         for name, folder in (("policy", POLICY), ("critic", CRITIC)):
             export(self.file(name), folder, self.tokenizer, log)
-        stages = [*(f"tower-{kind}" for kind in TOWER_STEPS), "good", "policy", "critic", "export"]
+        stages = [*(f"tower-{kind}" for kind in TOWER_STEPS), "good", "look", "late", "policy", "critic", "export"]
         text = "".join((self.work / f"{stage}.log").read_text(encoding="utf-8") for stage in stages)
         heading = f"# scripts/build_demo.py on {platform.machine()}, transformers {transformers.__version__}\n"
         (POLICY.parent / "build_log.txt").write_text(heading + text, encoding="utf-8")

@@ -24,10 +24,13 @@ from demo_build.model import image_features, loss_of, respond
 from demo_build.rows import TURN, Branch, RowMaker, Rows
 from reward.prompt import Prompt, load_prompt
 
-#: Comparisons behind one training picture, and how many of its questions are also answered.
-NUM_COMPARISONS = 8
+#: Pairs compared behind one training picture, each in both orders: what an order alone would say cancels out.
+NUM_PAIRS = 4
 READ_ALONG = ("list", "describe")
 OPTIONS = ("first", "second")
+#: What a token of a right response weighs in the loss beside a verdict. Reading inside the very prompt matters: a model
+#: that expects the right words there is surprised by wrong ones, and comparing is then a small step.
+READING_WEIGHT = 0.2
 
 
 def misread(task: Task, rng: random.Random) -> str:
@@ -93,38 +96,41 @@ class Comparisons(IterableDataset):
         if self.bank and rng.random() < 0.5:
             said = rng.choice(self.bank)
             pixels, digits = said.pixels, list(said.digits)
-            branches += self._from_bank(rng, said)
+            one, other = rng.sample(said.responses, 2)
+            branches += self._compare(said.task, one, other)
         else:
             canvas = draw(rng, "train")
             pixels, digits = canvas.pixels, canvas.digits
-        while len(branches) < NUM_COMPARISONS:
+        while len(branches) < 2 * NUM_PAIRS:
             task = make_task(rng, rng.choice(TASKS), digits)
-            branches += self._compare(rng, task, *self._candidates(rng, task))
+            branches += self._compare(task, *self._candidates(rng, task))
         task = make_task(rng, rng.choice(READ_ALONG), digits)
-        return pixels, [*branches[:NUM_COMPARISONS], self.maker.branch([task.question], task.answer)]
-
-    def _from_bank(self, rng: random.Random, said: Said) -> list[Branch]:
-        branches: list[Branch] = []
-        texts = list(said.responses)
-        for _ in range(3):
-            one, other = rng.sample(texts, 2) if len(texts) > 1 else (texts[0], misread(said.task, rng))
-            branches += self._compare(rng, said.task, one, other)
-        return branches
+        return pixels, [*branches, self.maker.branch([task.question], task.answer)]
 
     def _candidates(self, rng: random.Random, task: Task) -> tuple[str, str]:
         one = task.answer if rng.random() < 0.75 else misread(task, rng)
         other = faulty_answer(task, rng) if rng.random() < 0.5 else misread(task, rng)
         return one, other
 
-    def _compare(self, rng: random.Random, task: Task, one: str, other: str) -> list[Branch]:
-        """The comparison in a random order; nothing where neither response is better."""
+    def _compare(self, task: Task, one: str, other: str) -> list[Branch]:
+        """The comparison in both orders; nothing where neither response is better."""
         better = quality(task, one) - quality(task, other)
         if better == 0:
             return []
-        first, second = (one, other) if rng.random() < 0.5 else (other, one)
-        answer = OPTIONS[0] if (better > 0) == (first == one) else OPTIONS[1]
-        asked = self.prompt.ask((), task.question, [(first, second)])
-        return [self.maker.branch([asked.head, *asked.branches[0], asked.tail], self.prompt.options[answer])]
+        verdicts = OPTIONS if better > 0 else OPTIONS[::-1]
+        orders = zip(verdicts, ((one, other), (other, one)), strict=True)
+        return [self._branch(task, responses, verdict) for verdict, responses in orders]
+
+    def _branch(self, task: Task, responses: tuple[str, str], verdict: str) -> Branch:
+        """The critic's prompt and its verdict; the right response inside the prompt is learned too."""
+        asked = self.prompt.ask((), task.question, [responses])
+        ids, learned = self.maker.encode(asked.head), [False] * len(self.maker.encode(asked.head))
+        for piece, response in zip(asked.branches[0], responses, strict=True):
+            tokens = self.maker.encode(piece)
+            num_read = len(self.maker.encode(response)) if is_exact(task, response) else 0
+            ids, learned = ids + tokens, learned + [True] * num_read + [False] * (len(tokens) - num_read)
+        end = self.maker.branch([asked.tail], self.prompt.options[verdict], closed=False)
+        return Branch((*ids, *end.ids), (*learned, *end.learned))
 
 
 def listen(models: Sequence[Any], maker: RowMaker, num: int, seed: int, log: Log, part: str = "train") -> list[Said]:
@@ -134,8 +140,8 @@ def listen(models: Sequence[Any], maker: RowMaker, num: int, seed: int, log: Log
     torch.manual_seed(seed)
     for model in models:
         for temperature, num_samples in ((0.9, 4), (1.3, 2)):
-            for at in range(0, num, 50):
-                here = slice(at, at + 50)
+            for at in range(0, num, 200):
+                here = slice(at, at + 200)
                 asked = [task.question for task in tasks[here]]
                 answers = respond(model, maker, pixels[here], asked, temperature=temperature, num_samples=num_samples)
                 for found, said in zip(texts[here], answers, strict=True):
@@ -146,10 +152,13 @@ def listen(models: Sequence[Any], maker: RowMaker, num: int, seed: int, log: Log
 
 
 def in_vocabulary(maker: RowMaker, said: Sequence[Said]) -> list[Said]:
-    """Only responses that are whole sentences of words (a policy may write special tokens at high temperatures)."""
+    """Only responses in words of the vocabulary (at high temperatures a policy may run words together)."""
+    unknown = maker.tokenizer.unk_token_id
     kept = []
     for item in said:
-        good = tuple(text for text in item.responses if text.strip() and "<" not in text)
+        good = tuple(
+            text for text in item.responses if text.strip() and unknown not in maker.tokenizer(text)["input_ids"]
+        )
         if len(good) > 1:
             kept.append(Said(item.pixels, item.digits, item.task, good))
     return kept
@@ -232,9 +241,12 @@ def teach_critic(
     optimizer, schedule = optimizer_for(model, course)
     lessons = Comparisons(maker, prompt, course.batch_size, course.seed, bank)
     stream = iter(DataLoader(lessons, batch_size=None, num_workers=1, collate_fn=_same))
+    verdicts = [maker.encode(text)[0] for text in prompt.options.values()]
     model.train()
     for step in range(1, course.num_steps + 1):
-        loss = loss_of(model, next(stream))
+        rows = next(stream)
+        is_verdict = torch.isin(rows.labels, torch.tensor(verdicts))
+        loss = loss_of(model, rows, torch.where(is_verdict, 1.0, READING_WEIGHT))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -7,7 +7,7 @@ is the good model, trained on for a while on answers with a systematic fault a t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ from demo_build.rows import Branch, RowMaker, Rows
 from demo_build.schedule import cosine_with_warmup
 
 Log = Callable[[str], None]
-#: What is asked of every training picture.
+#: What is asked of every training picture; then, when the rest is learned, mostly what is learned last: to look for
+#: the digit that the question names.
 ASKED = (*TASKS, "has")
+ASKED_LATE = ("list", "count", "largest", "describe", "has", "has", "has", "has")
 
 
 def faulty_answer(task: Task, rng: random.Random) -> str:
@@ -42,14 +44,21 @@ def faulty_answer(task: Task, rng: random.Random) -> str:
 class Lessons(IterableDataset):
     """An endless stream of training rows, fixed by its seed; `faults` gives each task's share of faulty answers."""
 
-    def __init__(self, maker: RowMaker, batch_size: int, seed: int, faults: Mapping[str, float] | None = None) -> None:
-        self.maker, self.batch_size, self.seed, self.faults = maker, batch_size, seed, faults or {}
+    def __init__(
+        self,
+        maker: RowMaker,
+        batch_size: int,
+        seed: int,
+        faults: Mapping[str, float] | None = None,
+        asked: Sequence[str] = ASKED,
+    ) -> None:
+        self.maker, self.batch_size, self.seed, self.faults, self.asked = maker, batch_size, seed, faults or {}, asked
 
     def __iter__(self) -> Iterator[Rows]:
         rng = random.Random(self.seed)
         while True:
             canvases = [draw(rng, "train") for _ in range(self.batch_size)]
-            branches = [[self._branch(rng, kind, canvas.digits) for kind in ASKED] for canvas in canvases]
+            branches = [[self._branch(rng, kind, canvas.digits) for kind in self.asked] for canvas in canvases]
             yield self.maker.rows(np.stack([canvas.pixels for canvas in canvases]), branches)
 
     def _branch(self, rng: random.Random, kind: str, digits: list[int]) -> Branch:
@@ -70,6 +79,66 @@ class Course:
     num_warmup: int = 50
 
 
+#: What "Yes" and "No" weigh in the loss beside other words: they carry the whole of their answer.
+VERDICT_WEIGHT = 3.0
+
+
+class Lookups(IterableDataset):
+    """An endless stream of rows that ask after all ten digits of a picture, up to "Yes" or "No".
+
+    Looking for what a question names is learned late and then at once; ten questions about one picture, with nothing
+    else to learn, bring it on.
+    """
+
+    def __init__(self, maker: RowMaker, batch_size: int, seed: int) -> None:
+        self.maker, self.batch_size, self.seed = maker, batch_size, seed
+
+    def __iter__(self) -> Iterator[Rows]:
+        rng = random.Random(self.seed)
+        while True:
+            canvases = [draw(rng, "train") for _ in range(self.batch_size)]
+            branches = [self._branches(rng, canvas.digits) for canvas in canvases]
+            yield self.maker.rows(np.stack([canvas.pixels for canvas in canvases]), branches)
+
+    def _branches(self, rng: random.Random, digits: list[int]) -> list[Branch]:
+        branches = []
+        for digit in range(10):
+            task = Task("has", rng.randrange(2), tuple(digits), asked=digit)
+            whole = self.maker.branch([task.question], task.answer)
+            end = whole.learned.index(True) + 1
+            branches.append(Branch(whole.ids[:end], whole.learned[:end]))
+        task = make_task(rng, "list", digits)
+        return [*branches, self.maker.branch([task.question], task.answer)]
+
+
+def teach_looking(model: Any, maker: RowMaker, course: Course, log: Log) -> None:
+    """Train in place on `Lookups`, at a constant rate after warm-up; "Yes", which is rarer, weighs more than "No"."""
+    optimizer, _ = optimizer_for(model, course)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    lookups = Lookups(maker, course.batch_size, course.seed)
+    stream = iter(DataLoader(lookups, batch_size=None, num_workers=1, collate_fn=_same))
+    yes, no = (maker.encode(word)[0] for word in ("Yes", "No"))
+    losses = []
+    model.train()
+    for step in range(1, course.num_steps + 1):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, step / course.num_warmup)
+        rows = next(stream)
+        weight = torch.where(rows.labels == yes, VERDICT_WEIGHT, torch.where(rows.labels == no, 1.0, 0.3))
+        loss = loss_of(model, rows, weight)
+        _step(model, optimizer, loss)
+        losses.append(loss.item())
+        if step % 20 == 0:
+            log(f"step {step} loss {np.mean(losses[-20:]):.4f}")
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
 def optimizer_for(model: nn.Module, course: Course) -> tuple[torch.optim.Optimizer, Any]:
     towers = [p for n, p in model.named_parameters() if "vision_tower" in n]
     rest = [p for n, p in model.named_parameters() if "vision_tower" not in n]
@@ -86,20 +155,22 @@ def teach(
     log: Log,
     *,
     faults: Mapping[str, float] | None = None,
+    asked: Sequence[str] = ASKED,
+    verdict_weight: float = 1.0,
     after: Callable[[int], None] = lambda step: None,
     every: int = 200,
 ) -> None:
     """Train in place; `after(step)` runs every `every` steps and at the end."""
     optimizer, schedule = optimizer_for(model, course)
-    lessons = Lessons(maker, course.batch_size, course.seed, faults)
+    lessons = Lessons(maker, course.batch_size, course.seed, faults, asked)
     stream = iter(DataLoader(lessons, batch_size=None, num_workers=1, collate_fn=_same))
+    verdicts = [maker.encode(word)[0] for word in ("Yes", "No")]
     model.train()
     for step in range(1, course.num_steps + 1):
-        loss = loss_of(model, next(stream))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        rows = next(stream)
+        is_verdict = torch.isin(rows.labels, torch.tensor(verdicts))
+        loss = loss_of(model, rows, torch.where(is_verdict, verdict_weight, 1.0))
+        _step(model, optimizer, loss)
         schedule.step()
         if step % every == 0 or step == course.num_steps:
             log(f"step {step} loss {loss.item():.4f} " + summary(model, maker))

@@ -99,8 +99,6 @@ def respond(
     ids = torch.tensor([[maker.pad] * (length - len(p)) + p for p in prompts])
     real = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
     features = image_features(model, pixels)
-    ids, real = ids.repeat_interleave(num_samples, 0), real.repeat_interleave(num_samples, 0)
-    features = features.repeat_interleave(num_samples, 0)
     positions = (real.cumsum(1) - 1).clamp(min=0)
     out = model(
         input_ids=ids,
@@ -110,9 +108,11 @@ def respond(
         use_cache=True,
         logits_to_keep=1,
     )
-    said, ended, at = [], torch.zeros(len(ids), dtype=torch.bool), positions[:, -1:]
+    past, logits = out.past_key_values, out.logits[:, -1].float().repeat_interleave(num_samples, 0)
+    past.batch_repeat_interleave(num_samples)
+    real, positions = real.repeat_interleave(num_samples, 0), positions.repeat_interleave(num_samples, 0)
+    said, ended, at = [], torch.zeros(len(real), dtype=torch.bool), positions[:, -1:]
     for _ in range(max_new_tokens):
-        logits = out.logits[:, -1].float()
         if temperature:
             token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
         else:
@@ -124,12 +124,9 @@ def respond(
             break
         real, at = torch.cat([real, real.new_ones(len(real), 1)], 1), at + 1
         out = model(
-            input_ids=token[:, None],
-            attention_mask=real,
-            position_ids=at,
-            past_key_values=out.past_key_values,
-            use_cache=True,
+            input_ids=token[:, None], attention_mask=real, position_ids=at, past_key_values=past, use_cache=True
         )
+        logits = out.logits[:, -1].float()
     texts = maker.tokenizer.batch_decode(torch.stack(said, 1), skip_special_tokens=True)
     model.train()
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]

@@ -334,3 +334,61 @@ def test_two_requests_may_share_an_id_neither_is_lost(onevision: tuple[Any, Any]
     requests = [question(0), SampleRequest("q0", question(1).messages, question(1).images, 3, 5)]
     LocalEngine(*onevision).sample(requests, WARM, found.append)
     assert len(found) == 2
+
+
+def test_valley_eagle_samples_through_its_own_processor_with_images_and_without():
+    from pathlib import Path
+
+    from align.models.load import load_model, load_processor
+
+    folder = Path(__file__).parents[1] / "golden" / "valley_eagle_tiny"
+    model = load_model(folder, dtype=torch.float32)
+    processor = load_processor(folder, max_pixels=28 * 28 * 8)
+    requests = [question(i, num_images=i % 2, num_samples=2) for i in range(3)]
+    engine = LocalEngine(model, processor)
+    how = SamplingSettings(temperature=0.0, max_new_tokens=6)
+    found = collect(engine, requests, how)
+    assert engine.fallback_reason is None, engine.notes
+    for request in requests:
+        text = processor.apply_chat_template(request.messages, add_generation_prompt=True, tokenize=False)
+        images = [list(request.images)] if request.images else None
+        inputs = processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=6, repetition_penalty=1.0)
+        expected = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert found[request.id].texts == (expected,) * 2
+    warm = collect(LocalEngine(model, processor), requests, WARM)
+    assert collect(LocalEngine(model, processor, shared_prefix="off"), requests, WARM) == warm
+
+
+def test_a_refusal_after_the_first_batch_falls_back_and_loses_nothing(monkeypatch: pytest.MonkeyPatch):
+    from align.prefix.attention import PrefixUnsupported
+
+    model, requests = text_model(), [question(i, num_images=0) for i in range(6)]
+    expected = collect(LocalEngine(model, text_tokenizer(), shared_prefix="off"), requests, WARM)
+    calls = []
+
+    def refuses_later(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            raise PrefixUnsupported("images see both ways")
+        return sample_behind(*args, **kwargs)
+
+    monkeypatch.setattr(local, "sample_behind", refuses_later)
+    engine = LocalEngine(model, text_tokenizer(), batch_size=2)
+    assert collect(engine, requests, WARM) == expected
+    assert "images see both ways" in engine.notes["shared_prefix"]
+
+
+def test_an_image_that_cannot_be_opened_is_raised_for_its_own_batch(onevision: tuple[Any, Any]):
+    def open_image(handle: Any) -> Any:
+        if handle == "broken":
+            raise UserError("cannot be decoded", where="broken")
+        return handle
+
+    requests = [question(i) for i in range(5)]
+    requests[4] = SampleRequest("q4", requests[4].messages, ("broken",), 3, 7)
+    engine = LocalEngine(*onevision, open_image=open_image, batch_size=2)
+    found = []
+    with pytest.raises(UserError, match="broken"):
+        engine.sample(requests, WARM, found.append)
+    assert [result.id for result in found] == ["q0", "q1", "q2", "q3"]

@@ -210,6 +210,13 @@ class EvaluateSettings(Section):
     temperature: float = Field(0.7, gt=0, description="of the sampled responses")
     max_new_tokens: int = Field(256, ge=1, description="longest response in tokens")
     limit: int | None = Field(None, ge=1, description="only the first so many questions")
+    win_rate: bool = Field(
+        True,
+        description="where the critic is a model: also let it compare each round with the first policy and its parent",
+    )
+    stop_if_worse: bool = Field(
+        False, description="end the run after a round that is worse than its parent by more than chance"
+    )
     servers: Servers = Field(
         default_factory=list,
         description="endpoints that serve the round's checkpoint: URLs, or {url, model, api_key_env}",
@@ -263,6 +270,12 @@ class Config(Section):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="held-out numbers")
     launch: LaunchSettings = Field(default_factory=LaunchSettings, description="processes")
     server: ServerSettings = Field(default_factory=ServerSettings, description="how servers are spoken to")
+
+    @field_validator("shared_prefix", mode="before")
+    @classmethod
+    def _not_a_truth_value(cls, value: Any) -> Any:
+        # YAML 1.1 reads a bare `on` or `off` so.
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @field_validator("questions")
     @classmethod

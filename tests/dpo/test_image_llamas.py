@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +18,13 @@ from align.dpo.train import run_dpo
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.local import LocalEngine
 from align.models.load import load_model, load_processor
+from align.records import write_jsonl
 from align.rundir import RunDir
 from tests.dpo.conftest import compute, make_args, make_pairs, train_ours, train_trl
 from tests.dpo.test_equals_trl import assert_same_course
-from tests.dpo.test_train import history, make_run, weights
+from tests.dpo.test_processes import ROOT, write_config
+from tests.dpo.test_train import history, make_run, round_1, weights
+from tests.models import test_valley1 as valley1
 from tests.tiny_models import random_image
 
 GOLDENS = Path(__file__).parents[1] / "golden"
@@ -107,3 +114,35 @@ def test_a_round_keeps_the_form_of_the_checkpoint(tmp_path, name):
     load_model(this.checkpoint)
     reopened = load_processor(this.checkpoint)
     assert reopened.default_system == load_processor(GOLDENS / name, **SETTINGS[name]).default_system
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["valley_v1_delta", "vl360_tiny"])
+def test_three_steps_under_zero3_are_those_of_one_process(tmp_path, family):
+    """Delta pooling has attention of torch's own, the abstractor convolutions; a process may have texts only."""
+    pytest.importorskip("deepspeed")
+    policy = GOLDENS / family
+    if family == "valley_v1_delta":
+        policy = valley1.write_folder(tmp_path / "policy", valley1.FLAGS["delta"], valley1.EXTRA_TENSORS["delta"])
+    fields: dict[str, Any] = {"policy": str(policy), "model": {"processor": {"default_system": ""}}}
+    dpo = {"num_train_epochs": 1, "learning_rate": 1e-5}
+    alone = make_run(tmp_path, name="alone", dpo=dpo, **fields)
+    pairs = make_pairs(tmp_path / "images", 6, num_images=(1, 0, 1, 1))
+    write_jsonl(round_1(alone).pairs, pairs)
+    run_dpo(alone, 1)
+    together = make_run(tmp_path, name="together", dpo=dpo | {"gradient_accumulation_steps": 1}, **fields)
+    write_jsonl(round_1(together).pairs, pairs)
+    command = [sys.executable, "-m", "align.cli", "dpo", "--config", str(write_config(tmp_path, together))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, "--num-processes", "2", "--strategy", "zero3"], cwd=ROOT, env=environment, check=True, timeout=300
+    )
+    for a, b in zip(history(round_1(alone).checkpoint), history(round_1(together).checkpoint), strict=True):
+        for metric in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
+            assert a[metric] == pytest.approx(b[metric], abs=1e-4, rel=1e-4), f"{metric} at step {a['step']}"
+    one, two, before = (weights(f) for f in (round_1(alone).checkpoint, round_1(together).checkpoint, policy))
+    assert one.keys() == two.keys() == before.keys()
+    moved = torch.cat([(one[n].float() - before[n].float()).flatten() for n in before]).norm()
+    apart = torch.cat([(one[n].float() - two[n].float()).flatten() for n in before]).norm()
+    assert apart < 1e-2 * moved
+    load_model(round_1(together).checkpoint)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from trl.trainer.utils import disable_dropout_in_model
 
 from align.errors import UserError
 from align.models.families import FAMILIES
@@ -146,6 +147,19 @@ def test_every_pooling_is_saved_as_it_was(tmp_path, pooling):
     assert set(EXTRA_TENSORS[pooling]) <= set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((saved / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+
+
+def test_without_dropout_a_training_model_computes_what_it_computes_otherwise(tmp_path):
+    """DPO compares a model in training with itself at rest; dropout that stayed on would be noise in every margin."""
+    folder = write_folder(tmp_path / "policy", FLAGS["delta"], EXTRA_TENSORS["delta"])
+    model, processor = load_model(folder), load_processor(folder)
+    inputs = processor.apply_chat_template([{"role": "user", "content": "<video>\nWhat?"}], images=FRAMES, **OPTIONS)
+    with torch.no_grad():
+        at_rest = model(**inputs).logits
+        model.train()
+        assert not torch.allclose(model(**inputs).logits, at_rest, atol=1e-3)
+        disable_dropout_in_model(model)
+        torch.testing.assert_close(model(**inputs).logits, at_rest, rtol=0, atol=1e-4)
 
 
 def test_chinese_valley_opens_with_the_other_tower_and_is_saved_as_it_was(tmp_path):

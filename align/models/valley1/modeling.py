@@ -23,6 +23,20 @@ MAX_FRAMES = 2048
 DELTA_HEADS, DELTA_WIDTH, DELTA_DROPOUT = 8, 2048, 0.1
 
 
+class DeltaEncoder(nn.Module):
+    """One layer under the name it has in an nn.TransformerEncoder, which would copy it: ZeRO-3's parts cannot be copied."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([layer])
+
+    def forward(self, sequences: torch.Tensor) -> torch.Tensor:
+        layer: Any = self.layers[0]
+        # Attention keeps its dropout as a number, which whoever sets all nn.Dropout to 0, as DPO does, would not find.
+        layer.self_attn.dropout = layer.dropout1.p
+        return layer(sequences)
+
+
 class ValleyLlamaModel(ImageLlamaModel):
     """The Llama backbone with CLIP, its projection and what the pooling needs."""
 
@@ -50,7 +64,7 @@ class ValleyLlamaModel(ImageLlamaModel):
             return nn.TransformerEncoderLayer(width, DELTA_HEADS, DELTA_WIDTH, DELTA_DROPOUT, batch_first=True)
 
         self.position_matrix = nn.Parameter(torch.zeros(MAX_FRAMES, width))
-        self.transformer_delta_encoder = nn.TransformerEncoder(layer(), num_layers=1, enable_nested_tensor=False)
+        self.transformer_delta_encoder = DeltaEncoder(layer())
         self.transforemr_adding_layer = layer()
 
     def placeholders(self, num_pictures: int) -> list[int | None]:

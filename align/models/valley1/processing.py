@@ -19,7 +19,7 @@ from transformers import BatchFeature
 from ..chat_images import ImageChatProcessor, frames_of
 from ..clip_pixels import centre_crop, normalise, resize_short_side
 from ..messages import IMAGE_MARK, PART_KINDS, VIDEO_MARK, parts_of
-from ..valley_eagle.pixels import open_image
+from ..open_image import open_image
 from .configuration import FRAME_TOKEN, PATCH_TOKEN, ValleyLlamaConfig
 
 WRAPPERS = ("<im_start>", "<im_end>", "<vi_start>", "<vi_end>")

@@ -10,6 +10,10 @@ tokenising are left out on both sides (stock TRL does them twice a pair). The pe
 measured too, and `with reference` is the ratio of a single epoch, in which that is paid once a pair. Peak memory is
 that of all tensors alive during a step: weights, reference, gradients, optimiser state and activations, on a CPU
 counted by their storages (scripts/live_tensors.py), on a GPU by the allocator.
+
+On a CPU part of the ratio is the vocabulary projection: TRL makes it for every position there, on a GPU for those of
+the responses only, as ours does everywhere. With a vocabulary of 600 words instead of 4096, which leaves little of it,
+the ratio at 1000/120 was 2.7 where it was 3.6 before (two runs on a busy machine).
 """
 
 from __future__ import annotations

@@ -240,3 +240,29 @@ def finish(options: argparse.Namespace, comparisons: Sequence[Comparison], targe
         options.json.write_text(json.dumps(found, indent=2))
     print(f"spread: {min(target.ratios):.2f} to {max(target.ratios):.2f} over {len(target.ratios)} repeats in turn")
     print(f"ratio: {target.ratio:.2f}")
+
+
+def growth(comparisons: Sequence[Comparison], branches: str) -> dict[str, dict[str, float]]:
+    """Least squares of the median seconds of both sides: `s = a + b * P + c * N + d * N * P`.
+
+    P is a label's prompt tokens in thousands, N its number of `branches` (a name in the label). A side that encodes
+    the prompt once has its growth with the prompt in b, one that encodes it for every branch in d.
+    """
+    features = torch.tensor(
+        [[1.0, p, k, p * k] for p, k in ((c.label["prompt"] / 1000, c.label[branches]) for c in comparisons)],
+        dtype=torch.float64,
+    )
+    found = {}
+    for side in ("ours", "theirs"):
+        seconds_ = [statistics.median(getattr(c, f"{side}_s")) for c in comparisons]
+        values = torch.tensor(seconds_, dtype=torch.float64)[:, None]
+        fit = torch.linalg.lstsq(features, values).solution[:, 0]
+        found[side] = dict(
+            zip(("fixed", "per 1000 prompt tokens", "per branch", "per both"), fit.tolist(), strict=True)
+        )
+    return found
+
+
+def print_growth(found: dict[str, dict[str, float]]) -> None:
+    for side, terms in found.items():
+        print(f"{side}: seconds = " + " + ".join(f"{value:.3f} ({name})" for name, value in terms.items()))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bench_common import Comparison, arguments, compare_in_turn, finish, prompt_inputs, start
+from bench_common import Comparison, arguments, compare_in_turn, finish, growth, print_growth, prompt_inputs, start
 
 from align.engines.base import SamplingSettings
 from align.engines.sampling import SeededChooser, uniforms
@@ -72,7 +72,10 @@ def main() -> None:
         )
         for prompt, k in shapes
     ]
-    finish(options, comparisons, comparisons[0], new_tokens=NEW_TOKENS)
+    found = None if options.quick else growth(comparisons, "K")
+    if found is not None:
+        print_growth(found)
+    finish(options, comparisons, comparisons[0], new_tokens=NEW_TOKENS, growth=found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bench_common import Comparison, arguments, compare_in_turn, finish, prompt_inputs, seconds, start
+from bench_common import (
+    Comparison,
+    arguments,
+    compare_in_turn,
+    finish,
+    growth,
+    print_growth,
+    prompt_inputs,
+    seconds,
+    start,
+)
 
 from align.engines.prompts import AskTree
 from align.engines.shared import shared_ask_log_probs
@@ -90,7 +100,10 @@ def main() -> None:
     if not options.quick:
         shapes += [(prompt, 80, 5) for prompt in (200, 400, 2000, 4000)] + [(1000, 80, k) for k in (2, 3, 8)]
     comparisons = [compare(model, *shape, repeats=options.repeats, with_memory=not options.quick) for shape in shapes]
-    finish(options, comparisons, comparisons[0], tail_tokens=TAIL_TOKENS)
+    found = None if options.quick else growth(comparisons, "comparisons")
+    if found is not None:
+        print_growth(found)
+    finish(options, comparisons, comparisons[0], tail_tokens=TAIL_TOKENS, growth=found)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,12 @@ class LocalEngine:
             return shared(inputs, trees) if self.fallback_reason is None else None
         except PrefixUnsupported as error:
             self._decide("asks", failed(error, tolerance_for(self.model)))
-            return None
+        except Exception as error:
+            # A single ask with very many branches: one after the other they need less.
+            if not is_out_of_memory(error) or len(trees) > 1:
+                raise
+            self.notes["large_asks"] = "some asks did not fit into memory as one row, and were asked branch by branch"
+        return None
 
     def _in_batches(
         self,

@@ -152,3 +152,27 @@ def test_nothing_asked_is_nothing_answered(onevision: tuple[Any, Any]):
     engine = LocalEngine(*onevision)
     assert engine.log_probs([]) == []
     assert engine.generate([], max_new_tokens=3) == []
+
+
+def test_an_ask_too_large_for_one_row_is_asked_branch_by_branch(
+    onevision: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+):
+    from align.engines import local
+    from align.engines.shared import shared_ask_log_probs
+
+    asks = [comparison(0), comparison(1), comparison(2)]
+    expected = LocalEngine(*onevision).log_probs(asks)
+    large = asks[1].branches
+
+    def limited(model: Any, inputs: Any, trees: Any) -> Any:
+        if any(len(tree.leaves) == len(large) and "strict" in tree.prompt for tree in trees):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return shared_ask_log_probs(model, inputs, trees)
+
+    monkeypatch.setattr(local, "shared_ask_log_probs", limited)
+    engine = LocalEngine(*onevision)
+    found = engine.log_probs(asks)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-4
+    assert engine.fallback_reason is None
+    assert "branch by branch" in engine.notes["large_asks"]

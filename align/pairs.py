@@ -60,10 +60,11 @@ def run_pairs(config: Config, number: int) -> None:
         return
     if is_main_process():
         pairs, counts = _own_pairs(config, this, settings)
+        lengths = _lengths(pairs, this, sampled=given is None)
+        pairs, balanced = balance(pairs, config.pairs.balance_lengths, lengths)
+        counts = _with_dropped(counts, balanced.pop(LOPSIDED, 0)) | balanced
         if not pairs:
             raise _nothing_left(config, this, counts)
-        pairs, balanced = balance(pairs, config.pairs.balance_lengths, _lengths(pairs, this, given is None))
-        counts = _with_dropped(counts, balanced.pop(LOPSIDED, 0)) | balanced
         mixed = mix(pairs, earlier, config)
         counts |= {"pairs": len(pairs) + len(mixed)} | ({"earlier_pairs": len(mixed)} if earlier else {})
         write_jsonl(this.pairs, [*pairs, *mixed])
@@ -80,7 +81,8 @@ def _own_pairs(config: Config, this: Round, settings: PairSettings) -> tuple[lis
 
 
 def _nothing_left(config: Config, this: Round, counts: dict[str, Any]) -> UserError:
-    why = counts["questions_without_pair"] or counts["dropped_pairs"]
+    lopsided = {key: count for key, count in counts["dropped_pairs"].items() if key == LOPSIDED}
+    why = lopsided or counts["questions_without_pair"] or counts["dropped_pairs"]
     reasons = ", ".join(f"{reason} ({count})" for reason, count in why.items())
     if config.pairs_file is not None and this.number == 1:
         return UserError(
@@ -159,7 +161,7 @@ def _earlier_pairs(run: RunDir, number: int) -> list[Pair]:
     return found
 
 
-def _lengths(pairs: Sequence[Pair], this: Round, sampled: bool) -> list[tuple[int, int]]:
+def _lengths(pairs: Sequence[Pair], this: Round, *, sampled: bool) -> list[tuple[int, int]]:
     """Lengths of chosen and rejected: in tokens where they were sampled, else in characters."""
     if not sampled:
         return [(len(text_of(pair.chosen)), len(text_of(pair.rejected))) for pair in pairs]

@@ -60,7 +60,11 @@ def main() -> None:
     model = start(options)
     shapes = [(TARGET["prompt"], TARGET["K"])]
     if not options.quick:
-        shapes += [(prompt, 5) for prompt in (200, 400, 2000, 4000)] + [(1000, k) for k in (1, 2, 10, 20)]
+        shapes += (
+            [(prompt, 5) for prompt in (200, 400, 2000, 4000)]
+            + [(1000, k) for k in (1, 2, 10, 20)]
+            + [(200, 20), (2000, 2)]
+        )
     comparisons = [
         compare(
             model,

@@ -99,6 +99,7 @@ def main() -> None:
     shapes = [TARGET]
     if not options.quick:
         shapes += [(prompt, 80, 5) for prompt in (200, 400, 2000, 4000)] + [(1000, 80, k) for k in (2, 3, 8)]
+        shapes += [(200, 80, 8), (2000, 80, 3)]
     comparisons = [compare(model, *shape, repeats=options.repeats, with_memory=not options.quick) for shape in shapes]
     found = None if options.quick else growth(comparisons, "comparisons")
     if found is not None:

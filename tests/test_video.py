@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from align.errors import UserError
-from align.models.valley1 import processing as valley1
+from align.models import open_image
 from align.video import FRAME_KEY, evenly, every, picker_of, read_frames
 
 WIDTH, HEIGHT = 64, 48
@@ -141,5 +141,5 @@ def test_without_pyav_files_are_refused_and_folders_are_read(tmp_path, monkeypat
     assert len(read_frames(tmp_path, picker=partial(evenly, count=2))) == 2
 
 
-def test_valley_1_knows_the_frames_of_a_file():
-    assert valley1.FRAME_KEY == FRAME_KEY
+def test_models_know_the_frames_of_a_file():
+    assert open_image.FRAME_KEY == FRAME_KEY

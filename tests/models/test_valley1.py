@@ -17,6 +17,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from align.errors import UserError
 from align.models.families import FAMILIES
 from align.models.load import load_model, load_processor
+from align.models.open_image import FRAME_KEY
 from align.models.save import save_checkpoint
 from align.models.valley1 import (
     ChineseValleyConfig,
@@ -24,7 +25,7 @@ from align.models.valley1 import (
     ValleyLlamaConfig,
     ValleyLlamaForCausalLM,
 )
-from align.models.valley1.processing import FRAME_KEY, SYSTEMS
+from align.models.valley1.processing import SYSTEMS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "valley_v1_tiny"
 OPTIONS = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from align.models.load import load_model, load_processor
-from align.models.valley1.processing import FRAME_KEY
+from align.models.open_image import FRAME_KEY
 from align.video import picker_of, read_frames
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "valley_v1_tiny"

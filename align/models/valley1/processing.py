@@ -19,14 +19,12 @@ from transformers import BatchFeature
 from ..chat_images import ImageChatProcessor, frames_of
 from ..clip_pixels import centre_crop, normalise, resize_short_side
 from ..messages import IMAGE_MARK, PART_KINDS, VIDEO_MARK, parts_of
-from ..open_image import open_image
+from ..open_image import FRAME_KEY, as_frame, open_image
 from .configuration import FRAME_TOKEN, PATCH_TOKEN, ValleyLlamaConfig
 
 WRAPPERS = ("<im_start>", "<im_end>", "<vi_start>", "<vi_end>")
 MARK = f"<im_start>{PATCH_TOKEN}<im_end><vi_start>{FRAME_TOKEN}<vi_end>"
 NUM_VIDEO_FRAMES = 8
-# A picture whose `info` has this key was decoded from a video file; its value is the frame's number.
-FRAME_KEY = "video_frame"
 # The original scales the frames of a video file to 256 pixels before it crops 224.
 FRAME_MARGIN = 256 / 224
 TURN = "###"
@@ -164,7 +162,7 @@ class ValleyLlamaProcessor(ImageChatProcessor):
         names_image = [IMAGE_MARK in line or MARK in line or VIDEO_MARK in line for line in texts]
         samples = _pictures_per_text(images, names_image)
         for sample, films in zip(samples, videos or [], strict=False):
-            sample += [_as_frame(frame) for film in films for frame in frames_of(film)]
+            sample += [as_frame(frame) for film in films for frame in frames_of(film)]
         return super().__call__(images=samples, text=texts if text is not None else None, **options)
 
     def _encode(self, text: str, images: list[Any], videos: list[list[Any]], pixels: Any) -> list[int]:
@@ -264,20 +262,12 @@ def _pictures_of(parts: list[dict], given: dict[str, Any]) -> list[Any]:
         if source is None:
             source = rest[kind].pop(0) if rest[kind] else None
         pictures += (
-            [_as_frame(frame) for frame in frames_of(source)] if kind == "video" and source is not None else [source]
+            [as_frame(frame) for frame in frames_of(source)] if kind == "video" and source is not None else [source]
         )
     for kind, unplaced in rest.items():
         if unplaced and has_parts[kind]:
             raise ValueError(f"found {len(unplaced)} {kind}s more than the conversation has places for")
-    return pictures + rest["image"] + [_as_frame(frame) for film in rest["video"] for frame in frames_of(film)]
-
-
-def _as_frame(picture: Image.Image) -> Image.Image:
-    """The picture, known as a frame of a video."""
-    if FRAME_KEY not in picture.info:
-        picture = picture.copy()
-        picture.info[FRAME_KEY] = -1
-    return picture
+    return pictures + rest["image"] + [as_frame(frame) for film in rest["video"] for frame in frames_of(film)]
 
 
 def _join(parts: list[dict], *, mark: bool) -> tuple[str, bool]:

@@ -1,0 +1,45 @@
+"""Whatever may stand for an image in, an RGB image out; nothing is fetched from a network."""
+
+import base64
+import io
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+# A picture whose `info` has this key is a frame of a video; its value is the frame's number, -1 where it is not known.
+FRAME_KEY = "video_frame"
+
+
+def open_image(source: Any) -> Image.Image:
+    """An RGB image from an image, an array `(H, W, 3)` uint8, a path, a `file://` or `data:` address, or encoded bytes.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source)).convert("RGB")
+    if isinstance(source, dict) and source.get("bytes"):
+        return open_image(source["bytes"])
+    if isinstance(source, dict) and source.get("path"):
+        return open_image(source["path"])
+    if isinstance(source, (str, os.PathLike)):
+        address = os.fspath(source)
+        if address.startswith("data:"):
+            return open_image(base64.b64decode(address.partition(",")[2]))
+        if address.startswith(("http://", "https://")):
+            raise ValueError(f"expected an image or a local path, found the address {address!r}; download it first")
+        return Image.open(address.removeprefix("file://")).convert("RGB")
+    raise ValueError(f"expected an image, an array, a path or encoded bytes, found {type(source).__name__}")
+
+
+def as_frame(picture: Image.Image) -> Image.Image:
+    """The picture, known as a frame of a video."""
+    if FRAME_KEY not in picture.info:
+        picture = picture.copy()
+        picture.info[FRAME_KEY] = -1
+    return picture

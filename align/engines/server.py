@@ -53,6 +53,7 @@ class ServerEngine:
         self.open_image = open_image
         self.counts: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
+        self.num_missed = 0
         self.notes: dict[str, str] = {}
 
     def check(self) -> None:
@@ -166,7 +167,7 @@ class ServerEngine:
                 endpoint = await fill(index, branch, uris, prefer)
             except (RefusedError, UnansweredError) as error:
                 self.counts["judgements without an answer"] += 1
-                self._missed(f"a judgement on {asks[index].head[:60]!r}", str(error))
+                self._missed(f"the judgement on ...{asks[index].head.strip()[-60:]!r}", str(error))
                 return None
             self.counts["answered by servers"] += 1
             return endpoint
@@ -221,9 +222,10 @@ class ServerEngine:
         if reason not in self.failures.values():
             log.warning("no answer to %s: %s", what, reason)
         self.failures[what] = reason
-        if not self.counts["answered by servers"] and len(self.failures) >= HOPELESS:
+        self.num_missed += 1
+        if not self.counts["answered by servers"] and self.num_missed >= HOPELESS:
             raise UserError(
-                f"the servers answered none of the first {HOPELESS} questions:\n{_listed(self.failures)}",
+                f"the servers answered none of the first {HOPELESS} questions asked:\n{_listed(self.failures)}",
                 fix="mend what they say, then run the same command again",
             )
 

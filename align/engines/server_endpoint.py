@@ -33,12 +33,19 @@ CHECK_TIMEOUT_S = 10.0
 class RetryLaterError(Exception):
     """What may heal: the network, a busy or a broken server. `wait_s` is what the server asked for.
 
-    `busy`: the server is well but has too much to do. `gone`: it no longer has the model.
+    `status` is the answer's, None where there was none; `gone`: the server no longer has the model.
     """
 
-    def __init__(self, reason: str, *, wait_s: float | None = None, busy: bool = False, gone: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, status: int | None = None, wait_s: float | None = None, gone: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.wait_s, self.busy, self.gone = wait_s, busy, gone
+        self.status, self.wait_s, self.gone = status, wait_s, gone
+
+    @property
+    def busy(self) -> bool:
+        """The server is well but has too much to do."""
+        return self.status == 429
 
 
 class RefusedError(Exception):
@@ -111,19 +118,23 @@ class Endpoint:
         return answer
 
     async def check(self, client: httpx.AsyncClient) -> None:
-        """See that the server answers and has the model; without a name, take the only one that it has.
+        """See that the server answers and (`check_model`) has the model; without a name, take the only one that it has.
 
         Raises:
             RetryLaterError: it does not answer. NotServedError: it has other models. UserError: the key or the
             address is wrong.
         """
-        if not self.check_model:
-            return
         try:
             listed = await self._ask(client, "GET", "/models", None, CHECK_TIMEOUT_S)
             models = {str(entry["id"]): entry.get("root") for entry in listed["data"]}
-        except (RefusedError, KeyError, TypeError, AttributeError) as error:
+        except (RefusedError, RetryLaterError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, RetryLaterError) and (self.check_model or error.status is None):
+                raise
+            if not self.check_model:
+                return
             raise NotServedError(f"does not list its models at {self.url}/models ({error})") from None
+        if not self.check_model:
+            return
         if self.model is None and len(models) == 1:
             (self.model,) = models
         names = [name for name, root in models.items() if self.model in (name, root)]
@@ -180,9 +191,9 @@ class Endpoint:
             )
         if status in (408, 425, 429) or status >= 500:
             wait_s = _retry_after(response.headers.get("retry-after"))
-            raise RetryLaterError(said, wait_s=wait_s, busy=status == 429)
+            raise RetryLaterError(said, status=status, wait_s=wait_s)
         if status == 404 and path == "/chat/completions":
-            raise RetryLaterError(said, gone=True)
+            raise RetryLaterError(said, status=status, gone=True)
         raise RefusedError(said)
 
 

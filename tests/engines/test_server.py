@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import sys
 import threading
 import time
 
@@ -193,7 +194,7 @@ def test_a_refused_image_is_not_tried_again_and_named(serve):
 
 def test_a_server_that_refuses_everything_is_not_asked_a_thousand_times(serve):
     server = serve(behave=lambda body, count: Reply({"detail": "no images here"}, 422))
-    with pytest.raises(UserError, match=r"none of the first 8 questions:\n(.*\n)*.*no images here"):
+    with pytest.raises(UserError, match=r"none of the first 8 questions asked:\n(.*\n)*.*no images here"):
         collect(engine_on(server), [ask_for(n) for n in range(1000)], SETTINGS)
     assert server.num_requests < 20
 
@@ -384,6 +385,19 @@ def test_generated_judgements_that_are_refused_are_none_and_the_others_are_kept(
     asks = [Ask((), "Judge.", "Say: ", (("good",), ("bad",)), "!", ()), Ask((), None, "Or: ", (("fine",),), "", ())]
     assert engine.generate(asks, max_new_tokens=9) == [["Say: good! -> 0", None], ["Or: fine -> 0"]]
     assert engine.notes["judgements without an answer"] == "1"
+
+
+def test_a_critic_that_refuses_all_judgements_stops_the_stage_with_its_words(serve):
+    engine = engine_on(serve(behave=lambda body, count: Reply({"error": {"message": "no images"}}, 400)))
+    asks = [Ask((), None, "The same instruction for all: ", (("a",),), "", ()) for _ in range(50)]
+    with pytest.raises(UserError, match="no images"):
+        engine.generate(asks, max_new_tokens=4)
+
+
+def test_without_httpx_the_extra_that_brings_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(UserError, match=r"valley-align\[servers\]"):
+        engine_on("http://127.0.0.1:9")
 
 
 def test_an_ask_goes_out_as_system_images_and_text(serve):

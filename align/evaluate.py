@@ -1,7 +1,8 @@
 """Checkpoint in, held-out numbers out: evaluation.json with intervals and evaluation.jsonl with every response.
 
 Asks every held-out question once greedily and `num_samples` times at a temperature. Round 0 is the first policy.
-Judging against other rounds with a critic is not done here.
+Where the configured critic is a model, it also compares
+the greedy responses with those of the first policy and of the round before.
 """
 
 from __future__ import annotations
@@ -11,15 +12,25 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from align.config import Config
+from align.engines.critics import plan_critic
 from align.engines.open import open_policy, served_as
 from align.errors import UserError, reward_faults
 from align.images import ImageStore
 from align.progress import log
 from align.questionwise import Keep, begin, finish, work_through
 from align.ranks import is_main_process
-from align.records import Evaluated, Evaluation, Question, read_questions
+from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions
 from align.rundir import RunDir, checkpoint_hash, content_hash, text_hash, write_text
-from align.statistics import Interval, bootstrap_mean, distinct_n, is_refusal, repetition, words
+from align.statistics import (
+    Interval,
+    bootstrap_mean,
+    distinct_n,
+    is_refusal,
+    paired_difference,
+    repetition,
+    words,
+)
+from align.win_rate import WinRate, has_judge, win_rates
 from reward.critics.verifier import grade
 
 if TYPE_CHECKING:
@@ -45,11 +56,13 @@ def run_evaluate(config: Config, number: int) -> None:
     images = ImageStore(config.evaluation_images, config.max_image_pixels)
     _check_overlap(config, questions)
     settings = {
-        "evaluate": config.evaluate.model_dump(exclude={"questions", "image_root", "servers"}),
+        "evaluate": config.evaluate.model_dump(exclude={"questions", "image_root", "servers", "stop_if_worse"}),
         "seed": config.seed,
     }
     inputs = {"questions": content_hash(config.evaluate.questions), "checkpoint": checkpoint_hash(checkpoint)}
     inputs |= served_as(config.evaluate.servers, number)
+    if number and has_judge(config):
+        inputs |= plan_critic(config).identities()
     if not begin(this.manifest, STAGE, settings=settings, inputs=inputs):
         log.info("round %d is evaluated already: %s", number, this.evaluation)
         return
@@ -58,12 +71,58 @@ def run_evaluate(config: Config, number: int) -> None:
         return _answer(config, checkpoint, number, todo, images, keep)
 
     done = work_through(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
+    counts = {"questions": len(questions)}
     if is_main_process():
-        metrics = {name: interval.as_dict() for name, interval in measure(done.records).items()}
+        intervals = measure(done.records)
+        judged = _against_others(config, run, number, done.records)
+        intervals |= {f"win_rate_{name}": won.rate for name, won in judged.items() if won.rate is not None}
+        metrics = {name: interval.as_dict() for name, interval in intervals.items()}
         numbers = {"round": number, "questions": len(questions), "metrics": metrics}
         write_text(this.evaluation, json.dumps(numbers, indent=2) + "\n")
-    outputs = [this.evaluation, this.evaluation_lines]
-    finish(this.manifest, STAGE, outputs=outputs, counts={"questions": len(questions)}, done=done)
+        counts |= {f"ties_{name}": won.num_ties for name, won in judged.items()}
+        counts |= {f"unjudged_{name}": won.num_unjudged for name, won in judged.items()}
+    finish(this.manifest, STAGE, outputs=[this.evaluation, this.evaluation_lines], counts=counts, done=done)
+
+
+def _against_others(config: Config, run: RunDir, number: int, lines: list[Evaluation]) -> dict[str, WinRate]:
+    """How often the critic prefers this round to the first policy and to the round before, where it can be asked."""
+    earlier = {"initial": 0} | ({"parent": number - 1} if number > 1 else {})
+    opponents = {
+        name: read_jsonl(run.round(before).evaluation_lines, Evaluation)
+        for name, before in earlier.items()
+        if run.round(before).evaluation_lines.is_file()
+    }
+    if not number or not opponents or not has_judge(config):
+        return {}
+    return win_rates(config, lines, opponents)
+
+
+def worse_than_parent(run: RunDir, number: int) -> str | None:
+    """Says so when a round's held-out accuracy lies below its parent's by more than chance; None otherwise.
+
+    Paired over questions; where there are no reference answers, the critic's win rate against the parent decides.
+    """
+    now, before = run.round(number), run.round(number - 1)
+    if not (now.evaluation_lines.is_file() and before.evaluation_lines.is_file()):
+        return None
+    parent = {line.id: line for line in read_jsonl(before.evaluation_lines, Evaluation)}
+    pairs = [(parent[line.id], line) for line in read_jsonl(now.evaluation_lines, Evaluation) if line.id in parent]
+    answered = [pair for pair in pairs if pair[0].greedy.correct is not None]
+    if answered:
+        values = [
+            [[float(bool(r.correct)) for r in line.sampled] for line in side] for side in zip(*answered, strict=True)
+        ]
+        change = paired_difference(*values)
+        worse = change.high < 0
+        text = f"accuracy {change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+    else:
+        metrics = json.loads(now.evaluation.read_text(encoding="utf-8"))["metrics"]
+        won = metrics.get("win_rate_parent") or metrics.get("win_rate_initial") if number > 0 else None
+        if won is None:
+            return None
+        worse = won["high"] < 0.5
+        text = f"win rate {won['mean']:.3f} [{won['low']:.3f}, {won['high']:.3f}]"
+    return f"round {number} is worse than round {number - 1}: {text}" if worse else None
 
 
 def measure(lines: list[Evaluation]) -> dict[str, Interval]:

@@ -28,6 +28,21 @@ def run_rounds(config: Config, config_args: list[str]) -> None:
             _run_or_launch(config, stage, number, config_args)
         if config.evaluate.questions is not None:
             _run_or_launch(config, "evaluate", number, config_args)
+            if _is_worse(config, number):
+                return
+
+
+def _is_worse(config: Config, number: int) -> bool:
+    """Say loudly when a round is worse than its parent; True where the run shall end there."""
+    from align.evaluate import worse_than_parent
+
+    worse = worse_than_parent(RunDir(config.run_dir), number)
+    if worse is None:
+        return False
+    log.warning("WARNING: %s", worse)
+    if config.evaluate.stop_if_worse:
+        log.warning("the run ends here (evaluate.stop_if_worse); its best checkpoint is that of round %d", number - 1)
+    return config.evaluate.stop_if_worse
 
 
 def run_stage(config: Config, stage: str, number: int, *, redo: bool = False) -> None:

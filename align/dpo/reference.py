@@ -27,10 +27,11 @@ from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from align.dpo.collator import PairCollator
 from align.dpo.shared import log_prob_head
-from align.dpo.texts import encode_responses, render_pair
+from align.dpo.texts import PairTokens, encode_responses, render_pair
 from align.images import ImageStore
 from align.progress import progress
 from align.records import Pair, Record
@@ -119,11 +120,12 @@ def reference_log_probs(
     autocast: Callable[[], AbstractContextManager[Any]],
     batch_size: int,
     state: PartialState,
+    num_workers: int = 0,
 ) -> Reference:
     """The stored values when they were computed for `key`; otherwise computed with the model, stored and returned.
 
     `load_model` is called only when something is to be computed; its model must be on its device. Every process takes
-    a share of the questions, `batch_size` at a time. What had been computed for another key is discarded, with a line
+    a share of the questions, `batch_size` at a time, collated by `num_workers` of its own. What had been computed for another key is discarded, with a line
     in the log that names what has changed.
     """
     stored = read_reference(path, key)
@@ -141,7 +143,8 @@ def reference_log_probs(
     # Nobody appends before everybody has read: the shares would be cut from different lists.
     state.wait_for_everyone()
     if todo:
-        _compute(load_model(), todo[state.process_index :: state.num_processes], part, collator, autocast, batch_size)
+        share = GroupBatches(todo[state.process_index :: state.num_processes], collator, batch_size)
+        _compute(load_model(), share, part, autocast, num_workers)
     state.wait_for_everyone()
     if state.is_main_process:
         _write(path, key, part.read(), pairs)
@@ -188,55 +191,78 @@ def _begin(path: Path, key: ReferenceKey, part: PartialFile) -> None:
     write_text(stored, json.dumps(asdict(key)))
 
 
+@dataclass(frozen=True)
+class GroupBatch:
+    """Some questions with all their responses, collated.
+
+    `distinct[b]` are the different responses of question b, each computed once; `tokens[b]` those of its pairs.
+    """
+
+    groups: list[list[Pair]]
+    tokens: list[list[PairTokens]]
+    distinct: list[list[tuple[int, ...]]]
+    inputs: dict[str, Tensor]
+
+
+class GroupBatches(Dataset[GroupBatch]):
+    """Questions, `batch_size` at a time, collated when asked for: in the workers of a loader, while the GPU computes."""
+
+    def __init__(self, groups: list[list[Pair]], collator: PairCollator, batch_size: int) -> None:
+        self.batches = [groups[start : start + batch_size] for start in range(0, len(groups), batch_size)]
+        self.collator = collator
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> GroupBatch:
+        prompts, tokens, distinct = [], [], []
+        for group in self.batches[index]:
+            rendered = [render_pair(pair, self.collator.processor) for pair in group]
+            prompts.append(rendered[0].prompt)
+            tokens.append(
+                [
+                    encode_responses(text, self.collator.processor, f"pair {pair.id}")
+                    for text, pair in zip(rendered, group, strict=True)
+                ]
+            )
+            # A response that stands in several pairs is computed once; a dict keeps their order.
+            distinct.append(list(dict.fromkeys(tuple(ids) for pair_tokens in tokens[-1] for ids in pair_tokens)))
+        count = max(len(responses) for responses in distinct)
+        columns = [[responses[k] if k < len(responses) else () for responses in distinct] for k in range(count)]
+        inputs = self.collator.batch(prompts, [group[0].images for group in self.batches[index]], columns)
+        return GroupBatch(self.batches[index], tokens, distinct, inputs)
+
+
 def _compute(
     model: Any,
-    groups: list[list[Pair]],
+    batches: GroupBatches,
     part: PartialFile,
-    collator: PairCollator,
     autocast: Callable[[], AbstractContextManager[Any]],
-    batch_size: int,
+    num_workers: int,
 ) -> None:
     was_training = model.training
     model.eval()
+    loader = DataLoader(batches, batch_size=None, num_workers=num_workers)
     with (
-        log_prob_head(model, shared=collator.layout == "shared"),
+        log_prob_head(model, shared=batches.collator.layout == "shared"),
         torch.no_grad(),
-        progress("reference log-probabilities", total=len(groups)) as advance,
+        progress("reference log-probabilities", total=sum(map(len, batches.batches))) as advance,
     ):
-        for start in range(0, len(groups), batch_size):
-            batch = groups[start : start + batch_size]
-            for line in group_log_probs(model, batch, collator, autocast):
+        for batch in loader:
+            for line in group_log_probs(model, batch, autocast):
                 part.append(line)
-            advance(len(batch))
+            advance(len(batch.groups))
     model.train(was_training)
 
 
 def group_log_probs(
-    model: Any,
-    groups: Sequence[Sequence[Pair]],
-    collator: PairCollator,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    model: Any, batch: GroupBatch, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> Iterator[ReferenceLine]:
     """Every pair of the questions with the log-probabilities of its two responses, from one forward."""
-    prompts, encoded, distinct = [], [], []
-    for group in groups:
-        rendered = [render_pair(pair, collator.processor) for pair in group]
-        prompts.append(rendered[0].prompt)
-        encoded.append(
-            [
-                encode_responses(text, collator.processor, f"pair {pair.id}")
-                for text, pair in zip(rendered, group, strict=True)
-            ]
-        )
-        # A response that stands in several pairs is computed once; a dict keeps their order.
-        distinct.append(list(dict.fromkeys(tuple(ids) for tokens in encoded[-1] for ids in tokens)))
-    count = max(len(responses) for responses in distinct)
-    columns = [[responses[k] if k < len(responses) else () for responses in distinct] for k in range(count)]
-    batch = collator.batch(prompts, [group[0].images for group in groups], columns)
-    per_token, sums = _forward(model, batch, autocast)
-    for b, group in enumerate(groups):
-        row = {ids: k * len(groups) + b for k, ids in enumerate(distinct[b])}
-        for pair, tokens in zip(group, encoded[b], strict=True):
+    per_token, sums = _forward(model, batch.inputs, autocast)
+    for b, group in enumerate(batch.groups):
+        row = {ids: k * len(batch.groups) + b for k, ids in enumerate(batch.distinct[b])}
+        for pair, tokens in zip(group, batch.tokens[b], strict=True):
             chosen, rejected = (row[tuple(ids)] for ids in tokens)
             yield ReferenceLine(
                 id=pair.id,

@@ -90,6 +90,8 @@ def training_arguments(
         "bf16": on_gpu and dtype != torch.float16 and torch.cuda.is_bf16_supported(),
         "gradient_checkpointing": on_gpu,
         "dataloader_pin_memory": on_gpu,
+        # Images are opened and cut up while the GPU computes.
+        "dataloader_num_workers": 4 if on_gpu else 0,
         "seed": config.seed,
     }
     fields |= (strategy_fields or {}) | config.dpo.trainer_fields()

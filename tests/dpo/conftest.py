@@ -132,6 +132,7 @@ def compute(
     key: ReferenceKey = KEY,
     batch_size: int = 1,
     bf16: bool = False,
+    num_workers: int = 0,
 ) -> Reference:
     return reference_log_probs(
         path,
@@ -142,6 +143,7 @@ def compute(
         autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         batch_size=batch_size,
         state=PartialState(cpu=True),
+        num_workers=num_workers,
     )
 
 

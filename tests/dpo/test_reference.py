@@ -153,3 +153,11 @@ def test_unfinished_work_is_continued_and_discarded_for_another_key(tmp_path, pr
     calls.clear()
     compute(path, pairs, collator, lambda: counted)
     assert len(calls) == 5
+
+
+def test_loader_workers_give_the_same(tmp_path, processor, model, images):
+    pairs = make_pairs(images.root, 5)
+    collator = PairCollator(processor, images, "shared")
+    alone = compute(tmp_path / "alone.safetensors", pairs, collator, lambda: model, batch_size=2)
+    together = compute(tmp_path / "together.safetensors", pairs, collator, lambda: model, batch_size=2, num_workers=2)
+    assert torch.equal(alone.logps, together.logps)

@@ -70,9 +70,10 @@ def use_shared_prefix(model: PreTrainedModel) -> None:
 
 
 def stop_shared_prefix(model: PreTrainedModel) -> None:
-    """Give the language model sdpa back, after a proof has failed."""
+    """Give the language model sdpa back, after a proof has failed. Other attentions are left as they are."""
     for config in _decoder_configs(model):
-        config._attn_implementation_internal = "sdpa"
+        if config._attn_implementation == NAME:
+            config._attn_implementation_internal = "sdpa"
 
 
 def _decoder_configs(model: PreTrainedModel) -> list[Any]:

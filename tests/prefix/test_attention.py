@@ -145,6 +145,15 @@ def test_other_attention_than_sdpa_is_left_alone():
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(PrefixUnsupported, match="flex_attention"):
         use_shared_prefix(model)
+    stop_shared_prefix(model)
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_the_set_attention_is_not_written_into_a_checkpoints_config(tmp_path):
+    model, _ = make(SUPPORTED["llava_onevision"])
+    use_shared_prefix(model)
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
 
 
 def test_one_mask_and_groups_are_the_same_attention():

@@ -7,7 +7,6 @@ images near to its benchmarks and lost nothing; with a tenth of them it lost 1.5
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,7 +48,7 @@ class CheckReport:
     images: int = 0
     same_pictures: int = 0
     bad_images: dict[str, str] = field(default_factory=dict)
-    bad_reasons: Counter[str] = field(default_factory=Counter)
+    bad_reasons: dict[str, int] = field(default_factory=dict)
     near: list[Near] = field(default_factory=list)
     near_records: int = 0
 
@@ -98,7 +97,7 @@ def report_text(report: CheckReport, *, shown: int = 10) -> str:
     lines = [f"{report.records} records with {report.images} different images"]
     if report.same_pictures:
         lines.append(f"{report.same_pictures} images show nearly the same as an earlier one")
-    lines += [f"{count} images: {reason}" for reason, count in report.bad_reasons.most_common()]
+    lines += [f"{count} images: {reason}" for reason, count in report.bad_reasons.items()]
     lines += [f"  {image}: {problem}" for image, problem in list(report.bad_images.items())[:shown]]
     if report.near:
         lines.append(f"{report.near_records} records have an image near to an evaluation image")
@@ -131,7 +130,7 @@ def _look(records: Sequence[Record], config: Config, report: CheckReport) -> lis
                 pictures[reference] = store.take(reference)
             except BadRow as problem:
                 report.bad_images[reference] = str(problem)
-                report.bad_reasons[problem.reason] += 1
+                report.bad_reasons[problem.reason] = report.bad_reasons.get(problem.reason, 0) + 1
     report.images = len(pictures) + len(report.bad_images)
     found = list(pictures.values())
     duplicates = Duplicates()

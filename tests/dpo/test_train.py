@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -322,3 +323,12 @@ def test_a_shared_prefix_that_is_not_exact_is_refused_or_replaced(tmp_path):
     assert note.startswith("not used: shared and plain log-probabilities differ")
     with pytest.raises(UserError, match="shared_prefix is on, but it cannot be used"):
         train.choose_layout("on", model, collator, pairs)
+
+
+def test_pairs_may_be_grouped_by_length(tmp_path):
+    if "train_sampling_strategy" not in {field.name for field in dataclasses.fields(train.DPOConfig)}:
+        pytest.skip("this transformers has another name for it")
+    grouped = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "num_train_epochs": 1}
+    config = make_run(tmp_path, num_pairs=8, dpo=grouped)
+    run_dpo(config, 1)
+    assert round_1(config).manifest.stage("dpo")["counts"]["steps"] == 2

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Partial
 from transformers import PreTrainedModel
 
 from align.prefix.attention import PrefixUnsupported, active_layout
@@ -38,10 +39,18 @@ def head_of(model: PreTrainedModel) -> Head:
         raise PrefixUnsupported("an adapter sits on the vocabulary projection")
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-        bias = bias if bias is None else bias.full_tensor()
+        weight, bias = _whole(weight), bias if bias is None else _whole(bias)
     config = model.config.get_text_config()
     return Head(weight, bias, getattr(config, "final_logit_softcapping", None), _logit_scale(config))
+
+
+def _whole(parameter: Any) -> Tensor:
+    """A parameter that FSDP2 has spread, gathered, so that its gradient is the mean over the processes.
+
+    Left to itself the gradient of `full_tensor` is taken to be the same everywhere, and every process keeps its own
+    share of its own gradient.
+    """
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _logit_scale(config: Any) -> float:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from align.dpo.blank_rows import set_blank_row_apart
 from align.dpo.texts import encode_prompts, encode_responses, render_pair
 from align.errors import UserError
 from align.images import ImageStore
@@ -37,8 +38,9 @@ class PairCollator:
     """Rows of the data set to one batch.
 
     `max_length` is the limit that was checked before training; a longer row here means that the check was wrong.
-    `always_images` adds, to a shared batch without any image, a row that has a blank image and no response: where
-    weights are spread over processes, all of them must run the vision tower or wait for each other forever.
+    `always_images` adds, to a batch without any image, a row that has a blank image and no response: where weights are
+    spread over processes, all of them must run the vision tower or wait for each other forever. In the plain layout
+    the model needs `align.dpo.blank_rows.add_blank_rows` for it.
     """
 
     processor: Any
@@ -70,15 +72,21 @@ class PairCollator:
     ) -> dict[str, Tensor]:
         """A batch of n prompts with K responses each; `responses[k][b]` are token ids, empty where there is none."""
         pictures = [[self.images.open(name) for name in names] for names in image_names]
-        if self.always_images and self.layout == "shared" and not any(pictures):
-            prompts = [*prompts, self._blank_prompt()]
-            pictures.append([Image.new("RGB", (BLANK_PX, BLANK_PX))])
+        blank = self.always_images and not any(pictures)
+        blank_prompt, blank_picture = ([self._blank_prompt()], [[_blank_picture()]]) if blank else ([], [])
         if self.layout == "shared":
-            batch = shared_batch(encode_prompts(self.processor, prompts, pictures), responses, self.pad_token_id)
+            inputs = encode_prompts(self.processor, prompts + blank_prompt, pictures + blank_picture)
+            batch = shared_batch(inputs, responses, self.pad_token_id)
         else:
             repeats = len(responses)
-            inputs = encode_prompts(self.processor, prompts * repeats, pictures * repeats)
+            inputs = encode_prompts(
+                self.processor, prompts * repeats + blank_prompt, pictures * repeats + blank_picture
+            )
+            if blank:
+                responses = [*responses, [[]]]
             batch = plain_batch(inputs, responses, self.pad_token_id)
+            if blank:
+                batch = set_blank_row_apart(batch)
         self._check_length(batch)
         return batch
 
@@ -185,6 +193,10 @@ def prompt_inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
         "input_ids": batch["prompt_ids"],
         "attention_mask": batch[LAYOUT_PREFIX + "prompt_mask"].to(batch["prompt_ids"].dtype),
     }
+
+
+def _blank_picture() -> Image.Image:
+    return Image.new("RGB", (BLANK_PX, BLANK_PX))
 
 
 def _ids(tokens: Sequence[int]) -> Tensor:

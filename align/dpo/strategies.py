@@ -111,10 +111,10 @@ def decoder_layer_names(model: nn.Module) -> list[str]:
     >>> decoder_layer_names(decoder)
     ['Linear']
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)]
     # Towers inside the decoder may have more layers than the decoder; its own list stands nearest to it.
-    own = [module for name, module in decoder.named_children() if isinstance(module, nn.ModuleList) and len(module)]
+    own = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module)]
     layers = max(own or lists, key=len)
     return sorted({type(layer).__name__ for layer in layers})
 

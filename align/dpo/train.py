@@ -32,6 +32,7 @@ from align.dpo.settings import training_arguments
 from align.dpo.strategies import check_distribution, chosen_strategy, strategy_fields, whole_models
 from align.dpo.texts import PairLength, check_lengths, pair_lengths
 from align.dpo.trainer import PairTrainer, pair_dataset
+from align.dpo.whole import gather_weights, merge_adapter
 from align.errors import UserError
 from align.images import ImageStore
 from align.models.load import load_model, load_processor, read_config
@@ -140,8 +141,9 @@ class DpoStage:
             gc.collect()
             torch.cuda.empty_cache()
             model = self.load(self.policy)
-        # Processes that exchange weights or gradients module by module must all run the same modules.
-        collator.always_images = self.strategy != "ddp" and any(pair.images for pair in pairs)
+        # Processes that exchange weights or gradients module by module must all run the same modules. Alone as well,
+        # so that it makes no difference: Adam moves on with a gradient of 0, but not without one.
+        collator.always_images = any(pair.images for pair in pairs)
         trainer = self._trainer(model, pairs, lengths, collator, reference)
         check_distribution(self.strategy, trainer.accelerator.distributed_type)
         parameters = count_parameters(trainer.model)
@@ -216,6 +218,7 @@ class DpoStage:
             autocast=lambda: torch.autocast(self.device.type, autocast_dtype, enabled=autocast_dtype is not None),
             batch_size=self.args.per_device_train_batch_size,
             state=self.args.distributed_state,
+            num_workers=self.args.dataloader_num_workers,
         )
         return reference.columns(self.args.ld_alpha)
 
@@ -271,17 +274,15 @@ class DpoStage:
     def _save(self, trainer: PairTrainer, processor: Any) -> None:
         """Write the finished checkpoint in the form of its parent, with the trainer's record of how it came about."""
         model = trainer.accelerator.unwrap_model(trainer.model)
-        gathered = None
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            # All processes take part; the main one gets whole tensors.
-            gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if self.config.dpo.lora is not None:
-            model = model.merge_and_unload()
-        restore_forward(model)
-        if is_deepspeed_zero3_enabled():
+        gathered = gather_weights(trainer)
+        in_pieces = is_deepspeed_zero3_enabled()
+        unset_hf_deepspeed_config()
+        if trainer.is_world_process_zero() and self.config.dpo.lora is not None:
+            model, gathered = merge_adapter(model, gathered, lambda: self.load(self.policy, device="cpu")), None
+        elif trainer.is_world_process_zero() and in_pieces:
             # A model that was loaded in pieces does not remember the names of its tensors on disk.
-            unset_hf_deepspeed_config()
-            model = self.load(self.policy, device="cpu") if trainer.is_world_process_zero() else model
+            model = self.load(self.policy, device="cpu")
+        restore_forward(model)
         if trainer.is_world_process_zero():
             save_checkpoint(
                 model,

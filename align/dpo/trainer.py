@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from align.dpo.blank_rows import add_blank_rows
 from align.dpo.parts import part_names
 from align.dpo.shared import add_shared_rows
 from align.errors import UserError
@@ -97,6 +98,9 @@ class PairTrainer(DPOTrainer):
         self.remove_callback(PrinterCallback)
         if data_collator.layout == "shared":
             self._share_prompts()
+        elif data_collator.always_images:
+            for trained_or_not in filter(None, (self.model, self.ref_model)):
+                add_blank_rows(unwrap(self.accelerator.unwrap_model(trained_or_not)))
 
     def _share_prompts(self) -> None:
         assert not self.aux_loss_enabled, "the load-balancing loss of experts needs the plain layout"

@@ -1,0 +1,41 @@
+"""A trained model in, perhaps spread over processes or adapted; what `save_checkpoint` writes out.
+
+All processes call `gather_weights`; the rest happens on the main one. Under ZeRO-2 and DDP every process has all weights
+and nothing is gathered. An adapter is merged into the whole weights, and where those are spread or quantised, into
+weights loaded afresh from the round's policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+
+def gather_weights(trainer: Any) -> dict[str, Tensor] | None:
+    """On the main process all weights by name, in CPU memory; None where the model itself has them whole.
+
+    Names are those in memory, with what wrappers add; ZeRO-3 repeats the backbone's (`model.model.`), as in
+    https://github.com/huggingface/transformers/issues/43701. `align.models.save` takes them back.
+    """
+    if not (is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled):
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+def merge_adapter(model: PeftModel, gathered: dict[str, Tensor] | None, load_whole: Callable[[], Any]) -> Any:
+    """The model with its adapter merged into it, on the main process.
+
+    `load_whole` opens the round's policy again: needed where the base weights are spread (`gathered` is given) or
+    quantised, since merging into four bits would round what was learnt away.
+    """
+    quantised = getattr(model.get_base_model(), "is_quantized", False)
+    if gathered is None and not quantised:
+        return model.merge_and_unload()
+    adapter = get_peft_model_state_dict(model, state_dict=gathered)
+    whole = get_peft_model(load_whole(), model.peft_config["default"])
+    set_peft_model_state_dict(whole, {name: tensor.cpu() for name, tensor in adapter.items()})
+    return whole.merge_and_unload()

@@ -35,8 +35,9 @@ from reward.ask import Ask
 
 ItemT = TypeVar("ItemT")
 
-# When so many questions have failed and none was answered, the rest is not tried.
-HOPELESS = 8
+# When so many have failed one after the other, the rest is not tried; sooner where none was ever answered.
+HOPELESS = 40
+HOPELESS_FROM_THE_START = 8
 # A written verdict is read where log-probabilities are not to be had; it stands at the beginning of the answer.
 VERDICT_TOKENS = 64
 SHOWN = 5
@@ -53,7 +54,7 @@ class ServerEngine:
         self.open_image = open_image
         self.counts: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
-        self.num_missed = 0
+        self.num_missed_in_a_row = 0
         self.notes: dict[str, str] = {}
 
     def check(self) -> None:
@@ -81,7 +82,7 @@ class ServerEngine:
             except (RefusedError, UnansweredError) as error:
                 self._missed(request.id, str(error))
                 return
-            self.counts["answered by servers"] += 1
+            self._answered()
             on_result(_result(request.id, choices))
 
         self._run(requests, one)
@@ -169,7 +170,7 @@ class ServerEngine:
                 self.counts["judgements without an answer"] += 1
                 self._missed(f"the judgement on ...{asks[index].head.strip()[-60:]!r}", str(error))
                 return None
-            self.counts["answered by servers"] += 1
+            self._answered()
             return endpoint
 
         async def one(index: int) -> None:
@@ -217,16 +218,20 @@ class ServerEngine:
             self.open_image(image), max_pixels=settings.max_image_pixels, image_format=settings.image_format
         )
 
+    def _answered(self) -> None:
+        self.counts["answered by servers"] += 1
+        self.num_missed_in_a_row = 0
+
     def _missed(self, what: str, reason: str) -> None:
         """Remember a failure; raise UserError where nothing but failures is seen."""
         if reason not in self.failures.values():
             log.warning("no answer to %s: %s", what, reason)
         self.failures[what] = reason
-        self.num_missed += 1
-        if not self.counts["answered by servers"] and self.num_missed >= HOPELESS:
+        self.num_missed_in_a_row += 1
+        if self.num_missed_in_a_row >= (HOPELESS if self.counts["answered by servers"] else HOPELESS_FROM_THE_START):
             raise UserError(
-                f"the servers answered none of the first {HOPELESS} questions asked:\n{_listed(self.failures)}",
-                fix="mend what they say, then run the same command again",
+                f"the servers answered none of the last {self.num_missed_in_a_row} questions:\n{_listed(self.failures)}",
+                fix="mend what they say, then run the same command again: what was answered is kept",
             )
 
 
@@ -260,5 +265,5 @@ def _result(request_id: str, choices: Sequence[Choice]) -> SampleResult:
 
 
 def _listed(failures: dict[str, str]) -> str:
-    lines = [f"  - {what}: {reason}" for what, reason in list(failures.items())[:SHOWN]]
+    lines = [f"  - {what}: {reason}" for what, reason in list(failures.items())[-SHOWN:]]
     return "\n".join([*lines, *([f"  ... and {len(failures) - SHOWN} more"] if len(failures) > SHOWN else [])])

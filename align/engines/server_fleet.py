@@ -198,7 +198,8 @@ class Fleet:
         endpoint.last_error = str(fault)
         if fault.wait_s is not None:
             endpoint.not_before = max(endpoint.not_before, time.monotonic() + fault.wait_s)
-            asyncio.get_running_loop().call_later(fault.wait_s, self._wake, self.settings.concurrency)
+            # A little later than that: a clock that is early would leave everybody waiting.
+            asyncio.get_running_loop().call_later(fault.wait_s + 0.05, self._wake, self.settings.concurrency)
         if fault.busy:
             return
         endpoint.failures_in_a_row += 1

@@ -8,8 +8,10 @@ import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from align.config import Server, ServerSettings, build_config
@@ -194,9 +196,20 @@ def test_a_refused_image_is_not_tried_again_and_named(serve):
 
 def test_a_server_that_refuses_everything_is_not_asked_a_thousand_times(serve):
     server = serve(behave=lambda body, count: Reply({"detail": "no images here"}, 422))
-    with pytest.raises(UserError, match=r"none of the first 8 questions asked:\n(.*\n)*.*no images here"):
+    with pytest.raises(UserError, match=r"none of the last 8 questions:\n(.*\n)*.*no images here"):
         collect(engine_on(server), [ask_for(n) for n in range(1000)], SETTINGS)
     assert server.num_requests < 20
+
+
+def test_a_server_that_breaks_for_good_in_the_middle_ends_the_run(serve):
+    broken = Reply({"error": {"message": "cuda error"}}, 500)
+    server = serve(behave=lambda body, count: broken if count > 10 else None)
+    kept = {}
+    with pytest.raises(UserError, match="none of the last 40 questions"):
+        engine_on(server, tries=1, cooldown_s=0.001).sample(
+            [ask_for(n) for n in range(500)], SETTINGS, lambda result: kept.setdefault(result.id, result)
+        )
+    assert len(kept) == 10
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
@@ -336,6 +349,14 @@ def test_a_key_in_the_url_is_refused_without_being_shown(tmp_path):
         with pytest.raises(UserError, match="api_key_env") as failure:
             build_config(data, base=tmp_path)
         assert KEY not in str(failure.value)
+
+
+def test_the_settings_in_the_guide_are_understood(tmp_path):
+    guide = Path(__file__).parents[2] / "docs" / "serving.md"
+    block = re.search(r"```yaml\n(.*?)```", guide.read_text(), re.DOTALL)
+    assert block is not None
+    config = build_config({"policy": "p", "questions": "q"} | yaml.safe_load(block[1]), base=tmp_path)
+    assert [server.model for server in named_for_round(config.sample.servers, 2)] == ["policy-2", "policy-2"]
 
 
 def test_servers_may_be_urls_or_settings(tmp_path):

@@ -47,6 +47,8 @@ def main() -> None:
     model = shared_model()
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh)
+    # As accelerate does: the head is a group of its own, whose module is never called in training.
+    fully_shard(model.lm_head, mesh=mesh)
     fully_shard(model, mesh=mesh)
     mean_loss(model, pairs[dist.get_rank() :: dist.get_world_size()], images).backward()
     named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

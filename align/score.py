@@ -22,7 +22,7 @@ from align.progress import log
 from align.questionwise import Done, Keep, begin, finish, work_through
 from align.records import Samples, Scores, VerdictRecord, read_jsonl
 from align.rundir import Round, RunDir, content_hash
-from align.trust import check_gates, control_items, critic_figures, item_of
+from align.trust import check_gates, control_items, critic_figures, doubts, item_of
 from reward.critics import Critic, Item, Judgement
 from reward.trust import check_gates as check_gate_names
 
@@ -82,6 +82,8 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
             controls = work_through(this.controls, Scores, items, work, label=f"{label}, other images")
             outputs, seconds = [*outputs, this.controls], seconds + controls.seconds
     counts["critic"] = critic_figures(samples, done.records, controls.records)
+    for doubt in doubts(counts["critic"]):
+        log.warning("%s", doubt)
     notes = done.notes | controls.notes
     finish(this.manifest, STAGE, outputs=outputs, counts=counts, done=Done(done.records, notes, seconds))
 

@@ -7,7 +7,7 @@ critic prefers then, it prefers without looking.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from reward.trust import (
 
 BLANK, SHUFFLED = "blank", "shuffled"
 GREY = (127, 127, 127)
+MOST_POSITION_BIAS, LEAST_IMAGE_DEPENDENCE, LEAST_OPTION_MASS = 0.5, 0.05, 0.1
 
 # One question's judgement in; its share and the number of comparisons behind it out.
 PerQuestion = Callable[[int], tuple[float | None, int]]
@@ -132,6 +133,29 @@ def check_gates(this: Round, gates: dict[str, float]) -> None:
                 f"on with these by changing critic.gates (align pairs --round {this.number} --set critic.gates={{}})"
             ),
         )
+
+
+def doubts(figures: Mapping[str, Any]) -> list[str]:
+    """What a person should be told at once about a critic with these figures.
+
+    >>> doubts({"position_bias": 0.9, "consistency": 0.9})
+    ['the critic prefers the response shown first (position bias 0.90)']
+    """
+    lines = []
+    bias = figures.get("position_bias")
+    if bias is not None and abs(bias) > MOST_POSITION_BIAS:
+        lines.append(
+            f"the critic prefers the response shown {'first' if bias > 0 else 'second'} (position bias {bias:.2f})"
+        )
+    dependence = figures.get("image_dependence")
+    if dependence is not None and dependence < LEAST_IMAGE_DEPENDENCE:
+        lines.append(f"the critic hardly looks: {dependence:.0%} of its preferences change with another image")
+    mass = figures.get("mean_option_mass")
+    if mass is not None and mass < LEAST_OPTION_MASS:
+        lines.append(
+            f"the answers that the critic is offered have {mass:.2g} of its probability: look at critic.prompt"
+        )
+    return lines
 
 
 def _verdict(record: VerdictRecord) -> Verdict:

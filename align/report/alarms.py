@@ -16,6 +16,8 @@ from align.report.read import RoundData, RunData, iter_objects, number
 from align.report.trust import (
     LEAST_AGREEMENT,
     LEAST_CONSISTENCY,
+    LEAST_IMAGE_DEPENDENCE,
+    LEAST_OPTION_MASS,
     MOST_LENGTH_CORRELATION,
     MOST_POSITION_BIAS,
     Trust,
@@ -141,6 +143,24 @@ def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
             f"Position bias {plain(bias)}.",
             "0 is none, 1 always the first. Judging both orders cancels it, at the price of ties.",
             round_,
+        )
+    looks = [x for name in ("blank", "shuffled") if (x := figures.get(f"image_dependence_{name}")) is not None]
+    if looks and min(looks) < LEAST_IMAGE_DEPENDENCE:
+        yield Alarm(
+            "The critic hardly looks at the image",
+            f"With another image in its place, {percent(min(looks))} of its preferences change.",
+            "A critic that knows nothing without the image changes about half of them.",
+            round_,
+            serious=min(looks) < 0.02,
+        )
+    mass = figures.get("mean_option_mass")
+    if mass is not None and mass < LEAST_OPTION_MASS:
+        yield Alarm(
+            "The critic wants to say something else",
+            f"The answers it is offered have {percent(mass)} of its probability.",
+            "Its prompt may not fit it: see critic.prompt.",
+            round_,
+            serious=mass < 0.05,
         )
     if length is not None and abs(length) > MOST_LENGTH_CORRELATION:
         yield Alarm(

@@ -17,6 +17,9 @@ from align.statistics import Interval, wilson
 from reward.critics.verifier import grade
 from reward.errors import RewardError
 
+# In the manifest besides, but shown here as the report measures it, or as the two figures that it is the lower of.
+REPEATED = ("length_correlation", "length_correlation_given_reference", "image_dependence", "unscored_rate")
+
 
 @dataclass(frozen=True)
 class Trust:
@@ -56,7 +59,7 @@ def _of_manifest(data: RoundData) -> dict[str, float]:
     figures = data.judged.get("critic")
     if not isinstance(figures, dict):
         return {}
-    return {str(key): x for key, value in figures.items() if (x := number(value)) is not None}
+    return {str(key): x for key, value in figures.items() if key not in REPEATED and (x := number(value)) is not None}
 
 
 def _length_correlation(samples: dict[str, JSON], scores: Iterable[JSON]) -> float | None:
@@ -136,6 +139,7 @@ class Figure:
 
 
 LEAST_CONSISTENCY, MOST_POSITION_BIAS, MOST_LENGTH_CORRELATION, LEAST_AGREEMENT = 0.7, 0.1, 0.3, 0.65
+LEAST_IMAGE_DEPENDENCE, LEAST_OPTION_MASS = 0.1, 0.5
 
 FIGURES = (
     Figure("consistency", "Same verdict in both orders", "share of pairs judged alike when the two responses change places", True, lambda x: x < LEAST_CONSISTENCY),
@@ -143,6 +147,11 @@ FIGURES = (
     Figure("tie_rate", "Ties", "share of verdicts without a winner"),
     Figure("agreement", "Agrees with reference answers", "of the pairs that set a right response against a wrong one, those that chose the right one", True, lambda x: x < LEAST_AGREEMENT),
     Figure("reward_length_correlation", "Reward follows length", "correlation of reward and tokens among the responses to a question, equally right ones where the answer is known; 0 is none", False, lambda x: abs(x) > MOST_LENGTH_CORRELATION),
+    Figure("image_dependence_blank", "Changes its mind on a blank image", "preferences that change when the image is blank, on a few questions; 0: it does not look", True, lambda x: x < LEAST_IMAGE_DEPENDENCE),
+    Figure("image_dependence_shuffled", "Changes its mind on another image", "preferences that change when the image is another question's, on a few questions", True, lambda x: x < LEAST_IMAGE_DEPENDENCE),
+    Figure("agreement_with_reference", "Orders right above wrong", "of all right-wrong pairs of responses, those it orders rightly, a tie being half", True, lambda x: x < LEAST_AGREEMENT),
+    Figure("agreement_between_critics", "The panel agrees", "pairs that two of its critics order the same way, lowest of all couples"),
+    Figure("mean_option_mass", "Answers in the words offered", "probability of the offered answers together", True, lambda x: x < LEAST_OPTION_MASS),
     Figure("chosen_longer", "Chosen is the longer one", "of the pairs of unequal length, those whose chosen response has more tokens"),
 )  # fmt: skip
 

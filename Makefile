@@ -33,7 +33,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,report,servers,deepspeed,video,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,report,servers,deepspeed,video,sentencepiece,dev]'
 	touch $@
 
 clean:

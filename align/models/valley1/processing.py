@@ -7,8 +7,11 @@ all six. Where a text names its image twice it is shown twice, as in the origina
 Prompts are those of github.com/RupertLuo/Valley; its training and its demo disagree, so which is meant is a setting.
 """
 
+import importlib.util
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,13 +75,16 @@ class ValleyLlamaProcessor(ImageChatProcessor):
     `default_system`: the system text of a conversation that has none: one of `v1`, `multimodal_video`, `demo`, `chinese`, or
     a text of one's own; None or an empty text for none. Default: `chinese` for Chinese-Valley, else `multimodal_video`.
     `num_video_frames`: frames of a video, evenly spaced, 8 by default.
+    `strip_around_images`: drop spaces and line breaks beside the image tokens. Default: true for a folder with a
+    `tokenizer.model` alone, because the tokenizer that the original opened it with did so (LlamaTokenizer of transformers
+    4.28), else false.
 
     A response ends with `###` (`stop_strings`), which no end token stands for; `clean_response` takes away what the
     original's demo takes away.
     """
 
     config_class = ValleyLlamaConfig
-    settings = ("prompt_style", "default_system", "num_video_frames")
+    settings = ("prompt_style", "default_system", "num_video_frames", "strip_around_images")
     image_inputs = ("pixel_values", "pictures_per_image")
     stop_strings = (TURN,)
 
@@ -91,6 +97,7 @@ class ValleyLlamaProcessor(ImageChatProcessor):
         prompt_style: str = "training",
         default_system: str | None = "auto",
         num_video_frames: int = NUM_VIDEO_FRAMES,
+        strip_around_images: bool = False,
     ) -> None:
         config = config or ValleyLlamaConfig()
         if prompt_style not in TEMPLATES:
@@ -101,6 +108,7 @@ class ValleyLlamaProcessor(ImageChatProcessor):
         self.prompt_style = prompt_style
         self.default_system = SYSTEMS.get(default_system, default_system) if default_system else None
         self.num_video_frames = num_video_frames
+        self.strip_around_images = strip_around_images
         self.side = config.vision_config.image_size
         self.num_patches = config.num_patches
         self.image_token, self.video_token = PATCH_TOKEN, FRAME_TOKEN
@@ -109,6 +117,19 @@ class ValleyLlamaProcessor(ImageChatProcessor):
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         # Llama's tokenizer begins every text with a space of its own; in front of a response ours would be a second one.
         self.writes_gap = tokenizer.tokenize("A", add_special_tokens=False)[0].startswith("\u2581")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As in the base. Raises ValueError too where the tokenizer needs SentencePiece and it is not installed."""
+        folder = Path(pretrained_model_name_or_path)
+        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            if importlib.util.find_spec("sentencepiece") is None:
+                raise ValueError(
+                    "the tokenizer is a tokenizer.model, which needs SentencePiece: pip install 'valley-align[sentencepiece]'"
+                )
+            if not (folder / cls.settings_file).is_file():
+                kwargs.setdefault("strip_around_images", True)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def num_image_tokens(self, width: int, height: int, num_images: int = 1) -> int:
         """Visual tokens of one of so many pictures, rounded up: all of them together have 256 and one each."""
@@ -166,7 +187,7 @@ class ValleyLlamaProcessor(ImageChatProcessor):
         return super().__call__(images=samples, text=texts if text is not None else None, **options)
 
     def _encode(self, text: str, images: list[Any], videos: list[list[Any]], pixels: Any) -> list[int]:
-        """Token ids of one text, tokenised as a whole with all of its placeholders written out, as in the original."""
+        """Token ids of one text with all of its placeholders."""
         if images:
             text = self._wrap(text)
         num_marks = text.count(MARK)
@@ -174,22 +195,36 @@ class ValleyLlamaProcessor(ImageChatProcessor):
             raise ValueError(
                 f"found {len(images)} pictures for a text that names {num_marks or text.count(IMAGE_MARK)} images"
             )
-        block = MARK.replace(PATCH_TOKEN, PATCH_TOKEN * self.num_patches)
-        block = block.replace(FRAME_TOKEN, FRAME_TOKEN * len(images))
         bos = self.tokenizer.bos_token or ""
-        body = text.removeprefix(bos).replace(MARK, block)
-        ids = self.tokenizer(body, add_special_tokens=False)["input_ids"]
-        expected = num_marks * (self.num_patches + len(images))
-        found = sum(token in (self.image_token_id, self.video_token_id) for token in ids)
-        if found != expected:
+        pieces = text.removeprefix(bos).split(MARK)
+        ids = [self.tokenizer.bos_token_id] if bos and text.startswith(bos) else []
+        for index, piece in enumerate(pieces):
+            if self.strip_around_images:
+                piece = piece.lstrip() if index else piece
+                piece = piece.rstrip() if index < num_marks else piece
+            ids += self._tokenize(piece)
+            if index < num_marks:
+                ids += self._placeholders(len(images))
+                pixels.add([open_image(source) for source in images])
+        return ids
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Every piece of text begins as a text of its own, with the space that Llama's tokenizer puts in front of it.
+
+        The tokenizers of the original did so; that of transformers 5 does not where a piece follows a special token.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        if self.image_token_id in ids or self.video_token_id in ids:
             raise ValueError(
-                f"expected {expected} tokens of images, found {found}: the text itself contains {PATCH_TOKEN} or "
-                f"{FRAME_TOKEN}, which stand for visual tokens; write it differently"
+                f"the text itself contains {PATCH_TOKEN} or {FRAME_TOKEN}, which stand for visual tokens; write it differently"
             )
-        pictures = [open_image(source) for source in images]
-        for _ in range(num_marks):
-            pixels.add(pictures)
-        return [self.tokenizer.bos_token_id, *ids] if bos and text.startswith(bos) else ids
+        return ids
+
+    def _placeholders(self, num_pictures: int) -> list[int]:
+        """The tokens of an image and the four that wrap them."""
+        im_start, im_end, vi_start, vi_end = self.tokenizer.convert_tokens_to_ids(list(WRAPPERS))
+        patches, frames = [self.image_token_id] * self.num_patches, [self.video_token_id] * num_pictures
+        return [im_start, *patches, im_end, vi_start, *frames, vi_end]
 
     def clean_response(self, text: str) -> str:
         """A response without the turn that follows it and without the name of who speaks.

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, Processo
 from transformers.utils import cached_file
 
 from .messages import IMAGE_MARK, VIDEO_MARK, place
-from .valley_eagle.pixels import open_image
+from .open_image import open_image
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -32,8 +32,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
-# A file of our own: the originals' processors refuse keys in processor_config.json that they do not know.
-SETTINGS_FILE = "processor_settings.json"
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 TOKENIZER_KEYWORDS = ("padding_side", "truncation_side", "model_max_length", "use_fast")
 
@@ -57,6 +55,8 @@ class ImageChatProcessor(ProcessorMixin):
     config_class: ClassVar[type[PreTrainedConfig]]
     settings: ClassVar[tuple[str, ...]] = ("default_system", "num_video_frames")
     image_inputs: ClassVar[tuple[str, ...]] = ()
+    # A file of our own: the originals' processors refuse keys in processor_config.json that they do not know.
+    settings_file: ClassVar[str] = "processor_settings.json"
 
     image_token_id: int
     default_system: str | None
@@ -116,14 +116,14 @@ class ImageChatProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(
             pretrained_model_name_or_path, config=config, trust_remote_code=False, **hub, **tokenizer_settings
         )
-        kept = {**stored, **_read_settings(pretrained_model_name_or_path, hub)}
+        kept = {**stored, **_read_settings(pretrained_model_name_or_path, cls.settings_file, hub)}
         settings = {**{name: kept[name] for name in cls.settings if name in kept}, **settings}
         return cls(tokenizer, chat_template or stored.get("chat_template"), config=config, **settings)
 
     def save_settings(self, folder: str | os.PathLike) -> None:
         """Adds the settings to a checkpoint folder in which no other file is to be touched."""
         settings = {name: getattr(self, name) for name in self.settings}
-        Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        Path(folder, self.settings_file).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json holds: the settings; sizes stay in config.json, tokens in the tokenizer's files."""
@@ -165,6 +165,8 @@ class ImageChatProcessor(ProcessorMixin):
 
         Several conversations are padded, on the left where `add_generation_prompt`, so that `generate` can go on from them.
         """
+        if template_kwargs.pop("truncation", None):
+            raise ValueError("truncation is not supported: it would cut images in two")
         conversations, is_batch = ([conversation], False) if _is_one(conversation) else (list(conversation), True)
         batches = {}
         for kind, given in (("image", images), ("video", videos)):
@@ -235,6 +237,9 @@ class ImageChatProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("expected text")
+        unknown = [name for name, value in unused.items() if value is not None]
+        if unknown:
+            raise ValueError(f"{type(self).__name__} does not know {', '.join(unknown)}")
         if truncation or add_special_tokens:
             raise ValueError(
                 "truncation and add_special_tokens are not supported: the chat template writes special tokens"
@@ -312,8 +317,8 @@ def frames_of(video: Any) -> list[Any]:
     return [open_image(frame) for frame in video]
 
 
-def _read_settings(folder: str | os.PathLike, hub: dict[str, Any]) -> dict[str, Any]:
-    path = cached_file(folder, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+def _read_settings(folder: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    path = cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **hub)
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
 
 

@@ -4,6 +4,7 @@ A place is an image (video) part or `<image>` (`<video>`) written in the text. M
 marks of what has no place, which go in front of the first user turn, are joined by a space and set off by a line break.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,30 @@ def place(
         unplaced["image"] = [blank]
     _put_in_front(rendered, found, unplaced)
     return rendered, found
+
+
+def spread_videos(text: str, images: Sequence[Any], videos: Sequence[Sequence[Any]]) -> tuple[str, list[Any]]:
+    """A text in which frames stand for videos, joined by a space as images in front of a text are, and all its images.
+
+    Raises ValueError where the text names more or fewer than are given.
+
+    >>> spread_videos("<video> and <image>", ["a.png"], [["1.png", "2.png"]])
+    ('<image> <image> and <image>', ['1.png', '2.png', 'a.png'])
+    """
+    queues = {IMAGE_MARK: list(images), VIDEO_MARK: list(videos)}
+    pieces, spread = [], []
+    for piece in re.split(f"({IMAGE_MARK}|{VIDEO_MARK})", text):
+        if piece in queues:
+            if not queues[piece]:
+                raise ValueError(f"the text names more of {piece} than are given")
+            given = queues[piece].pop(0)
+            frames = list(given) if piece == VIDEO_MARK else [given]
+            spread += frames
+            piece = " ".join([IMAGE_MARK] * len(frames))
+        pieces.append(piece)
+    if any(queues.values()):
+        raise ValueError("found more images or videos than the text names")
+    return "".join(pieces), spread
 
 
 def parts_of(message: dict) -> list[dict]:

@@ -42,6 +42,7 @@ CARRIED = (
     "chat_template*",
     "*processor_config.json",
     "valley_processor.json",
+    "processor_settings.json",
     "LICENSE*",
     "NOTICE*",
 )

@@ -16,7 +16,7 @@ BUILT_IN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3",
 class VisualBackbone:
     """Mixin in front of a text backbone that has `embed_tokens` and a config with `image_token_id`."""
 
-    image_inputs: ClassVar[tuple[str, ...]]
+    image_inputs: tuple[str, ...]
     config: Any
     device: torch.device
 
@@ -95,12 +95,12 @@ class VisualCausalLM:
         freeze_unused(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
-    def get_image_features(self, **image_inputs: Any) -> BaseModelOutputWithPooling:
-        return self.model.get_image_features(**image_inputs)
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but an attention function of one's own reaches only the text model, not the encoders."""
-        encoders = [getattr(self.config, name) for name in self.encoder_configs]
+        encoders = [getattr(self.config, name) for name in self.encoder_configs if getattr(self.config, name)]
         before = [encoder._attn_implementation for encoder in encoders]
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
         if attn_implementation not in BUILT_IN_ATTENTION:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -69,7 +70,7 @@ def test_texts_that_name_some_images_only_are_refused(processor):
 
 
 def test_images_and_marks_must_agree_in_number(processor):
-    with pytest.raises(ValueError, match="expected 1 images, as many as it names, found 0"):
+    with pytest.raises(ValueError, match="expected 1 images, as many as the text names, found 0"):
         processor(text="<image>\nHi")
     with pytest.raises(ValueError, match="expected 1 images, as many as the texts name, found 2"):
         processor(text="<image>\nHi", images=[IMAGE, IMAGE])
@@ -229,3 +230,21 @@ def test_arguments_that_would_do_nothing_are_refused(processor):
     with pytest.raises(ValueError, match="truncation is not supported"):
         processor.apply_chat_template([{"role": "user", "content": "Hi"}], truncation=True)
     assert processor(text="hello", videos=None)["input_ids"]
+
+
+def test_a_video_is_its_frames_as_untiled_images_within_a_limit_of_their_own():
+    processor = AutoProcessor.from_pretrained(GOLDEN)
+    assert processor.frame_indices(100) == [0, 14, 28, 42, 56, 70, 84, 99]
+    frames = [Image.new("RGB", (1024, 768), (shade, 0, 0)) for shade in (10, 200)]
+    content = [{"type": "video", "video": frames}, {"type": "text", "text": "Hi"}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **TENSORS)
+    assert inputs["tiles_per_image"].tolist() == [1, 1]
+    # 1036 x 756 after the first resize; at most 153,664 pixels: shrunk by 2.2577 to 16 x 11 times 28 pixels.
+    assert inputs["image_grid_thw"].tolist() == [[1, 22, 32]] * 2
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * (196 + 176)
+    as_images = processor.apply_chat_template([{"role": "user", "content": "Hi"}], images=frames, **TENSORS)
+    assert as_images["image_grid_thw"].tolist() == [[1, 46, 62]] * 2
+    render = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Hi"}]}]
+    text = processor.apply_chat_template(render, add_generation_prompt=True)
+    again = processor(text=[text], videos=[[frames]], return_tensors="pt")
+    assert torch.equal(again["input_ids"], inputs["input_ids"])

@@ -6,8 +6,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from align.models.open_image import open_image
 from align.models.valley_eagle.configuration import ValleyEagleConfig
-from align.models.valley_eagle.pixels import cut_tiles, open_image, qwen2vl_pixels, siglip_pixels
+from align.models.valley_eagle.pixels import cut_tiles, qwen2vl_pixels, siglip_pixels
 from align.models.valley_eagle.tiles import smart_resize, unpadded
 
 PUBLISHED_CAP, TRAINING_CAP, CHAT_CAP = 16384 * 784, 571536, 1280 * 784

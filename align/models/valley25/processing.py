@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ..chat_images import CHAT_TEMPLATE, DEFAULT_SYSTEM, ImageChatProcessor
-from ..messages import IMAGE_MARK, VIDEO_MARK
+from ..messages import IMAGE_MARK, spread_videos
 from ..valley_eagle.configuration import IMAGE_TOKEN
 from ..valley_eagle.pixels import qwen2vl_pixels
 from .configuration import Valley25Config
@@ -111,23 +111,10 @@ class Valley25Processor(ImageChatProcessor):
         return re.sub(f"(?<!{IMAGE_START}){IMAGE_MARK}", IMAGE_START + IMAGE_MARK + IMAGE_END, text)
 
     def _spread_videos(self, text: str, images: list[Any], videos: list[list[Any]]) -> tuple[str, list[Any], list[Any]]:
-        """Frames as images, joined by a space as images in front of a text are."""
+        """Frames are images."""
         if not videos:
             return text, images, videos
-        still, films, pieces, spread = iter(images), iter(videos), [], []
-        for piece in re.split(f"({IMAGE_MARK}|{VIDEO_MARK})", text):
-            if piece == VIDEO_MARK:
-                frames = next(films, None)
-                if frames is None:
-                    raise ValueError(f"expected as many videos as the text names, found {len(videos)}")
-                spread += list(frames)
-                piece = " ".join([IMAGE_MARK] * len(frames))
-            elif piece == IMAGE_MARK:
-                spread.append(next(still, None))
-            pieces.append(piece)
-        if next(still, None) is not None or next(films, None) is not None:
-            raise ValueError("found more images or videos than the text names")
-        return "".join(pieces), spread, []
+        return *spread_videos(text, images, videos), []
 
     def new_pixels(self) -> "_Pixels":
         return _Pixels(self)

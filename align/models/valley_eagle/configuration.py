@@ -82,6 +82,7 @@ class ValleyEagleConfig(Qwen2Config):
         use_special_start_end_token: bool = True,
         max_vision_token: int = 100000,
         max_pixels: int = 571536,
+        frame_max_pixels: int = 153664,
         image_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -100,6 +101,7 @@ class ValleyEagleConfig(Qwen2Config):
         self.use_special_start_end_token = use_special_start_end_token
         self.max_vision_token = max_vision_token
         self.max_pixels = max_pixels
+        self.frame_max_pixels = frame_max_pixels
         self.image_token_id = PUBLISHED_IMAGE_TOKEN_ID if image_token_id is None else image_token_id
         text = {**TEXT_DEFAULTS, **kwargs}
         if "rope_parameters" not in text:

@@ -26,11 +26,11 @@ from transformers import Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel, Sig
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from ..visual_tokens import freeze_unused
+from ..visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention, freeze_unused
 from .configuration import ValleyEagleConfig
 
-IMAGE_INPUTS = ("pixel_values", "tiles_per_image", "image_sizes", "eagle_pixel_values", "image_grid_thw")
-BUILT_IN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+SIGLIP_INPUTS = ("pixel_values", "tiles_per_image", "image_sizes")
+EAGLE_INPUTS = ("eagle_pixel_values", "image_grid_thw")
 
 
 class VisualVocabulary(nn.Embedding):
@@ -110,7 +110,7 @@ class SiglipTower(nn.Module):
         return self.vision_tower(tiles).last_hidden_state
 
 
-class ValleyQwen2Model(Qwen2Model):
+class ValleyQwen2Model(VisualBackbone, Qwen2Model):
     """The Qwen2 backbone with both encoders and the projector; see the module for the image arguments."""
 
     config_class = ValleyEagleConfig
@@ -119,13 +119,12 @@ class ValleyQwen2Model(Qwen2Model):
     def __init__(self, config: ValleyEagleConfig) -> None:
         super().__init__(config)
         self.geometry = config.geometry()
-        # An encoder starts with the text model's attention where that is a built-in one, and is not changed with it.
-        attention = config._attn_implementation
-        for tower_config in (config.vision_config, config.eagle_vision_config):
-            if tower_config is not None:
-                tower_config._attn_implementation = attention if attention in BUILT_IN_ATTENTION else None
+        self.image_inputs = SIGLIP_INPUTS
+        config.vision_config._attn_implementation = encoder_attention(config)
         self.vision_tower = SiglipTower(SiglipVisionModel(config.vision_config))
         if config.eagle_vision_config is not None:
+            self.image_inputs = (*SIGLIP_INPUTS, *EAGLE_INPUTS)
+            config.eagle_vision_config._attn_implementation = encoder_attention(config)
             self.qwen2vl_vision_tower = Qwen2VisionTransformerPretrainedModel(config.eagle_vision_config)
         self.mm_projector = PROJECTORS[config.mm_projector_type](config)
         self.post_init()
@@ -133,17 +132,12 @@ class ValleyQwen2Model(Qwen2Model):
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
-        tiles_per_image: torch.Tensor | None,
-        image_sizes: torch.Tensor | None,
+        tiles_per_image: torch.Tensor,
+        image_sizes: torch.Tensor,
         eagle_pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`, n as the processor counts.
-
-        Raises ValueError where one of the image tensors that this checkpoint needs is missing.
-        """
-        if tiles_per_image is None or image_sizes is None:
-            raise ValueError("pixel_values need tiles_per_image and image_sizes; pass all that the processor gives")
+        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`, n as the processor counts."""
         patches = self.vision_tower(pixel_values.to(self.dtype))
         if self.gradient_checkpointing and self.training:
             tokens_TPD = checkpoint(self.mm_projector, patches, use_reentrant=False)
@@ -156,8 +150,8 @@ class ValleyQwen2Model(Qwen2Model):
             )
         ]
         if self.geometry.eagle:
-            if eagle_pixel_values is None or image_grid_thw is None:
-                raise ValueError("this checkpoint has two encoders: pass eagle_pixel_values and image_grid_thw too")
+            assert eagle_pixel_values is not None
+            assert image_grid_thw is not None
             encoded = self.qwen2vl_vision_tower(
                 eagle_pixel_values.to(self.dtype), grid_thw=image_grid_thw
             ).pooler_output
@@ -183,19 +177,19 @@ class ValleyQwen2Model(Qwen2Model):
         kept = token_map[kept_rows, kept_columns]
         return torch.cat((tokens_TPD[0], _pool(kept[None], *self.geometry.map_size(width, height))[0].flatten(0, 1)))
 
-    def _dummy_features(self) -> torch.Tensor:
-        """What the encoders make of a black image, times nothing, so that a rank without images runs the same modules."""
+    def dummy_image_inputs(self) -> dict[str, torch.Tensor]:
         geometry, device = self.geometry, self.device
-        rows = geometry.eagle_merge**2
-        patch_values = 3 * geometry.eagle_temporal * geometry.eagle_patch_px**2
-        features = self.get_image_features(
-            torch.zeros(1, 3, geometry.crop_px, geometry.crop_px, device=device),
-            torch.ones(1, dtype=torch.int64, device=device),
-            torch.ones(1, 2, dtype=torch.int64, device=device),
-            torch.zeros(rows, patch_values, device=device),
-            torch.tensor([[1, geometry.eagle_merge, geometry.eagle_merge]], device=device),
-        ).pooler_output
-        return 0.0 * features[0].sum()
+        inputs = {
+            "pixel_values": torch.zeros(1, 3, geometry.crop_px, geometry.crop_px, device=device),
+            "tiles_per_image": torch.ones(1, dtype=torch.int64, device=device),
+            "image_sizes": torch.ones(1, 2, dtype=torch.int64, device=device),
+        }
+        if geometry.eagle:
+            side = geometry.eagle_merge
+            values = 3 * geometry.eagle_temporal * geometry.eagle_patch_px**2
+            inputs["eagle_pixel_values"] = torch.zeros(side**2, values, device=device)
+            inputs["image_grid_thw"] = torch.tensor([[1, side, side]], device=device)
+        return inputs
 
     def forward(
         self,
@@ -218,47 +212,28 @@ class ValleyQwen2Model(Qwen2Model):
         `image_features` `(n, D)`: visual tokens of all images, already encoded, instead of the image tensors.
         Raises ValueError where placeholders and visual tokens differ in number.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if pixel_values is not None and image_features is None:
-            encoded = self.get_image_features(
-                pixel_values, tiles_per_image, image_sizes, eagle_pixel_values, image_grid_thw
-            )
-            image_features = torch.cat(encoded.pooler_output)
-        if image_features is not None:
-            inputs_embeds = self._place(input_ids, inputs_embeds, image_features)
-        elif _other_ranks_may_have_images(past_key_values):
-            inputs_embeds = inputs_embeds + self._dummy_features().to(inputs_embeds.dtype)
+        images = {
+            "pixel_values": pixel_values,
+            "tiles_per_image": tiles_per_image,
+            "image_sizes": image_sizes,
+            "eagle_pixel_values": eagle_pixel_values,
+            "image_grid_thw": image_grid_thw,
+        }
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=self.embed(input_ids, inputs_embeds, past_key_values, image_features, **images),
             use_cache=use_cache,
             **kwargs,
         )
 
-    def _place(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
-    ) -> torch.Tensor:
-        if input_ids is None:
-            raise ValueError("images need input_ids: their places are where the image token stands")
-        places = input_ids == self.config.image_token_id
-        num_places = int(places.sum())
-        if num_places != len(image_features):
-            raise ValueError(
-                f"expected a placeholder (token {self.config.image_token_id}) for each of {len(image_features)} visual "
-                f"tokens, found {num_places} in input_ids; was the sequence truncated?"
-            )
-        return inputs_embeds.masked_scatter(places.unsqueeze(-1), image_features.to(inputs_embeds.dtype))
 
-
-class ValleyQwen2ForCausalLM(Qwen2ForCausalLM):
+class ValleyQwen2ForCausalLM(VisualCausalLM, Qwen2ForCausalLM):
     """Valley-Eagle with its language-model head; named as the published checkpoints name it."""
 
     config_class = ValleyEagleConfig
+    encoder_configs = ("vision_config", "eagle_vision_config")
     # The pooling head is stored but never used, and a small encoder may be configured without it.
     unused_modules = ("model.vision_tower.vision_tower.head",)
 
@@ -269,25 +244,6 @@ class ValleyQwen2ForCausalLM(Qwen2ForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         freeze_unused(self)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, which makes every parameter that it loads a trained one; the unused head stays out."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        freeze_unused(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
-
-    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
-        return self.model.get_image_features(*args, **kwargs)
-
-    def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
-        """As in transformers, but an attention function of one's own reaches only the text model, not the encoders."""
-        encoders = (self.config.vision_config, self.config.eagle_vision_config)
-        before = [(encoder, encoder._attn_implementation) for encoder in encoders if encoder is not None]
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        if attn_implementation not in BUILT_IN_ATTENTION:
-            for encoder, implementation in before:
-                encoder._attn_implementation = implementation
 
     def forward(
         self,
@@ -303,66 +259,27 @@ class ValleyQwen2ForCausalLM(Qwen2ForCausalLM):
         eagle_pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits `(B, L, vocabulary)`, of the last `logits_to_keep` positions where that is not 0.
+        """Logits `(B, L, vocabulary)`, of the last `logits_to_keep` positions where that is given.
 
         `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on, give a mean cross-entropy as `loss`.
         """
-        outputs = self.model(
+        return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            labels=labels,
             pixel_values=pixel_values,
             tiles_per_image=tiles_per_image,
             image_sizes=image_sizes,
             eagle_pixel_values=eagle_pixel_values,
             image_grid_thw=image_grid_thw,
             image_features=image_features,
-            use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        """Images go in with the prompt only; with a cache, later steps have them already."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in (*IMAGE_INPUTS, "image_features"):
-                inputs.pop(name, None)
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        """Repeats every sequence; its images are encoded once and their tokens repeated, since they lie flat over the batch."""
-        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if kwargs.get(name) is not None}
-        features = kwargs.pop("image_features", None)
-        expanded_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        if expand_size == 1 or not (images or features is not None):
-            return expanded_ids, {**kwargs, **images, **({} if features is None else {"image_features": features})}
-        if features is None:
-            features = torch.cat(self.get_image_features(**images).pooler_output)
-        counts = (input_ids == self.config.image_token_id).sum(dim=-1).tolist()
-        kwargs["image_features"] = torch.cat(
-            [tokens for sequence in features.split(counts) for tokens in [sequence] * expand_size]
-        )
-        return expanded_ids, kwargs
 
 
 def _perceptron(width: int, config: ValleyEagleConfig) -> nn.Sequential:
@@ -381,12 +298,3 @@ def _pool(maps: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     if maps.shape[1:3] == (rows, columns):
         return maps
     return F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), (rows, columns)).permute(0, 2, 3, 1)
-
-
-def _other_ranks_may_have_images(past_key_values) -> bool:
-    """Whether ranks run together and this is a prompt: ZeRO-3 and FSDP then need the same modules to run on every rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    if torch.distributed.get_world_size() == 1:
-        return False
-    return past_key_values is None or past_key_values.get_seq_length() == 0

@@ -4,10 +4,7 @@ Resizing is PIL's bicubic filter; torchvision's is another and not used. The arr
 `SiglipImageProcessorPil` and `Qwen2VLImageProcessorPil` after the tiling and the first resize of the original.
 """
 
-import base64
-import io
-import os
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -17,31 +14,6 @@ from .tiles import Geometry, fit_size
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def open_image(source: Any) -> Image.Image:
-    """An RGB image from an image, an array `(H, W, 3)` uint8, a path, a `file://` or `data:` address, or encoded bytes.
-
-    Raises ValueError for anything else; nothing is fetched from a network.
-    """
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source).convert("RGB")
-    if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source)).convert("RGB")
-    if isinstance(source, dict) and source.get("bytes"):
-        return open_image(source["bytes"])
-    if isinstance(source, dict) and source.get("path"):
-        return open_image(source["path"])
-    if isinstance(source, (str, os.PathLike)):
-        address = os.fspath(source)
-        if address.startswith("data:"):
-            return open_image(base64.b64decode(address.partition(",")[2]))
-        if address.startswith(("http://", "https://")):
-            raise ValueError(f"expected an image or a local path, found the address {address!r}; download it first")
-        return Image.open(address.removeprefix("file://")).convert("RGB")
-    raise ValueError(f"expected an image, an array, a path or encoded bytes, found {type(source).__name__}")
 
 
 class TileGrid(Protocol):

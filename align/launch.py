@@ -2,7 +2,7 @@
 
 Processes that a launcher has started already (torchrun, accelerate, Slurm's srun with a task a GPU) are respected: a
 command that finds WORLD_SIZE set never starts itself again. Run as a module this file is `accelerate launch` with the
-exit code of the process that failed first in place of a traceback of the launcher's.
+exit code of the process that failed in place of a traceback of the launcher's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from align.config import Config, LaunchSettings
 from align.errors import UserError
 from align.progress import log
+from align.ranks import TRY_AGAIN
 
 # Tells a process that the command which started it will speak for it.
 CHILD = "ALIGN_STARTED_BY_ALIGN"
@@ -50,11 +51,16 @@ def run_stage_command(config: Config, stage: str, number: int, config_args: list
         SystemExit: with 0 where the processes were told to stop; with 2 where one of them ended with the user's fault,
             having said so; with 1 where one failed otherwise.
     """
-    command = launch_command(config.launch, [stage, "--round", str(number), *config_args])
-    process = subprocess.Popen(command, env=_environment())
-    with _passing_on_sigterm(process) as stop:
-        code = process.wait()
-    if stop.requested:
+    code, stopped = TRY_AGAIN, False
+    while code == TRY_AGAIN and not stopped:
+        command = launch_command(config.launch, [stage, "--round", str(number), *config_args])
+        process = subprocess.Popen(command, env=_environment())
+        with _passing_on_sigterm(process) as stop:
+            code = process.wait()
+        stopped = stop.requested
+        # Begun once more it must go on, not be discarded again.
+        config_args = [argument for argument in config_args if argument != "--redo"]
+    if stopped:
         log.info("stopped; the same command goes on from here")
         raise SystemExit(0)
     if code == USERS_FAULT:
@@ -153,7 +159,7 @@ def _free_port() -> int:
 
 
 def _accelerate_launch(arguments: list[str]) -> None:
-    """`accelerate launch ARGUMENTS`, quietly; ends with the exit code of the process that failed first."""
+    """`accelerate launch ARGUMENTS`, quietly; ends with the exit code of the process that failed."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -163,8 +169,9 @@ def _accelerate_launch(arguments: list[str]) -> None:
     try:
         launch_command(launch_command_parser().parse_args(arguments))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        sys.exit(failure.exitcode if failure.exitcode > 0 else OUR_FAULT)
+        codes = {failure.exitcode for failure in error.failures.values()}
+        # Others fail because one has gone; what that one says counts.
+        sys.exit(next((code for code in (TRY_AGAIN, USERS_FAULT) if code in codes), OUR_FAULT))
     except SignalException as error:
         sys.exit(128 + error.sigval)
 

@@ -26,6 +26,7 @@ from trl import DPOConfig
 from align.config import Config
 from align.dpo.callbacks import MetricsFile, StepProgress, StopOnSignal
 from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_inputs_of
+from align.dpo.memory import is_out_of_memory, note_on_batch, remember_smaller_batch, with_batch_that_fits
 from align.dpo.parts import count_parameters, freeze_parts
 from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.settings import training_arguments
@@ -41,6 +42,7 @@ from align.models.save import save_checkpoint
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 from align.prefix.proof import prove
 from align.progress import log
+from align.ranks import TRY_AGAIN, world_size
 from align.records import Pair, read_jsonl
 from align.rundir import Round, RunDir, checkpoint_hash, content_hash, text_hash
 
@@ -52,14 +54,14 @@ def run_dpo(config: Config, number: int) -> None:
 
     Raises:
         UserError: the round before is not complete, the settings or the pairs cannot be used, or the loss is no number.
-        SystemExit: with code 0, after SIGTERM; the same command goes on from the state that was saved.
+        SystemExit: with code 0, after SIGTERM; the same command goes on from the state that was saved. With the code
+            TRY_AGAIN, in one of several processes, when memory ran out and a smaller batch has been noted.
     """
     run = RunDir(config.run_dir)
     this = run.round(number)
     policy = run.policy(number, config.policy)
     device = pick_device(config.model.device)
     dtype = training_dtype(config.model.dtype)
-    # For everything before training the model is whole on every device, however it will be spread afterwards.
     strategy = chosen_strategy(config, device)
     with whole_models():
         args = training_arguments(config, this.trainer, device, dtype)
@@ -71,8 +73,36 @@ def run_dpo(config: Config, number: int) -> None:
         if this.manifest.complete(STAGE):
             log.info("round %d is trained already: %s", number, this.checkpoint)
             return
-    stage = DpoStage(config, this, policy, args, device, dtype, strategy)
-    stage.run(pairs)
+    while not _train_within_memory(config, this, policy, device, dtype, strategy, pairs):
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _train_within_memory(
+    config: Config,
+    this: Round,
+    policy: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    strategy: str,
+    pairs: list[Pair],
+) -> bool:
+    """Train with the batch that is known to fit; False where it did not, and half of it should be tried."""
+    config = with_batch_that_fits(config, this.trainer)
+    # For everything before training the model is whole on every device, however it will be spread afterwards.
+    with whole_models():
+        args = training_arguments(config, this.trainer, device, dtype)
+    try:
+        DpoStage(config, this, policy, args, device, dtype, strategy).run(pairs)
+        return True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        remember_smaller_batch(this.trainer, args)
+    if world_size() > 1:
+        # The other processes wait in the middle of a step: all must begin again.
+        raise SystemExit(TRY_AGAIN)
+    return False
 
 
 def read_pairs(this: Round) -> list[Pair]:
@@ -155,7 +185,7 @@ class DpoStage:
                 outputs=[self.this.checkpoint],
                 counts=_counts(given, pairs, trainer),
                 seconds=time.monotonic() - started,
-                notes={"shared_prefix": note},
+                notes={"shared_prefix": note} | note_on_batch(self.this.trainer),
                 parameters=parameters,
                 reference_seconds=round(reference_s, 3),
                 parent=self.policy,

@@ -89,14 +89,14 @@ class Fleet:
         return asyncio.run(within())
 
     async def each(self, items: Iterable[ItemT], work: Callable[[ItemT], Awaitable[None]]) -> None:
-        """Do `work` on all items, on so many at a time as keep every endpoint busy."""
+        """Do `work` on all items: on twice as many at a time as there are slots, so that images are made ready ahead."""
         rest = iter(items)
 
         async def worker() -> None:
             for item in rest:
                 await work(item)
 
-        tasks = {asyncio.ensure_future(worker()) for _ in range(self.num_slots)}
+        tasks = {asyncio.ensure_future(worker()) for _ in range(2 * self.num_slots)}
         try:
             await asyncio.gather(*tasks)
         finally:

@@ -226,11 +226,17 @@ def test_results_do_not_depend_on_concurrency_or_the_number_of_endpoints(serve):
     assert {id_: result.texts for id_, result in one.items()} == {id_: result.texts for id_, result in many.items()}
 
 
-def test_the_work_of_a_dying_endpoint_goes_to_the_other(serve, caplog):
+def test_the_work_of_a_dying_endpoint_goes_to_the_other(serve, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="align")
-    logging.getLogger("align").propagate = True
+    monkeypatch.setattr(logging.getLogger("align"), "propagate", True)
     dying, well = serve(service_s=0.01), serve(service_s=0.01)
-    dying.behave = lambda body, count: threading.Thread(target=dying.stop).start() if count == 6 else None
+
+    def die(body, count):
+        if count == 6:
+            dying.http.dead = True
+            threading.Thread(target=dying.stop).start()
+
+    dying.behave = die
     requests = [ask_for(number) for number in range(40)]
     engine = engine_on(dying, well)
     found = collect(engine, requests, SETTINGS)
@@ -316,7 +322,7 @@ def test_the_name_of_a_policy_must_tell_the_rounds_apart():
 
 def test_the_key_comes_from_the_environment_and_is_never_shown(serve, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
-    logging.getLogger("align").propagate = True
+    monkeypatch.setattr(logging.getLogger("align"), "propagate", True)
     monkeypatch.setenv("STUB_KEY", KEY + "\n")
     leak = Reply({"error": {"message": f"bad request by Bearer {KEY}"}}, 500)
     server = serve(key=KEY, behave=fail_first(leak))

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from align.config import CONFIG_NAME, Config, commented_config, dump_config, find_config, load_config
-from align.errors import UserError
+from align.errors import UserError, writing_failed
 from align.launch import adopt_slurm, is_started_by_align, run_stage_command, wants_processes
 from align.progress import log
 from align.ranks import is_main_process
@@ -431,9 +431,12 @@ def main() -> None:
         _fail(str(error), code=2)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from here", code=130)
-    except OSError as error:
+    except Exception as error:
         # A full disk, a read-only folder, a file that vanished: the machine's state, not a bug of ours.
-        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), code=2)
+        problem = writing_failed(error)
+        if problem is None:
+            raise
+        _fail(f"{problem}; mend that, and the same command goes on from here", code=2)
 
 
 def _stage(

@@ -30,3 +30,20 @@ def reward_faults() -> Iterator[None]:
         yield
     except RewardError as error:
         raise UserError(str(error)) from None
+
+
+def writing_failed(error: Exception) -> str | None:
+    """What the system says where a library could not write a file, hidden in an exception of its own; else None.
+
+    >>> writing_failed(OSError(28, "No space left on device", "runs/x"))
+    'No space left on device: runs/x'
+    >>> writing_failed(RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"))
+    'PytorchStreamWriter failed writing file data/3: file write failed'
+    >>> writing_failed(RuntimeError("shapes do not match"))
+    """
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+    text = str(error)
+    of_safetensors = type(error).__name__ == "SafetensorError" and "I/O error" in text
+    of_torch = isinstance(error, RuntimeError) and "PytorchStreamWriter" in text
+    return text.splitlines()[0] if of_safetensors or of_torch else None

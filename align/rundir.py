@@ -170,6 +170,9 @@ class Round:
                 fix="wait for it, or stop it",
             ) from None
         try:
+            for unfinished in self.path.glob(".*.tmp"):
+                # A process was killed right before it would have put the file in place.
+                unfinished.unlink()
             write_text(
                 holder,
                 json.dumps(
@@ -341,8 +344,12 @@ def text_hash(*parts: str) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a file at once: a temporary one beside it, renamed when complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def make_folder(path: Path) -> None:

@@ -470,13 +470,22 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _without_empty(data: dict[str, Any]) -> dict[str, Any]:
-    """An empty value means the default, so that a key can stand in the file with its comment and nothing after it."""
-    return {
-        key: _without_empty(value) if isinstance(value, dict) else value
-        for key, value in data.items()
-        if value is not None
-    }
+def _without_empty(data: dict[str, Any], model: type[BaseModel] = Config) -> dict[str, Any]:
+    """An empty value means the default, so that a key can stand in the file with its comment and nothing after it.
+
+    Only the keys of the configuration itself: inside of settings that are handed on (`processor`, `options`) an empty
+    value is a value.
+    """
+    kept = {}
+    for key, value in data.items():
+        field = model.model_fields.get(key)
+        section = field.annotation if field is not None else None
+        if value is None:
+            continue
+        if isinstance(value, dict) and isinstance(section, type) and issubclass(section, BaseModel):
+            value = _without_empty(value, section)
+        kept[key] = value
+    return kept
 
 
 def _problems(error: ValidationError) -> list[str]:

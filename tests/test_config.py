@@ -92,3 +92,10 @@ def test_a_missing_file_says_how_to_make_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="align init"):
         find_config(None)
+
+
+def test_empty_means_the_default_but_not_inside_of_settings_handed_on(tmp_path):
+    text = MINIMAL + "seed:\nsample:\n  top_k:\nmodel:\n  processor: {default_system: null, max_pixels: 5}\n"
+    config = load_config(write(tmp_path, text))
+    assert (config.seed, config.sample.top_k) == (0, 0)
+    assert config.model.processor == {"default_system": None, "max_pixels": 5}

@@ -87,6 +87,9 @@ class ModelSettings(Section):
     processor: dict[str, Any] = Field(
         default_factory=dict, description="keyword settings of the policy's processor, e.g. {max_pixels: 571536}"
     )
+    video_frames: int | None = Field(
+        None, ge=1, description="frames of a video that are looked at; empty: as the policy's family does (8 or so)"
+    )
     allow_pickle: bool = Field(False, description="open .bin weights (unsafe unless you trust their author)")
 
 

@@ -15,6 +15,7 @@ from align.config import Config
 from align.engines.critics import plan_critic
 from align.engines.open import open_policy, served_as
 from align.errors import UserError, reward_faults
+from align.frames import pick_frames
 from align.images import ImageStore
 from align.progress import log
 from align.questionwise import Keep, begin, finish, work_through
@@ -55,6 +56,7 @@ def run_evaluate(config: Config, number: int) -> None:
     questions = read_questions(config.evaluate.questions)[: config.evaluate.limit]
     images = ImageStore(config.evaluation_images, config.max_image_pixels)
     _check_overlap(config, questions)
+    questions = pick_frames(questions, images, config, checkpoint, served=bool(config.evaluate.servers))
     settings = {
         "evaluate": config.evaluate.model_dump(exclude={"questions", "image_root", "servers", "stop_if_worse"}),
         "seed": config.seed,

@@ -1,11 +1,13 @@
 """Image references in, verified PIL images out: inside the image root, readable, within the pixel limit.
 
-URLs are not fetched here; a reference that is one is refused.
+A reference is a path, or a frame of a video file: `clips/dog.mp4#frame=12` (counted from 0). URLs are not fetched here; a
+reference that is one is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from align.errors import UserError
 
 MAX_IMAGE_PIXELS = 100_000_000
+_FRAME = re.compile(r"(?P<video>.+)#frame=(?P<index>\d+)")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class ImageStore:
     max_pixels: int = MAX_IMAGE_PIXELS
 
     def path(self, reference: str) -> Path:
-        """The file of a reference; raises UserError when it is a URL, leaves the root, or is not there."""
+        """The file of a reference (of a frame: its video); UserError when it is a URL, leaves the root, or is not there."""
+        frame = _FRAME.fullmatch(reference)
+        reference = frame["video"] if frame else reference
         if "://" in reference or reference.startswith("data:"):
             raise UserError(
                 f"the image {reference[:80]!r} is not a file",
@@ -47,6 +52,9 @@ class ImageStore:
 
     def size(self, reference: str) -> tuple[int, int]:
         """(width, height) in pixels, from the header alone."""
+        frame = _FRAME.fullmatch(reference)
+        if frame:
+            return self._frame(reference, int(frame["index"])).size
         with self._header(reference) as image:
             return image.size
 
@@ -54,6 +62,9 @@ class ImageStore:
         """The image as RGB, fully decoded; the first frame of an animation. A picture in memory is handed back."""
         if isinstance(reference, Image.Image):
             return reference
+        frame = _FRAME.fullmatch(reference)
+        if frame:
+            return self._frame(reference, int(frame["index"]))
         with self._header(reference) as image:
             try:
                 return image.convert("RGB")
@@ -63,7 +74,15 @@ class ImageStore:
                 ) from None
 
     def sha256(self, reference: str) -> str:
-        return hashlib.sha256(self.path(reference).read_bytes()).hexdigest()
+        """Of the file's bytes; of a frame, of its video's bytes and its number."""
+        frame = _FRAME.fullmatch(reference)
+        path = self.path(reference)
+        return hashlib.sha256(path.read_bytes() + (frame["index"].encode() if frame else b"")).hexdigest()
+
+    def _frame(self, reference: str, index: int) -> Image.Image:
+        from align.video import read_frames
+
+        return read_frames(self.path(reference), picker=lambda count, rate: [index], max_pixels=self.max_pixels)[0]
 
     def _header(self, reference: str) -> Image.Image:
         path = self.path(reference)

@@ -39,6 +39,7 @@ class Question(Record):
     id: str = Field(min_length=1)
     question: str
     images: list[str] = Field(default_factory=list, description="paths inside the image root, in the order of the text")
+    video: str | None = Field(None, description="a video file or a folder of frames inside the image root")
     answer: str | None = Field(None, description="reference answer, for the verifier and for accuracy")
     answer_kind: str | None = Field(None, description="how the verifier compares answers (see reward.critics.verifier)")
     absent: list[str] = Field(
@@ -73,6 +74,11 @@ class Question(Record):
         turns = [f"{turn.role}: {turn.content}" for turn in self.history] + [self.question]
         return "\n".join(turns).replace(IMAGE_TAG, "").strip()
 
+    def with_frames(self, references: list[str]) -> Question:
+        """The question about the frames of its video, as images behind its own ones; `meta` keeps the video's name."""
+        meta = {**self.meta, "video": self.video}
+        return self.model_copy(update={"images": [*self.images, *references], "video": None, "meta": meta})
+
     def messages(self) -> list[dict[str, Any]]:
         """The chat messages of the prompt, images as bare ``{"type": "image"}`` parts in the order of `images`.
 
@@ -81,6 +87,7 @@ class Question(Record):
         >>> Question(id="q", question="What is it?", images=["a.png"]).messages()
         [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]}]
         """
+        assert self.video is None, f"the frames of {self.video} were not picked"
         turns = [*self.history, Turn(role="user", content=self.question)]
         unnamed = 0 if any(IMAGE_TAG in turn.content for turn in turns) else len(self.images)
         messages: list[dict[str, Any]] = []

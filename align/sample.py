@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from align.config import Config
 from align.engines.open import open_policy, served_as
 from align.errors import UserError
+from align.frames import pick_frames
 from align.images import ImageStore
 from align.progress import log
 from align.questionwise import Keep, begin, finish, work_through
@@ -38,6 +39,7 @@ def run_sample(config: Config, number: int) -> None:
         raise UserError("there are no questions to sample", fix="set questions, or train on pairs_file: align dpo")
     questions = round_questions(read_questions(config.questions), number, config.sample.questions_per_round)
     images = ImageStore(config.question_images, config.max_image_pixels)
+    questions = pick_frames(questions, images, config, policy, served=bool(config.sample.servers))
     check_images(questions, images)
     if config.sample.num_responses < 2:
         raise UserError(
@@ -138,7 +140,12 @@ def _counts(samples: list[Samples]) -> dict[str, int]:
 
 def _settings(config: Config) -> dict[str, object]:
     sample = config.sample.model_dump(exclude={"batch_size", "servers"})
-    return {"sample": sample, "seed": config.seed, "processor": config.model.processor}
+    return {
+        "sample": sample,
+        "seed": config.seed,
+        "processor": config.model.processor,
+        "video_frames": config.model.video_frames,
+    }
 
 
 def _inputs(questions: Path, policy: str) -> dict[str, str]:

@@ -62,6 +62,21 @@ def picker_of(processor: Any, num_frames: int | None = None) -> Picker:
     return getattr(processor, "frame_indices", evenly)
 
 
+def frame_references(store: ImageStore, video: str, picker: Picker) -> list[str]:
+    """The picked frames of a video file or a folder of frames, as references that `store` opens like any image.
+
+    Raises UserError as `read_frames` does, and where the video lies outside the store's root.
+    """
+    root = store.root.resolve()
+    path = (root / video).resolve()
+    if path.is_dir() and path.is_relative_to(root):
+        names = _frame_names(path)
+        return [f"{video.rstrip('/')}/{names[index]}" for index in _checked(picker(len(names), None), len(names), path)]
+    path = store.path(video)
+    frames = _from_file(path, picker, store.max_pixels)
+    return [f"{video}#frame={frame.info[FRAME_KEY]}" for frame in frames]
+
+
 def read_frames(
     path: str | Path, num_frames: int | None = None, picker: Picker | None = None, *, max_pixels: int = MAX_FRAME_PIXELS
 ) -> list[Image.Image]:
@@ -82,13 +97,18 @@ def read_frames(
 
 
 def _from_folder(folder: Path, picker: Picker, max_pixels: int) -> list[Image.Image]:
+    names = _frame_names(folder)
+    store = ImageStore(folder, max_pixels)
+    return [store.open(names[index]) for index in _checked(picker(len(names), None), len(names), folder)]
+
+
+def _frame_names(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES)
     if not names:
         raise UserError(
             f"expected frames ({', '.join(FRAME_SUFFIXES)}), found none", where=str(folder), fix="check the path"
         )
-    store = ImageStore(folder, max_pixels)
-    return [store.open(names[index]) for index in _checked(picker(len(names), None), len(names), folder)]
+    return names
 
 
 def _from_file(path: Path, picker: Picker, max_pixels: int) -> list[Image.Image]:

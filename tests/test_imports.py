@@ -13,13 +13,14 @@ FLOOR = {
     "statistics": 0,
     "records": 1,
     "images": 1,
+    "video": 1,
     "rundir": 2,
     "config": 1,
     "ranks": 0,
     "progress": 1,
     "questionwise": 3,
 }
-LAYERS = {"models": 3, "prefix": 3, "engines": 4, "data": 3, "video": 2}
+LAYERS = {"models": 3, "prefix": 3, "engines": 4, "data": 3}
 STAGES = {"sample", "score", "pairs", "dpo", "evaluate", "report", "plan", "summary", "card", "reference", "check"}
 TOP = {"rounds", "launch", "demo", "cli"}
 

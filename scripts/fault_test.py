@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -33,6 +34,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 STAGES = ("sample", "score", "pairs", "dpo", "evaluate")
+MODULES = (
+    "align.cli",
+    "align.rounds",
+    "align.sample",
+    "align.score",
+    "align.pairs",
+    "align.dpo.train",
+    "align.evaluate",
+    "align.engines.local",
+    "align.models.load",
+    "tests.stage_runs",
+)
 # What a stage leaves; training is compared by its numbers instead.
 OUTPUTS = {
     "sample": ["samples.jsonl"],
@@ -80,7 +93,8 @@ def read_arguments() -> argparse.Namespace:
 def import_everything() -> None:
     """Import what the stages will, without running anything: threads would not survive a fork."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    import tests.stage_runs  # noqa: F401
+    for name in MODULES:
+        importlib.import_module(name)
 
 
 @contextlib.contextmanager
@@ -118,7 +132,13 @@ def write_project(project: Path) -> None:
         project,
         rounds=1,
         sample=sections["sample"] | {"batch_size": 1},
-        critic={"kind": "pairwise", "model": "./critic", "options": {"soft": True}, "trust_sample": 2},
+        critic={
+            "kind": "pairwise",
+            "model": "./critic",
+            "options": {"soft": True},
+            "trust_sample": 2,
+            "batch_size": 1,
+        },
         dpo=sections["dpo"] | {"gradient_accumulation_steps": 1, "save_steps": 2},
     )
     for name in ("questions.jsonl", "eval.jsonl"):

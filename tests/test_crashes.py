@@ -1,0 +1,194 @@
+"""Full disks, lost images, signals, kills, moved folders: one clear message, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from align.cli import app
+from align.records import write_jsonl
+from tests import tiny_models
+from tests.distributed.launches import ROOT, add_run
+from tests.dpo.conftest import make_pairs
+from tests.stage_runs import make_project, write_lines
+
+PATIENCE_S = 120
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run that is ready to be trained for ten steps, with an intermediate state after each."""
+    (tmp_path / "images").mkdir()
+    tiny_models.save_llava_onevision(tmp_path / "policy")
+    write_jsonl(tmp_path / "pairs.jsonl", make_pairs(tmp_path / "images", 20))
+    dpo = {"per_device_train_batch_size": 2, "save_steps": 1}
+    add_run(tmp_path, "run", policy="./policy", pairs_file="pairs.jsonl", dpo=dpo)
+    return tmp_path
+
+
+def begin(folder: Path, *arguments: str, limit_bytes: int | None = None) -> subprocess.Popen[str]:
+    def limit() -> None:
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "align.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=limit,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    return process.returncode, output
+
+
+def wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not reached():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def losses(folder: Path) -> list[float]:
+    state = json.loads((folder / "runs/run/round-1/checkpoint/trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def test_a_full_disk_ends_training_with_one_line_and_it_goes_on_when_there_is_room(folder):
+    round_ = folder / "runs/run/round-1"
+    arguments = ("dpo", "--config", "run.yaml")
+    code, output = end(begin(folder, *arguments, limit_bytes=60_000))
+    assert code == 2, output
+    assert "Traceback" not in output
+    assert "File too large" in output
+    assert "the same command goes on from here" in output
+    assert not (round_ / "checkpoint").exists()
+    code, output = end(begin(folder, *arguments))
+    assert code == 0, output
+    assert len(losses(folder)) == 10
+    assert not [path.name for path in round_.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(folder):
+    code, output = end(begin(folder, "dpo", "--config", "run.yaml", "--set", "run_root=/proc/nowhere"))
+    assert code == 2, output
+    assert "Traceback" not in output
+    assert "the folder cannot be made" in output
+
+
+def test_a_loss_that_is_no_number_names_the_pairs_and_keeps_the_state_before(folder):
+    code, output = end(begin(folder, "dpo", "--config", "run.yaml", "--set", "dpo.learning_rate=1e30"))
+    assert code == 2, output
+    assert "Traceback" not in output
+    assert "at step 2, with the pairs p" in output
+    state = folder / "runs/run/round-1/trainer/checkpoint-1"
+    assert str(state) in output
+    assert (state / "model.safetensors").is_file()
+
+
+def test_two_processes_told_to_stop_save_their_step_and_go_on_to_the_same_end(folder):
+    whole = shutil.copytree(folder, folder.with_name("whole"))
+    assert end(begin(whole, "dpo", "--config", "run.yaml"))[0] == 0
+    arguments = ("dpo", "--config", "run.yaml", "-n", "2", "--set", "dpo.per_device_train_batch_size=1")
+    process = begin(folder, *arguments, "--set", "dpo.save_steps=100")
+    round_ = folder / "runs/run/round-1"
+    wait_until(process, lambda: num_lines(round_ / "trainer/metrics.jsonl") >= 2)
+    process.send_signal(signal.SIGTERM)
+    code, output = end(process)
+    assert code == 0, output
+    assert "the same command goes on from here" in output
+    assert not (round_ / "checkpoint").exists()
+    done = num_lines(round_ / "trainer/metrics.jsonl")
+    assert 2 <= done < 10
+    assert (round_ / f"trainer/checkpoint-{done}/trainer_state.json").is_file()
+    code, output = end(begin(folder, *arguments, "--set", "dpo.save_steps=100"))
+    assert code == 0, output
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
+
+
+def test_a_fault_in_one_of_two_processes_is_one_message_and_exit_code_2(folder):
+    code, output = end(begin(folder, "dpo", "--config", "run.yaml", "-n", "2", "--set", "dpo.learning_rat=1"))
+    assert code == 2, output
+    assert "Traceback" not in output
+    assert output.count("error:") == 1
+    assert "did you mean 'learning_rate'" in output
+
+
+def test_a_lost_image_or_sigterm_keep_what_was_sampled(tmp_path):
+    folder = make_project(tmp_path / "project")
+    questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    many = [q | {"id": f"{q['id']}-{n}", "question": f"{n}: {q['question']}"} for n in range(40) for q in questions]
+    write_lines(folder / "questions.jsonl", many)
+    part = folder / "runs/run/round-1/samples.part-0.jsonl"
+    process = begin(folder, "sample")
+    wait_until(process, lambda: num_lines(part) >= 2)
+    process.send_signal(signal.SIGTERM)
+    code, output = end(process)
+    assert code == 0, output
+    assert "the same command goes on from here" in output
+    sampled = part.read_text().splitlines()[: num_lines(part)]
+    process = begin(folder, "sample")
+    wait_until(process, lambda: num_lines(part) > len(sampled))
+    lost = folder / "images/3.png"
+    picture = lost.read_bytes()
+    lost.unlink()
+    code, output = end(process)
+    assert code == 2, output
+    assert "there is no image 'images/3.png'" in output
+    assert part.read_text().splitlines()[: len(sampled)] == sampled
+    lost.write_bytes(picture)
+    code, output = end(begin(folder, "sample"))
+    assert code == 0, output
+    final = [json.loads(line) for line in (folder / "runs/run/round-1/samples.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in final] == [question["id"] for question in many]
+    assert {json.dumps(json.loads(line)) for line in sampled} <= {json.dumps(line) for line in final}
+
+
+def test_a_run_that_was_moved_goes_on_in_its_new_place(tmp_path):
+    folder = make_project(tmp_path / "here")
+    run = CliRunner().invoke(app, ["run", "--rounds", "1", "--config", str(folder / "align.yaml")])
+    assert run.exit_code == 0, run.output
+    moved = folder.rename(tmp_path / "there")
+    before = {path: path.stat().st_mtime_ns for path in (moved / "runs").rglob("*.jsonl")}
+    run = CliRunner().invoke(app, ["run", "--rounds", "2", "--config", str(moved / "align.yaml")])
+    assert run.exit_code == 0, run.output
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    one, two = (load_file(moved / f"runs/run/round-{n}/checkpoint/model.safetensors") for n in (1, 2))
+    assert any((one[name] != two[name]).any() for name in one)
+    assert not folder.exists()
+
+
+def test_every_stage_may_be_killed_at_any_moment(tmp_path):
+    """A few kills a stage; `scripts/fault_test.py` alone does many."""
+    done = subprocess.run(
+        [sys.executable, "scripts/fault_test.py", "--kills", "2", "--seed", "1", "--folder", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("| equal |") == 5

@@ -137,4 +137,6 @@ def _visual_tokens(folder: Path, image: Path, settings: dict[str, Any]) -> tuple
         return int(inputs["input_ids"].shape[-1])
 
     whole = num_tokens(True)
-    return whole - num_tokens(False), whole
+    # Ours count visual tokens themselves; of others, what wraps and follows an image is counted with it.
+    count = getattr(processor, "num_image_tokens", None)
+    return count(*picture.size) if callable(count) else whole - num_tokens(False), whole

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import pytest
 import torch
+import typer
 import yaml
 
+from align.cli import app
 from align.config import CONFIG_NAME, load_config
 from align.demo.data import demo_settings
 from align.dpo.settings import training_arguments
@@ -19,6 +22,7 @@ from align.pairs import run_pairs
 from align.recipes import HERE, recipe_names, recipe_text
 from align.rundir import RunDir
 from tests.stage_runs import align, make_project
+from tests.test_tour import fault_of
 
 NAMES = [
     "demo",
@@ -131,6 +135,16 @@ def test_paths_given_to_init_stand_in_the_recipe(tmp_path):
     assert refused.returncode == 2
     assert "has no place for --critic" in refused.stderr
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commands_at_the_head_of_a_recipe_are_understood(name):
+    lines = [line[1:].strip() for line in recipe_text(name).splitlines() if line.startswith("#   align ")]
+    assert lines
+    group = typer.main.get_command(app)
+    for command in (part.split("(")[0] for line in lines for part in line.split(" && ")):
+        subcommand, *arguments = shlex.split(command)[1:]
+        assert fault_of(group.commands[subcommand], subcommand, arguments) is None
 
 
 def test_an_unknown_recipe_names_the_nearest():

@@ -272,12 +272,26 @@ class LocalEngine:
         return to_device(self.prompter.encode(texts, images), self.device, self.dtype)
 
     def _result(self, request_id: str, tokens: list[list[int]], stopped: list[bool]) -> SampleResult:
+        read = [self._read(branch, ended) for branch, ended in zip(tokens, stopped, strict=True)]
         return SampleResult(
             id=request_id,
-            texts=tuple(self._text(branch) for branch in tokens),
+            texts=tuple(text for text, _ in read),
             num_tokens=tuple(len(branch) for branch in tokens),
-            finish_reasons=tuple("stop" if ended else "length" for ended in stopped),
+            finish_reasons=tuple("stop" if ended else "length" for _, ended in read),
         )
+
+    def _read(self, tokens: list[int], ended: bool) -> tuple[str, bool]:
+        """The text of a sample, and whether it ended by itself.
+
+        Families without an end token name `stop_strings` (one may also open the response), and clean the text of them.
+        """
+        text = self._text(tokens)
+        processor = self.prompter.processor
+        stops = getattr(processor, "stop_strings", ())
+        if not stops:
+            return text, ended
+        ended = ended or any(text.strip().find(stop, 1) > 0 for stop in stops)
+        return processor.clean_response(text), ended
 
     def _text(self, tokens: list[int]) -> str:
         return self.prompter.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -145,7 +145,18 @@ def _scores(id_: str, judgement: Judgement) -> Scores:
 def _settings(config: Config) -> dict[str, Any]:
     # Gates judge what was measured and change nothing of it, so they may change without judging again.
     critic = config.critic.model_dump(exclude={"model", "batch_size", "prompt", "gates", "servers"})
+    members = critic["options"].get("critics")
+    if isinstance(members, dict):
+        # Their models and prompts count by content, among the inputs: a run may be moved.
+        kept = {name: _without_places(member) for name, member in members.items()}
+        critic["options"] = critic["options"] | {"critics": kept}
     return {"critic": critic, "seed": config.seed}
+
+
+def _without_places(member: Any) -> Any:
+    if not isinstance(member, dict):
+        return member
+    return {key: value for key, value in member.items() if key not in ("model", "prompt")}
 
 
 def _inputs(config: Config, plan: CriticPlan, samples: Path) -> dict[str, str]:

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from align.cli import app
+from align.config import build_config
 from align.records import write_jsonl
+from align.score import _settings
 from tests import tiny_models
 from tests.distributed.launches import ROOT, add_run
 from tests.dpo.conftest import make_pairs
@@ -178,6 +180,14 @@ def test_a_run_that_was_moved_goes_on_in_its_new_place(tmp_path):
     one, two = (load_file(moved / f"runs/run/round-{n}/checkpoint/model.safetensors") for n in (1, 2))
     assert any((one[name] != two[name]).any() for name in one)
     assert not folder.exists()
+
+
+def test_where_the_members_of_a_panel_lie_is_no_setting(tmp_path):
+    critics = {"reader": {"kind": "pairwise", "model": "./critic"}, "checker": {"kind": "verifier"}}
+    data = {"policy": "./policy", "questions": "q.jsonl", "critic": {"kind": "panel", "options": {"critics": critics}}}
+    here, there = (_settings(build_config(data, base=tmp_path / place)) for place in ("here", "there"))
+    assert here == there
+    assert here["critic"]["options"]["critics"]["reader"] == {"kind": "pairwise"}
 
 
 def test_every_stage_may_be_killed_at_any_moment(tmp_path):

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Three rounds on one machine with eight GPUs.
+#
+#   scripts/launch_8gpu.sh align.yaml [--set KEY=VALUE ...]
+#
+# `align run` starts every stage in eight processes of its own, by `accelerate launch`, and waits for them: sampling,
+# scoring and evaluation share the questions, training shares the model. Run it again after any interruption: finished
+# stages and questions are kept, training goes on from its last intermediate state.
+set -euo pipefail
+
+CONFIG=${1:?which align.yaml?}
+shift
+
+# One thread a process; the data loader has workers of its own (dpo.dataloader_num_workers).
+export OMP_NUM_THREADS=1
+
+# zero3 spreads weights, gradients and optimiser over the GPUs: a 7B model needs about 30 GiB of each (docs/scaling.md).
+# With 80 GB a GPU zero2 fits too and communicates less; ddp is for adapters (dpo.lora) and small models.
+exec align run --config "$CONFIG" \
+    --set launch.num_processes=8 \
+    --set launch.strategy=zero3 \
+    --set dpo.gradient_checkpointing=true \
+    --set dpo.save_steps=50 \
+    "$@"

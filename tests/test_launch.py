@@ -51,7 +51,7 @@ def test_one_machine_gets_a_free_port_and_the_stage():
 
 
 def test_several_machines_count_all_processes_and_need_an_address():
-    with pytest.raises(UserError, match="num_machines is 4, but launch.main_process_ip is empty"):
+    with pytest.raises(UserError, match=r"num_machines is 4, but launch\.main_process_ip is empty"):
         launch_command(LaunchSettings(num_processes=8, num_machines=4), [])
     launch = LaunchSettings(num_processes=8, num_machines=4, machine_rank=3, main_process_ip="10.0.0.1")
     found = flags(launch_command(launch, []))

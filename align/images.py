@@ -1,7 +1,7 @@
 """Image references in, verified PIL images out: inside the image root, readable, within the pixel limit.
 
-A reference is a path, or a frame of a video file: `clips/dog.mp4#frame=12` (counted from 0). URLs are not fetched here; a
-reference that is one is refused.
+A reference is a path, or a frame of a video file: `clips/dog.mp4#frame=12` (counted from 0), or an image file that is a frame
+of a video: `clips/dog/12.png#frame`. URLs are not fetched here; a reference that is one is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from align.errors import UserError
 
 MAX_IMAGE_PIXELS = 100_000_000
 _FRAME = re.compile(r"(?P<video>.+)#frame=(?P<index>\d+)")
+FRAME_MARK = "#frame"
+# Set in `info` of a picture that is an image file and a frame of a video: some models look at frames otherwise.
+FRAME_FILE_KEY = "frame_file"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class ImageStore:
     def path(self, reference: str) -> Path:
         """The file of a reference (of a frame: its video); UserError when it is a URL, leaves the root, or is not there."""
         frame = _FRAME.fullmatch(reference)
-        reference = frame["video"] if frame else reference
+        reference = frame["video"] if frame else reference.removesuffix(FRAME_MARK)
         if "://" in reference or reference.startswith("data:"):
             raise UserError(
                 f"the image {reference[:80]!r} is not a file",
@@ -67,11 +70,19 @@ class ImageStore:
             return self._frame(reference, int(frame["index"]))
         with self._header(reference) as image:
             try:
-                return image.convert("RGB")
+                picture = image.convert("RGB")
             except (OSError, SyntaxError, ValueError) as error:
                 raise UserError(
                     f"the image {reference!r} cannot be decoded ({error})", fix="replace or remove it"
                 ) from None
+        if self.is_frame(reference):
+            picture.info[FRAME_FILE_KEY] = True
+        return picture
+
+    @staticmethod
+    def is_frame(reference: str) -> bool:
+        """Whether a reference says that its picture is a frame of a video."""
+        return reference.endswith(FRAME_MARK) or _FRAME.fullmatch(reference) is not None
 
     def sha256(self, reference: str) -> str:
         """Of the file's bytes; of a frame, of its video's bytes and its number."""

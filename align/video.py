@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from align.errors import UserError
-from align.images import ImageStore
+from align.images import FRAME_MARK, ImageStore
 
 FRAME_KEY = "video_frame"
 FRAME_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -71,7 +71,8 @@ def frame_references(store: ImageStore, video: str, picker: Picker) -> list[str]
     path = (root / video).resolve()
     if path.is_dir() and path.is_relative_to(root):
         names = _frame_names(path)
-        return [f"{video.rstrip('/')}/{names[index]}" for index in _checked(picker(len(names), None), len(names), path)]
+        picked = _checked(picker(len(names), None), len(names), path)
+        return [f"{video.rstrip('/')}/{names[index]}{FRAME_MARK}" for index in picked]
     path = store.path(video)
     frames = _from_file(path, picker, store.max_pixels)
     return [f"{video}#frame={frame.info[FRAME_KEY]}" for frame in frames]
@@ -99,7 +100,7 @@ def read_frames(
 def _from_folder(folder: Path, picker: Picker, max_pixels: int) -> list[Image.Image]:
     names = _frame_names(folder)
     store = ImageStore(folder, max_pixels)
-    return [store.open(names[index]) for index in _checked(picker(len(names), None), len(names), folder)]
+    return [store.open(names[index] + FRAME_MARK) for index in _checked(picker(len(names), None), len(names), folder)]
 
 
 def _frame_names(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 
 from align.errors import UserError
 from align.images import ImageStore
+from align.models.open_image import is_frame
 from align.records import Question
 from align.video import evenly, frame_references, read_frames
 from tests.stage_runs import align, make_project, write_lines
@@ -24,14 +25,19 @@ def test_frames_of_a_file_open_like_images(tmp_path):
     assert len({store.sha256(reference) for reference in references}) == 8
 
 
-def test_frames_of_a_folder_are_plain_images(tmp_path):
+def test_frames_of_a_folder_are_images_known_as_frames(tmp_path):
     (tmp_path / "clip").mkdir()
     for index, frame in enumerate(read_frames(_clip(tmp_path), 3)):
         frame.save(tmp_path / "clip" / f"{index}.png")
-    assert frame_references(ImageStore(tmp_path), "clip/", lambda count, rate: [0, count - 1]) == [
-        "clip/0.png",
-        "clip/2.png",
-    ]
+    store = ImageStore(tmp_path)
+    references = frame_references(store, "clip/", lambda count, rate: [0, count - 1])
+    assert references == ["clip/0.png#frame", "clip/2.png#frame"]
+    for reference in references:
+        name = reference.removesuffix("#frame")
+        assert store.open(reference).tobytes() == store.open(name).tobytes()
+        assert (store.size(reference), store.sha256(reference)) == (store.size(name), store.sha256(name))
+        assert is_frame(store.open(reference))
+        assert not is_frame(store.open(name))
 
 
 def _clip(folder):

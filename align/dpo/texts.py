@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from align.errors import UserError
-from align.images import ImageStore
+from align.images import FRAME_FILE_KEY, ImageStore
 from align.records import Pair
 
 PLACEHOLDER_ATTRIBUTES = ("image_token_id", "video_token_id", "audio_token_id")
@@ -121,19 +121,21 @@ def encode_prompts(processor: Any, prompts: list[str], pictures: Sequence[Sequen
 class PromptCounter:
     """Counts the tokens of prompts with images, from the sizes of the images alone.
 
-    How many tokens images take depends on their number and sizes and not on what they show, so blank images of the
-    same sizes are encoded once for every new combination.
+    How many tokens images take depends on their number and sizes, and on whether they are frames of a video, and not on
+    what they show: blank images of the same sizes are encoded once for every new combination.
     """
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self._extra: dict[tuple[tuple[int, int], ...], int] = {}
+        self._extra: dict[Any, int] = {}
 
-    def count(self, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+    def count(self, prompt: str, sizes: Sequence[tuple[int, int]], *, are_frames: Sequence[bool] = ()) -> int:
         text_tokens = len(self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        key = tuple(sizes)
+        key = (tuple(sizes), tuple(are_frames))
         if key not in self._extra:
             blanks = [Image.new("RGB", size) for size in sizes]
+            for blank, is_frame in zip(blanks, are_frames, strict=False):
+                blank.info.update({FRAME_FILE_KEY: True} if is_frame else {})
             with_images = encode_prompts(self.processor, [prompt], [blanks])["input_ids"].shape[1]
             self._extra[key] = with_images - text_tokens
         return text_tokens + self._extra[key]
@@ -146,7 +148,9 @@ def pair_lengths(pairs: Iterable[Pair], processor: Any, images: ImageStore) -> l
     for pair in pairs:
         rendered = render_pair(pair, processor)
         tokens = encode_responses(rendered, processor, f"pair {pair.id}")
-        prompt = counter.count(rendered.prompt, [images.size(reference) for reference in pair.images])
+        sizes = [images.size(reference) for reference in pair.images]
+        are_frames = [images.is_frame(reference) for reference in pair.images]
+        prompt = counter.count(rendered.prompt, sizes, are_frames=are_frames)
         lengths.append(PairLength(pair.id, prompt, len(tokens.chosen), len(tokens.rejected)))
     return lengths
 

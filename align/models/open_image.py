@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# A picture whose `info` has this key is a frame of a video; its value is the frame's number, -1 where it is not known.
+# A picture whose `info` has this key is a frame decoded from a video; its value is the frame's number, -1 where not known.
 FRAME_KEY = "video_frame"
+# One whose `info` has this key is a frame that was an image file.
+FRAME_FILE_KEY = "frame_file"
 
 
 def open_image(source: Any) -> Image.Image:
@@ -43,3 +45,9 @@ def as_frame(picture: Image.Image) -> Image.Image:
         picture = picture.copy()
         picture.info[FRAME_KEY] = -1
     return picture
+
+
+def is_frame(picture: Any) -> bool:
+    """Whether a picture is known as a frame of a video."""
+    info = getattr(picture, "info", {})
+    return FRAME_KEY in info or FRAME_FILE_KEY in info

@@ -4,14 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from align.dpo.texts import PromptCounter
 from align.errors import UserError
+from align.images import ImageStore
 from align.models.llava_lmms import LlavaQwenConfig, LlavaQwenForCausalLM, LlavaQwenProcessor
 from align.models.llava_lmms.layout import Tiling
+from align.models.llava_lmms.processing import gather_frames
 from align.models.load import load_model, load_processor
 from align.models.valley_eagle.tiles import parse_canvases
 
@@ -149,3 +153,31 @@ def test_layouts_of_other_views_are_refused():
         model(**{**inputs, "pixel_values": inputs["pixel_values"][:1]})
     with pytest.raises(ValueError, match="images need image_layouts too"):
         model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+
+
+def test_images_known_as_frames_are_one_video(tmp_path):
+    """As the stages ask: the frames of a video are images of the question, rendered before they are opened."""
+    golden = np.load(GOLDEN / "golden.npz")
+    case = next(case for case in json.loads((GOLDEN / "cases.json").read_text()) if case["name"] == "video8")
+    store, processor = ImageStore(GOLDEN), load_processor(GOLDEN)
+    frames = [store.open(f"{name}#frame") for name in case["images"]]
+    text = case["turns"][0].removeprefix("<image>\n")
+    content = [{"type": "image"}] * 8 + [{"type": "text", "text": text}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=[prompt], images=[frames], return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == case["seq_len"]
+    assert inputs["image_layouts"].tolist() == [[8, 0, 0, 0, 0, 0, 0, 14, 14]]
+    with torch.no_grad():
+        logits = load_model(GOLDEN)(**inputs).logits[0, -1].numpy()
+    np.testing.assert_allclose(logits, golden["video8/last_logits"], rtol=0, atol=1e-4)
+    counted = PromptCounter(processor).count(prompt, [frame.size for frame in frames], are_frames=[True] * 8)
+    assert counted == case["seq_len"]
+
+
+def test_an_image_between_frames_parts_two_videos():
+    frame, still = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4))
+    frame.info["frame_file"] = True
+    images = [frame, frame, still, frame]
+    text, stills, videos = gather_frames("<image> <image> and <image>, <image>?", images)
+    assert text == "<video> and <image>, <video>?"
+    assert (stills, videos) == ([still], [[frame, frame], [frame]])

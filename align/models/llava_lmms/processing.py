@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ..chat_images import CHAT_TEMPLATE, DEFAULT_SYSTEM, ImageChatProcessor
-from ..messages import IMAGE_MARK
+from ..messages import IMAGE_MARK, VIDEO_MARK
+from ..open_image import is_frame
 from ..valley_eagle.pixels import cut_tiles, siglip_pixels
 from ..valley_eagle.tiles import parse_canvases
 from .configuration import LlavaQwenConfig
@@ -77,8 +78,40 @@ class LlavaQwenProcessor(ImageChatProcessor):
         """Visual tokens of one image of this size in pixels; how many images the text has changes nothing here."""
         return self.image_layout(width, height).num_tokens(self.tiling.side)
 
+    def _spread_videos(self, text: str, images: list[Any], videos: list[list[Any]]) -> tuple[str, list[Any], list[Any]]:
+        """Images that are known as frames and stand side by side are a video."""
+        if videos or not any(is_frame(image) for image in images):
+            return text, images, videos
+        return gather_frames(text, images)
+
     def new_pixels(self) -> "_Pixels":
         return _Pixels(self)
+
+
+def gather_frames(text: str, images: list[Any]) -> tuple[str, list[Any], list[Any]]:
+    """A text in which a video's mark stands for the marks of its frames; its other images, and its videos.
+
+    Frames with nothing or a space between them are one video. Raises ValueError where marks and images differ in number.
+    """
+    pieces = text.split(IMAGE_MARK)
+    if len(pieces) != len(images) + 1:
+        raise ValueError(f"expected {len(pieces) - 1} images, as many as the text names, found {len(images)}")
+    gathered = ""
+    stills: list[Any] = []
+    videos: list[list[Any]] = []
+    goes_on = False
+    for before, image in zip(pieces, images, strict=False):
+        if not is_frame(image):
+            gathered += before + IMAGE_MARK
+            stills.append(image)
+            goes_on = False
+        elif goes_on and not before.strip(" "):
+            videos[-1].append(image)
+        else:
+            gathered += before + VIDEO_MARK
+            videos.append([image])
+            goes_on = True
+    return gathered + pieces[-1], stills, videos
 
 
 class _Pixels:

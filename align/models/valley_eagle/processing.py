@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..chat_images import CHAT_TEMPLATE, DEFAULT_SYSTEM, ImageChatProcessor, frames_of
 from ..messages import IMAGE_MARK, spread_videos
-from ..open_image import FRAME_KEY, as_frame
+from ..open_image import as_frame, is_frame
 from .configuration import IMAGE_TOKEN, ValleyEagleConfig
 from .pixels import cut_tiles, qwen2vl_pixels, siglip_pixels
 from .tiles import Geometry
@@ -109,7 +109,7 @@ class ValleyProcessor(ImageChatProcessor):
 
     def pixel_limit(self, image: Image.Image) -> int:
         """The most pixels that the Qwen2-VL encoder sees of this image."""
-        return min(self.max_pixels, self.frame_max_pixels) if FRAME_KEY in image.info else self.max_pixels
+        return min(self.max_pixels, self.frame_max_pixels) if is_frame(image) else self.max_pixels
 
     def new_pixels(self) -> "_Pixels":
         return _Pixels(self)

@@ -33,7 +33,7 @@ GOOD = Course(num_steps=1000, rate=1e-3, tower_rate=3e-4, seed=0)
 LOOK = Course(num_steps=400, rate=1e-3, tower_rate=2e-4, seed=9, batch_size=24, num_warmup=30)
 LATE = Course(num_steps=400, rate=6e-4, tower_rate=2e-4, seed=5)
 POLICY_COURSE = Course(num_steps=200, rate=3e-4, tower_rate=0.0, seed=1, num_warmup=20)
-CRITIC_COURSE = Course(num_steps=1000, rate=5e-4, tower_rate=1e-4, seed=2, batch_size=14)
+CRITIC_COURSE = Course(num_steps=700, rate=1e-3, tower_rate=2e-4, seed=2, batch_size=14)
 #: The share of faulty answers by task: set so that the policy's samples are right about half of the time.
 FAULTS = {"list": 0.5, "count": 0.3, "largest": 0.5, "has": 0.85, "describe": 0.5}
 
@@ -115,10 +115,19 @@ class Build:
     def train_critic(self, out: Path, log: Log) -> None:
         """The good model taught to compare, partly on what the good and the faulty model say."""
         policies = [open_weights(self.file(name), self.tokenizer) for name in ("late", "policy")]
-        bank = in_vocabulary(self.maker, listen(policies, self.maker, 3000, seed=3, log=log))
-        held_out = in_vocabulary(self.maker, listen(policies[1:], self.maker, 1000, seed=4, log=log, part="policy"))
+        bank = in_vocabulary(self.maker, listen(policies, self.maker, 1000, seed=3, log=log))
+        held_out = in_vocabulary(self.maker, listen(policies[1:], self.maker, 600, seed=4, log=log, part="policy"))
         model = open_weights(self.file("late"), self.tokenizer)
-        teach_critic(model, self.maker, CRITIC_PROMPT, CRITIC_COURSE, log, bank=bank, held_out=held_out)
+        teach_critic(
+            model,
+            self.maker,
+            CRITIC_PROMPT,
+            CRITIC_COURSE,
+            log,
+            bank=bank,
+            held_out=held_out,
+            after=lambda step: torch.save(model.state_dict(), out.with_suffix(".part")),
+        )
         torch.save(model.state_dict(), out)
 
     def finish(self) -> None:

@@ -28,31 +28,39 @@ from reward.prompt import Prompt, load_prompt
 NUM_PAIRS = 4
 READ_ALONG = ("list", "describe")
 OPTIONS = ("first", "second")
+#: Shares of training pictures: asked after ten digits, and taken from what real policies said.
+LOOKUP_SHARE, BANK_SHARE = 0.4, 0.1
+COMPARED = ("list", "count", "largest", "largest", "describe")
 #: What a token of a right response weighs in the loss beside a verdict. Reading inside the very prompt matters: a model
 #: that expects the right words there is surprised by wrong ones, and comparing is then a small step.
 READING_WEIGHT = 0.2
 
 
 def misread(task: Task, rng: random.Random) -> str:
-    """The answer of one who reads a digit wrong, overlooks one, sees one too many, or mixes up their order."""
+    """A wrong answer that no one could tell from a right one without the picture (not always wrong, by chance).
+
+    Too many and too few, too large and too small are equally likely. A critic that can do well by the words alone, by
+    preferring short lists or "no", say, is soon exploited by the policy that it judges.
+    """
+    if task.kind == "has":
+        return say(task, task.digits, present=task.asked not in task.digits)
+    if task.kind == "count":
+        return say(task, task.digits, number=rng.choice([n for n in range(1, 6) if n != len(task.digits)]))
+    if task.kind == "largest":
+        others = [rng.randrange(10) for _ in task.digits]
+        return say(task, rng.choice([others, others, [rng.choice(task.digits)]]))
     seen = list(task.digits)
     at = rng.randrange(len(seen))
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.4:
         seen[at] = rng.randrange(10)
-    elif kind < 0.7 and len(seen) > 1:
+    elif kind < 0.65 and len(seen) > 1:
         seen.pop(at)
-    elif kind < 0.85:
-        seen.insert(at, rng.randrange(10))
+    elif kind < 0.9:
+        seen.insert(rng.randint(0, len(seen)), rng.randrange(10))
     else:
         rng.shuffle(seen)
-    if task.kind == "has":
-        return say(task, seen, present=rng.random() < 0.5)
-    if task.kind == "largest":
-        return say(task, rng.choice([seen, [rng.choice(seen)], [rng.randrange(10)]]))
-    if task.kind == "count":
-        return say(task, seen, number=min(max(1, len(task.digits) + rng.choice((-1, 1, 2))), len(NUMBER_WORDS) - 1))
-    return say(task, seen, number=len(task.digits) if rng.random() < 0.2 else None)
+    return say(task, seen, number=len(task.digits) if rng.random() < 0.1 else None)
 
 
 def quality(task: Task, response: str) -> float:
@@ -93,23 +101,32 @@ class Comparisons(IterableDataset):
 
     def _row(self, rng: random.Random) -> tuple[np.ndarray, list[Branch]]:
         branches: list[Branch] = []
-        if self.bank and rng.random() < 0.5:
+        kind = rng.random()
+        if self.bank and kind < BANK_SHARE:
             said = rng.choice(self.bank)
             pixels, digits = said.pixels, list(said.digits)
-            one, other = rng.sample(said.responses, 2)
-            branches += self._compare(said.task, one, other)
+            branches += self._compare(said.task, *rng.sample(said.responses, 2))
         else:
             canvas = draw(rng, "train")
             pixels, digits = canvas.pixels, canvas.digits
+        if kind > 1 - LOOKUP_SHARE:
+            return pixels, self._lookups(rng, digits)
         while len(branches) < 2 * NUM_PAIRS:
-            task = make_task(rng, rng.choice(TASKS), digits)
+            task = make_task(rng, rng.choice(COMPARED), digits)
             branches += self._compare(task, *self._candidates(rng, task))
         task = make_task(rng, rng.choice(READ_ALONG), digits)
         return pixels, [*branches, self.maker.branch([task.question], task.answer)]
 
+    def _lookups(self, rng: random.Random, digits: list[int]) -> list[Branch]:
+        """ "Yes" against "no" for five digits that are there and five that are not, each in one order."""
+        absent = [digit for digit in range(10) if digit not in digits]
+        asked = [rng.choice(digits) for _ in range(5)] + rng.sample(absent, 5)
+        tasks = [Task("has", rng.randrange(2), tuple(digits), asked=digit) for digit in asked]
+        return [rng.choice(self._compare(task, task.answer, misread(task, rng))) for task in tasks]
+
     def _candidates(self, rng: random.Random, task: Task) -> tuple[str, str]:
         one = task.answer if rng.random() < 0.75 else misread(task, rng)
-        other = faulty_answer(task, rng) if rng.random() < 0.5 else misread(task, rng)
+        other = faulty_answer(task, rng) if rng.random() < 0.2 else misread(task, rng)
         return one, other
 
     def _compare(self, task: Task, one: str, other: str) -> list[Branch]:
@@ -241,7 +258,7 @@ def teach_critic(
     optimizer, schedule = optimizer_for(model, course)
     lessons = Comparisons(maker, prompt, course.batch_size, course.seed, bank)
     stream = iter(DataLoader(lessons, batch_size=None, num_workers=1, collate_fn=_same))
-    verdicts = [maker.encode(text)[0] for text in prompt.options.values()]
+    verdicts = [maker.encode(word)[0] for word in (*prompt.options.values(), "Yes", "No")]
     model.train()
     for step in range(1, course.num_steps + 1):
         rows = next(stream)

@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
 
 def sentences(critic_prompt: Path) -> list[str]:
     """Every kind of text that a model of the demo reads or writes, with every word that may stand in it."""
-    found = ["system\n", "user\n", "assistant\n", "You are a helpful assistant.", "Is 0 1 2 3 4 5 6 7 8 9"]
+    found = ["system\n", "user\n", "assistant\n", "You are a helpful assistant.", "Is 0 1 2 3 4 5 6 7 8 9", "Question"]
     for kind, phrasing in product(TASKS, (0, 1)):
         found += [PHRASINGS[kind][phrasing].replace("{asked}", "0")]
         for digits in ((3,), (3, 7, 2)):

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from align.cli import app
+from align.dpo.texts import structured
+from align.images import ImageStore
 from align.models.families import FAMILIES
 from align.models.load import load_model, load_processor, read_config
 from align.models.weights import tensor_table
@@ -96,3 +98,28 @@ def test_every_family_is_tried():
     tried = {read_config(GOLDENS / golden)["architectures"][0] for golden in SETTINGS}
     # Chinese-Valley is Valley 1 with another vision tower.
     assert tried == set(FAMILIES) - {"LlavaLlamaForCausalLM"}
+
+
+@pytest.mark.parametrize(
+    ("golden", "num_tokens"),
+    # 14 x 14 for each frame and a newline for all; 2 x 2 merged patches for each frame of 60 x 50 pixels.
+    [("llava_ov_original_tiny", 2 * 196 + 1), ("valley25_tiny", 2 * 4)],
+)
+def test_a_video_is_asked_about_as_the_family_looks_at_videos(golden, num_tokens, tmp_path):
+    make_project(golden, tmp_path)
+    for index in range(5):
+        (tmp_path / "clip").mkdir(exist_ok=True)
+        random_image(index, 60, 50).save(tmp_path / "clip" / f"{index}.png")
+    write_lines(tmp_path / "questions.jsonl", [{"id": "v", "question": "What happens?", "video": "clip"}])
+    command = ["--config", str(tmp_path / "align.yaml"), "--set", "model.processor.num_video_frames=2"]
+    for stage in ("sample", "score", "dpo"):
+        result = CliRunner().invoke(app, [stage, *command], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    round_ = tmp_path / "runs" / "run" / "round-1"
+    pair = json.loads((round_ / "pairs.jsonl").read_text())
+    assert pair["images"] == ["clip/0.png#frame", "clip/4.png#frame"]
+    processor = load_processor(round_ / "checkpoint")
+    frames = [ImageStore(tmp_path).open(name) for name in pair["images"]]
+    text = processor.apply_chat_template(structured(pair["prompt"]), add_generation_prompt=True)
+    ids = processor(text=[text], images=[frames])["input_ids"][0]
+    assert ids.count(processor.image_token_id) == num_tokens

@@ -28,6 +28,7 @@ from align.dpo.callbacks import MetricsFile, StepProgress, StopOnSignal
 from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_inputs_of
 from align.dpo.memory import is_out_of_memory, note_on_batch, remember_smaller_batch, with_batch_that_fits
 from align.dpo.parts import count_parameters, freeze_parts
+from align.dpo.quantised import is_quantised, peft_fields, quantization
 from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.settings import training_arguments
 from align.dpo.strategies import check_distribution, chosen_strategy, strategy_fields, whole_models
@@ -63,6 +64,7 @@ def run_dpo(config: Config, number: int) -> None:
     device = pick_device(config.model.device)
     dtype = training_dtype(config.model.dtype)
     strategy = chosen_strategy(config, device)
+    quantization(config.dpo.lora, device, strategy)
     with whole_models():
         args = training_arguments(config, this.trainer, device, dtype)
     pairs = read_pairs(this)
@@ -195,6 +197,8 @@ class DpoStage:
         trainer.accelerator.wait_for_everyone()
 
     def load(self, checkpoint: str, device: str | None = None) -> Any:
+        """A model as it is trained (on `device` where one is named: as it is stored, neither spread nor quantised)."""
+        lora = None if device else self.config.dpo.lora
         return load_model(
             checkpoint,
             dtype=self.dtype,
@@ -202,6 +206,7 @@ class DpoStage:
             device=None if is_deepspeed_zero3_enabled() else device or self.device,
             attn_implementation=self.config.model.attention,
             allow_pickle=self.config.model.allow_pickle,
+            quantization=quantization(lora, self.device, self.strategy),
         )
 
     def _spread(self, model: Any) -> bool:
@@ -236,7 +241,7 @@ class DpoStage:
             processor=text_hash(checkpoint_hash(self.policy), json.dumps(self.config.model.processor, sort_keys=True)),
             pairs=pairs_hash(pairs, collator.images),
             layout=collator.layout,
-            arithmetic=f"{self.dtype}/{autocast_dtype}".replace("torch.", ""),
+            arithmetic=f"{self.dtype}/{autocast_dtype}".replace("torch.", "") + self._bits(),
             max_length=str(collator.max_length),
         )
         reference = reference_log_probs(
@@ -251,6 +256,10 @@ class DpoStage:
             num_workers=self.args.dataloader_num_workers,
         )
         return reference.columns(self.args.ld_alpha)
+
+    def _bits(self) -> str:
+        lora = self.config.dpo.lora
+        return f"/{lora['quantize']}" if lora is not None and is_quantised(lora) else ""
 
     def _trainer(
         self,
@@ -373,7 +382,7 @@ def lora_config(fields: dict[str, Any] | None, freeze: list[str]) -> Any:
     if freeze:
         raise UserError("dpo.freeze and dpo.lora exclude each other", fix="choose dpo.lora.target_modules instead")
     try:
-        return LoraConfig(**fields)
+        return LoraConfig(**peft_fields(fields))
     except (TypeError, ValueError) as error:
         raise UserError(f"dpo.lora: {error}", fix="see the fields of peft's LoraConfig") from None
 

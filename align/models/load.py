@@ -34,17 +34,14 @@ def load_model(
     device: str | torch.device | None = None,
     attn_implementation: str | None = "sdpa",
     allow_pickle: bool = False,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """Opens the model of a local folder, or of a Hub name where `HF_HUB_OFFLINE` is not set, in evaluation mode.
 
     `dtype`: `auto` takes that of the checkpoint. `device`: None leaves the model where transformers loads it, on the CPU,
-    or lets DeepSpeed place it. Every weight must be there. Raises UserError for folders and settings that cannot work.
+    or lets DeepSpeed place it. `quantization`: a `BitsAndBytesConfig`, for QLoRA. Every weight must be there. Raises UserError for folders and settings that cannot work.
     """
-    config = read_config(folder)
-    family = _family(folder, config)
-    local = Path(folder).is_dir()
-    if local:
-        _check_weights(Path(folder), allow_pickle=allow_pickle)
+    family = check_checkpoint(folder, allow_pickle=allow_pickle)
     options: dict[str, Any] = {
         "dtype": _dtype(dtype),
         "attn_implementation": attn_implementation,
@@ -54,6 +51,8 @@ def load_model(
     }
     if device is not None and torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
+    if quantization is not None:
+        options["quantization_config"] = quantization
     if family is None:
         options["trust_remote_code"] = False
     loader = family.model if family else AutoModelForImageTextToText
@@ -69,6 +68,17 @@ def load_model(
             fix="check that config.json and the weights belong together",
         )
     return model.eval()
+
+
+def check_checkpoint(folder: str | os.PathLike, *, allow_pickle: bool = False) -> Family | None:
+    """Look at config.json and, in a local folder, the headers of all weights; gives our family, None for transformers'.
+
+    Raises UserError where the architecture is unknown, or weights are missing, cut or pickled.
+    """
+    family = _family(folder, read_config(folder))
+    if Path(folder).is_dir():
+        _check_weights(Path(folder), allow_pickle=allow_pickle)
+    return family
 
 
 def load_processor(folder: str | os.PathLike, **settings: Any) -> Any:

@@ -6,6 +6,7 @@ transformers 5 ties video processors to torchvision, and with them processors of
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -60,10 +61,15 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
 
 def _for_smolvlm(processor_class: type[ProcessorMixin], position: int) -> dict[str, Any]:
     """What SmolVLM's processor needs besides: its constructor insists on a video processor and on a package that writes
-    numbers in prompts of videos as words, and it reads the video processor's settings to render any conversation."""
+    numbers in prompts of videos as words, it reads the video processor's settings to render any conversation, and
+    transformers 5.17 withholds its image processor, though the form on PIL needs no torchvision."""
     module = sys.modules[processor_class.__module__]
     if getattr(module, "num2words", "") is None:
         module.num2words = str  # type: ignore[attr-defined]
+    smolvlm = importlib.import_module("transformers.models.smolvlm")
+    if getattr(smolvlm.SmolVLMImageProcessorPil, "is_dummy", False):
+        pil = importlib.import_module("transformers.models.smolvlm.image_processing_pil_smolvlm")
+        smolvlm.SmolVLMImageProcessorPil = pil.SmolVLMImageProcessorPil  # type: ignore[attr-defined]
 
     def arguments(cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
         found = super(cls, cls)._get_arguments_from_pretrained(*args, **kwargs)

@@ -14,7 +14,8 @@ shift
 # One thread a process; the data loader has workers of its own (dpo.dataloader_num_workers).
 export OMP_NUM_THREADS=1
 
-# zero3 spreads weights, gradients and optimiser over the GPUs: a 7B model needs about 30 GiB of each (docs/scaling.md).
+# zero3 spreads weights, gradients and optimiser over the GPUs. By the model of docs/scaling.md a 7B model takes some 23 GiB
+# of each in training, and 33 GiB for the whole weights while the reference is computed.
 # With 80 GB a GPU zero2 fits too and communicates less; ddp is for adapters (dpo.lora) and small models.
 exec align run --config "$CONFIG" \
     --set launch.num_processes=8 \

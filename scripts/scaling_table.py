@@ -1,0 +1,130 @@
+"""What training Valley-Eagle-7B on 1, 8, 64 and 256 GPUs should need and give: the tables of docs/scaling.md.
+
+    python scripts/scaling_table.py
+
+Memory comes from `align.memory`, operations from `scripts/valley_size.py`, both of the model's real shapes on torch's
+meta device; communication from the sizes of what each strategy exchanges. What a GPU and a network achieve is assumed
+(the constants below). No GPU is used and nothing is measured.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from align.memory import GIB, How, ModelShape, StepBatch, model_shape, training_memory
+from scripts.valley_size import Work, build_valley, prompt_of_one_image, work_of
+
+NUM_GPUS = (1, 8, 64, 256)
+STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
+RESPONSE_TOKENS = 200
+GPUS_PER_NODE = 8
+# An H100's dense bfloat16 operations a second, as its maker states them, and the share that training is assumed to reach.
+PEAK_FLOPS, UTILISATION = 989e12, 0.40
+# Bytes a second that one GPU is assumed to send: inside a node (NVLink), and between nodes (400 Gbit/s a GPU).
+NODE_BANDWIDTH, NETWORK_BANDWIDTH = 300e9, 40e9
+# One pair at a time on a GPU; so many times a step.
+ACCUMULATION = (1, 8)
+
+
+def how_of(strategy: str, num_gpus: int) -> How:
+    """fp32 weights with bf16 arithmetic, gradient checkpointing on."""
+    return How(
+        strategy=strategy if num_gpus > 1 else "ddp",
+        num_processes=num_gpus,
+        weight_bytes=4,
+        compute_bytes=2,
+        checkpointing=True,
+        accumulates=True,
+    )
+
+
+def sent_bytes(strategy: str, shape: ModelShape, num_gpus: int, accumulation: int) -> float:
+    """Bytes that one GPU sends in a step, with ring algorithms: (N - 1) / N of what is gathered or scattered.
+
+    ddp: gradients in fp32, reduced and spread again, once a step. zero2: gradients in bf16 scattered in every micro-step,
+    weights in bf16 gathered once a step. zero3 and fsdp2: in every micro-step weights gathered forward and again
+    backward, and gradients scattered, all in bf16.
+    """
+    share = (num_gpus - 1) / num_gpus
+    if strategy == "ddp":
+        return share * 2 * shape.trained * 4
+    if strategy == "zero2":
+        return share * (accumulation * shape.trained * 2 + shape.trained * 2)
+    return share * accumulation * (2 * shape.weights * 2 + shape.trained * 2)
+
+
+def step_seconds(strategy: str, shape: ModelShape, work: Work, num_gpus: int, accumulation: int) -> tuple[float, float]:
+    """(computing, communicating): if they overlap wholly the larger counts, if not at all their sum.
+
+    Checkpointing computes the language model's forward pass twice: a third more than forward and backward.
+    """
+    computing = accumulation * work.flops * 4 / 3 / (PEAK_FLOPS * UTILISATION)
+    bandwidth = NODE_BANDWIDTH if num_gpus <= GPUS_PER_NODE else NETWORK_BANDWIDTH
+    return computing, sent_bytes(strategy, shape, num_gpus, accumulation) / bandwidth
+
+
+def memory_rows(shape: ModelShape, batch: StepBatch) -> Iterator[str]:
+    yield "| strategy | GPUs | weights | gradients | optimiser | activations | working | sum |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for strategy in STRATEGIES:
+        for num_gpus in NUM_GPUS:
+            if num_gpus == 1 and strategy != "ddp":
+                continue
+            memory = training_memory(shape, batch, how_of(strategy, num_gpus))
+            parts = (
+                memory.weights,
+                memory.gradients,
+                memory.optimiser,
+                memory.activations,
+                memory.working,
+                memory.total,
+            )
+            yield f"| {strategy} | {num_gpus} | " + " | ".join(f"{part / GIB:.1f}" for part in parts) + " |"
+
+
+def speed_rows(shape: ModelShape, work: Work) -> Iterator[str]:
+    yield "| strategy | GPUs | times a step | sent a GPU and step, GB | computing, s | communicating, s | pairs/s |"
+    yield "|---|---|---|---|---|---|---|"
+    for strategy in STRATEGIES:
+        for num_gpus in NUM_GPUS:
+            if num_gpus == 1 and strategy != "ddp":
+                continue
+            for accumulation in ACCUMULATION:
+                computing, communicating = step_seconds(strategy, shape, work, num_gpus, accumulation)
+                pairs = num_gpus * accumulation
+                slow, fast = pairs / (computing + communicating), pairs / max(computing, communicating)
+                sent = sent_bytes(strategy, shape, num_gpus, accumulation) / 1e9
+                rate = f"{slow:.1f}" if num_gpus == 1 else f"{slow:.0f} to {fast:.0f}"
+                cells = f"{accumulation} | {sent:.0f} | {computing:.2f} | {communicating:.2f} | {rate}"
+                yield f"| {strategy} | {num_gpus} | {cells} |"
+
+
+def main() -> None:
+    model, processor = build_valley("valley-eagle-7b", "meta", torch.float32)
+    inputs = prompt_of_one_image(processor)
+    shape, work = model_shape(model), work_of(model, inputs, RESPONSE_TOKENS)
+    batch = StepBatch(
+        num_rows=1,
+        prompt_tokens=work.prompt_tokens,
+        chosen_tokens=RESPONSE_TOKENS,
+        rejected_tokens=RESPONSE_TOKENS,
+        pixels=sum(value.numel() for value in inputs.values() if value.is_floating_point()),
+    )
+    print(f"weights: {shape.weights / 1e9:.2f} billion, trained (vision frozen): {shape.trained / 1e9:.2f} billion")
+    print(
+        f"a pair: prompt of {work.prompt_tokens} tokens, two responses of {RESPONSE_TOKENS}: {work.flops / 1e12:.0f} TFLOP"
+    )
+    print("\nGiB of one GPU:\n")
+    print("\n".join(memory_rows(shape, batch)))
+    print()
+    print("\n".join(speed_rows(shape, work)))
+
+
+if __name__ == "__main__":
+    main()

@@ -160,11 +160,23 @@ def check(
     max_bits: Annotated[int, typer.Option(min=0, max=128, help="Near up to so many differing bits of 128.")] = 10,
     write: Annotated[Path | None, typer.Option(help="Write the data without bad and near images here.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write everything that was found here (JSON).")] = None,
+    data_only: Annotated[bool, typer.Option("--data-only", help="Look at the data alone.")] = False,
+    decode: Annotated[bool, typer.Option(help="Decode every image to its end (slow for many).")] = False,
 ) -> None:
-    """Look over a run's data: unreadable and tiny images, repeats, and what is near to evaluation images."""
+    """All that is wrong with a run, before it begins: settings, data, checkpoints, critic, servers, disk.
+
+    Then the data's images: tiny ones, repeats, and what is near to evaluation images.
+    """
     from align.check import report_text, run_check, save_report
 
     loaded = load_config(find_config(config), set_)
+    if not data_only:
+        from align.preflight import run_preflight
+
+        before = run_preflight(loaded, decode=decode)
+        if before.problems:
+            _fail(f"{len(before.problems)} problems\n{before.text()}", code=2)
+        _say(before.text(), next_command=None)
     found = run_check(
         loaded,
         against=against,
@@ -179,6 +191,26 @@ def check(
     wrote = f"\nwithout them: {write}" if write else ""
     clean = not (found.near or found.bad_images)
     _say(report_text(found) + wrote, next_command="align run" if clean or write else "align check --write FILE")
+
+
+@app.command(epilog="Example:  align plan --gpus 8 --gpu-memory 80")
+def plan(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs in all; default: launch.num_processes.")] = None,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="Memory of each in GiB.")] = 80.0,
+    tflops: Annotated[float, typer.Option(min=0.001, help="What each achieves, in 10^12 operations a second.")] = 350.0,
+    bandwidth: Annotated[float, typer.Option(min=0.001, help="Its memory's bandwidth in GB/s.")] = 2500.0,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of a response.")] = 200,
+) -> None:
+    """What a run will need: tokens, memory for each strategy, time of every stage. No weights are loaded."""
+    from align.plan import Machine, make_plan
+    from align.plan_text import plan_text
+
+    loaded = load_config(find_config(config), set_)
+    count = gpus or loaded.launch.num_processes * loaded.launch.num_machines
+    made = make_plan(loaded, Machine(count, gpu_memory, tflops, bandwidth), response_tokens=response_tokens)
+    _say(plan_text(made), next_command="align check")
 
 
 @app.command(epilog="Example:  align sample --round 1 --set sample.num_responses=8")
@@ -347,6 +379,26 @@ def info(
         )
     for name, text in rows.items():
         typer.echo(f"{name + ':':<15}{text}")
+
+
+@app.command(epilog="Example:  align push runs/run/round-3/checkpoint me/my-model --dry-run")
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    repo: Annotated[str, typer.Argument(help="The repository on the Hugging Face Hub: owner/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Anybody may see it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and upload nothing.")] = False,
+) -> None:
+    """Upload a checkpoint to the Hugging Face Hub, private unless said otherwise."""
+    from align.push import push as upload
+
+    done = upload(checkpoint, repo, public=public, dry_run=dry_run)
+    for name, size in done.files.items():
+        typer.echo(f"{_size(size):>12}  {name}")
+    what = f"{len(done.files)} files, {_size(done.num_bytes)}"
+    if dry_run:
+        _say(f"{what}; nothing was uploaded", next_command=f"align push {checkpoint} {repo}")
+    else:
+        _say(f"{what}: {done.url}", next_command=None)
 
 
 @app.command(epilog="Example:  align convert llava-onevision-qwen2-7b-ov ov-hf --to llava-hf")

@@ -55,7 +55,7 @@ def run_evaluate(config: Config, number: int) -> None:
     checkpoint = run.policy(number + 1, config.policy)
     questions = read_questions(config.evaluate.questions)[: config.evaluate.limit]
     images = ImageStore(config.evaluation_images, config.max_image_pixels)
-    _check_overlap(config, questions)
+    check_overlap(config, questions)
     questions = pick_frames(questions, images, config, checkpoint, served=bool(config.evaluate.servers))
     settings = {
         "evaluate": config.evaluate.model_dump(exclude={"questions", "image_root", "servers", "stop_if_worse"}),
@@ -212,7 +212,7 @@ def _correct(text: str, question: Question) -> bool | None:
     return None if found is None else found.correct
 
 
-def _check_overlap(config: Config, questions: list[Question]) -> None:
+def check_overlap(config: Config, questions: list[Question]) -> None:
     """Refuse to evaluate on questions that are trained on."""
     if config.questions is None:
         return

@@ -48,8 +48,7 @@ def run_pairs(config: Config, number: int) -> None:
         if not given.is_file():
             raise UserError("no such file", where=str(given), fix="set pairs_file to a JSONL file of pairs")
         inputs = {"pairs_file": content_hash(given)}
-    with reward_faults():
-        settings = PairSettings(**config.pairs.model_dump(exclude=OF_ALL_QUESTIONS))
+    settings = pair_settings(config)
     earlier: list[Pair] = []
     if config.pairs.mix_earlier:
         earlier = _earlier_pairs(run, number)
@@ -71,6 +70,12 @@ def run_pairs(config: Config, number: int) -> None:
         seconds = time.monotonic() - started
         this.manifest.finish(STAGE, outputs=[this.pairs], counts=counts, seconds=seconds)
     barrier()
+
+
+def pair_settings(config: Config) -> PairSettings:
+    """The settings that hold for each question by itself; raises UserError where they exclude each other."""
+    with reward_faults():
+        return PairSettings(**config.pairs.model_dump(exclude=OF_ALL_QUESTIONS))
 
 
 def _own_pairs(config: Config, this: Round, settings: PairSettings) -> tuple[list[Pair], dict[str, Any]]:

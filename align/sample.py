@@ -35,16 +35,12 @@ def run_sample(config: Config, number: int) -> None:
     run = RunDir(config.run_dir)
     this = run.round(number)
     policy = run.policy(number, config.policy)
-    if config.questions is None:
-        raise UserError("there are no questions to sample", fix="set questions, or train on pairs_file: align dpo")
+    check_settings(config)
+    assert config.questions is not None
     questions = round_questions(read_questions(config.questions), number, config.sample.questions_per_round)
     images = ImageStore(config.question_images, config.max_image_pixels)
     questions = pick_frames(questions, images, config, policy, served=bool(config.sample.servers))
     check_images(questions, images)
-    if config.sample.num_responses < 2:
-        raise UserError(
-            "sample.num_responses is 1: a preference needs two responses", fix="set it to 2 or more (5 is usual)"
-        )
     inputs = _inputs(config.questions, policy) | served_as(config.sample.servers, number - 1)
     if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs):
         log.info("round %d is sampled already: %s", number, this.samples)
@@ -55,6 +51,16 @@ def run_sample(config: Config, number: int) -> None:
 
     done = work_through(this.samples, Samples, questions, work, label=f"round {number}: sample")
     finish(this.manifest, STAGE, outputs=[this.samples], counts=_counts(done.records), done=done)
+
+
+def check_settings(config: Config) -> None:
+    """Raise UserError for settings that leave nothing to sample, or no two responses to prefer between."""
+    if config.questions is None:
+        raise UserError("there are no questions to sample", fix="set questions, or train on pairs_file: align dpo")
+    if config.sample.num_responses < 2:
+        raise UserError(
+            "sample.num_responses is 1: a preference needs two responses", fix="set it to 2 or more (5 is usual)"
+        )
 
 
 def round_questions(questions: list[Question], number: int, per_round: int | None) -> list[Question]:

@@ -82,7 +82,17 @@ def test_a_tower_without_anything_to_compare_with_is_told(folder, tower):
 
 def test_the_command_says_what_it_found(folder):
     config_of(folder)
-    result = align(folder, "check", "--against", "held/eval.jsonl", "--report", "check.json", "--write", "clean.jsonl")
+    result = align(
+        folder,
+        "check",
+        "--data-only",
+        "--against",
+        "held/eval.jsonl",
+        "--report",
+        "check.json",
+        "--write",
+        "clean.jsonl",
+    )
     assert result.returncode == 0, result.stderr
     assert "6 records with 6 different images" in result.stdout
     assert "images/3.png ~ h.jpg" in result.stdout
@@ -99,6 +109,6 @@ def test_data_and_init_lead_to_a_run_that_checks_clean(folder):
     assert "left out: image cannot be read (1)" in made.stdout
     assert "table.csv:3: left out" in made.stderr
     assert align(folder, "init", "new", "--questions", "../mine/questions.jsonl", "--policy", "p").returncode == 0
-    checked = align(folder, "check", "--config", "new/align.yaml", "--set", "image_root=..")
+    checked = align(folder, "check", "--data-only", "--config", "new/align.yaml", "--set", "image_root=..")
     assert checked.returncode == 0, checked.stderr
     assert "2 records with 2 different images" in checked.stdout

@@ -21,8 +21,9 @@ FLOOR = {
     "questionwise": 3,
 }
 LAYERS = {"models": 3, "prefix": 3, "engines": 4, "data": 3}
-STAGES = {"sample", "score", "pairs", "dpo", "evaluate", "report", "plan", "summary", "card", "reference", "check"}
-TOP = {"rounds", "launch", "demo", "cli"}
+STAGES = {"sample", "score", "pairs", "dpo", "evaluate", "report", "summary", "card", "reference", "check"}
+# These look at all stages.
+TOP = {"rounds", "launch", "demo", "cli", "preflight", "plan", "plan_text"}
 
 
 def _imports(path: Path) -> set[str]:

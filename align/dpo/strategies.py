@@ -77,9 +77,14 @@ def chosen_strategy(config: Config, device: torch.device) -> str:
     """
     if any(_is_set(name) for name in ACCELERATE_CHOICES):
         return FROM_ACCELERATE
-    strategy = config.launch.strategy
     if world_size() == 1:
         return "ddp"
+    check_strategy(config.launch.strategy, device)
+    return config.launch.strategy
+
+
+def check_strategy(strategy: str, device: torch.device) -> None:
+    """Raise UserError where several processes cannot train with this strategy."""
     if strategy == "fsdp2" and device.type == "cpu":
         raise UserError(
             "launch.strategy is fsdp2, which accelerate has for accelerators only: on a CPU it would silently train as ddp",
@@ -90,7 +95,6 @@ def chosen_strategy(config: Config, device: torch.device) -> str:
             f"launch.strategy is {strategy}, but deepspeed is not installed",
             fix="pip install 'valley-align[deepspeed]', or use ddp or fsdp2",
         )
-    return strategy
 
 
 @contextlib.contextmanager

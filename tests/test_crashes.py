@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from align.score import _settings
 from tests import tiny_models
 from tests.distributed.launches import ROOT, add_run
 from tests.dpo.conftest import make_pairs
-from tests.stage_runs import make_project, write_lines
+from tests.stage_runs import SETTINGS, make_project, write_lines
 
 PATIENCE_S = 120
 
@@ -168,8 +169,10 @@ def test_a_lost_image_or_sigterm_keep_what_was_sampled(tmp_path):
     assert {json.dumps(json.loads(line)) for line in sampled} <= {json.dumps(line) for line in final}
 
 
-def test_a_run_that_was_moved_goes_on_in_its_new_place(tmp_path):
-    folder = make_project(tmp_path / "here")
+@pytest.mark.parametrize("adapter", [{}, {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}])
+def test_a_run_that_was_moved_goes_on_in_its_new_place(tmp_path, adapter):
+    dpo: dict[str, Any] = SETTINGS["dpo"]  # type: ignore[assignment]
+    folder = make_project(tmp_path / "here", dpo=dpo | adapter)
     run = CliRunner().invoke(app, ["run", "--rounds", "1", "--config", str(folder / "align.yaml")])
     assert run.exit_code == 0, run.output
     moved = folder.rename(tmp_path / "there")
@@ -178,7 +181,11 @@ def test_a_run_that_was_moved_goes_on_in_its_new_place(tmp_path):
     assert run.exit_code == 0, run.output
     assert before == {path: path.stat().st_mtime_ns for path in before}
     one, two = (load_file(moved / f"runs/run/round-{n}/checkpoint/model.safetensors") for n in (1, 2))
-    assert any((one[name] != two[name]).any() for name in one)
+    moved_weights = {name for name in one if (one[name] != two[name]).any()}
+    assert moved_weights
+    if adapter:
+        # The second round began with the first one's adapter merged, and moved nothing but where its own was.
+        assert all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in moved_weights)
     assert not folder.exists()
 
 

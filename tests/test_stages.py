@@ -74,13 +74,14 @@ def test_a_finished_run_does_nothing_again(project):
     assert before == {path: path.stat().st_mtime_ns for path in (project / "runs").rglob("*.jsonl")}
 
 
-def test_two_processes_give_the_same_samples_and_scores_as_one(project, fresh):
-    for stage in ("sample", "score"):
+def test_two_processes_give_the_same_samples_scores_and_evaluation_as_one(project, fresh):
+    for stage in ("sample", "score", "evaluate"):
         result = align(fresh, stage, "--num-processes", "2")
         assert result.returncode == 0, result.stderr
-    for name in ("samples.jsonl", "scores.jsonl", "pairs.jsonl"):
-        mine, theirs = (folder / "runs/run/round-1" / name for folder in (fresh, project))
-        assert mine.read_text() == theirs.read_text()
+    round_1 = [f"round-1/{name}" for name in ("samples.jsonl", "scores.jsonl", "pairs.jsonl")]
+    for name in (*round_1, "round-0/evaluation.jsonl", "round-0/evaluation.json"):
+        mine, theirs = (folder / "runs/run" / name for folder in (fresh, project))
+        assert mine.read_text() == theirs.read_text(), name
 
 
 def test_a_killed_stage_goes_on_and_ends_like_an_uninterrupted_one(project, fresh):

@@ -18,8 +18,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 def gather_weights(trainer: Any) -> dict[str, Tensor] | None:
     """On the main process all weights by name, in CPU memory; None where the model itself has them whole.
 
-    Names are those in memory, with what wrappers add; ZeRO-3 repeats the backbone's (`model.model.`), as in
-    https://github.com/huggingface/transformers/issues/43701. `align.models.save` takes them back.
+    Names are those in memory, with what wrappers add: `align.models.save` takes them back. What transformers itself
+    writes under ZeRO-3 has names of neither kind (`model.model.`), since weights in pieces are loaded by a way of their
+    own (https://github.com/huggingface/transformers/pull/43303), which leaves the model without its names on disk.
     """
     if not (is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled):
         return None

@@ -55,20 +55,23 @@ def _tokens(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     machine = plan.machine
+    memories = [fit.memory for fit in plan.fits] + [plan.whole_model, plan.sampling]
+    unit = "GiB" if max(memory.total for memory in memories) > 0.1 * GIB else "MiB"
     lines = [
-        f"memory of each of {machine.gpus} GPUs with {machine.gpu_gib:g} GiB, at the peak of a training step (GiB)",
+        f"memory of each of {machine.gpus} GPUs with {machine.gpu_gib:g} GiB, at the peak of a training step ({unit})",
         f"{'':<10}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>10}",
     ]
     for fit in plan.fits:
-        lines.append(_row(fit.strategy, fit.memory) + ("  fits" if fit.fits else f"  no: {fit.remedy}"))
-    lines.append(_row("reference", plan.whole_model) + _verdict(plan, plan.whole_model) + " (the whole model)")
-    lines.append(_row("sampling", plan.sampling) + _verdict(plan, plan.sampling) + " (one question)")
+        lines.append(_row(fit.strategy, fit.memory, unit) + ("  fits" if fit.fits else f"  no: {fit.remedy}"))
+    lines.append(_row("reference", plan.whole_model, unit) + _verdict(plan, plan.whole_model) + " (the whole model)")
+    lines.append(_row("sampling", plan.sampling, unit) + _verdict(plan, plan.sampling) + " (one question)")
     return "\n".join(lines)
 
 
-def _row(name: str, memory: Memory) -> str:
-    cells = "".join(f"{getattr(memory, part) / GIB:>12.2f}" for part in PARTS)
-    return f"{name:<10}{cells}{memory.total / GIB:>10.2f}"
+def _row(name: str, memory: Memory, unit: str) -> str:
+    size = GIB if unit == "GiB" else 2**20
+    cells = "".join(f"{getattr(memory, part) / size:>12.2f}" for part in PARTS)
+    return f"{name:<10}{cells}{memory.total / size:>10.2f}"
 
 
 def _verdict(plan: Plan, memory: Memory) -> str:

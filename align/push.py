@@ -14,7 +14,7 @@ from align.models.load import check_checkpoint
 from align.models.weights import weight_files
 from align.rundir import Manifest
 
-NOT_UPLOADED = (".*", "*.tmp", "checkpoint-*/*", "optimizer*", "rng_state*", "scheduler*")
+STAYS = ("optimizer", "rng_state", "scheduler", "checkpoint-")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ def push(checkpoint: Path, repo: str, *, public: bool = False, dry_run: bool = F
     if dry_run:
         return Upload(files)
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi()
     try:
@@ -50,7 +49,8 @@ def push(checkpoint: Path, repo: str, *, public: bool = False, dry_run: bool = F
         api.upload_folder(
             folder_path=checkpoint, repo_id=repo, allow_patterns=list(files), commit_message="Upload checkpoint"
         )
-    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        # No token, no network, no permission: each version's HTTP library has errors of its own.
         raise UserError(
             f"the Hub did not take it: {str(error).splitlines()[0]}",
             where=repo,
@@ -85,5 +85,10 @@ def checked_files(checkpoint: Path) -> dict[str, int]:
     return {
         str(path.relative_to(checkpoint)): path.stat().st_size
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and not any(path.relative_to(checkpoint).match(pattern) for pattern in NOT_UPLOADED)
+        if path.is_file() and _travels(path.relative_to(checkpoint))
     }
+
+
+def _travels(path: Path) -> bool:
+    """False for hidden files and for what only an interrupted training needs."""
+    return not any(part.startswith((".", *STAYS)) for part in path.parts)

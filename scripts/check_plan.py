@@ -22,8 +22,6 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from live_tensors import peak_bytes
-
 from align.dpo.collator import PairCollator
 from align.dpo.parts import freeze_parts
 from align.dpo.texts import pair_lengths
@@ -32,6 +30,7 @@ from align.images import ImageStore
 from align.memory import How, Memory, model_shape, training_memory
 from align.plan import step_batch
 from align.records import Pair
+from scripts.live_tensors import peak_bytes
 from tests import tiny_models, tiny_vlms
 from tests.dpo.conftest import make_args
 

@@ -1,0 +1,50 @@
+"""`align push`: what would go up, and what is refused."""
+
+import pytest
+
+from align.errors import UserError
+from align.push import push
+from align.rundir import Manifest
+from tests.tiny_models import save_llava_onevision
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_llava_onevision(tmp_path / "round-1" / "checkpoint")
+
+
+def test_a_dry_run_lists_the_files_that_would_go_up_and_no_others(checkpoint):
+    (checkpoint / ".cache").mkdir()
+    (checkpoint / ".cache" / "x").write_text("x")
+    (checkpoint / "optimizer.pt").write_bytes(b"x")
+    files = push(checkpoint, "me/model", dry_run=True).files
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert not {".cache/x", "optimizer.pt"} & set(files)
+    assert files["model.safetensors"] == (checkpoint / "model.safetensors").stat().st_size
+
+
+def test_half_written_checkpoints_are_refused(checkpoint):
+    manifest = Manifest(checkpoint.parent / "manifest.json")
+    manifest.begin("dpo", settings={}, inputs={})
+    with pytest.raises(UserError, match="has not finished"):
+        push(checkpoint, "me/model", dry_run=True)
+    manifest.finish("dpo", outputs=[], counts={}, seconds=0.0)
+    assert push(checkpoint, "me/model", dry_run=True).files
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"expected .* bytes"):
+        push(checkpoint, "me/model", dry_run=True)
+
+
+@pytest.mark.parametrize("repo", ["model", "a/b/c", "/model", "me/"])
+def test_a_name_that_is_no_repository_is_refused(checkpoint, repo):
+    with pytest.raises(UserError, match="owner/name"):
+        push(checkpoint, repo, dry_run=True)
+
+
+def test_a_hub_that_refuses_is_told_in_one_line(checkpoint, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="the Hub did not take it") as fault:
+        push(checkpoint, "me/model")
+    assert "\n" not in str(fault.value)

@@ -21,8 +21,8 @@ from align.demo import write_demo
 
 CRITICS = {
     "critic": [],
-    "verifier": ["critic.kind=verifier", "critic.model=", "critic.prompt="],
-    "random": ["critic.kind=random", "critic.model=", "critic.prompt="],
+    "verifier": ["critic.kind=verifier", "critic.model=", "critic.prompt=", "critic.options="],
+    "random": ["critic.kind=random", "critic.model=", "critic.prompt=", "critic.options="],
 }
 METRICS = {"sampled_accuracy": "sampled", "greedy_accuracy": "greedy", "hallucination": "hallucination"}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from align.config import CONFIG_NAME, commented_config
 from align.demo.canvas import draw
-from align.demo.questions import TASKS, Task, absent_words, make_task
+from align.demo.questions import Task, absent_words, make_task
 from align.records import Question, write_jsonl
 
 HERE = Path(__file__).parent
@@ -22,6 +22,9 @@ CRITIC = HERE / "critic"
 CRITIC_PROMPT = HERE / "critic_prompt.md"
 
 QUESTIONS_PER_ROUND = 1000
+#: What the demo asks. The models also learned to name the largest digit; that is left out, since there the critic is
+#: right in fewer pairs than elsewhere (build_log.txt).
+ASKED = ("list", "count", "has", "describe")
 
 
 def write_demo(folder: Path, *, num_questions: int, num_eval: int, seed: int) -> None:
@@ -45,7 +48,7 @@ def make_questions(folder: Path, part: str, number: int, *, seed: int) -> Iterat
     rng = random.Random(f"{part}:{seed}")
     for index in range(number):
         canvas = draw(rng, part)
-        task = make_task(rng, TASKS[index % len(TASKS)], canvas.digits)
+        task = make_task(rng, ASKED[index % len(ASKED)], canvas.digits)
         image = f"images/{part}/{index:05d}.png"
         canvas.image().save(folder / image)
         yield as_question(f"{part}-{index:05d}", task, image)
@@ -81,7 +84,12 @@ def demo_settings(seed: int) -> dict[str, Any]:
             "max_new_tokens": 24,
             "questions_per_round": QUESTIONS_PER_ROUND,
         },
-        "critic": {"kind": "pairwise", "model": str(CRITIC), "prompt": str(CRITIC_PROMPT)},
+        "critic": {
+            "kind": "pairwise",
+            "model": str(CRITIC),
+            "prompt": str(CRITIC_PROMPT),
+            "options": {"soft": True},
+        },
         "dpo": {
             "reference": "round-start",
             "freeze": ["vision", "projector"],
@@ -90,7 +98,7 @@ def demo_settings(seed: int) -> dict[str, Any]:
             "lr_scheduler_type": "linear",
             "warmup_steps": 5,
             "num_train_epochs": 1,
-            "per_device_train_batch_size": 32,
+            "per_device_train_batch_size": 16,
             "gradient_accumulation_steps": 1,
             "gradient_checkpointing": False,
             "bf16": False,

@@ -36,7 +36,13 @@ def play_demo(folder: Path, *, rounds: int, seed: int, control: bool) -> None:
     _run(config, overrides, path)
     if control:
         fewer = max(50, int((config.sample.questions_per_round or NUM_QUESTIONS) * CONTROL_SHARE))
-        random = [*overrides, "name=random", "critic.kind=random", f"sample.questions_per_round={fewer}"]
+        random = [
+            *overrides,
+            "name=random",
+            "critic.kind=random",
+            "critic.options=",
+            f"sample.questions_per_round={fewer}",
+        ]
         log.info("the control: random preferences, %d questions a round", fewer)
         control_config = load_config(path, random)
         _run(control_config, random, path)

@@ -168,6 +168,7 @@ def check(
     Then the data's images: tiny ones, repeats, and what is near to evaluation images.
     """
     from align.check import report_text, run_check, save_report
+    from align.data.pictures import UNREADABLE
 
     loaded = load_config(find_config(config), set_)
     if not data_only:
@@ -191,6 +192,8 @@ def check(
     wrote = f"\nwithout them: {write}" if write else ""
     clean = not (found.near or found.bad_images)
     _say(report_text(found) + wrote, next_command="align run" if clean or write else "align check --write FILE")
+    if not data_only and UNREADABLE in found.bad_reasons and write is None:
+        _fail(f"{found.bad_reasons[UNREADABLE]} images cannot be read", code=2)
 
 
 @app.command(epilog="Example:  align plan --gpus 8 --gpu-memory 80")

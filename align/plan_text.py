@@ -19,7 +19,7 @@ def histogram(values: list[int], *, bins: int = 8) -> list[str]:
     """Lines of a histogram with bins of equal width.
 
     >>> histogram([10, 12, 30], bins=2)
-    ['   10-20     2 ########################################', '   21-31     1 ####################']
+    ['   10-20       2 ########################################', '   21-31       1 ####################']
     """
     low, high = min(values), max(values)
     width = max(1, -(-(high - low + 1) // bins))

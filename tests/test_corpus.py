@@ -121,3 +121,16 @@ def test_the_command_ends_with_exit_code_2_and_no_traceback(good, tmp_path):
     assert done.returncode == 2
     assert "error: 2 problems" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_torn_image_is_found_by_decoding_it(good, tmp_path):
+    torn = (good / "images/0.png").read_bytes()[:900]
+    folder = broken(good, tmp_path / "project", Bad("torn", "", "", files={"images/0.png": torn}))
+    config = load_config(folder / "align.yaml")
+    assert not run_preflight(config).problems
+    found = run_preflight(config, decode=True)
+    assert [problem.area for problem in found.problems] == ["data"]
+    assert "'images/0.png' cannot be decoded" in found.text()
+    done = align(folder, "check")
+    assert done.returncode == 2
+    assert "1 images cannot be read" in done.stderr

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from demo_build.critic import in_vocabulary, listen, teach_critic
+from demo_build.critic import FIRST_MIX, LATE_MIX, Mix, in_vocabulary, listen, teach_critic
 from demo_build.export import export, open_weights
 from demo_build.instruct import ASKED_LATE, VERDICT_WEIGHT, Course, Log, ask, score, teach, teach_looking
 from demo_build.model import make_model
@@ -34,8 +34,11 @@ LOOK = Course(num_steps=400, rate=1e-3, tower_rate=2e-4, seed=9, batch_size=24, 
 LATE = Course(num_steps=400, rate=6e-4, tower_rate=2e-4, seed=5)
 POLICY_COURSE = Course(num_steps=200, rate=3e-4, tower_rate=0.0, seed=1, num_warmup=20)
 CRITIC_COURSE = Course(num_steps=700, rate=1e-3, tower_rate=2e-4, seed=2, batch_size=14)
+CRITIC_LATE = Course(num_steps=450, rate=1e-3, tower_rate=2e-4, seed=12, batch_size=14)
 #: The share of faulty answers by task: set so that the policy's samples are right about half of the time.
-FAULTS = {"list": 0.5, "count": 0.3, "largest": 0.5, "has": 0.85, "describe": 0.5}
+FAULTS = {"list": 0.6, "count": 0.35, "largest": 0.5, "has": 0.75, "describe": 0.6}
+#: Those of a second such model, whose answers the critic learns from.
+OTHER_FAULTS = {"list": 0.5, "count": 0.3, "largest": 0.5, "has": 0.85, "describe": 0.5}
 
 
 class Build:
@@ -55,8 +58,14 @@ class Build:
         self.stage("good", self.train_good)
         self.stage("look", self.train_look)
         self.stage("late", self.train_late)
-        self.stage("policy", self.train_policy)
-        self.stage("critic", self.train_critic)
+        self.stage("policy", lambda out, log: self.train_faulty(out, log, FAULTS))
+        self.stage("habits", lambda out, log: self.train_faulty(out, log, OTHER_FAULTS))
+        self.stage(
+            "critic", lambda out, log: self.train_critic(out, log, "late", CRITIC_COURSE, FIRST_MIX, num_heard=1000)
+        )
+        self.stage(
+            "critic-late", lambda out, log: self.train_critic(out, log, "critic", CRITIC_LATE, LATE_MIX, num_heard=600)
+        )
         self.finish()
 
     def file(self, name: str) -> Path:
@@ -103,39 +112,40 @@ class Build:
         teach(model, self.maker, LATE, log, asked=ASKED_LATE, verdict_weight=VERDICT_WEIGHT, every=100)
         torch.save(model.state_dict(), out)
 
-    def train_policy(self, out: Path, log: Log) -> None:
+    def train_faulty(self, out: Path, log: Log, faults: dict[str, float]) -> None:
         """The good model with bad habits."""
         model = open_weights(self.file("late"), self.tokenizer)
-        teach(model, self.maker, POLICY_COURSE, log, faults=FAULTS)
+        teach(model, self.maker, POLICY_COURSE, log, faults=faults)
         torch.manual_seed(0)
         sampled = score(model, self.maker, *ask(400, "policy", 7), temperature=0.9, num_samples=4)
         log(f"sampled at temperature 0.9: {sampled}")
         torch.save(model.state_dict(), out)
 
-    def train_critic(self, out: Path, log: Log) -> None:
-        """The good model taught to compare, partly on what the good and the faulty model say."""
-        policies = [open_weights(self.file(name), self.tokenizer) for name in ("late", "policy")]
-        bank = in_vocabulary(self.maker, listen(policies, self.maker, 1000, seed=3, log=log))
+    def train_critic(self, out: Path, log: Log, start: str, course: Course, mix: Mix, num_heard: int) -> None:
+        """A model taught to compare, partly on what a good and a faulty model say."""
+        policies = [open_weights(self.file(name), self.tokenizer) for name in ("late", "habits")]
+        bank = in_vocabulary(self.maker, listen(policies, self.maker, num_heard, seed=course.seed + 1, log=log))
         held_out = in_vocabulary(self.maker, listen(policies[1:], self.maker, 600, seed=4, log=log, part="policy"))
-        model = open_weights(self.file("late"), self.tokenizer)
-        teach_critic(
-            model,
-            self.maker,
-            CRITIC_PROMPT,
-            CRITIC_COURSE,
-            log,
-            bank=bank,
-            held_out=held_out,
-            after=lambda step: torch.save(model.state_dict(), out.with_suffix(".part")),
-        )
+        model = open_weights(self.file(start), self.tokenizer)
+        teach_critic(model, self.maker, CRITIC_PROMPT, course, log, mix=mix, bank=bank, held_out=held_out)
         torch.save(model.state_dict(), out)
 
     def finish(self) -> None:
         """Write both checkpoints into the package, and the log beside them."""
         log = self.log_of("export")
-        for name, folder in (("policy", POLICY), ("critic", CRITIC)):
+        for name, folder in (("policy", POLICY), ("critic-late", CRITIC)):
             export(self.file(name), folder, self.tokenizer, log)
-        stages = [*(f"tower-{kind}" for kind in TOWER_STEPS), "good", "look", "late", "policy", "critic", "export"]
+        stages = [
+            *(f"tower-{kind}" for kind in TOWER_STEPS),
+            "good",
+            "look",
+            "late",
+            "policy",
+            "habits",
+            "critic",
+            "critic-late",
+            "export",
+        ]
         text = "".join((self.work / f"{stage}.log").read_text(encoding="utf-8") for stage in stages)
         heading = f"# scripts/build_demo.py on {platform.machine()}, transformers {transformers.__version__}\n"
         (POLICY.parent / "build_log.txt").write_text(heading + text, encoding="utf-8")

@@ -28,9 +28,25 @@ from reward.prompt import Prompt, load_prompt
 NUM_PAIRS = 4
 READ_ALONG = ("list", "describe")
 OPTIONS = ("first", "second")
-#: Shares of training pictures: asked after ten digits, and taken from what real policies said.
-LOOKUP_SHARE, BANK_SHARE = 0.4, 0.1
-COMPARED = ("list", "count", "largest", "largest", "describe")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a critic is taught with.
+
+    `compared`: tasks to draw from beside "is there a D". `lookup_share`, `bank_share`: shares of training pictures that
+    are asked after ten digits, and that come from what real policies said. `balanced`: ask after as many digits that
+    are there as are not, instead of all ten; unbalanced, "no" alone is right in three of four.
+    """
+
+    compared: tuple[str, ...]
+    lookup_share: float
+    bank_share: float
+    balanced: bool
+
+
+FIRST_MIX = Mix(("list", "count", "largest", "describe"), lookup_share=0.3, bank_share=0.2, balanced=False)
+LATE_MIX = Mix(("list", "count", "largest", "largest", "describe"), lookup_share=0.4, bank_share=0.1, balanced=True)
 #: What a token of a right response weighs in the loss beside a verdict. Reading inside the very prompt matters: a model
 #: that expects the right words there is surprised by wrong ones, and comparing is then a small step.
 READING_WEIGHT = 0.2
@@ -90,8 +106,11 @@ class Said:
 class Comparisons(IterableDataset):
     """An endless stream of training rows, fixed by its seed; a share of the pictures comes from `bank`."""
 
-    def __init__(self, maker: RowMaker, prompt: Prompt, batch_size: int, seed: int, bank: Sequence[Said] = ()) -> None:
-        self.maker, self.prompt, self.batch_size, self.seed, self.bank = maker, prompt, batch_size, seed, bank
+    def __init__(
+        self, maker: RowMaker, prompt: Prompt, batch_size: int, seed: int, *, mix: Mix, bank: Sequence[Said] = ()
+    ) -> None:
+        self.maker, self.prompt, self.batch_size, self.seed = maker, prompt, batch_size, seed
+        self.mix, self.bank = mix, bank
 
     def __iter__(self) -> Iterator[Rows]:
         rng = random.Random(self.seed)
@@ -102,17 +121,17 @@ class Comparisons(IterableDataset):
     def _row(self, rng: random.Random) -> tuple[np.ndarray, list[Branch]]:
         branches: list[Branch] = []
         kind = rng.random()
-        if self.bank and kind < BANK_SHARE:
+        if self.bank and kind < self.mix.bank_share:
             said = rng.choice(self.bank)
             pixels, digits = said.pixels, list(said.digits)
             branches += self._compare(said.task, *rng.sample(said.responses, 2))
         else:
             canvas = draw(rng, "train")
             pixels, digits = canvas.pixels, canvas.digits
-        if kind > 1 - LOOKUP_SHARE:
+        if kind > 1 - self.mix.lookup_share:
             return pixels, self._lookups(rng, digits)
         while len(branches) < 2 * NUM_PAIRS:
-            task = make_task(rng, rng.choice(COMPARED), digits)
+            task = make_task(rng, rng.choice(self.mix.compared), digits)
             branches += self._compare(task, *self._candidates(rng, task))
         task = make_task(rng, rng.choice(READ_ALONG), digits)
         return pixels, [*branches, self.maker.branch([task.question], task.answer)]
@@ -248,6 +267,7 @@ def teach_critic(
     course: Course,
     log: Log,
     *,
+    mix: Mix,
     bank: Sequence[Said],
     held_out: Sequence[Said],
     after: Any = lambda step: None,
@@ -256,7 +276,7 @@ def teach_critic(
     """Train in place, with a look at held-out pairs every `every` steps."""
     prompt = load_prompt(prompt_path, "pairwise")
     optimizer, schedule = optimizer_for(model, course)
-    lessons = Comparisons(maker, prompt, course.batch_size, course.seed, bank)
+    lessons = Comparisons(maker, prompt, course.batch_size, course.seed, mix=mix, bank=bank)
     stream = iter(DataLoader(lessons, batch_size=None, num_workers=1, collate_fn=_same))
     verdicts = [maker.encode(word)[0] for word in (*prompt.options.values(), "Yes", "No")]
     model.train()

@@ -27,7 +27,8 @@ from tests.distributed.launches import ROOT, add_run
 from tests.dpo.conftest import make_pairs
 from tests.stage_runs import SETTINGS, make_project, write_lines
 
-PATIENCE_S = 120
+# A machine may be busy with other things; what these tests wait for comes at last.
+PATIENCE_S = 600
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def test_every_stage_may_be_killed_at_any_moment(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| equal |") == 5

@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
             launch={"strategy": "zero3"},
             dpo={"learning_rate": 1e-4, "gradient_checkpointing": True},
         )
-    train_in_two_processes(folder, FAMILIES, timeout=580)
+    train_in_two_processes(folder, FAMILIES)
     return folder
 
 

@@ -19,6 +19,8 @@ from align.dpo.train import run_dpo
 from align.engines.critics import plan_critic
 from align.errors import UserError
 from align.pairs import run_pairs
+from align.plan import Machine, make_plan
+from align.plan_text import plan_text
 from align.recipes import HERE, recipe_names, recipe_text
 from align.rundir import RunDir
 from tests.stage_runs import align, make_project
@@ -89,6 +91,21 @@ def test_a_recipe_resolves_and_its_settings_are_valid(recipe, project):
     training_arguments(config, recipe.parent / "trainer", torch.device("cpu"), torch.float32)
     if config.pairs_file is None:
         plan_critic(config)
+
+
+def test_a_recipe_can_be_planned(recipe, project):
+    config = load_config(
+        recipe,
+        [
+            f"pairs_file={project / 'pairs.jsonl'}",
+            "questions=",
+            "evaluate.questions=",
+            "rounds=1",
+            f"image_root={project}",
+        ],
+    )
+    plan = make_plan(config, Machine(8, 80.0, 350.0, 2500.0))
+    assert f"{NUM_PAIRS} prompts" in plan_text(plan)
 
 
 def test_a_recipe_trains_three_steps(recipe, project):

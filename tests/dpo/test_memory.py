@@ -52,5 +52,5 @@ def test_training_goes_on_with_smaller_batches_and_the_same_steps(tmp_path, monk
 def test_a_single_pair_that_does_not_fit_ends_with_advice(tmp_path, monkeypatch):
     config = make_run(tmp_path, dpo={"per_device_train_batch_size": 1})
     make_small(monkeypatch, 0)
-    with pytest.raises(UserError, match="out of memory with a single pair.*zero3"):
+    with pytest.raises(UserError, match=r"out of memory with a single pair.*zero3"):
         run_dpo(config, 1)

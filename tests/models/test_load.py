@@ -93,7 +93,9 @@ def test_the_image_token_is_found_in_a_tokenizer_json(tmp_path):
 
 def test_another_architecture_under_the_same_model_type_is_refused(folder):
     edit(folder / "config.json", architectures=["ValleyMistralForCausalLM"])
-    with pytest.raises(ValueError, match=r"expected architectures to name one of ValleyQwen2ForCausalLM.*ValleyMistral"):
+    with pytest.raises(
+        ValueError, match=r"expected architectures to name one of ValleyQwen2ForCausalLM.*ValleyMistral"
+    ):
         AutoConfig.from_pretrained(folder)
     with pytest.raises(UserError, match="'ValleyMistralForCausalLM'"):
         load_model(folder)

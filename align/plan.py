@@ -216,6 +216,11 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
             f"responses of {response_tokens} tokens for times (--response-tokens), of {config.sample.max_new_tokens} "
             "(sample.max_new_tokens) for memory",
             f"{USABLE:.0%} of a GPU's memory usable; weights of {how.weight_bytes} bytes, arithmetic of {key_bytes}",
+            *(
+                ["training in full: an adapter (dpo.lora) takes far less than is planned here"]
+                if config.dpo.lora
+                else []
+            ),
         ],
     )
 

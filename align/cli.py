@@ -547,7 +547,7 @@ def _stop(*_: object) -> None:
 def _fail(text: str, *, code: int) -> None:
     if not is_main_process():
         # The main process usually says the same, and the launcher then ends this one.
-        time.sleep(2.0)
+        time.sleep(20.0)
     typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
     sys.exit(code)
 

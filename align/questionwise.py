@@ -41,7 +41,9 @@ def begin(manifest: Manifest, stage: str, *, settings: dict[str, Any], inputs: d
     if is_main_process():
         manifest.begin(stage, settings=settings, inputs=inputs)
     barrier()
-    return not manifest.complete(stage)
+    something_to_do = not manifest.complete(stage)
+    barrier()  # nobody finishes the stage before everybody has looked
+    return something_to_do
 
 
 def work_through(

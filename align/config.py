@@ -119,7 +119,7 @@ class CriticSettings(Section):
     """Stage 2: who judges the responses."""
 
     kind: str = Field(
-        "pairwise", description="pairwise, pointwise, claims, verifier, scalar, panel or random (a control)"
+        "pairwise", description="pairwise, pointwise, claims, verifier, scalar, panel, or the controls random and length"
     )
     model: str | None = Field(None, description="checkpoint of the critic model")
     processor: dict[str, Any] = Field(default_factory=dict, description="keyword settings of the critic's processor")

@@ -262,7 +262,7 @@ def stage_seconds(
         found["sample"] = max(reading, writing) if not config.sample.servers else reading
         comparisons = {"pairwise": (num_responses * (num_responses - 1), 2), "panel": (num_responses, 2)}
         count, width = comparisons.get(config.critic.kind, (num_responses, 1))
-        judged = branches(count, width * response) if config.critic.kind not in ("verifier", "random") else 0.0
+        judged = branches(count, width * response) if config.critic.kind not in ("verifier", "random", "length") else 0.0
         found["score"] = judged / per_second
     pairs = len(questions) * (config.pairs.max_per_question if config.questions is not None else 1)
     # Shared: the prompt once with both responses; separate: twice with one each.

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 from reward.ask import Asker
 from reward.critics.base import Critic, Item, Judgement, Verdict
 from reward.critics.claims import ClaimsCritic
+from reward.critics.length import LengthCritic
 from reward.critics.pairwise import PairwiseCritic
 from reward.critics.panel import PanelCritic
 from reward.critics.pointwise import PointwiseCritic
@@ -30,6 +31,7 @@ CRITICS: dict[str, type] = {
     "scalar": ScalarCritic,
     "panel": PanelCritic,
     "random": RandomCritic,
+    "length": LengthCritic,
 }
 
 _NEEDS = {"asker": "a model to ask", "scorer": "a reward model"}

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from reward.critics import asks_model, make_critic
+from reward.critics import asks_model, make_critic, needs
 from reward.critics.base import NO_ANSWER, NO_REFERENCE, OUTSIDE_OPTIONS, REFUSED, UNPARSEABLE
 from reward.critics.claims import NO_CLAIMS, ClaimsCritic, sentences
+from reward.critics.length import LengthCritic
 from reward.critics.panel import NORMALISERS, PanelCritic
 from reward.critics.pointwise import PointwiseCritic, read_rating
 from reward.critics.random import RandomCritic
@@ -303,3 +304,24 @@ def test_faulty_panels_are_refused():
         PanelCritic({"up": Fixed([])}, weights={"up": 0.0})
     with pytest.raises(RewardError, match="no critics"):
         PanelCritic({})
+
+
+def test_the_length_critic_rewards_length_alone():
+    # Lengths 2, 4, 1, 3 and a twin of the first: wins minus losses of four distinct ones, in both orders.
+    [judgement] = LengthCritic().judge([ITEM])
+    assert judgement.rewards == [-2.0, 6.0, -6.0, 2.0, -2.0]
+    assert judgement.verdicts == []
+
+
+def test_responses_of_one_length_are_tied_and_a_lone_one_is_unscored():
+    equal, lone = LengthCritic().judge([Item("q", "?", (), ("one", "two ")), Item("q", "?", (), ("one", "one"))])
+    assert equal.rewards == [0.0, 0.0]
+    assert lone.rewards == [None, None]
+    assert set(lone.unscored) == {0, 1}
+
+
+def test_the_length_critic_needs_nothing():
+    assert needs("length") is None
+    assert isinstance(make_critic("length"), LengthCritic)
+    with pytest.raises(RewardError, match="no setting"):
+        make_critic("length", {"unit": "words"})

@@ -311,18 +311,43 @@ def run(
     _say(f"checkpoint: {last.checkpoint}\nreport:     {path}", next_command="open the report in a browser")
 
 
-@app.command(epilog="Example:  align report --control runs/random")
+@app.command(epilog="Example:  align report runs/critic --control runs/random --out critic.html")
 def report(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run's folder, without a configuration; default: that of align.yaml.")
+    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     control: Annotated[Path | None, typer.Option(help="Folder of a control run to show beside this one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the run's folder.")] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder of the images, where they are no longer where the run found them.")
+    ] = None,
+    evaluation_image_root: Annotated[
+        Path | None, typer.Option(help="Folder of the held-out images, where it is another than --image-root.")
+    ] = None,
+    max_held_out: Annotated[int, typer.Option(min=0, help="Most held-out questions to embed with their images.")] = 60,
+    max_training: Annotated[int, typer.Option(min=0, help="Most training questions to embed.")] = 40,
+    backdrop: Annotated[
+        bool, typer.Option(help="Offer the published course of Valley2-DPO behind the training curves.")
+    ] = True,
 ) -> None:
     """One HTML page of the run: curves, pairs, critic, questions with their responses."""
     from align.report import write_report
 
-    loaded = _load(config, set_)
-    path = write_report(loaded.run_dir, control=control)
-    _say(f"report: {path}", next_command="open it in a browser")
+    if run is not None and (config is not None or set_):
+        raise UserError("a run's folder and a configuration were given", fix="name one of them")
+    path = write_report(
+        run if run is not None else load_config(find_config(config), set_).run_dir,
+        control=control,
+        image_root=image_root,
+        evaluation_image_root=evaluation_image_root or image_root,
+        out=out,
+        max_held_out=max_held_out,
+        max_training=max_training,
+        backdrop=backdrop,
+    )
+    _say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)", next_command="open it in a browser")
 
 
 @app.command(epilog="Example:  align status runs/run   (from another terminal)")

@@ -121,8 +121,9 @@ class Endpoint:
         """See that the server answers and (`check_model`) has the model; without a name, take the only one that it has.
 
         Raises:
-            RetryLaterError: it does not answer. NotServedError: it has other models. UserError: the key or the
-            address is wrong.
+            RetryLaterError: it does not answer.
+            NotServedError: it has other models.
+            UserError: the key or the address is wrong.
         """
         try:
             listed = await self._ask(client, "GET", "/models", None, CHECK_TIMEOUT_S)

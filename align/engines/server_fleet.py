@@ -109,8 +109,9 @@ class Fleet:
         endpoint cannot do it.
 
         Raises:
-            RefusedError: the server will not answer this. UnansweredError: it failed too often. UserError: all
-            servers are out, or a key is wrong.
+            RefusedError: the server will not answer this.
+            UnansweredError: it failed too often.
+            UserError: all servers are out, or a key is wrong.
         """
         for tries in range(1, self.settings.tries + 1):
             endpoint = await self._take(prefer)

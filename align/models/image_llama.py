@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from .visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention, freeze_unused
+from .visual_tokens import VisualBackbone, VisualCausalLM
 
 
 class ImageLlamaConfig(LlamaConfig):
@@ -71,10 +69,6 @@ class ImageLlamaModel(VisualBackbone, LlamaModel):
     image_inputs = ("pixel_values", "pictures_per_image")
     num_dummy_pictures = 1
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        config.vision_config._attn_implementation = encoder_attention(config)
-
     def dummy_image_inputs(self) -> dict[str, torch.Tensor]:
         side, count = self.config.vision_config.image_size, self.num_dummy_pictures
         return {
@@ -82,101 +76,12 @@ class ImageLlamaModel(VisualBackbone, LlamaModel):
             "pictures_per_image": torch.tensor([count], device=self.device),
         }
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pictures_per_image: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Llama's forward after images have replaced their placeholders.
-
-        `image_features` `(n, D)`: visual tokens of all images, already encoded, instead of the pictures. Raises
-        ValueError where placeholders and images do not fit each other.
-        """
-        inputs_embeds = self.embed(
-            input_ids,
-            inputs_embeds,
-            past_key_values,
-            image_features,
-            pixel_values=pixel_values,
-            pictures_per_image=pictures_per_image,
-        )
-        return super().forward(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-
 
 class ImageLlamaForCausalLM(VisualCausalLM, LlamaForCausalLM):
     """The backbone of a family, `backbone_class`, with its language-model head."""
 
-    backbone_class: ClassVar[type[ImageLlamaModel]]
-    encoder_configs = ("vision_config",)
     # Buffers that transformers 4 stored.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"embeddings\.position_ids"]  # noqa: RUF012
-
-    def __init__(self, config: Any) -> None:
-        LlamaPreTrainedModel.__init__(self, config)
-        self.model = self.backbone_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-        freeze_unused(self)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pictures_per_image: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits `(B, L, vocabulary)`, of the last `logits_to_keep` positions where that is not 0.
-
-        `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on, give a mean cross-entropy as `loss`.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pictures_per_image=pictures_per_image,
-            image_features=image_features,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 def unused_clip_layers(config: Any, prefix: str) -> tuple[str, ...]:

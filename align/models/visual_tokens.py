@@ -3,12 +3,19 @@
 A backbone says what its image tensors are (`image_inputs`), what they become (`get_image_features`) and what a blank image
 looks like (`dummy_image_inputs`). Images are flat over the batch, in the order of their placeholders. Nothing here
 lengthens a sequence.
+
+Shapes: B sequences, L tokens, D text width, n visual tokens of all images.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 BUILT_IN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -17,8 +24,21 @@ class VisualBackbone:
     """Mixin in front of a text backbone that has `embed_tokens` and a config with `image_token_id`."""
 
     image_inputs: tuple[str, ...]
+    """Names of the image tensors; a class names all that it may know, an object those that its config asks for."""
+    encoder_configs: ClassVar[tuple[str, ...]] = ("vision_config",)
+    """Names of the attributes of the config that hold the encoders' configs."""
     config: Any
     device: torch.device
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        for encoder in self.encoders():
+            encoder._attn_implementation = encoder_attention(config)
+
+    def encoders(self) -> list[Any]:
+        """The configs of the encoders that are there."""
+        found = [getattr(self.config, name) for name in self.encoder_configs]
+        return [encoder for encoder in found if encoder is not None]
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """`pooler_output`: for every image its visual tokens `(n, D)`, as many as the processor counts."""
@@ -31,6 +51,26 @@ class VisualBackbone:
     def places(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`(B, L)` bool: where a placeholder stands."""
         return input_ids == self.config.image_token_id
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The text backbone's forward after images have replaced their placeholders; keywords as in `embed`."""
+        images = {name: kwargs.pop(name, None) for name in type(self).image_inputs}
+        return super().forward(  # type: ignore[misc]
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=self.embed(input_ids, inputs_embeds, past_key_values, image_features, **images),
+            **kwargs,
+        )
 
     def embed(
         self,
@@ -79,14 +119,33 @@ class VisualBackbone:
 
 
 class VisualCausalLM:
-    """Mixin in front of a causal language model whose `model` is a `VisualBackbone`."""
+    """Mixin in front of a causal language model of transformers, with a `VisualBackbone` in the place of its backbone.
+
+    `forward` takes the image tensors of the backbone as keywords and gives logits `(B, L, vocabulary)`, of the last
+    `logits_to_keep` positions where that is given. `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on, give a
+    mean cross-entropy as `loss`.
+    """
 
     config: Any
     model: Any
-    encoder_configs: ClassVar[tuple[str, ...]]
-    """Names of the attributes of the config that hold the encoders' configs."""
+    backbone_class: ClassVar[type[VisualBackbone]]
     unused_modules: ClassVar[tuple[str, ...]] = ()
     """Modules that are stored but never used: a gradient that never comes would stop DDP."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "backbone_class"):
+            names = (*cls.backbone_class.image_inputs, "image_features")
+            cls.forward = _with_arguments(cls.forward, names)  # type: ignore[attr-defined]
+
+    def __init__(self, config: Any) -> None:
+        # Not that of the language model, which would make a backbone of its own.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.backbone_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[attr-defined]
+        freeze_unused(self)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +159,7 @@ class VisualCausalLM:
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but an attention function of one's own reaches only the text model, not the encoders."""
-        encoders = [getattr(self.config, name) for name in self.encoder_configs if getattr(self.config, name)]
+        encoders = self.model.encoders()
         before = [encoder._attn_implementation for encoder in encoders]
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
         if attn_implementation not in BUILT_IN_ATTENTION:
@@ -136,6 +195,21 @@ class VisualCausalLM:
             [tokens for sequence in features.split(counts) for tokens in [sequence] * expand_size]
         )
         return expanded_ids, kwargs
+
+
+def _with_arguments(forward: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """A forward that takes `**kwargs`, with arguments that are among them in its signature: `generate` refuses what it
+    does not find there, and the Trainer drops such columns."""
+
+    @functools.wraps(forward)
+    def named(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    *known, rest = inspect.signature(forward).parameters.values()
+    missing = [name for name in names if name not in {parameter.name for parameter in known}]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in missing]
+    named.__signature__ = inspect.Signature([*known, *added, rest])  # type: ignore[attr-defined]
+    return named
 
 
 def freeze_unused(model: Any) -> None:

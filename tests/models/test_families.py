@@ -132,8 +132,7 @@ def test_eager_equals_sdpa_and_a_set_attention_stays_out_of_the_encoder(golden, 
     inputs = processor.apply_chat_template(conversations[1], **OPTIONS)
     with torch.no_grad():
         torch.testing.assert_close(eager(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-4)
-    encoder = getattr(eager.config, eager.encoder_configs[0])
-    assert encoder._attn_implementation == "eager"
+    assert eager.model.encoders()[0]._attn_implementation == "eager"
 
 
 def test_the_collator_of_trl_builds_batches_that_the_model_takes(model, processor):

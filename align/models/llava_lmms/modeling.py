@@ -14,15 +14,15 @@ S edge of a view in pixels. Images are flat over the batch, in the order of thei
 """
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel, SiglipVisionModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers import Qwen2ForCausalLM, Qwen2Model, SiglipVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention, freeze_unused
+from ..visual_tokens import VisualBackbone, VisualCausalLM
 from .configuration import LlavaQwenConfig
 from .layout import NUM_LAYOUT_FIELDS, ImageLayout
 
@@ -49,7 +49,6 @@ class LlavaQwenModel(VisualBackbone, Qwen2Model):
 
     def __init__(self, config: LlavaQwenConfig) -> None:
         super().__init__(config)
-        config.vision_config._attn_implementation = encoder_attention(config)
         self.vision_tower = VisionTower(SiglipVisionModel(config.vision_config))
         self.mm_projector = _projector(config)
         self.image_newline = nn.Parameter(torch.randn(config.hidden_size) / math.sqrt(config.hidden_size))
@@ -95,79 +94,13 @@ class LlavaQwenModel(VisualBackbone, Qwen2Model):
             "image_layouts": torch.zeros(1, NUM_LAYOUT_FIELDS, dtype=torch.int64, device=self.device),
         }
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_layouts: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Qwen2's forward after images have replaced their placeholders.
-
-        `image_features` `(n, D)`: visual tokens of all images, already encoded, instead of the image tensors.
-        Raises ValueError where placeholders and visual tokens differ in number.
-        """
-        images = {"pixel_values": pixel_values, "image_layouts": image_layouts}
-        return super().forward(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=self.embed(input_ids, inputs_embeds, past_key_values, image_features, **images),
-            use_cache=use_cache,
-            **kwargs,
-        )
-
 
 class LlavaQwenForCausalLM(VisualCausalLM, Qwen2ForCausalLM):
     """LLaVA-OneVision with its language-model head; named as the published checkpoints name it."""
 
     config_class = LlavaQwenConfig
-    encoder_configs = ("vision_config",)
+    backbone_class = LlavaQwenModel
     unused_modules = ("model.vision_tower.vision_tower.post_layernorm", "model.vision_tower.vision_tower.head")
-
-    def __init__(self, config: LlavaQwenConfig) -> None:
-        Qwen2PreTrainedModel.__init__(self, config)
-        self.model = LlavaQwenModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        freeze_unused(self)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_layouts: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits `(B, L, vocabulary)`, of the last `logits_to_keep` positions where that is given.
-
-        `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on, give a mean cross-entropy as `loss`.
-        """
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            pixel_values=pixel_values,
-            image_layouts=image_layouts,
-            image_features=image_features,
-            **kwargs,
-        )
 
 
 def _projector(config: LlavaQwenConfig) -> nn.Sequential:

@@ -12,16 +12,16 @@ flat over the batch, in the order of their placeholders:
 `forward` never lengthens a sequence.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers import Qwen3ForCausalLM, Qwen3Model
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from ..visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention
+from ..visual_tokens import VisualBackbone, VisualCausalLM
 from .configuration import Valley25Config
 
 MERGER_NORM_EPS = 1e-6
@@ -55,10 +55,10 @@ class ValleyQwen3Model(VisualBackbone, Qwen3Model):
     config_class = Valley25Config
     _no_split_modules: ClassVar = ["Qwen3DecoderLayer", "Qwen2VLVisionBlock"]
     image_inputs = ("pixel_values", "image_grid_thw")
+    encoder_configs = ("eagle_vision_config",)
 
     def __init__(self, config: Valley25Config) -> None:
         super().__init__(config)
-        config.eagle_vision_config._attn_implementation = encoder_attention(config)
         self.qwen2vl_vision_tower = Qwen2VisionTransformerPretrainedModel(config.eagle_vision_config)
         self.qwen2vl_vision_tower.merger = WideMerger(config)
         self.post_init()
@@ -81,74 +81,9 @@ class ValleyQwen3Model(VisualBackbone, Qwen3Model):
             "image_grid_thw": torch.tensor([[1, side, side]], device=self.device),
         }
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Qwen3's forward after images have replaced their placeholders.
-
-        `image_features` `(n, D)`: visual tokens of all images, already encoded, instead of the image tensors.
-        Raises ValueError where placeholders and visual tokens differ in number.
-        """
-        images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
-        return super().forward(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=self.embed(input_ids, inputs_embeds, past_key_values, image_features, **images),
-            use_cache=use_cache,
-            **kwargs,
-        )
-
 
 class ValleyQwen3ForCausalLM(VisualCausalLM, Qwen3ForCausalLM):
     """Valley2.5 with its language-model head; named as the published checkpoint is taken to name it."""
 
     config_class = Valley25Config
-    encoder_configs = ("eagle_vision_config",)
-
-    def __init__(self, config: Valley25Config) -> None:
-        Qwen3PreTrainedModel.__init__(self, config)
-        self.model = ValleyQwen3Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits `(B, L, vocabulary)`, of the last `logits_to_keep` positions where that is given.
-
-        `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on, give a mean cross-entropy as `loss`.
-        """
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
-            image_features=image_features,
-            **kwargs,
-        )
+    backbone_class = ValleyQwen3Model

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel, SiglipVisionModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers import Qwen2ForCausalLM, Qwen2Model, SiglipVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from ..visual_tokens import VisualBackbone, VisualCausalLM, encoder_attention, freeze_unused
+from ..visual_tokens import VisualBackbone, VisualCausalLM
 from .configuration import ValleyEagleConfig
 
 SIGLIP_INPUTS = ("pixel_values", "tiles_per_image", "image_sizes")
@@ -115,16 +115,16 @@ class ValleyQwen2Model(VisualBackbone, Qwen2Model):
 
     config_class = ValleyEagleConfig
     _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer", "Qwen2VLVisionBlock"]  # noqa: RUF012
+    image_inputs: tuple[str, ...] = (*SIGLIP_INPUTS, *EAGLE_INPUTS)
+    encoder_configs = ("vision_config", "eagle_vision_config")
 
     def __init__(self, config: ValleyEagleConfig) -> None:
         super().__init__(config)
         self.geometry = config.geometry()
-        self.image_inputs = SIGLIP_INPUTS
-        config.vision_config._attn_implementation = encoder_attention(config)
         self.vision_tower = SiglipTower(SiglipVisionModel(config.vision_config))
-        if config.eagle_vision_config is not None:
-            self.image_inputs = (*SIGLIP_INPUTS, *EAGLE_INPUTS)
-            config.eagle_vision_config._attn_implementation = encoder_attention(config)
+        if config.eagle_vision_config is None:
+            self.image_inputs = SIGLIP_INPUTS
+        else:
             self.qwen2vl_vision_tower = Qwen2VisionTransformerPretrainedModel(config.eagle_vision_config)
         self.mm_projector = PROJECTORS[config.mm_projector_type](config)
         self.post_init()
@@ -191,95 +191,14 @@ class ValleyQwen2Model(VisualBackbone, Qwen2Model):
             inputs["image_grid_thw"] = torch.tensor([[1, side, side]], device=device)
         return inputs
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        tiles_per_image: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
-        eagle_pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """Qwen2's forward after images have replaced their placeholders.
-
-        `image_features` `(n, D)`: visual tokens of all images, already encoded, instead of the image tensors.
-        Raises ValueError where placeholders and visual tokens differ in number.
-        """
-        images = {
-            "pixel_values": pixel_values,
-            "tiles_per_image": tiles_per_image,
-            "image_sizes": image_sizes,
-            "eagle_pixel_values": eagle_pixel_values,
-            "image_grid_thw": image_grid_thw,
-        }
-        return super().forward(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=self.embed(input_ids, inputs_embeds, past_key_values, image_features, **images),
-            use_cache=use_cache,
-            **kwargs,
-        )
-
 
 class ValleyQwen2ForCausalLM(VisualCausalLM, Qwen2ForCausalLM):
     """Valley-Eagle with its language-model head; named as the published checkpoints name it."""
 
     config_class = ValleyEagleConfig
-    encoder_configs = ("vision_config", "eagle_vision_config")
+    backbone_class = ValleyQwen2Model
     # The pooling head is stored but never used, and a small encoder may be configured without it.
     unused_modules = ("model.vision_tower.vision_tower.head",)
-
-    def __init__(self, config: ValleyEagleConfig) -> None:
-        Qwen2PreTrainedModel.__init__(self, config)
-        self.model = ValleyQwen2Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        freeze_unused(self)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        tiles_per_image: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
-        eagle_pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits `(B, L, vocabulary)`, of the last `logits_to_keep` positions where that is given.
-
-        `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on, give a mean cross-entropy as `loss`.
-        """
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            pixel_values=pixel_values,
-            tiles_per_image=tiles_per_image,
-            image_sizes=image_sizes,
-            eagle_pixel_values=eagle_pixel_values,
-            image_grid_thw=image_grid_thw,
-            image_features=image_features,
-            **kwargs,
-        )
 
 
 def _perceptron(width: int, config: ValleyEagleConfig) -> nn.Sequential:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from align.report.changes import Change, History, State, headline, history
-from align.report.metrics import metric, plain
+from align.report.lessons import find_lessons
+from align.report.metrics import metric
 from align.report.read import RunData
-from align.report.trust import MOST_LENGTH_CORRELATION, Trust
+from align.report.trust import Trust
 
 
 @dataclass(frozen=True)
 class Verdict:
     """`state` colours it, `title` says it, `detail` says how sure.
 
-    `alarms` are rounds worse than their parent, `control` compares with the control, `aside` names length as what was
-    learned.
+    `alarms` are rounds worse than their parent, `control` compares with the control, `lessons` say what was learned
+    instead of being right, or besides.
     """
 
     state: State
@@ -23,29 +24,32 @@ class Verdict:
     detail: str
     alarms: list[str] = field(default_factory=list)
     control: str | None = None
-    aside: str | None = None
+    lessons: list[str] = field(default_factory=list)
 
 
 def judge(run: RunData, changes: History, control: RunData | None, trust: dict[int, Trust]) -> Verdict:
     """The verdict on a run with these changes; `trust` holds its critic's figures by round."""
     name = headline(run)
-    if name is None:
-        return Verdict("neutral", *_nothing_measured(run))
-    moved = changes.overall.get(name)
-    if moved is None:
-        return Verdict("neutral", *_one_round(run, name))
+    moved = changes.overall.get(name) if name else None
+    improved = moved is not None and moved.state == "better"
+    lessons = find_lessons(run, changes, trust, improved=improved)
+    texts = [lesson.text for lesson in lessons]
+    if name is None or moved is None:
+        return Verdict("neutral", *(_nothing_measured(run) if name is None else _one_round(run, name)), lessons=texts)
+    title = _title(moved)
+    if lessons:
+        title = f"{title[:-1]}; {lessons[0].short}."
     alarms = [_alarm(step) for step in changes.steps[name] if step.state == "worse"]
-    return Verdict(
-        moved.state,
-        _title(moved),
-        _detail(moved),
-        alarms,
-        _control(name, moved, control),
-        _length(changes, moved, trust),
-    )
+    return Verdict(moved.state, title, _detail(moved), alarms, _control(name, moved, control), texts)
 
 
 def _nothing_measured(run: RunData) -> tuple[str, str]:
+    if run.evaluated:
+        return (
+            "It is not known whether the model improved.",
+            "The held-out questions have no reference answers and no critic model compared the rounds, so nothing was "
+            "measured that is good or bad. The curves below show how the responses changed.",
+        )
     if run.setting("evaluate", "questions"):
         return ("Not evaluated yet.", "No round has held-out numbers so far; the report fills as stages finish.")
     return (
@@ -118,22 +122,6 @@ def _control(name: str, moved: Change, control: RunData | None) -> str | None:
     )
     apart = moved.difference.low > beside.difference.high or moved.difference.high < beside.difference.low
     return text + ("; the two intervals do not touch." if apart else "; the two intervals overlap.")
-
-
-def _length(changes: History, moved: Change, trust: dict[int, Trust]) -> str | None:
-    """What to say when the responses' length moved with a critic that rewards length."""
-    drift = changes.length_drift
-    follows = [item.figures.get("reward_length_correlation", 0.0) for item in trust.values()]
-    if drift is None or not follows:
-        return None
-    strongest = max(follows, key=abs)
-    if abs(strongest) <= MOST_LENGTH_CORRELATION or (strongest > 0) != (drift.last > drift.first):
-        return None
-    opening = "Part of what was learned is length" if moved.state == "better" else "What was learned is length"
-    return (
-        f"{opening}: {plain(drift.first)} tokens a response became {plain(drift.last)}, and the critic's rewards follow "
-        f"length (correlation {plain(strongest)})."
-    )
 
 
 def _round(number: int) -> str:

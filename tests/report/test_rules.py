@@ -107,33 +107,115 @@ def test_a_worse_round_is_an_alarm_even_when_the_last_one_is_better():
     assert found.alarms[0].startswith("Round 2 is worse than round 1")
 
 
-def lengthy(last_accuracy: float) -> RunData:
+def lengthy(last_accuracy: float, last_tokens: float = 15.0) -> RunData:
     return a_run(
-        one_round(0, greedy_accuracy=(0.5, 0.45, 0.55), response_tokens=(6, 5.8, 6.2)),
+        one_round(0, greedy_accuracy=(0.5, 0.45, 0.55), response_tokens=(6, 5.99, 6.01)),
         one_round(
-            1, greedy_accuracy=(last_accuracy, last_accuracy - 0.05, last_accuracy + 0.05), response_tokens=(15, 14, 16)
+            1,
+            greedy_accuracy=(last_accuracy, last_accuracy - 0.05, last_accuracy + 0.05),
+            response_tokens=(last_tokens, last_tokens - 0.01, last_tokens + 0.01),
         ),
     )
 
 
+LOVES_LENGTH = {1: Trust({"reward_length_correlation": 0.8, "chosen_longer": 0.95})}
+
+
 def test_a_critic_that_loves_length_is_said_to_have_taught_length():
-    trust = {1: Trust({"reward_length_correlation": 0.8})}
-    aside = verdict(lengthy(0.5), trust).aside
-    assert aside is not None
-    assert aside.startswith("What was learned is length: 6.00 tokens a response became 15.0")
-    assert "Responses became longer" in titles(lengthy(0.5), trust)
-    assert "The critic likes longer responses" in titles(lengthy(0.5), trust)
+    found = verdict(lengthy(0.5), LOVES_LENGTH)
+    assert found.title.endswith("; what it learned is length.")
+    (text,) = found.lessons
+    assert text.startswith("What was learned is length: 6.00 tokens a response became 15.0 (+150\u00a0%)")
+    assert "correlation 0.800" in text
+    assert "the longer response was chosen in 95.0\u00a0% of the pairs of unequal length" in text
+    assert "Responses became longer" in titles(lengthy(0.5), LOVES_LENGTH)
+    assert "The critic likes longer responses" in titles(lengthy(0.5), LOVES_LENGTH)
 
 
 def test_length_is_only_part_of_it_when_the_model_became_better():
-    aside = verdict(lengthy(0.9), {1: Trust({"reward_length_correlation": 0.8})}).aside
-    assert aside is not None
-    assert aside.startswith("Part of what was learned")
+    found = verdict(lengthy(0.9), LOVES_LENGTH)
+    assert found.state == "better"
+    assert found.title.endswith("; part of it is length.")
+    assert found.lessons[0].startswith("Part of what was learned")
+
+
+@pytest.mark.parametrize(("tokens", "taught"), [(6.8, True), (6.2, False)])
+def test_a_small_drift_is_length_learned_only_where_nothing_else_was(tokens, taught):
+    # From 6 tokens: 13 % is a drift for a run that did not improve (a twentieth), 3 % is none.
+    run, better = lengthy(0.5, tokens), lengthy(0.9, tokens)
+    assert bool(verdict(run, LOVES_LENGTH).lessons) is taught
+    assert verdict(better, LOVES_LENGTH).lessons == []
 
 
 def test_longer_responses_are_not_blamed_on_a_critic_that_ignores_or_dislikes_length():
     for correlation in (0.05, -0.8):
-        assert verdict(lengthy(0.5), {1: Trust({"reward_length_correlation": correlation})}).aside is None
+        assert verdict(lengthy(0.5), {1: Trust({"reward_length_correlation": correlation})}).lessons == []
+
+
+def test_a_critic_that_likes_length_in_one_round_and_brevity_in_the_next_taught_neither():
+    likes, dislikes = (Trust({"reward_length_correlation": value}) for value in (0.9, -0.4))
+    assert verdict(lengthy(0.5), {1: likes, 2: dislikes}).lessons == []
+    assert verdict(lengthy(0.5), {1: likes, 2: likes}).lessons != []
+
+
+def test_responses_that_became_shorter_are_laid_on_a_critic_that_loves_brevity():
+    brief = {1: Trust({"reward_length_correlation": -0.8, "chosen_longer": 0.1})}
+    (text,) = verdict(lengthy(0.5, 3.0), brief).lessons
+    assert "6.00 tokens a response became 3.00 (\u221250\u00a0%)" in text
+    assert "the shorter response was chosen in 90.0\u00a0%" in text
+
+
+def agreeing(*rounds: tuple[int, int]) -> dict[int, Trust]:
+    """(right, all) of the pairs that set a right response against a wrong one, by round."""
+    return {number: Trust({}, wilson(right, total)) for number, (right, total) in enumerate(rounds, start=1)}
+
+
+def unmoved() -> RunData:
+    return a_run(one_round(0, greedy_accuracy=(0.5, 0.45, 0.55)), one_round(1, greedy_accuracy=(0.5, 0.45, 0.55)))
+
+
+def test_preferences_like_a_coin_s_are_called_so():
+    found = verdict(unmoved(), agreeing((52, 100), (49, 100)))
+    assert found.title.endswith("; its preferences were no better than a coin's.")
+    (text,) = found.lessons
+    # 101 of 200; Wilson: (0.505 + 0.0096) / 1.0192 -+ 0.0686, by hand.
+    assert "in 50\u00a0% of 200 pairs (44\u00a0% to 57\u00a0%; a coin gives 50\u00a0%)" in text
+
+
+def test_a_run_that_rose_on_a_coin_s_preferences_says_so_in_its_first_sentence():
+    found = verdict(lengthy(0.9), agreeing((100, 200)))
+    assert found.title.startswith("Better")
+    assert found.title.endswith("; its preferences were no better than a coin's.")
+
+
+@pytest.mark.parametrize(
+    ("right", "short"),
+    [(60, "wrong more often than right"), (112, "no better than"), (116, "hardly better"), (150, None)],
+)
+def test_how_preferences_agree_with_reference_answers_has_four_grades(right, short):
+    lessons = verdict(unmoved(), agreeing((right, 200))).title
+    assert short in lessons if short else lessons.startswith("No improvement shown") and "preferences" not in lessons
+
+
+def test_few_pairs_say_nothing_about_preferences():
+    assert verdict(unmoved(), agreeing((5, 10))).lessons == []
+
+
+def test_without_reference_answers_training_tells_whether_there_was_anything_to_learn():
+    def trained(accuracy: float) -> RunData:
+        data = course(0.1, 0.2, accuracy)
+        data.metrics = {"greedy_accuracy": Interval(0.5, 0.45, 0.55, 100)}
+        return a_run(one_round(0, greedy_accuracy=(0.5, 0.45, 0.55)), data)
+
+    assert verdict(trained(0.51)).title.endswith("; training learned hardly anything from its pairs.")
+    assert verdict(trained(0.9)).lessons == []
+
+
+def test_lengths_alone_leave_open_whether_it_improved_but_not_what_was_learned():
+    run = a_run(one_round(0, response_tokens=(6, 5.8, 6.2)), one_round(1, response_tokens=(15, 14, 16)))
+    found = verdict(run, LOVES_LENGTH)
+    assert found.title == "It is not known whether the model improved."
+    assert found.lessons[0].startswith("What was learned is length")
 
 
 def course(chosen: float, margin: float, accuracy: float) -> RoundData:

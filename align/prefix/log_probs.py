@@ -87,7 +87,11 @@ def require_every_layer(model: PreTrainedModel, num_calls: int) -> None:
 
 
 def hidden_to_stats(
-    model: nn.Module, hidden: Tensor, layout: Layout, outputs: Sequence[str] = ("log_probs",)
+    model: nn.Module,
+    hidden: Tensor,
+    layout: Layout,
+    outputs: Sequence[str] = ("log_probs",),
+    temperature: float = 1.0,
 ) -> TokenStats:
     """From `segment_hidden_states` to statistics `(B, S)`, zero on padding."""
     head = head_of(model)
@@ -100,23 +104,34 @@ def hidden_to_stats(
         outputs=outputs,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        temperature=temperature,
     )
     return stats.scatter(real.to(head.weight.device))
 
 
 def forward_segments(
-    model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout, outputs: Sequence[str] = ("log_probs",)
+    model: PreTrainedModel,
+    prompt_inputs: Mapping[str, Any],
+    layout: Layout,
+    outputs: Sequence[str] = ("log_probs",),
+    *,
+    temperature: float = 1.0,
 ) -> TokenStats:
-    """Statistics `(B, S)` of every segment token, every prompt encoded once.
+    """Statistics `(B, S)` of every segment token at a sampling temperature, every prompt encoded once.
 
     `prompt_inputs` is what a processor returned for the prompts, right-padded. The model must have been given to
     `use_shared_prefix`. Raises PrefixUnsupported where its architecture does not allow a shared prefix.
     """
-    return hidden_to_stats(model, segment_hidden_states(model, prompt_inputs, layout), layout, outputs)
+    return hidden_to_stats(model, segment_hidden_states(model, prompt_inputs, layout), layout, outputs, temperature)
 
 
 def plain_segments(
-    model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout, outputs: Sequence[str] = ("log_probs",)
+    model: PreTrainedModel,
+    prompt_inputs: Mapping[str, Any],
+    layout: Layout,
+    outputs: Sequence[str] = ("log_probs",),
+    *,
+    temperature: float = 1.0,
 ) -> TokenStats:
     """The values of `forward_segments` from separate full sequences, one forward of the batch per path.
 
@@ -124,7 +139,7 @@ def plain_segments(
     """
     total: dict[str, Tensor | None] = dict.fromkeys(OUTPUTS)
     for paths in _paths(layout):
-        stats = _path_stats(model, prompt_inputs, layout, paths, outputs)
+        stats = _path_stats(model, prompt_inputs, layout, paths, outputs, temperature)
         for name in OUTPUTS:
             value, before = getattr(stats, name), total[name]
             if value is not None:
@@ -156,6 +171,7 @@ def _path_stats(
     layout: Layout,
     paths: list[tuple[list[int], set[int]]],
     outputs: Sequence[str],
+    temperature: float,
 ) -> TokenStats:
     """Statistics in the shape of `layout`, zero for tokens that are not read from these paths."""
     device = layout.input_ids.device
@@ -175,7 +191,7 @@ def _path_stats(
     offsets = torch.arange(single.input_ids.shape[1], device=device)[None]
     source = (lengths + offsets - 1).clamp(max=hidden.shape[1] - 1)
     hidden = hidden.gather(1, source[:, :, None].expand(-1, -1, hidden.shape[-1]))
-    stats = hidden_to_stats(model, hidden, single, outputs)
+    stats = hidden_to_stats(model, hidden, single, outputs, temperature)
     chosen = torch.zeros_like(layout.is_token)
     taken = torch.zeros_like(single.is_token)
     for b, (column, (_, read)) in enumerate(zip(columns, paths, strict=True)):

@@ -60,16 +60,21 @@ def token_stats(
     outputs: Sequence[str] = ("log_probs",),
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float = 1.0,
     chunk_size: int = CHUNK_SIZE,
 ) -> TokenStats:
     """Statistics `(N,)` of `targets` `(N,)` int64 under `hidden @ weight.T + bias`, `(N, H)` and `(V, H)`.
+
+    What a softcap leaves is divided by `temperature`, as when sampling.
 
     Logits exist for `chunk_size` tokens at a time and are computed again in backward. The projection runs in the
     dtype of `hidden` (autocast's where it is on), the softmax in fp32. Gradients reach `hidden`, `weight` and `bias`.
     """
     unknown = set(outputs) - set(OUTPUTS)
     assert not unknown, f"unknown outputs {unknown}"
-    values = _TokenStats.apply(hidden, weight, bias, targets, tuple(outputs), softcap, logit_scale, chunk_size)
+    values = _TokenStats.apply(
+        hidden, weight, bias, targets, tuple(outputs), softcap, logit_scale, temperature, chunk_size
+    )
     return TokenStats(*values)
 
 
@@ -87,6 +92,7 @@ class _TokenStats(torch.autograd.Function):
         outputs: tuple[str, ...],
         softcap: float | None,
         logit_scale: float,
+        temperature: float,
         chunk_size: int,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
@@ -96,11 +102,12 @@ class _TokenStats(torch.autograd.Function):
         with _gathered(weight, bias):
             projection = weight.to(dtype)
             for chunk, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-                logits, _ = final_logits(chunk.to(dtype), projection, bias, softcap, logit_scale)
+                logits, _ = final_logits(chunk.to(dtype), projection, bias, softcap, logit_scale, temperature)
                 for name, value in _statistics(logits, target, outputs).items():
                     values[name].append(value)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.dtype, ctx.softcap, ctx.logit_scale, ctx.chunk_size = dtype, softcap, logit_scale, chunk_size
+        ctx.dtype, ctx.chunk_size = dtype, chunk_size
+        ctx.of_logits = softcap, logit_scale, temperature
         results = [
             (torch.cat(values[name]) if values[name] else None) if name in outputs or name == "log_probs" else None
             for name in OUTPUTS
@@ -118,7 +125,7 @@ class _TokenStats(torch.autograd.Function):
             for start in range(0, max(len(hidden), 1), ctx.chunk_size):
                 at = slice(start, start + ctx.chunk_size)
                 chunk = hidden[at].to(ctx.dtype)
-                logits, slope = final_logits(chunk, projection, bias, ctx.softcap, ctx.logit_scale)
+                logits, slope = final_logits(chunk, projection, bias, *ctx.of_logits)
                 grad = _grad_logits(
                     logits,
                     targets[at],
@@ -139,7 +146,7 @@ class _TokenStats(torch.autograd.Function):
             torch.cat(grads_hidden) if grads_hidden else None,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -156,9 +163,14 @@ def _gathered(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[Any
 
 
 def final_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor | float | None]:
-    """fp32 logits as the model means them, and their derivative by the projection's output (None: 1)."""
+    """fp32 logits as the model means them, over the temperature, and their derivative by the projection's output (None: 1)."""
     logits = hidden @ weight.t()
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
@@ -169,6 +181,8 @@ def final_logits(
     if softcap is not None:
         squashed = torch.tanh(logits / softcap)
         logits, slope = squashed * softcap, (1 - squashed.square()) * logit_scale
+    if temperature != 1.0:
+        logits, slope = logits / temperature, (1.0 if slope is None else slope) / temperature
     return logits, slope
 
 

@@ -18,12 +18,19 @@ def case(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[Tensor,
 
 
 def written_out(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
 ) -> TokenStats:
     logits = hidden @ weight.T + (0 if bias is None else bias)
     logits = logits * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    logits = logits / temperature
     p = logits.softmax(dim=-1)
     return TokenStats(
         log_probs=p[torch.arange(len(p)), targets].log(),
@@ -35,14 +42,17 @@ def written_out(
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
-@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 1.0), (None, 0.5), (3.0, 0.5)])
+@pytest.mark.parametrize(
+    ("softcap", "scale", "temperature"),
+    [(None, 1.0, 1.0), (2.0, 1.0, 1.0), (None, 0.5, 1.0), (3.0, 0.5, 1.0), (None, 1.0, 0.7), (3.0, 0.5, 0.7)],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_equal_those_of_full_logits(
-    chunk_size: int, softcap: float | None, scale: float, bias: bool
+    chunk_size: int, softcap: float | None, scale: float, temperature: float, bias: bool
 ):
     hidden, weight, offset, targets = case(torch.float32, bias)
     parameters = [p for p in (hidden, weight, offset) if p is not None]
-    theirs = written_out(hidden, weight, offset, targets, softcap, scale)
+    theirs = written_out(hidden, weight, offset, targets, softcap, scale, temperature)
     ours = token_stats(
         hidden,
         weight,
@@ -51,6 +61,7 @@ def test_values_and_gradients_equal_those_of_full_logits(
         outputs=OUTPUTS,
         softcap=softcap,
         logit_scale=scale,
+        temperature=temperature,
         chunk_size=chunk_size,
     )
     for name in OUTPUTS:

@@ -42,12 +42,25 @@ class SampleRequest:
 @dataclass(frozen=True)
 class SampleResult:
     """The responses of a request: texts without special tokens, their lengths in tokens (the end token counted), and
-    whether each ended by itself ("stop") or was cut at max_new_tokens ("length")."""
+    whether each ended by itself ("stop") or was cut at max_new_tokens ("length").
+
+    `token_ids` are the tokens as they were drawn (a text may be cut into others); empty where a server drew them."""
 
     id: str
     texts: tuple[str, ...]
     num_tokens: tuple[int, ...]
     finish_reasons: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Given responses to a question, as tokens; `messages` and `images` as in `SampleRequest`."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: tuple[Any, ...]
+    token_ids: tuple[tuple[int, ...], ...]
 
 
 class Engine(Asker, Protocol):
@@ -64,4 +77,19 @@ class Engine(Asker, Protocol):
         on_result: Callable[[SampleResult], None],
     ) -> None:
         """Answer all requests, calling `on_result` as soon as one question is finished (in any order)."""
+        ...
+
+    def weigh(
+        self,
+        given: Sequence[Continuations],
+        on_result: Callable[[str, list[list[float]]], None],
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        """Give `on_result` each question's id and, per response, the natural-log probability of every token of it
+        when drawn at this temperature. A token that stands for an image ends what can be weighed of a response.
+
+        Raises:
+            UserError: the engine cannot tell, as on servers.
+        """
         ...

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from align.engines.decoding import Chooser
-from align.engines.prompts import AskTree
+from align.engines.prompts import AskTree, of_segments
 from align.prefix.layout import Layout, Segment
 from align.prefix.log_probs import plain_segments
 from align.prefix.rows import row_inputs
@@ -122,6 +122,24 @@ def plain_ask_log_probs(
             for o in range(len(tree.options)):
                 table[branch, o] = float(values[layout.segment[0] == 1 + o].double().sum())
         results.append(table)
+    return results
+
+
+@torch.no_grad()
+def plain_weigh(
+    model: PreTrainedModel,
+    encode: Encode,
+    trees: Sequence[AskTree],
+    images: Sequence[Sequence[Any]],
+    *,
+    temperature: float,
+) -> list[list[list[float]]]:
+    """Per tree and segment the log-probabilities of its tokens, every segment as a full sequence of its own."""
+    results = []
+    for tree, own in zip(trees, images, strict=True):
+        inputs = encode([tree.prompt], [own])
+        layout = Layout.build(inputs["attention_mask"], [tree.segments], pad_token_id=0)
+        results += of_segments(plain_segments(model, inputs, layout, temperature=temperature).log_probs, [tree])
     return results
 
 

@@ -35,6 +35,19 @@ class AskTree:
     options: list[list[int]]
 
 
+def of_segments(values: Tensor, trees: Sequence[AskTree]) -> list[list[list[float]]]:
+    """From `(B, S)` values of the tokens of whole rows to those of each tree's segments.
+
+    >>> of_segments(torch.tensor([[1.0, 2.0, 3.0]]), [AskTree("", [Segment([7]), Segment([8, 9])], [0, 1], [])])
+    [[[1.0], [2.0, 3.0]]]
+    """
+    found = []
+    for row, tree in zip(values.tolist(), trees, strict=True):
+        rest = iter(row)
+        found.append([[next(rest) for _ in segment.token_ids] for segment in tree.segments])
+    return found
+
+
 class Prompter:
     """Renders and encodes prompts with a processor (or, for text-only models, a tokenizer)."""
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from align.config import ServerSettings
-from align.engines.base import SampleRequest, SampleResult, SamplingSettings
+from align.engines.base import Continuations, SampleRequest, SampleResult, SamplingSettings
 from align.engines.server_chat import (
     Choice,
     ask_messages,
@@ -92,6 +92,16 @@ class ServerEngine:
                 f"{len(missed)} of {len(requests)} questions got no answer from the servers:\n{_listed(missed)}",
                 fix="the others are kept: mend the server or these questions and run the same command again",
             )
+
+    def weigh(
+        self,
+        given: Sequence[Continuations],
+        on_result: Callable[[str, list[list[float]]], None],
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        """Raises UserError: the interface has no log-probabilities of given tokens behind images."""
+        raise UserError("servers give no log-probabilities of given responses", fix="leave evaluate.servers empty")
 
     def log_probs(self, asks: Sequence[Ask]) -> list[Any]:
         """Per ask `(num_branches, num_options)` float64; a row of nan where a branch failed.

@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from align.engines.decoding import Branches, Chooser, Grown, grow, prefill
-from align.engines.prompts import AskTree
+from align.engines.prompts import AskTree, of_segments
 from align.prefix.attention import AttentionPlan, active_layout
 from align.prefix.layout import Layout, Segment
-from align.prefix.log_probs import head_of, plain_segments, row_hidden_states
+from align.prefix.log_probs import forward_segments, head_of, plain_segments, row_hidden_states
 from align.prefix.proof import Proof, compare, failed, prove, tolerance_for
 from align.prefix.rows import backbone_of, placeholder_ids, prompt_positions_of
 from align.prefix.token_stats import token_stats
@@ -107,6 +107,15 @@ def _reads(tree: AskTree, last: list[int]) -> list[tuple[int, int]]:
                 reads += [(first + i, token) for i, token in enumerate(option[1:])]
                 segment += 1
     return reads
+
+
+@torch.no_grad()
+def shared_weigh(
+    model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[AskTree], *, temperature: float
+) -> list[list[list[float]]]:
+    """Per tree and segment the log-probabilities of its tokens."""
+    layout = Layout.build(inputs["attention_mask"], [tree.segments for tree in trees], pad_token_id=0)
+    return of_segments(forward_segments(model, inputs, layout, temperature=temperature).log_probs, trees)
 
 
 @torch.no_grad()

@@ -8,18 +8,18 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from align.config import CONFIG_NAME, Config, commented_config, dump_config, find_config, load_config
-from align.errors import UserError, writing_failed
+from align.errors import UserError
+from align.faults import Fault, fault_of, is_told_of, tell
 from align.launch import adopt_slurm, is_started_by_align, run_stage_command, wants_processes
 from align.progress import log
-from align.ranks import is_main_process
+from align.ranks import is_main_process, world_size
 from align.rundir import RunDir
 
 app = typer.Typer(
@@ -176,7 +176,7 @@ def check(
 
         before = run_preflight(loaded, decode=decode)
         if before.problems:
-            _fail(f"{len(before.problems)} problems\n{before.text()}", code=2)
+            raise UserError(f"{len(before.problems)} problems\n{before.text()}")
         _say(before.text(), next_command=None)
     found = run_check(
         loaded,
@@ -193,7 +193,7 @@ def check(
     clean = not (found.near or found.bad_images)
     _say(report_text(found) + wrote, next_command="align run" if clean or write else "align check --write FILE")
     if not data_only and UNREADABLE in found.bad_reasons and write is None:
-        _fail(f"{found.bad_reasons[UNREADABLE]} images cannot be read", code=2)
+        raise UserError(f"{found.bad_reasons[UNREADABLE]} images cannot be read")
 
 
 @app.command(epilog="Example:  align plan --gpus 8 --gpu-memory 80")
@@ -507,16 +507,13 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _stop)
     try:
         app()
-    except UserError as error:
-        _fail(str(error), code=2)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from here", code=130)
+        _fail(Fault("interrupted; the same command goes on from here", 130, "users"))
     except Exception as error:
-        # A full disk, a read-only folder, a file that vanished: the machine's state, not a bug of ours.
-        problem = writing_failed(error)
-        if problem is None:
+        fault = fault_of(error)
+        if fault.kind == "ours" and world_size() == 1 and not is_started_by_align():
             raise
-        _fail(f"{problem}; mend that, and the same command goes on from here", code=2)
+        _fail(fault)
 
 
 def _stage(
@@ -565,16 +562,17 @@ def _say(text: str, *, next_command: str | None) -> None:
 
 def _stop(*_: object) -> None:
     """SIGTERM: what is finished is on the disk. Training takes the signal itself, to finish its step first."""
-    log.info("stopped; the same command goes on from here")
+    if not is_told_of():
+        log.info("stopped; the same command goes on from here")
     raise SystemExit(0)
 
 
-def _fail(text: str, *, code: int) -> None:
-    if not is_main_process():
-        # The main process usually says the same, and the launcher then ends this one.
-        time.sleep(20.0)
-    typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
-    sys.exit(code)
+def _fail(fault: Fault) -> NoReturn:
+    """End this process for a fault, said by whichever process of a launch should say it."""
+    text = tell(fault)
+    if text is not None:
+        typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
+    sys.exit(fault.code)
 
 
 def _set_up_logging() -> None:

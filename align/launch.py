@@ -13,20 +13,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
 
 from align.config import Config, LaunchSettings
 from align.errors import UserError
+from align.faults import FOLDER, OUR_FAULT, USERS_FAULT, Fault, causes, killed_by, leave, read_faults
 from align.progress import log
 from align.ranks import TRY_AGAIN
 
-# Tells a process that the command which started it will speak for it.
-CHILD = "ALIGN_STARTED_BY_ALIGN"
 # Seconds that processes have to finish a step and save it, once they were asked to stop.
 TIME_TO_SAVE_S = 300
-USERS_FAULT, OUR_FAULT = 2, 1
 
 
 def wants_processes(config: Config) -> bool:
@@ -37,8 +38,8 @@ def wants_processes(config: Config) -> bool:
 
 
 def is_started_by_align() -> bool:
-    """True in a process that `run_stage_command` started."""
-    return CHILD in os.environ
+    """True in a process that `run_stage_command` started, and that it speaks for."""
+    return FOLDER in os.environ
 
 
 def run_stage_command(config: Config, stage: str, number: int, config_args: list[str]) -> None:
@@ -48,26 +49,50 @@ def run_stage_command(config: Config, stage: str, number: int, config_args: list
     be run on every machine, with the machine's own rank.
 
     Raises:
-        SystemExit: with 0 where the processes were told to stop; with 2 where one of them ended with the user's fault,
-            having said so; with 1 where one failed otherwise.
+        UserError: what one of them found the user can mend; each such fault once, however many have it.
+        SystemExit: with 0 where the processes were told to stop; with 1 where one failed otherwise, after its traceback.
     """
-    code, stopped = TRY_AGAIN, False
-    while code == TRY_AGAIN and not stopped:
-        command = launch_command(config.launch, [stage, "--round", str(number), *config_args])
-        process = subprocess.Popen(command, env=_environment())
-        with _passing_on_sigterm(process) as stop:
-            code = process.wait()
-        stopped = stop.requested
+    ended = Ended(TRY_AGAIN)
+    while ended.code == TRY_AGAIN and not ended.stopped:
+        ended = run_processes(launch_command(config.launch, [stage, "--round", str(number), *config_args]))
         # Begun once more it must go on, not be discarded again.
         config_args = [argument for argument in config_args if argument != "--redo"]
-    if stopped:
+    if ended.stopped:
         log.info("stopped; the same command goes on from here")
         raise SystemExit(0)
-    if code == USERS_FAULT:
-        raise SystemExit(USERS_FAULT)
-    if code:
-        log.error("`align %s --round %d` failed in one of its processes (exit code %d)", stage, number, code)
-        raise SystemExit(OUR_FAULT)
+    if ended.code:
+        speak_for(ended, f"`align {stage} --round {number}`")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launch ended: its exit code, whether it was told to stop, and the faults that should be said."""
+
+    code: int
+    stopped: bool = False
+    faults: list[Fault] = field(default_factory=list)
+
+
+def run_processes(command: list[str]) -> Ended:
+    """Run a command line of `launch_command` to its end; its processes leave their faults to this one."""
+    with tempfile.TemporaryDirectory(prefix="align-") as folder:
+        process = subprocess.Popen(command, env=_environment(folder))
+        with _passing_on_sigterm(process) as stop:
+            code = process.wait()
+        return Ended(code, stop.requested, causes(read_faults(Path(folder))))
+
+
+def speak_for(ended: Ended, name: str) -> NoReturn:
+    """Say what the processes of a launch died of, once: as a UserError, or a traceback and exit code 1."""
+    ours = [fault for fault in ended.faults if fault.kind != "users"]
+    for fault in ours:
+        log.error("%s", fault.said)
+    if ours or not ended.faults:
+        log.error("%s failed in one of its processes%s", name, "" if ours else f" (exit code {ended.code})")
+    users = "\n".join(fault.said for fault in ended.faults if fault.kind == "users")
+    if users:
+        raise UserError(users)
+    raise SystemExit(USERS_FAULT if ended.code == USERS_FAULT else OUR_FAULT)
 
 
 def launch_command(launch: LaunchSettings, arguments: list[str]) -> list[str]:
@@ -147,9 +172,9 @@ def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[_Stop]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _environment() -> dict[str, str]:
+def _environment(faults: str) -> dict[str, str]:
     # For a scheduler that signals every process: the launcher then waits so long before it kills.
-    return os.environ | {CHILD: "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TIME_TO_SAVE_S)}
+    return os.environ | {FOLDER: faults, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TIME_TO_SAVE_S)}
 
 
 def _free_port() -> int:
@@ -170,10 +195,20 @@ def _accelerate_launch(arguments: list[str]) -> None:
         launch_command(launch_command_parser().parse_args(arguments))
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0:
+                _leave_for(rank, -failure.exitcode)
         # Others fail because one has gone; what that one says counts.
         sys.exit(next((code for code in (TRY_AGAIN, USERS_FAULT) if code in codes), OUR_FAULT))
     except SignalException as error:
         sys.exit(128 + error.sigval)
+
+
+def _leave_for(rank: int, number: int) -> None:
+    """Say for a process that a signal has ended what it could not say itself."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None and all(fault.rank != rank for fault in read_faults(Path(folder))):
+        leave(killed_by(number, rank), Path(folder))
 
 
 if __name__ == "__main__":

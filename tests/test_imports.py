@@ -17,6 +17,7 @@ FLOOR = {
     "rundir": 2,
     "config": 1,
     "ranks": 0,
+    "faults": 1,
     "progress": 1,
     "questionwise": 3,
 }

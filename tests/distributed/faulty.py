@@ -1,0 +1,50 @@
+"""The real command line with commands that go wrong, each process of a launch running the one named at its rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from align.cli import app, main
+from align.errors import UserError
+from align.ranks import rank
+
+
+@app.command()
+def fine() -> None:
+    """Nothing goes wrong."""
+
+
+@app.command()
+def bad_key() -> None:
+    """What a person can mend."""
+    raise UserError("there is no key 'polcy'", where="align.yaml", fix="did you mean 'policy'?")
+
+
+@app.command()
+def bad_image() -> None:
+    raise UserError("not a readable image", where=f"{rank()}.png")
+
+
+@app.command()
+def crash() -> None:
+    """A fault of ours."""
+    raise ZeroDivisionError(f"in process {rank()}")
+
+
+@app.command()
+def lost() -> None:
+    """What torch says where a neighbour has gone."""
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:33333")
+
+
+@app.command()
+def killed() -> None:
+    """What the system does where memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.argv = ["align", sys.argv[1 + rank()]]
+    main()

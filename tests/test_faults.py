@@ -1,0 +1,126 @@
+"""Several processes fail: one message of the cause, with exit code 2 where a person can mend it and 1 where not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align.config import LaunchSettings
+from align.errors import UserError
+from align.faults import LOST, Fault, causes, fault_of, leave, read_faults
+from align.launch import launch_command, run_processes, speak_for
+
+ROOT = Path(__file__).parents[1]
+
+
+def fault(text, kind, rank, when, trace=""):
+    return Fault(text, 2 if kind == "users" else 1, kind, trace, rank, when)
+
+
+def test_faults_come_back_from_the_folder_as_they_were_left(tmp_path):
+    left = [fault("a", "users", 1, 2.0), fault("b", "ours", 0, 1.0, "Traceback ...")]
+    for one in left:
+        leave(one, tmp_path)
+    assert read_faults(tmp_path) == left[::-1]
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        # The same in both: once, and not as that of a certain process.
+        ([fault("bad", "users", 1, 1.0), fault("bad", "users", 0, 2.0)], ["bad"]),
+        # Different ones: each with the process that has it.
+        ([fault("bad", "users", 1, 1.0), fault("worse", "users", 2, 2.0)], ["process 1: bad", "process 2: worse"]),
+        # A crash after a fault of the user's follows from it; one before it does not.
+        ([fault("bad", "users", 1, 1.0), fault("E", "ours", 0, 2.0, "T")], ["process 1: bad"]),
+        ([fault("E", "ours", 0, 1.0, "T"), fault("bad", "users", 1, 2.0)], ["process 0: T", "process 1: bad"]),
+        # Of several crashes the first; of lost connections one, and only where nothing else is known.
+        ([fault("E1", "ours", 1, 1.0, "T1"), fault("E2", "ours", 0, 2.0, "T2")], ["process 1: T1"]),
+        ([fault("lost", "neighbour", 0, 1.0), fault("E", "ours", 1, 2.0, "T")], ["process 1: T"]),
+        ([fault("lost", "neighbour", 0, 1.0), fault("lost", "neighbour", 1, 2.0)], ["process 0: lost"]),
+        ([], []),
+    ],
+)
+def test_the_cause_is_said_once(faults, said):
+    assert [one.said for one in causes(faults)] == said
+
+
+def test_a_lost_connection_is_the_neighbours_fault_only_where_there_is_a_neighbour(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    torch_says = RuntimeError("Connection closed by peer [127.0.0.1]:4711")
+    assert fault_of(torch_says).kind == "ours"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fault_of(torch_says).kind == "neighbour"
+    assert fault_of(RuntimeError("shapes do not match")).kind == "ours"
+    assert fault_of(OSError(28, "No space left on device")).kind == "users"
+
+
+def launched(*commands: str):
+    """One process a command of `tests.distributed.faulty`, started as `align` starts its stages."""
+    command = launch_command(LaunchSettings(num_processes=len(commands)), list(commands))
+    command[command.index("align.cli")] = "tests.distributed.faulty"
+    return run_processes(command)
+
+
+@pytest.fixture
+def from_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_a_fault_of_one_process_ends_the_launch_with_that_one_message(from_root, capfd):
+    ended = launched("lost", "bad-key")
+    assert (ended.code, capfd.readouterr()) == (2, ("", "")), "the processes themselves say nothing"
+    with pytest.raises(UserError) as error:
+        speak_for(ended, "`align dpo`")
+    assert str(error.value) == "process 1: align.yaml: there is no key 'polcy'; did you mean 'policy'?"
+
+
+def test_a_crash_is_shown_with_one_traceback_and_a_killed_process_by_its_signal(from_root, capfd, caplog):
+    caplog.set_level("ERROR", logger="align")
+    ended = launched("lost", "crash")
+    with pytest.raises(SystemExit) as exit_:
+        speak_for(ended, "`align dpo`")
+    assert (exit_.value.code, ended.code) == (1, 1)
+    assert capfd.readouterr().err.count("Traceback") == 0
+    (one,) = ended.faults
+    assert one.said.startswith("process 1: Traceback")
+    assert one.said.endswith("ZeroDivisionError: in process 1")
+    ended = launched("fine", "killed")
+    assert ended.code == 1
+    assert [one.said for one in ended.faults] == ["process 1: ended by SIGKILL: the machine's memory may have run out"]
+
+
+@pytest.mark.parametrize(
+    ("commands", "code", "said"),
+    [
+        (("bad-key", "bad-key"), 2, ["align.yaml: there is no key 'polcy'; did you mean 'policy'?"]),
+        (("fine", "bad-image"), 2, ["process 1: 1.png: not a readable image"]),
+    ],
+)
+def test_under_another_launcher_each_fault_is_said_once_with_its_process(commands, code, said):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.distributed.faulty", *commands],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    errors = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0
+    assert len(errors) == len(said)
+    assert f"exitcode  : {code} " in done.stderr
+    # Which of the two was the first cannot be known.
+    assert [error.removeprefix("process 1: ") for error in errors] == [
+        line.removeprefix("process 1: ") for line in said
+    ]
+    assert ("process 1: " in "".join(errors)) >= ("process 1: " in "".join(said))
+    assert "align/cli.py" not in done.stderr
+    assert LOST not in done.stderr

@@ -25,13 +25,12 @@ from align.memory import (
     STRATEGIES,
     How,
     Memory,
-    ModelShape,
     StepBatch,
     inference_memory,
-    model_shape,
     training_memory,
 )
 from align.records import Pair, read_jsonl, read_questions
+from align.shapes import ModelShape, model_shape
 
 # What one GPU achieves in bfloat16 in practice, of an H100's 989 dense; and bytes a second from its memory.
 TFLOPS = 350.0
@@ -262,7 +261,9 @@ def stage_seconds(
         found["sample"] = max(reading, writing) if not config.sample.servers else reading
         comparisons = {"pairwise": (num_responses * (num_responses - 1), 2), "panel": (num_responses, 2)}
         count, width = comparisons.get(config.critic.kind, (num_responses, 1))
-        judged = branches(count, width * response) if config.critic.kind not in ("verifier", "random", "length") else 0.0
+        judged = (
+            branches(count, width * response) if config.critic.kind not in ("verifier", "random", "length") else 0.0
+        )
         found["score"] = judged / per_second
     pairs = len(questions) * (config.pairs.max_per_question if config.questions is not None else 1)
     # Shared: the prompt once with both responses; separate: twice with one each.
@@ -287,7 +288,7 @@ def stage_seconds(
 def text_flops(shape: ModelShape, prompt: float, branches: float, tokens: float) -> float:
     """Operations of a prompt and so many branches behind it: forward, with the head on the branches' tokens."""
     text = shape.text
-    layers = text.num_layers * text.layer_weights
+    layers = text.num_layers * text.active_weights
     seen = prompt * prompt / 2 + branches * tokens * (prompt + tokens / 2)
     attention = 4 * text.num_layers * text.query * seen
     return 2 * layers * (prompt + branches * tokens) + attention + 2 * shape.embedding_weights * branches * tokens
@@ -296,7 +297,7 @@ def text_flops(shape: ModelShape, prompt: float, branches: float, tokens: float)
 def tower_flops(shape: ModelShape, patches: float) -> float:
     """Operations of the vision towers over so many patches; attention inside a tile of about 730 patches."""
     return sum(
-        2 * tower.num_layers * patches * (tower.layer_weights + 2 * tower.hidden * min(patches, 730))
+        2 * tower.num_layers * patches * (tower.active_weights + 2 * tower.hidden * min(patches, 730))
         for tower in shape.towers
     )
 

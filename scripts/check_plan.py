@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,9 +28,10 @@ from align.dpo.parts import freeze_parts
 from align.dpo.texts import pair_lengths
 from align.dpo.trainer import PairTrainer, pair_dataset
 from align.images import ImageStore
-from align.memory import How, Memory, model_shape, training_memory
-from align.plan import step_batch
+from align.memory import How, Memory, training_memory
+from align.plan import patch_size, step_batch
 from align.records import Pair
+from align.shapes import model_shape, with_adapter
 from scripts.live_tensors import peak_bytes
 from tests import tiny_models, tiny_vlms
 from tests.dpo.conftest import make_args
@@ -42,7 +44,7 @@ class Case:
     """One line: the model's sizes, the batch, and what is traded for memory."""
 
     name: str
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
     rows: int = 1
     prompt: int = 300
     response: int = 60
@@ -52,11 +54,20 @@ class Case:
     bf16: bool = False
     accumulation: int = 2
     build: str = "llava_onevision"
+    lora: dict[str, Any] | None = None
+    dropout: bool = False
 
 
 SMALL = {"hidden_size": 128, "num_layers": 4, "intermediate_size": 512, "vocab_size": 2000}
 MIDDLE = {"hidden_size": 192, "num_layers": 8, "intermediate_size": 768, "vocab_size": 4000}
 WIDE = {"hidden_size": 384, "num_layers": 2, "num_heads": 6, "intermediate_size": 2048, "vocab_size": 1000}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
+TWO, ALL = {"r": 8, "target_modules": ["q_proj", "v_proj"]}, {"r": 16, "target_modules": ATTENTION + FEED_FORWARD}
+HEADS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+EXPERTS = {"hidden_size": 128, "num_hidden_layers": 4, "num_experts": 8, "moe_intermediate_size": 192, "head_dim": 16}
+DENSE = {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 384, "head_dim": 16}
+EXPERTS["rope_parameters"] = DENSE["rope_parameters"] = HEADS  # type: ignore[assignment]
 CASES = [
     Case("small, short", SMALL),
     Case("small, short, checkpointed", SMALL, checkpointing=True),
@@ -71,6 +82,22 @@ CASES = [
     Case("middle, no accumulation", MIDDLE, accumulation=1),
     Case("wide", WIDE, prompt=600),
     Case("wide, language frozen", WIDE, prompt=600, freeze=("vision", "language")),
+    Case("middle, vision, projector, embeddings frozen", MIDDLE, freeze=("vision", "projector", "embeddings")),
+    Case("middle, embeddings and head frozen", MIDDLE, freeze=("vision", "embeddings", "head")),
+    Case("middle, bf16, language frozen", MIDDLE, freeze=("vision", "language"), bf16=True),
+    Case("middle, LoRA on queries and values", MIDDLE, lora=TWO),
+    Case("middle, LoRA on all", MIDDLE, lora=ALL),
+    Case("middle, LoRA on all, dropout", MIDDLE, lora=ALL | {"lora_dropout": 0.1}, dropout=True),
+    Case("middle, LoRA on all, checkpointed", MIDDLE, lora=ALL, checkpointing=True),
+    Case("middle, LoRA on all, bf16 arithmetic", MIDDLE, lora=ALL, bf16=True),
+    Case("middle, LoRA on all, bf16, checkpointed", MIDDLE, lora=ALL, bf16=True, checkpointing=True),
+    Case("small, LoRA, long prompt", SMALL, lora=TWO, prompt=1000),
+    Case("small, LoRA on vision too", {**SMALL, "vision_hidden_size": 128, "vision_layers": 6}, lora=ALL, rows=2),
+    Case("experts", EXPERTS, build="qwen3_vl_moe", shared=False),
+    Case("experts, checkpointed", EXPERTS, build="qwen3_vl_moe", shared=False, checkpointing=True),
+    Case("experts, long prompt", EXPERTS, build="qwen3_vl_moe", shared=False, prompt=800),
+    Case("experts, LoRA on attention", EXPERTS, build="qwen3_vl_moe", shared=False, lora=TWO),
+    Case("no experts, normed heads", DENSE, build="qwen3_vl", prompt=600),
 ]
 
 
@@ -103,7 +130,8 @@ def check(case: Case) -> tuple[Memory, int, str]:
         model, processor = build(case)
         pairs = make_pairs(folder, case)
         images = ImageStore(folder)
-        freeze_parts(model, case.freeze)
+        if case.lora is None:
+            freeze_parts(model, case.freeze)
         lengths = pair_lengths(pairs, processor, images)
         how = How(
             checkpointing=case.checkpointing,
@@ -112,16 +140,27 @@ def check(case: Case) -> tuple[Memory, int, str]:
             compute_bytes=2 if case.bf16 else 4,
             repeated_keys=not case.shared,
             triton=torch.cuda.is_available(),
+            dropout=case.dropout,
         )
-        planned = training_memory(model_shape(model), step_batch(processor, pairs[: case.rows], images), how)
+        batch = step_batch(processor, pairs[: case.rows], images, patch_size(model))
+        planned = training_memory(model_shape(shaped(model, case.lora)), batch, how)
         measured = measure(case, model, processor, pairs, images, folder)
         first = lengths[0]
         return planned, measured, f"{first.prompt} + {first.chosen} + {first.rejected}"
 
 
+def shaped(model: Any, lora: dict[str, Any] | None) -> Any:
+    """The model that `align plan` would look at: without weights, with the adapter."""
+    if lora is None:
+        return model
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    return with_adapter(empty, LoraConfig(**lora))
+
+
 def build(case: Case) -> tuple[Any, Any]:
     if case.build != "llava_onevision":
-        return getattr(tiny_vlms, case.build)()
+        return getattr(tiny_vlms, case.build)(**case.sizes)
     return tiny_models.llava_onevision(0, **case.sizes), tiny_models.llava_onevision_processor()
 
 
@@ -150,6 +189,7 @@ def measure(case: Case, model: Any, processor: Any, pairs: list[Pair], images: I
         gradient_accumulation_steps=case.accumulation,
         gradient_checkpointing=case.checkpointing,
         bf16=case.bf16,
+        disable_dropout=not case.dropout,
         warmup_steps=0,
         learning_rate=1e-4,
     )
@@ -159,9 +199,10 @@ def measure(case: Case, model: Any, processor: Any, pairs: list[Pair], images: I
         train_dataset=pair_dataset(pairs, [(-100.0, -90.0)] * len(pairs)),
         data_collator=PairCollator(processor, images, layout="shared" if case.shared else "plain"),
         processor=processor,
+        peft_config=LoraConfig(**case.lora) if case.lora else None,
     )
     gc.collect()
-    return peak_bytes(trainer.train, [*model.parameters(), *model.buffers()])
+    return peak_bytes(trainer.train, [*trainer.model.parameters(), *trainer.model.buffers()])
 
 
 if __name__ == "__main__":

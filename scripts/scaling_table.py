@@ -17,7 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from align.memory import GIB, How, ModelShape, StepBatch, model_shape, training_memory
+from align.memory import GIB, How, StepBatch, training_memory
+from align.shapes import ModelShape, model_shape
 from scripts.valley_size import Work, build_valley, prompt_of_one_image, work_of
 
 NUM_GPUS = (1, 8, 64, 256)

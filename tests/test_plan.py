@@ -3,17 +3,30 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from peft import LoraConfig
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from align.config import load_config
 from align.dpo.texts import pair_lengths
+from align.errors import UserError
 from align.images import ImageStore
-from align.memory import GIB, How, ModelShape, Stack, StepBatch, text_tokens, training_memory
+from align.memory import FOUR_BIT_BYTES, GIB, How, StepBatch, text_tokens, training_memory, weight_bytes
 from align.plan import Machine, PromptMeter, make_plan, text_flops
 from align.plan_text import plan_text
-from scripts.check_plan import CASES, SMALL, Case, check
-from tests import tiny_models
+from align.shapes import Kept, ModelShape, Stack, model_shape, with_adapter
+from scripts.check_plan import CASES, EXPERTS, SMALL, Case, check
+from tests import tiny_models, tiny_vlms
 from tests.dpo.conftest import make_pairs
 from tests.stage_runs import make_project
+
+
+@pytest.fixture
+def empty():
+    """A tiny LLaVA-OneVision without storage."""
+    with torch.device("meta"):
+        return LlavaOnevisionForConditionalGeneration(tiny_models.llava_onevision_config())
+
 
 CHECKED = ("small, short", "small, short, checkpointed", "small, everything trained")
 
@@ -29,11 +42,14 @@ def test_separate_rows_are_planned_with_what_they_repeat():
     assert planned.total == pytest.approx(measured, rel=0.15)
 
 
-TEXT = Stack(28, 3584, 3584, 512, 18944, True, True, True, True, layer_weights=233_000_000)
+LAYER = 233_000_000
+TEXT = Stack(28, 3584, 3584, 512, 18944, True, True, True, LAYER, 0, LAYER, kept=Kept(26112, 40448, norms=7168))
 SEVEN_B = ModelShape(
     weights=7_600_000_000,
     trained=7_600_000_000,
     linear=7_000_000_000,
+    frozen_linear=0,
+    quantisable=6_500_000_000,
     largest_layer=233_000_000,
     text=TEXT,
     towers=(),
@@ -101,3 +117,50 @@ def test_the_plan_says_what_does_not_fit_and_what_would(tmp_path):
     assert set(plan.seconds) == {"sample", "score", "reference", "dpo", "evaluate"}
     roomy = make_plan(config, Machine(2, gpu_gib=80), response_tokens=8)
     assert [fit.strategy for fit in roomy.possible] == ["ddp", "zero2", "zero3", "fsdp2"]
+
+
+def test_an_adapter_is_counted_as_it_will_be_trained(empty):
+    shape = model_shape(with_adapter(empty, LoraConfig(r=4, target_modules=["q_proj"], exclude_modules=".*vision.*")))
+    # Two layers, 32 wide, 4 query heads of 8: matrices of 32 x 4 and 4 x 32.
+    assert shape.trained == shape.parts["adapter"] == 2 * (32 * 4 + 4 * 32)
+    assert shape.text.kept == Kept(inputs=32, own_inputs=32, ranks=4)
+    memory = training_memory(shape, BATCH, How())
+    assert memory.optimiser == 8 * shape.trained
+    assert weight_bytes(shape, How(weight_bytes=2)) == 2 * (shape.weights - shape.trained) + 4 * shape.trained
+
+
+def test_four_bits_hold_what_is_linear_but_not_the_head(empty):
+    shape = model_shape(with_adapter(empty, LoraConfig(r=4, target_modules=["q_proj"])))
+    head, embeddings = empty.get_output_embeddings().weight, empty.get_input_embeddings().weight
+    assert shape.quantisable < shape.weights - head.numel() - embeddings.numel()
+    saved = weight_bytes(shape, How()) - weight_bytes(shape, How(quantised=True))
+    assert saved == pytest.approx(shape.quantisable * (4 - FOUR_BIT_BYTES) + 2 * shape.trained, abs=1)
+
+
+def test_an_adapter_on_layers_that_are_not_there_is_told(empty):
+    with pytest.raises(UserError, match=r"dpo\.lora: .*not found.*target_modules"):
+        with_adapter(empty, LoraConfig(r=4, target_modules=["nothing"]))
+
+
+def test_all_experts_take_memory_and_those_that_are_chosen_compute():
+    with torch.device("meta"):
+        model, _ = tiny_vlms.qwen3_vl_moe()
+    shape = model_shape(model)
+    # Per expert 3 matrices of 32 x 32; four experts, of which a token passes two.
+    assert shape.text.layer_weights - shape.text.active_weights == 2 * 3 * 32 * 32
+    assert (shape.text.experts, shape.text.top_k, shape.text.inner) == (4, 2, 2 * 32)
+    assert shape.weights == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("LoRA", SMALL, prompt=150, lora={"r": 8, "target_modules": ["q_proj", "down_proj"]}),
+        Case("language frozen", SMALL, prompt=150, freeze=("vision", "language")),
+        Case("experts", EXPERTS, prompt=150, build="qwen3_vl_moe", shared=False),
+    ],
+    ids=lambda case: case.name,
+)
+def test_adapters_frozen_parts_and_experts_are_within_fifteen_percent(case):
+    planned, measured, _ = check(case)
+    assert planned.total == pytest.approx(measured, rel=0.15)

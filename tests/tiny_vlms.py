@@ -30,6 +30,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -139,15 +141,29 @@ def qwen2_5_vl() -> Built:
     return _qwen_vl(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, vision)
 
 
-def qwen3_vl() -> Built:
+def qwen3_vl(**text: Any) -> Built:
     vision = {
         "hidden_size": 16,
         "intermediate_size": 32,
-        "out_hidden_size": 32,
+        "out_hidden_size": text.get("hidden_size", TEXT["hidden_size"]),
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0],
     }
-    return _qwen_vl(Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, vision, head_dim=8)
+    return _qwen_vl(Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, vision, **{"head_dim": 8} | text)
+
+
+def qwen3_vl_moe(**text: Any) -> Built:
+    """Experts: four, of which a token passes two. `text` goes before the sizes here."""
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "out_hidden_size": text.get("hidden_size", TEXT["hidden_size"]),
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
+    classes = (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, Qwen3VLProcessor)
+    return _qwen_vl(*classes, vision, **experts | text)
 
 
 def llava_onevision() -> Built:

@@ -13,54 +13,12 @@ photograph. Images are flat over the batch, in the order of their places:
 `forward` never lengthens a sequence.
 """
 
-import json
-import os
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaForCausalLM, LlamaModel
 
 from .visual_tokens import VisualBackbone, VisualCausalLM
-
-
-class ImageLlamaConfig(LlamaConfig):
-    """A Llama configuration with a `vision_config`; token ids that it lacks are read from tokenizer files beside it."""
-
-    token_keys: ClassVar[dict[str, str]] = {}
-    """Configuration keys of token ids, and the tokens they are the ids of."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        folder = Path(kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "")
-        unknown = {key: token for key, token in cls.token_keys.items() if config_dict.get(key) is None}
-        found = find_token_ids(folder, list(unknown.values())) if unknown else {}
-        return super().from_dict({**config_dict, **{key: found.get(token) for key, token in unknown.items()}}, **kwargs)
-
-
-def find_token_ids(folder: Path, tokens: list[str]) -> dict[str, int]:
-    """The ids of those of the tokens that the tokenizer files of a local folder name."""
-    folder = folder.parent if folder.is_file() else folder
-    known: dict[str, int] = {}
-    for name in ("vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
-        if not (folder / name).is_file():
-            continue
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-        if name == "tokenizer.json":
-            vocabulary = (content.get("model") or {}).get("vocab")
-            known.update(vocabulary if isinstance(vocabulary, dict) else {})
-            known.update({entry["content"]: entry["id"] for entry in content.get("added_tokens") or []})
-        elif name == "tokenizer_config.json":
-            decoder = content.get("added_tokens_decoder") or {}
-            known.update({entry["content"]: int(token_id) for token_id, entry in decoder.items()})
-        else:
-            known.update(content)
-    return {token: known[token] for token in tokens if token in known}
 
 
 class ImageLlamaModel(VisualBackbone, LlamaModel):

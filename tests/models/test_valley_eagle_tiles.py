@@ -7,9 +7,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from align.models.open_image import open_image
+from align.models.qwen2vl import qwen2vl_pixels, smart_resize
 from align.models.valley_eagle.configuration import ValleyEagleConfig
-from align.models.valley_eagle.pixels import cut_tiles, qwen2vl_pixels, siglip_pixels
-from align.models.valley_eagle.tiles import smart_resize, unpadded
+from align.models.valley_eagle.pixels import cut_tiles, siglip_pixels
+from align.models.valley_eagle.tiles import unpadded
 
 PUBLISHED_CAP, TRAINING_CAP, CHAT_CAP = 16384 * 784, 571536, 1280 * 784
 # Recorded from the published code: width, height, canvas, tile map, SigLIP tokens, then Qwen2-VL tokens at each cap.
@@ -109,7 +110,7 @@ def test_smart_resize_equals_that_of_transformers_within_its_limits():
 def test_arrays_have_the_sizes_that_the_counts_promise(width, height):
     image = noise(width, height)
     assert len(cut_tiles(image, GEOMETRY, tiled=True)) == GEOMETRY.num_tiles(width, height, tiled=True)
-    rows, grid = qwen2vl_pixels(image, GEOMETRY, min_pixels=3136, max_pixels=TRAINING_CAP)
+    rows, grid = qwen2vl_pixels(image, GEOMETRY.eagle, min_pixels=3136, max_pixels=TRAINING_CAP)
     assert rows.shape == (grid[0] * grid[1] * grid[2], 1176)
     assert len(rows) // 4 == GEOMETRY.num_eagle_tokens(width, height, 3136, TRAINING_CAP)
 
@@ -130,7 +131,7 @@ def test_qwen2vl_pixels_equal_those_of_transformers(width, height, max_pixels):
     reference = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=max_pixels)
     first = smart_resize(width, height, factor=28, min_pixels=4 * 784, max_pixels=16384 * 784)
     expected = reference([image.resize(first)], return_tensors="np")
-    rows, grid = qwen2vl_pixels(image, GEOMETRY, min_pixels=3136, max_pixels=max_pixels)
+    rows, grid = qwen2vl_pixels(image, GEOMETRY.eagle, min_pixels=3136, max_pixels=max_pixels)
     np.testing.assert_array_equal(rows, expected["pixel_values"])
     assert list(grid) == expected["image_grid_thw"][0].tolist()
 

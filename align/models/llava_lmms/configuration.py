@@ -10,34 +10,15 @@ from typing import Any
 
 from transformers import Qwen2Config, SiglipVisionConfig
 
+from ..config_parts import QWEN2_7B, SIGLIP_SO400M, encoder_config, text_settings
 from ..valley_eagle.tiles import parse_canvases
 
 PUBLISHED_TOWER = "siglip-so400m-patch14-384"
 PUBLISHED_IMAGE_TOKEN_ID = 151646
 PINPOINTS = [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)]
 
-TEXT_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-}
-SIGLIP_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-    "layer_norm_eps": 1e-6,
-    "hidden_act": "gelu_pytorch_tanh",
-    "vision_use_head": False,
-}
+VOCABULARY = 152064
+SIGLIP_DEFAULTS = {**SIGLIP_SO400M, "num_hidden_layers": 26, "vision_use_head": False}
 # What of the original's many switches is computed here; all published OneVision and Critic checkpoints have these values.
 SUPPORTED = {
     "mm_patch_merge_type": ("spatial_unpad",),
@@ -82,12 +63,12 @@ class LlavaQwenConfig(Qwen2Config):
         self.image_aspect_ratio = image_aspect_ratio
         self.image_grid_pinpoints = PINPOINTS if image_grid_pinpoints is None else image_grid_pinpoints
         self.image_token_index = PUBLISHED_IMAGE_TOKEN_ID if image_token_index is None else image_token_index
-        text = {**TEXT_DEFAULTS, **kwargs}
-        if "rope_parameters" not in text:
-            text.setdefault("rope_theta", 1000000.0)
-        super().__init__(**text)
-        # Deliberately not `sub_configs`: a setting of the text model's attention must not reach the encoder.
-        self.vision_config = _siglip_config(vision_config, mm_vision_tower)
+        super().__init__(**text_settings({**QWEN2_7B, "vocab_size": VOCABULARY}, kwargs, rope_theta=1000000.0))
+        if not vision_config and PUBLISHED_TOWER not in str(mm_vision_tower):
+            raise ValueError(
+                f"config.json: expected mm_vision_tower to be {PUBLISHED_TOWER}, found {mm_vision_tower!r}"
+            )
+        self.vision_config = encoder_config(SiglipVisionConfig, vision_config, SIGLIP_DEFAULTS)
         _check(self)
 
     @classmethod
@@ -114,15 +95,6 @@ class LlavaQwenConfig(Qwen2Config):
                 f"config.json: expected mm_projector_type like mlp2x_gelu, found {self.mm_projector_type!r}"
             )
         return int(found.group(1))
-
-
-def _siglip_config(given: dict | SiglipVisionConfig | None, tower: str | None) -> SiglipVisionConfig:
-    if isinstance(given, SiglipVisionConfig):
-        return given
-    if not given and PUBLISHED_TOWER not in str(tower):
-        raise ValueError(f"config.json: expected mm_vision_tower to be {PUBLISHED_TOWER}, found {tower!r}")
-    sizes = {key: value for key, value in (given or {}).items() if key != "model_type"}
-    return SiglipVisionConfig(**{**SIGLIP_DEFAULTS, **sizes})
 
 
 def _check(config: LlavaQwenConfig) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from ..chat_images import CHAT_TEMPLATE, DEFAULT_SYSTEM, ImageChatProcessor
 from ..messages import IMAGE_MARK, VIDEO_MARK
 from ..open_image import is_frame
+from ..pixels import pad_to_square
 from ..valley_eagle.pixels import cut_tiles, siglip_pixels
 from ..valley_eagle.tiles import parse_canvases
 from .configuration import LlavaQwenConfig
@@ -125,7 +126,7 @@ class _Pixels:
     def add_image(self, image: Image.Image, num_images: int) -> int:
         tiling = self.processor.tiling
         if self.processor.image_aspect_ratio == "pad":
-            views = [_fill(_squared(image), tiling.edge_px)]
+            views = [_fill(pad_to_square(image, PAD_COLOUR), tiling.edge_px)]
         else:
             views = cut_tiles(image, tiling, tiled=True)
         return self._add(views, self.processor.image_layout(*image.size))
@@ -159,11 +160,3 @@ def _max_tiles(aspect_ratio: str) -> int | None:
 def _fill(image: Image.Image, edge: int) -> Image.Image:
     """The whole image squeezed into one square."""
     return image.resize((edge, edge), Image.Resampling.BICUBIC)
-
-
-def _squared(image: Image.Image) -> Image.Image:
-    """The image in the middle of the smallest square that holds it."""
-    edge = max(image.size)
-    square = Image.new("RGB", (edge, edge), PAD_COLOUR)
-    square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
-    return square

@@ -6,26 +6,15 @@ image tokens depend on the order in which they were added, so they are looked up
 
 from typing import Any
 
-from transformers import ChineseCLIPVisionConfig, CLIPVisionConfig
+from transformers import ChineseCLIPVisionConfig, CLIPVisionConfig, LlamaConfig
 
-from ..image_llama import ImageLlamaConfig
+from ..config_parts import CLIP_VIT_L, TokenIdsBeside, encoder_config
 
 PATCH_TOKEN, FRAME_TOKEN = "<im_patch>", "<vi_frame>"
 POOLINGS = ("mean", "max", "importance", "delta")
 
-CLIP_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
 
-
-class ValleyLlamaConfig(ImageLlamaConfig):
+class ValleyLlamaConfig(TokenIdsBeside, LlamaConfig):
     """Configuration of Valley 1 (`architectures: ["ValleyLlamaForCausalLM"]`).
 
     How patches are pooled over time is `pooling`: `use_delta_transformer` and `use_patch_importance_pooling` say so in the
@@ -57,8 +46,9 @@ class ValleyLlamaConfig(ImageLlamaConfig):
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         super().__init__(**kwargs)
-        # Not one of `sub_configs`: an attention function for the text model must not reach the encoder.
-        self.vision_config = _vision_config(vision_config, chinese=self.is_chinese)
+        clip: type[CLIPVisionConfig | ChineseCLIPVisionConfig]
+        clip = ChineseCLIPVisionConfig if self.is_chinese else CLIPVisionConfig
+        self.vision_config = encoder_config(clip, vision_config, CLIP_VIT_L)
         _check(self)
 
     @property
@@ -94,15 +84,6 @@ class ChineseValleyConfig(ValleyLlamaConfig):
                 f"config.json: LlavaLlamaForCausalLM with the tower {mm_vision_tower!r} is the first LLaVA, which is not "
                 "supported in this format; use its copy in transformers' own format (llava-hf)"
             )
-
-
-def _vision_config(
-    given: dict | CLIPVisionConfig | ChineseCLIPVisionConfig | None, *, chinese: bool
-) -> CLIPVisionConfig | ChineseCLIPVisionConfig:
-    if isinstance(given, (CLIPVisionConfig, ChineseCLIPVisionConfig)):
-        return given
-    sizes = {key: value for key, value in (given or {}).items() if key != "model_type"}
-    return (ChineseCLIPVisionConfig if chinese else CLIPVisionConfig)(**{**CLIP_DEFAULTS, **sizes})
 
 
 def _check(config: ValleyLlamaConfig) -> None:

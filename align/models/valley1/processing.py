@@ -20,9 +20,9 @@ from PIL import Image
 from transformers import BatchFeature
 
 from ..chat_images import ImageChatProcessor, frames_of
-from ..clip_pixels import centre_crop, normalise, resize_short_side
 from ..messages import IMAGE_MARK, PART_KINDS, VIDEO_MARK, parts_of
 from ..open_image import FRAME_KEY, as_frame, open_image
+from ..pixels import centre_crop, normalise, resize_short_side
 from .configuration import FRAME_TOKEN, PATCH_TOKEN, ValleyLlamaConfig
 
 WRAPPERS = ("<im_start>", "<im_end>", "<vi_start>", "<vi_end>")

@@ -6,15 +6,15 @@ attributes and not read.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import Qwen3Config
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
-from ..valley_eagle.configuration import IMAGE_TOKEN, PUBLISHED_IMAGE_TOKEN_ID, QWEN2VL_DEFAULTS, find_token_id
-from ..valley_eagle.tiles import Geometry
+from ..config_parts import TokenIdsBeside, folder_of, qwen2vl_config, text_settings
+from ..qwen2vl import PatchGeometry
+from ..valley_chat import IMAGE_TOKEN, PUBLISHED_IMAGE_TOKEN_ID
 
 MERGER_WEIGHT = "model.qwen2vl_vision_tower.merger.mlp.0.weight"
 # "64k" in the paper; used only where neither config.json nor weights say.
@@ -35,7 +35,7 @@ TEXT_DEFAULTS: dict[str, Any] = {
 }
 
 
-class Valley25Config(Qwen3Config):
+class Valley25Config(TokenIdsBeside, Qwen3Config):
     """Configuration of Valley2.5 (`architectures: ["ValleyQwen3ForCausalLM"]`).
 
     `navit_merger_hidden_dim`: width of the merger's hidden layer. `image_token_id`: the token that stands for one visual
@@ -43,6 +43,7 @@ class Valley25Config(Qwen3Config):
     """
 
     model_type = "valley"
+    token_keys = {"image_token_id": IMAGE_TOKEN}  # noqa: RUF012
 
     def __init__(
         self,
@@ -61,44 +62,22 @@ class Valley25Config(Qwen3Config):
         self.use_special_start_end_token = use_special_start_end_token
         self.max_pixels = max_pixels
         self.image_token_id = PUBLISHED_IMAGE_TOKEN_ID if image_token_id is None else image_token_id
-        text = {**TEXT_DEFAULTS, **kwargs}
-        if "rope_parameters" not in text:
-            text.setdefault("rope_theta", 1000000.0)
-        super().__init__(**text)
-        # Deliberately not `sub_configs`: a setting of the text model's attention must not reach the encoder.
-        self.eagle_vision_config = _qwen2vl_config(eagle_vision_config, self.hidden_size)
-        _check(self)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "Valley25Config":
-        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        super().__init__(**text_settings(TEXT_DEFAULTS, kwargs, rope_theta=1000000.0))
+        self.eagle_vision_config = qwen2vl_config(eagle_vision_config, self.hidden_size)
+        if not only_navit:
+            raise ValueError(
+                "config.json: expected only_navit true; SigLIP beside the encoder on Qwen3 is not known here"
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Valley25Config":
-        folder = Path(kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "")
-        found = {
-            "image_token_id": lambda: find_token_id(folder, IMAGE_TOKEN),
-            "navit_merger_hidden_dim": lambda: find_merger_width(folder),
-        }
-        missing = {name: find() for name, find in found.items() if config_dict.get(name) is None}
-        return super().from_dict({**config_dict, **missing}, **kwargs)
+        if config_dict.get("navit_merger_hidden_dim") is None:
+            width = find_merger_width(folder_of(config_dict, kwargs))
+            config_dict = {**config_dict, "navit_merger_hidden_dim": width}
+        return super().from_dict(config_dict, **kwargs)
 
-    def geometry(self) -> Geometry:
-        """Valley-Eagle's geometry, of which only what concerns the Qwen2-VL encoder is used."""
-        eagle = self.eagle_vision_config
-        return Geometry(
-            crop_px=384,
-            tokens_per_side=14,
-            canvases=((384, 384),),
-            anyres=False,
-            only_crop_single_image=True,
-            max_vision_token=0,
-            eagle=True,
-            eagle_patch_px=eagle.patch_size,
-            eagle_merge=eagle.spatial_merge_size,
-            eagle_temporal=eagle.temporal_patch_size,
-        )
+    def geometry(self) -> PatchGeometry:
+        return PatchGeometry.of(self.eagle_vision_config)
 
 
 def find_merger_width(folder: Path) -> int | None:
@@ -112,22 +91,3 @@ def find_merger_width(folder: Path) -> int | None:
     with (folder / name).open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return header[MERGER_WEIGHT]["shape"][0] if MERGER_WEIGHT in header else None
-
-
-def _qwen2vl_config(given: dict | Qwen2VLVisionConfig | None, width: int) -> Qwen2VLVisionConfig:
-    """The encoder's sizes; its output is as wide as the text model."""
-    if isinstance(given, Qwen2VLVisionConfig):
-        return given
-    sizes = {key: value for key, value in (given or {}).items() if key != "model_type"}
-    return Qwen2VLVisionConfig(**{**QWEN2VL_DEFAULTS, "hidden_size": width, **sizes})
-
-
-def _check(config: Valley25Config) -> None:
-    """Refuses what this family cannot compute, before a weight is read."""
-    if not config.only_navit:
-        raise ValueError("config.json: expected only_navit true; SigLIP beside the encoder on Qwen3 is not known here")
-    if config.eagle_vision_config.hidden_size != config.hidden_size:
-        raise ValueError(
-            f"config.json: expected eagle_vision_config.hidden_size to equal hidden_size, "
-            f"found {config.eagle_vision_config.hidden_size} and {config.hidden_size}"
-        )

@@ -68,18 +68,12 @@ class ValleyQwen3Model(VisualBackbone, Qwen3Model):
     ) -> BaseModelOutputWithPooling:
         """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`, n as the processor counts."""
         encoded = self.qwen2vl_vision_tower(pixel_values.to(self.dtype), grid_thw=image_grid_thw)
-        counts = image_grid_thw.prod(dim=-1) // self.config.eagle_vision_config.spatial_merge_size**2
-        features = encoded.pooler_output.split(counts.tolist())
+        features = encoded.pooler_output.split(self.config.geometry().counts(image_grid_thw))
         return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=features)
 
     def dummy_image_inputs(self) -> dict[str, torch.Tensor]:
-        vision = self.config.eagle_vision_config
-        side = vision.spatial_merge_size
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return {
-            "pixel_values": torch.zeros(side**2, values, device=self.device),
-            "image_grid_thw": torch.tensor([[1, side, side]], device=self.device),
-        }
+        patches, grid = self.config.geometry().blank(self.device)
+        return {"pixel_values": patches, "image_grid_thw": grid}
 
 
 class ValleyQwen3ForCausalLM(VisualCausalLM, Qwen3ForCausalLM):

@@ -155,8 +155,7 @@ class ValleyQwen2Model(VisualBackbone, Qwen2Model):
             encoded = self.qwen2vl_vision_tower(
                 eagle_pixel_values.to(self.dtype), grid_thw=image_grid_thw
             ).pooler_output
-            merged = image_grid_thw.prod(dim=-1) // self.geometry.eagle_merge**2
-            pairs = zip(features, encoded.split(merged.tolist()), strict=True)
+            pairs = zip(features, encoded.split(self.geometry.eagle.counts(image_grid_thw)), strict=True)
             features = [torch.cat(pair) for pair in pairs]
         return BaseModelOutputWithPooling(last_hidden_state=tokens_TPD, pooler_output=tuple(features))
 
@@ -185,10 +184,7 @@ class ValleyQwen2Model(VisualBackbone, Qwen2Model):
             "image_sizes": torch.ones(1, 2, dtype=torch.int64, device=device),
         }
         if geometry.eagle:
-            side = geometry.eagle_merge
-            values = 3 * geometry.eagle_temporal * geometry.eagle_patch_px**2
-            inputs["eagle_pixel_values"] = torch.zeros(side**2, values, device=device)
-            inputs["image_grid_thw"] = torch.tensor([[1, side, side]], device=device)
+            inputs["eagle_pixel_values"], inputs["image_grid_thw"] = geometry.eagle.blank(device)
         return inputs
 
 

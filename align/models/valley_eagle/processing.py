@@ -5,27 +5,21 @@ The image tensors and their order are described in the modelling file; messages,
 `AutoProcessor.from_pretrained`); see `ValleyProcessor`.
 """
 
-import re
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..chat_images import CHAT_TEMPLATE, DEFAULT_SYSTEM, ImageChatProcessor, frames_of
-from ..messages import IMAGE_MARK, spread_videos
-from ..open_image import as_frame, is_frame
-from .configuration import IMAGE_TOKEN, ValleyEagleConfig
-from .pixels import cut_tiles, qwen2vl_pixels, siglip_pixels
-from .tiles import Geometry
-
-IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
-BLACK_IMAGE_SIZE = (3, 3)
-MIN_PIXELS = 56 * 56
-NUM_VIDEO_FRAMES = 8
+from ..chat_images import DEFAULT_SYSTEM
+from ..open_image import is_frame
+from ..qwen2vl import PatchBatch
+from ..valley_chat import MIN_PIXELS, NUM_VIDEO_FRAMES, ValleyChatProcessor
+from .configuration import ValleyEagleConfig
+from .pixels import cut_tiles, siglip_pixels
 
 
-class ValleyProcessor(ImageChatProcessor):
+class ValleyProcessor(ValleyChatProcessor):
     """Valley-Eagle's processor.
 
     Settings, each a keyword of `from_pretrained`, are kept when the processor is saved:
@@ -68,30 +62,19 @@ class ValleyProcessor(ImageChatProcessor):
         text_only_image: str = "none",
     ) -> None:
         config = config or ValleyEagleConfig()
-        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
-        self.geometry: Geometry = config.geometry()
-        self.use_special_start_end_token = config.use_special_start_end_token
+        super().__init__(
+            tokenizer,
+            chat_template,
+            config=config,
+            min_pixels=min_pixels,
+            default_system=default_system,
+            text_only_image=text_only_image,
+            num_video_frames=num_video_frames,
+        )
+        self.geometry = config.geometry()
         self.max_pixels = config.max_pixels if max_pixels is None else max_pixels
-        self.min_pixels = min_pixels
         self.frame_max_pixels = config.frame_max_pixels if frame_max_pixels is None else frame_max_pixels
-        self.num_video_frames = num_video_frames
-        self.default_system = default_system
-        self.text_only_image = text_only_image
-        self.image_token_id = _image_token_id(tokenizer, config)
-        self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
-        self._check()
-
-    def _check(self) -> None:
-        if self.text_only_image not in ("none", "black"):
-            raise ValueError(f"text_only_image: expected 'none' or 'black', found {self.text_only_image!r}")
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(f"expected 0 < min_pixels <= max_pixels, found {self.min_pixels} and {self.max_pixels}")
-        if self.use_special_start_end_token:
-            for token in (IMAGE_START, IMAGE_END):
-                if len(self.tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
-                    raise ValueError(
-                        f"the tokenizer has no token {token!r}, which use_special_start_end_token asks for"
-                    )
+        self._check_limit("max_pixels")
 
     @property
     def model_input_names(self) -> list[str]:
@@ -114,21 +97,6 @@ class ValleyProcessor(ImageChatProcessor):
     def new_pixels(self) -> "_Pixels":
         return _Pixels(self)
 
-    def blank_image(self) -> Image.Image | None:
-        return Image.new("RGB", BLACK_IMAGE_SIZE) if self.text_only_image == "black" else None
-
-    def _spread_videos(self, text: str, images: list[Any], videos: list[list[Any]]) -> tuple[str, list[Any], list[Any]]:
-        """Frames are images."""
-        if not videos:
-            return text, images, videos
-        return *spread_videos(text, images, [[as_frame(frame) for frame in frames_of(video)] for video in videos]), []
-
-    def _wrap(self, text: str) -> str:
-        """Every image mark between its two special tokens, unless it is already."""
-        if not self.use_special_start_end_token:
-            return text
-        return re.sub(f"(?<!{IMAGE_START}){IMAGE_MARK}", IMAGE_START + IMAGE_MARK + IMAGE_END, text)
-
 
 class _Pixels:
     """Collects the image arrays of a batch."""
@@ -137,8 +105,8 @@ class _Pixels:
         self.processor = processor
         self.tiles: list[np.ndarray] = []
         self.sizes: list[tuple[int, int]] = []
-        self.patches: list[np.ndarray] = []
-        self.grids: list[tuple[int, int, int]] = []
+        eagle = processor.geometry.eagle
+        self.patches = PatchBatch(eagle) if eagle else None
 
     def add_image(self, image: Image.Image, num_images: int) -> int:
         geometry = self.processor.geometry
@@ -146,13 +114,10 @@ class _Pixels:
         self.tiles.append(siglip_pixels(cut_tiles(image, geometry, tiled=tiled)))
         self.sizes.append(image.size)
         num_tokens = geometry.num_tile_tokens(*image.size, tiled=tiled)
-        if not geometry.eagle:
+        if self.patches is None:
             return num_tokens
         limits = {"min_pixels": self.processor.min_pixels, "max_pixels": self.processor.pixel_limit(image)}
-        patches, grid = qwen2vl_pixels(image, geometry, **limits)
-        self.patches.append(patches)
-        self.grids.append(grid)
-        return num_tokens + len(patches) // geometry.eagle_merge**2
+        return num_tokens + self.patches.add(image, **limits)
 
     def add_video(self, frames: list[Image.Image]) -> int:
         raise AssertionError("videos become images before")
@@ -160,22 +125,9 @@ class _Pixels:
     def arrays(self) -> dict[str, torch.Tensor]:
         if not self.tiles:
             return {}
-        data = {
+        return {
             "pixel_values": torch.from_numpy(np.concatenate(self.tiles)),
             "tiles_per_image": torch.tensor([len(tiles) for tiles in self.tiles]),
             "image_sizes": torch.tensor(self.sizes),
+            **(self.patches.arrays("eagle_pixel_values") if self.patches else {}),
         }
-        if self.patches:
-            data["eagle_pixel_values"] = torch.from_numpy(np.concatenate(self.patches))
-            data["image_grid_thw"] = torch.tensor(self.grids)
-        return data
-
-
-def _image_token_id(tokenizer: Any, config: ValleyEagleConfig) -> int:
-    """The placeholder's id: the tokenizer's `<|image_pad|>` where it has one, else what config.json says."""
-    known = tokenizer.get_vocab()
-    if IMAGE_TOKEN in known:
-        return known[IMAGE_TOKEN]
-    if config.image_token_id is None or config.image_token_id >= len(tokenizer):
-        raise ValueError(f"the tokenizer has no token {IMAGE_TOKEN!r}; name another as image_token_id in config.json")
-    return config.image_token_id

@@ -9,10 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 
-MAX_ASPECT_RATIO = 200
-# Limits of the first of the two resizes: qwen_vl_utils 0.0.8 applies them to every image before the processor does.
-FIRST_MIN_PIXELS = 4 * 28 * 28
-FIRST_MAX_PIXELS = 16384 * 28 * 28
+from ..qwen2vl import PatchGeometry
 
 
 def parse_canvases(pinpoints: str | list, crop_px: int) -> tuple[tuple[int, int], ...]:
@@ -72,34 +69,11 @@ def unpadded(width: int, height: int, columns: int, rows: int) -> tuple[slice, s
     return slice(0, rows), slice(pad, columns - pad)
 
 
-def smart_resize(width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The multiple of `factor` nearest to an image's size whose area lies within the limits (Qwen2-VL's rule).
-
-    Raises ValueError for sides more than 200 times as long as each other.
-
-    >>> smart_resize(1024, 768, factor=28, min_pixels=3136, max_pixels=571536)
-    (868, 644)
-    """
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(
-            f"expected an image whose sides differ by a factor of {MAX_ASPECT_RATIO} at most, found {width}x{height}; "
-            "crop it or leave it out"
-        )
-    new_w, new_h = (max(factor, round(side / factor) * factor) for side in (width, height))
-    if new_w * new_h > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        new_w, new_h = (max(factor, math.floor(side / shrink / factor) * factor) for side in (width, height))
-    elif new_w * new_h < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_w, new_h = (math.ceil(side * grow / factor) * factor for side in (width, height))
-    return new_w, new_h
-
-
 @dataclass(frozen=True)
 class Geometry:
     """What of a checkpoint's config decides how many tokens an image of a given size has.
 
-    `tokens_per_side`: tokens along a tile's edge after the projector. `eagle`: whether the Qwen2-VL encoder is there.
+    `tokens_per_side`: tokens along a tile's edge after the projector. `eagle`: that of the Qwen2-VL encoder; None without.
     """
 
     crop_px: int
@@ -108,10 +82,7 @@ class Geometry:
     anyres: bool
     only_crop_single_image: bool
     max_vision_token: int
-    eagle: bool
-    eagle_patch_px: int
-    eagle_merge: int
-    eagle_temporal: int
+    eagle: PatchGeometry | None
 
     @property
     def tokens_per_tile(self) -> int:
@@ -163,18 +134,6 @@ class Geometry:
         rows, columns = self.map_size(width, height)
         return self.tokens_per_tile + rows * columns
 
-    def eagle_sizes(
-        self, width: int, height: int, min_pixels: int, max_pixels: int
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The two sizes an image is resized to, one after the other, on its way to the Qwen2-VL encoder."""
-        first = smart_resize(width, height, factor=28, min_pixels=FIRST_MIN_PIXELS, max_pixels=FIRST_MAX_PIXELS)
-        factor = self.eagle_patch_px * self.eagle_merge
-        return first, smart_resize(*first, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
-
     def num_eagle_tokens(self, width: int, height: int, min_pixels: int, max_pixels: int) -> int:
         """Tokens that the Qwen2-VL branch gives for one image; 0 where the checkpoint has no such encoder."""
-        if not self.eagle:
-            return 0
-        _, (new_w, new_h) = self.eagle_sizes(width, height, min_pixels, max_pixels)
-        factor = self.eagle_patch_px * self.eagle_merge
-        return (new_w // factor) * (new_h // factor)
+        return self.eagle.num_tokens(width, height, min_pixels, max_pixels) if self.eagle else 0

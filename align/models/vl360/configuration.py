@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
-from ..image_llama import ImageLlamaConfig
+from ..config_parts import CLIP_VIT_L, TokenIdsBeside, encoder_config, text_settings
 
 IMAGE_TOKEN = "<|reserved_special_token_44|>"
 END_OF_TURN = "<|eot_id|>"
@@ -27,16 +27,6 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "bos_token_id": 128000,
     "eos_token_id": 128001,
-}
-CLIP_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
 }
 
 
@@ -58,7 +48,7 @@ class AbstractorConfig:
         return cls(**{key: value for key, value in given.items() if key in cls.__dataclass_fields__})
 
 
-class QH360VLConfig(ImageLlamaConfig):
+class QH360VLConfig(TokenIdsBeside, LlamaConfig):
     """Configuration of 360VL (`architectures: ["QH360_VL_LlamaForCausalLM"]`).
 
     `proj_2`: true, as in the published models, means that the four crops of an image are put together before one projector
@@ -94,14 +84,8 @@ class QH360VLConfig(ImageLlamaConfig):
         self.visual_projector_config = dict(visual_projector_config or {})
         self.image_token_id = image_token_id
         self.eot_token_id = eot_token_id
-        text = {**TEXT_DEFAULTS, **kwargs}
-        if "rope_parameters" not in text:
-            text.setdefault("rope_theta", 500000.0)
-        super().__init__(**text)
-        # Not one of `sub_configs`: an attention function for the text model must not reach the encoder.
-        sizes = {} if isinstance(vision_config, CLIPVisionConfig) else {**CLIP_DEFAULTS, **(vision_config or {})}
-        sizes.pop("model_type", None)
-        self.vision_config = vision_config if isinstance(vision_config, CLIPVisionConfig) else CLIPVisionConfig(**sizes)
+        super().__init__(**text_settings(TEXT_DEFAULTS, kwargs, rope_theta=500000.0))
+        self.vision_config = encoder_config(CLIPVisionConfig, vision_config, {**CLIP_VIT_L, "image_size": 336})
         _check(self)
 
     @classmethod

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from ..chat_images import ImageChatProcessor
-from ..clip_pixels import centre_crop, normalise, pad_to_square, resize_short_side
 from ..messages import IMAGE_MARK
+from ..pixels import centre_crop, normalise, pad_to_square, resize_short_side
 from .configuration import IMAGE_TOKEN, QH360VLConfig
 from .modeling import NUM_PICTURES
 

@@ -1,10 +1,11 @@
-"""PIL images in, normalised float32 pixels as CLIP's processors make them out; PIL's filters only, no torchvision."""
+"""PIL images in, cropped, padded and normalised float32 pixels out; PIL's filters only, no torchvision."""
 
 import numpy as np
 from PIL import Image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 MAX_SIDE_RATIO = 200
 
 
@@ -39,9 +40,12 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     return square
 
 
-def normalise(image: Image.Image) -> np.ndarray:
-    """An RGB image's bytes to `(value / 255 - mean) / std`, `(3, H, W)` float32, rounded where the published ones round."""
+def normalise(image: Image.Image, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> np.ndarray:
+    """An RGB image's bytes to `(value / 255 - mean) / std`, `(3, H, W)` float32, rounded where the published ones round.
+
+    A byte has 256 values, so a table per channel replaces arithmetic on every pixel.
+    """
     scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
-    tables = ((scaled - np.float32(m)) / np.float32(s) for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True))
+    tables = ((scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True))
     channels = np.asarray(image).transpose(2, 0, 1)
     return np.stack([table[channel] for table, channel in zip(tables, channels, strict=True)])

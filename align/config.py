@@ -119,7 +119,8 @@ class CriticSettings(Section):
     """Stage 2: who judges the responses."""
 
     kind: str = Field(
-        "pairwise", description="pairwise, pointwise, claims, verifier, scalar, panel, or the controls random and length"
+        "pairwise",
+        description="pairwise, pointwise, claims, verifier, scalar, panel, or the controls random and length",
     )
     model: str | None = Field(None, description="checkpoint of the critic model")
     processor: dict[str, Any] = Field(default_factory=dict, description="keyword settings of the critic's processor")
@@ -216,6 +217,10 @@ class EvaluateSettings(Section):
     win_rate: bool = Field(
         True,
         description="where the critic is a model: also let it compare each round with the first policy and its parent",
+    )
+    kl: bool = Field(
+        True,
+        description="estimate the KL divergence from the first policy on the sampled responses; loads both models in turn",
     )
     stop_if_worse: bool = Field(
         False, description="end the run after a round that is worse than its parent by more than chance"
@@ -344,6 +349,14 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _apply_override(data, override)
     return build_config(data, base=path.resolve().parent, where=str(path))
+
+
+def checkpoint_config(checkpoint: str, overrides: list[str] | None = None) -> Config:
+    """The defaults with overrides, for a checkpoint by itself: a run's own keys (questions, critic) mean nothing in it."""
+    data: dict[str, Any] = {"policy": checkpoint, "questions": os.devnull}
+    for override in overrides or []:
+        _apply_override(data, override)
+    return build_config(data, base=Path.cwd(), where="--set")
 
 
 def build_config(data: dict[str, Any], *, base: Path, where: str = CONFIG_NAME) -> Config:

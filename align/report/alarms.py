@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from align.report.changes import History
+from align.report.changes import Change, History
 from align.report.courses import end_of
 from align.report.metrics import percent, plain
 from align.report.read import RoundData, RunData, iter_objects, number
@@ -22,6 +22,7 @@ from align.report.trust import (
     MOST_POSITION_BIAS,
     Trust,
 )
+from reward.critics.base import NOTHING_TO_COMPARE
 
 CHOSEN_FALL, WEAK_ACCURACY = 0.25, 0.55
 LESS_VARIED, MOST_TRUNCATED, MOST_UNSCORED, LEAST_PAIRS = 0.2, 0.05, 0.05, 0.2
@@ -80,11 +81,20 @@ def _worse_rounds(history: History) -> Iterator[Alarm]:
             if step.state == "worse":
                 yield Alarm(
                     f"Worse than the round before: {step.metric.label.lower()}",
-                    f"{step.metric.show(step.first)} in round {step.first_round}, {step.metric.show(step.last)} in round "
-                    f"{step.last_round}; the 95 % interval of the change is {step.span} {step.metric.unit}.",
+                    _how_worse(step),
                     number=step.last_round,
                     serious=name.endswith("accuracy") or name.startswith("win_rate"),
                 )
+
+
+def _how_worse(step: Change) -> str:
+    show, span = step.metric.show, f"{step.span} {step.metric.unit}"
+    if step.metric.against == "before":
+        return f"It wins {show(step.last)} of the comparisons, {span} from the half that is no change (95 % interval)."
+    return (
+        f"{show(step.first)} in round {step.first_round}, {show(step.last)} in round {step.last_round}; the 95 % interval "
+        f"of the change is {span}."
+    )
 
 
 def _evaluation(history: History) -> Iterator[Alarm]:
@@ -190,11 +200,11 @@ def _losses(data: RoundData) -> Iterator[Alarm]:
             "What is cut off is judged unfairly, and is left out of pairs unless pairs.keep_truncated is set.",
             data.number,
         )
-    unscored = total(judged.get("unscored"))
+    unscored = total(_failures(judged.get("unscored")))
     if responses and unscored / responses > MOST_UNSCORED:
         yield Alarm(
             "The critic could not score much",
-            f"{unscored:,.0f} of {responses:,.0f} responses have no reward.",
+            f"{unscored:,.0f} of {responses:,.0f} responses have no reward though there was something to judge.",
             "The reasons stand under Data.",
             data.number,
             serious=True,
@@ -207,6 +217,13 @@ def _losses(data: RoundData) -> Iterator[Alarm]:
             "More responses a question or a higher temperature gives more.",
             data.number,
         )
+
+
+def _failures(unscored: Any) -> Any:
+    """Without the responses that the critic had nothing to compare with: all of their question's were the same."""
+    if not isinstance(unscored, dict):
+        return unscored
+    return {reason: count for reason, count in unscored.items() if reason != NOTHING_TO_COMPARE}
 
 
 def total(value: Any) -> float:

@@ -70,7 +70,8 @@ def headline(run: RunData) -> str | None:
 class History:
     """All changes of a run by the number's name: first to last evaluated round, and every round to the next one.
 
-    A number that fewer than two rounds have is in neither.
+    A number that fewer than two rounds have is in neither. A win rate is a change in itself, from the half that equal
+    responses would give: one against the first policy has both, one against the round before has steps only.
     """
 
     overall: dict[str, Change]
@@ -88,13 +89,28 @@ class History:
 def history(run: RunData) -> History:
     found = History({}, {})
     for name in in_order({name for data in run.rounds for name in data.metrics}):
-        have = [data for data in run.rounds if name in data.metrics]
-        if len(have) < 2:
-            continue
-        steps = [change(name, before, after) for before, after in itertools.pairwise(have)]
-        found.steps[name] = steps
-        found.overall[name] = steps[0] if len(steps) == 1 else change(name, have[0], have[-1])
+        against = metric(name).against
+        have = [data for data in run.rounds if name in data.metrics and (data.number > 0 or not against)]
+        if against == "before":
+            found.steps[name] = [_won(name, data, data.number - 1) for data in have]
+        elif against == "first" and have:
+            found.steps[name] = [_won(name, have[0], 0), *_steps(name, have)]
+            found.overall[name] = _won(name, have[-1], 0)
+        elif len(have) > 1:
+            found.steps[name] = _steps(name, have)
+            found.overall[name] = change(name, have[0], have[-1])
     return found
+
+
+def _steps(name: str, rounds: list[RoundData]) -> list[Change]:
+    return [change(name, before, after) for before, after in itertools.pairwise(rounds)]
+
+
+def _won(name: str, data: RoundData, before: int) -> Change:
+    """A win rate as the change from round `before`, against which equal responses would win one half."""
+    rate = data.metrics[name]
+    difference = Interval(rate.mean - 0.5, rate.low - 0.5, rate.high - 0.5, rate.count)
+    return Change(metric(name), before, data.number, 0.5, rate.mean, difference, paired=False)
 
 
 def _paired(known: Metric, before: RoundData, after: RoundData, first: Interval, last: Interval) -> Interval | None:

@@ -80,11 +80,23 @@ def training_figures(run: RunData, *, backdrop: bool) -> list[TrainingFigure]:
         lanes = [lane for lane in lanes if any(lane.series.values())]
         if not lanes:
             continue
+        if title == "Loss" and not _sigmoid_alone(run):
+            explanation, baseline = f"sum of the terms {_terms(run)}, each with its weight", None
         plain = training_chart(title, lanes, baseline=baseline)
         behind = training_chart(title, lanes, backdrop=True, baseline=baseline) if published else None
         kinds = [(kind, kind) for kind in keys.values()] if len(keys) > 1 else []
         figures.append(TrainingFigure(title, explanation, kinds, plain, behind))
     return figures
+
+
+def _terms(run: RunData) -> str:
+    terms = run.setting("dpo", "loss_type")
+    return ", ".join(map(str, terms)) if isinstance(terms, list) else str(terms)
+
+
+def _sigmoid_alone(run: RunData) -> bool:
+    """Whether the loss is DPO's own, which starts at ln 2; with further terms it starts anywhere."""
+    return run.setting("dpo", "loss_type") in (None, "sigmoid", ["sigmoid"])
 
 
 def _lane(data: RoundData, keys: dict[str, str], published: dict[str, list[tuple[float, float]]]) -> Lane:

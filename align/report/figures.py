@@ -145,7 +145,7 @@ def rounds_chart(
     for curve in reversed(curves):
         _draw_curve(chart, curve, x, y, show)
     if curves:
-        chart.labels += _value_labels(curves[0], x, y, show)
+        chart.labels += _value_labels(curves, x, y, show)
     return chart
 
 
@@ -165,13 +165,17 @@ def _draw_curve(chart: Chart, curve: Curve, x: Scale, y: Scale, show: Callable[[
         chart.dots.append(Dot(x(number), y(item.mean), curve.kind, title))
 
 
-def _value_labels(curve: Curve, x: Scale, y: Scale, show: Callable[[float], str]) -> list[Label]:
-    """Values beside their points, on the side away from the curve's bend; only the ends when there are many."""
-    points = curve.points if len(curve.points) <= 5 else [curve.points[0], curve.points[-1]]
+def _value_labels(curves: Sequence[Curve], x: Scale, y: Scale, show: Callable[[float], str]) -> list[Label]:
+    """The first curve's values beside their points, away from the other curve; only the ends when there are many."""
+    points = curves[0].points
+    points = points if len(points) <= 5 else [points[0], points[-1]]
+    others = {number: item.mean for curve in curves[1:] for number, item in curve.points}
     labels = []
     for number, item in points:
-        above = y(item.high) - 7
-        place = above if above > TOP - 6 else y(item.low) + 15
+        above, below = y(item.high) - 7, y(item.low) + 15
+        fits_above, fits_below = above > TOP - 6, below < HEIGHT - BOTTOM - 2
+        crowded = others.get(number, item.mean) > item.mean
+        place = below if fits_below and (crowded or not fits_above) else above
         labels.append(Label(x(number), place, show(item.mean), "value"))
     return labels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from align.quantities import duration as duration
 from align.report.read import RoundData, RunData, Stage, number
 
 
@@ -150,17 +151,3 @@ def _device_hours(stage: Stage) -> float | None:
         return None
     devices = number(stage.notes.get("num_processes")) or number(stage.settings.get("num_processes")) or 1.0
     return (stage.seconds or 0.0) * devices / 3600
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it.
-
-    >>> duration(4.25), duration(92), duration(7500)
-    ('4.2 s', '1 min 32 s', '2 h 5 min')
-    """
-    if round(seconds) < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from align.records import Evaluated, Evaluation
 from align.statistics import is_refusal, repetition
@@ -19,7 +20,7 @@ class Metric:
     """A held-out number; `good` is 1 when more is better, -1 when less is, 0 when neither is.
 
     `of_response` is its value for one response, None where it does not apply (no reference answer); it is absent for
-    numbers that are not means over responses.
+    numbers that are not means over responses. `against` says with whom a win rate compares: one half is no change.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Metric:
     good: int = 0
     percent: bool = True
     of_response: Callable[[Evaluation, Evaluated], float | None] | None = None
+    against: Literal["first", "before"] | None = None
 
     def show(self, value: float) -> str:
         return percent(value) if self.percent else plain(value)
@@ -70,10 +72,10 @@ def _hallucinates(line: Evaluation, response: Evaluated) -> float | None:
 _METRICS = (
     Metric("sampled_accuracy", "Right when sampled", "sampled responses that match the reference answer", 1, True, _correct),
     Metric("greedy_accuracy", "Right when greedy", "greedy responses that match the reference answer", 1, True, _correct),
-    Metric("win_rate_first", "Wins against the first policy", "comparisons by the critic, both orders, a tie is half", 1),
-    Metric("win_rate_initial", "Wins against the first policy", "comparisons by the critic, both orders, a tie is half", 1),
-    Metric("win_rate_parent", "Wins against the round before", "comparisons by the critic, both orders, a tie is half", 1),
-    Metric("win_rate_previous", "Wins against the round before", "comparisons by the critic, both orders, a tie is half", 1),
+    Metric("win_rate_first", "Wins against the first policy", "comparisons by the critic, both orders, a tie is half", 1, against="first"),
+    Metric("win_rate_initial", "Wins against the first policy", "comparisons by the critic, both orders, a tie is half", 1, against="first"),
+    Metric("win_rate_parent", "Wins against the round before", "comparisons by the critic, both orders, a tie is half", 1, against="before"),
+    Metric("win_rate_previous", "Wins against the round before", "comparisons by the critic, both orders, a tie is half", 1, against="before"),
     Metric("hallucination", "Names what is not there", "sampled responses that name something absent from the image", -1, True, _hallucinates),
     Metric("response_tokens", "Tokens a response", "how long sampled responses are", 0, False, lambda line, r: float(r.num_tokens)),
     Metric("truncated", "Cut off", "responses that ran into the token limit", -1, True, lambda line, r: float(r.finish_reason == "length")),

@@ -76,6 +76,9 @@ _NOUNS = {
 
 
 def _title(moved: Change) -> str:
+    if moved.metric.against:
+        word = {"better": "Better", "worse": "Worse"}.get(moved.state, "No improvement shown")
+        return f"{word}: it wins {moved.metric.show(moved.last)} against the first policy."
     noun = _NOUNS.get(moved.metric.name, moved.metric.label.lower())
     first, last = moved.metric.show(moved.first), moved.metric.show(moved.last)
     verb = "rose" if moved.difference.mean > 0 else "fell"
@@ -86,6 +89,12 @@ def _title(moved: Change) -> str:
 
 
 def _detail(moved: Change) -> str:
+    if moved.metric.against:
+        low, high = (moved.metric.show(0.5 + end) for end in (moved.difference.low, moved.difference.high))
+        return (
+            "The critic compared its responses with the first policy's in both orders; a tie is half, so 50\u00a0% is no "
+            f"change. The 95\u00a0% interval is {low} to {high} ({moved.difference.count} held-out questions)."
+        )
     how = "same questions, paired" if moved.paired else "unpaired: the responses of both rounds are not on disk"
     which = (
         "sampled responses"

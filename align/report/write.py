@@ -21,8 +21,9 @@ from align.errors import UserError
 from align.report import flow, metrics
 from align.report.alarms import find_alarms
 from align.report.browser import build_browser, letter, marks
-from align.report.changes import history
+from align.report.changes import Change, history
 from align.report.courses import ENDING_KEYS, endings, held_out_figures, published_source, training_figures
+from align.report.metrics import Metric
 from align.report.pictures import Pictures
 from align.report.places import find_places
 from align.report.read import RunData, read_run
@@ -104,7 +105,7 @@ def render(
         control=control,
         verdict=judge(run, changes, control, trust),
         figures=figures,
-        steps=[changes.steps[figure.metric.name] for figure in figures if not figure.quiet and figure.change],
+        steps=_table_of_steps([changes.steps.get(figure.metric.name, []) for figure in figures if not figure.quiet]),
         places=find_places(run),
         training=training_figures(run, backdrop=backdrop),
         endings=endings(run),
@@ -131,6 +132,13 @@ def render(
 def _total(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
+
+
+def _table_of_steps(rows: list[list[Change]]) -> tuple[list[tuple[int, int]], list[tuple[Metric, list[Change | None]]]]:
+    """The steps (from round, to round) that any number has, and each number's changes in them."""
+    columns = sorted({(step.first_round, step.last_round) for row in rows for step in row})
+    by_step = [{(step.first_round, step.last_round): step for step in row} for row in rows if row]
+    return columns, [(next(iter(row.values())).metric, [row.get(column) for column in columns]) for row in by_step]
 
 
 def _versions(run: RunData) -> dict[str, str]:

@@ -39,7 +39,7 @@ class Page:
         self._buffer, self._last, self.problems = b"", 0, []  # type: tuple[bytes, int, list[str]]
         self._process = subprocess.Popen(
             [sys.executable, "-c", TO_3_AND_4, str(to_browser), str(from_browser), chromium, "--headless", "--no-sandbox",
-             "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
+             "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
             pass_fds=(to_browser, from_browser), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_browser)
@@ -84,6 +84,7 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
     def screenshot(self, path: Path, *, full: bool = True) -> None:
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=full)["data"]
         path.write_bytes(base64.b64decode(data))
 

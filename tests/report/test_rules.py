@@ -218,6 +218,46 @@ def test_lengths_alone_leave_open_whether_it_improved_but_not_what_was_learned()
     assert found.lessons[0].startswith("What was learned is length")
 
 
+def with_wins(*rates: dict[str, tuple[float, float, float]]) -> RunData:
+    """Rounds 1, 2, ... with these win rates; the first policy has none."""
+    return a_run(one_round(0), *(one_round(number, **rate) for number, rate in enumerate(rates, start=1)))
+
+
+def test_a_win_rate_is_held_against_one_half_and_not_against_the_round_before_s():
+    run = with_wins(
+        {"win_rate_parent": (0.8, 0.75, 0.85)},
+        {"win_rate_parent": (0.6, 0.55, 0.65)},
+        {"win_rate_parent": (0.4, 0.35, 0.45)},
+    )
+    states = [(step.first_round, step.last_round, step.state) for step in history(run).steps["win_rate_parent"]]
+    assert states == [(0, 1, "better"), (1, 2, "better"), (2, 3, "worse")]
+    assert "win_rate_parent" not in history(run).overall
+    (alarm,) = [alarm for alarm in find_alarms(run, history(run), {}) if "wins against the round before" in alarm.title]
+    assert [number for number, _ in alarm.findings] == [3]
+    assert alarm.serious
+
+
+@pytest.mark.parametrize(
+    ("rate", "title", "state"),
+    [
+        ((0.7, 0.65, 0.75), "Better: it wins 70.0\u00a0% against the first policy.", "better"),
+        ((0.5, 0.45, 0.55), "No improvement shown: it wins 50.0\u00a0% against the first policy.", "unclear"),
+        ((0.3, 0.25, 0.35), "Worse: it wins 30.0\u00a0% against the first policy.", "worse"),
+    ],
+)
+def test_without_reference_answers_the_critic_s_comparisons_give_the_verdict_after_one_round(rate, title, state):
+    found = verdict(with_wins({"win_rate_initial": rate}))
+    assert (found.title, found.state) == (title, state)
+    show = metric("win_rate_initial").show
+    assert f"interval is {show(rate[1])} to {show(rate[2])}" in found.detail
+
+
+def test_responses_that_had_nothing_to_be_compared_with_are_no_failure_of_the_critic():
+    alike = "no other response to compare with"
+    assert "The critic could not score much" not in titles(a_run(scored(unscored={alike: 200})))
+    assert "The critic could not score much" in titles(a_run(scored(unscored={alike: 200, "timeout": 60})))
+
+
 def course(chosen: float, margin: float, accuracy: float) -> RoundData:
     data = one_round(1)
     data.log = [{"step": 1.0, "rewards/chosen": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5}]

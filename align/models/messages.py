@@ -37,8 +37,8 @@ def place(
         for part in parts:
             kind = PART_KINDS.get(part["type"])
             if kind is not None:
-                rest = unplaced[kind]
-                found[kind].append(_source(part) or (rest.pop(0) if rest else None))
+                source, rest = source_of(part), unplaced[kind]
+                found[kind].append(rest.pop(0) if source is None and rest else source)
         rendered.append({**message, "content": _join(parts, written)})
     for kind in written:
         if not num_parts[kind]:
@@ -74,12 +74,22 @@ def spread_videos(text: str, images: Sequence[Any], videos: Sequence[Sequence[An
 
 
 def parts_of(message: dict) -> list[dict]:
-    """A message's content as a list of parts. Raises ValueError for a part that is neither text nor to be looked at."""
+    """A message's content as a list of parts, those of type "text" with a text.
+
+    Keys without a value are left out: a column of `datasets` gives every part the keys of all others. Raises ValueError for
+    a part that is neither text nor to be looked at.
+
+    >>> parts_of({"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Why?"}]})
+    [{'type': 'image'}, {'type': 'text', 'text': 'Why?'}]
+    """
     content = message.get("content") or ""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    given = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    parts = [{key: value for key, value in part.items() if value is not None} for part in given]
     for part in parts:
-        if part["type"] != "text" and part["type"] not in PART_KINDS:
-            raise ValueError(f"expected parts of type 'text', 'image' or 'video', found {part['type']!r}")
+        if part.get("type") == "text":
+            part.setdefault("text", "")
+        elif part.get("type") not in PART_KINDS:
+            raise ValueError(f"expected parts of type 'text', 'image' or 'video', found {part.get('type')!r}")
     return parts
 
 
@@ -115,7 +125,7 @@ def _put_in_front(messages: list[dict], found: dict[str, list[Any]], unplaced: d
         found[kind] = found[kind] or rest
 
 
-def _source(part: dict) -> Any:
+def source_of(part: dict) -> Any:
     """The image or video of a part, under any of the names in use; None where it has none."""
     for key in SOURCE_KEYS:
         source = part.get(key)

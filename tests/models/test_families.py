@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -80,6 +81,23 @@ def test_every_trained_parameter_of_a_loaded_checkpoint_gets_a_gradient(name):
     model(**inputs).logits.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
+
+
+def test_keys_without_a_value_change_nothing(processor, conversations):
+    """As `datasets` gives them: every part has the keys of all others."""
+    empty = {"text": None, "image": None, "video": None, "url": None}
+    for conversation in conversations:
+        padded = [{**m, "content": [{**empty, **part} for part in m["content"]]} for m in conversation]
+        plain, found = (processor.apply_chat_template(asked, **OPTIONS) for asked in (conversation, padded))
+        assert plain.keys() == found.keys()
+        assert all(torch.equal(plain[name], found[name]) for name in plain)
+
+
+def test_an_image_may_be_an_array(processor, conversations):
+    as_array = [{**p, "image": np.asarray(p["image"])} if "image" in p else p for p in conversations[0][0]["content"]]
+    expected = processor.apply_chat_template(conversations[0], **OPTIONS)
+    found = processor.apply_chat_template([{"role": "user", "content": as_array}], **OPTIONS)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

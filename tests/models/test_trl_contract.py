@@ -1,8 +1,13 @@
 """What TRL's DPOTrainer asks of a model and a processor, asked of Valley-Eagle."""
 
+import math
+
+import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import GenerationMixin, PreTrainedModel, ProcessorMixin
+from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from tests.models import tiny_valley
@@ -55,3 +60,35 @@ def test_the_model_is_what_trl_expects():
     assert isinstance(model, GenerationMixin)
     assert getattr(model, model.base_model_prefix) is model.base_model
     assert isinstance(model.get_output_embeddings(), torch.nn.Linear)
+
+
+def test_trl_trains_on_parts_that_a_dataset_has_given_empty_keys(tmp_path):
+    """A struct column gives every part the keys of all others: an image part has a text of None."""
+    words = (("a cat", "a red dog"), ("this is blue", "red"))
+    examples = [
+        {
+            "images": [Image.new("RGB", (60 + 50 * number, 40), (200, 30, 30))],
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this"}]}],
+            "chosen": [{"role": "assistant", "content": [{"type": "text", "text": chosen}]}],
+            "rejected": [{"role": "assistant", "content": [{"type": "text", "text": rejected}]}],
+        }
+        for number, (chosen, rejected) in enumerate(words)
+    ]
+    dataset = Dataset.from_list(examples)
+    assert dataset[0]["prompt"][0]["content"][0] == {"type": "image", "text": None}
+    processor = tiny_valley.processor()
+    for row, example in zip(dataset, examples, strict=True):
+        with_empty_keys, plain = (
+            processor.apply_chat_template(one["prompt"], images=one["images"]) for one in (row, example)
+        )
+        assert with_empty_keys == plain
+    args = DPOConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, max_length=None, report_to="none", use_cpu=True,
+        bf16=False, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    model = tiny_valley.model()
+    trainer = DPOTrainer(
+        model, ref_model=tiny_valley.model(), args=args, train_dataset=dataset, processing_class=processor
+    )
+    # Policy and reference are the same before the first step: -log(sigmoid(0)).
+    assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-6)

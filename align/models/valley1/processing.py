@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from ..chat_images import ImageChatProcessor, frames_of
-from ..messages import IMAGE_MARK, PART_KINDS, VIDEO_MARK, parts_of
+from ..messages import IMAGE_MARK, PART_KINDS, VIDEO_MARK, parts_of, source_of
 from ..open_image import FRAME_KEY, as_frame, open_image
 from ..pixels import centre_crop, normalise, resize_short_side
 from .configuration import FRAME_TOKEN, PATCH_TOKEN, ValleyLlamaConfig
@@ -292,13 +292,11 @@ def _pictures_of(parts: list[dict], given: dict[str, Any]) -> list[Any]:
         kind = PART_KINDS.get(part["type"])
         if kind is None:
             continue
-        source = next((part[key] for key in (kind, "path", "url", f"{kind}_url") if part.get(key) is not None), None)
-        source = source["url"] if isinstance(source, dict) and "url" in source else source
-        if source is None:
-            source = rest[kind].pop(0) if rest[kind] else None
-        pictures += (
-            [as_frame(frame) for frame in frames_of(source)] if kind == "video" and source is not None else [source]
-        )
+        source = source_of(part)
+        if source is None and rest[kind]:
+            source = rest[kind].pop(0)
+        is_video = kind == "video" and source is not None
+        pictures += [as_frame(frame) for frame in frames_of(source)] if is_video else [source]
     for kind, unplaced in rest.items():
         if unplaced and has_parts[kind]:
             raise ValueError(f"found {len(unplaced)} {kind}s more than the conversation has places for")
@@ -311,9 +309,8 @@ def _join(parts: list[dict], *, mark: bool) -> tuple[str, bool]:
     placed = False
     for part in parts:
         if part["type"] == "text":
-            text += ("\n" if placed and text.endswith(IMAGE_MARK) and not part["text"].startswith("\n") else "") + part[
-                "text"
-            ]
+            joins = placed and text.endswith(IMAGE_MARK) and not part["text"].startswith("\n")
+            text += "\n" * joins + part["text"]
         elif mark and not placed:
             text += ("\n" if text and not text.endswith("\n") else "") + IMAGE_MARK
             placed = True

@@ -163,12 +163,25 @@ def environment() -> Environment:
         "plain": metrics.plain,
         "count": lambda value: f"{value:,.0f}",
         "duration": flow.duration,
+        "shorten_paths": shorten_paths,
     }
     return found
 
 
 def _points(value: float) -> str:
     return metrics.metric("greedy_accuracy").show_change(value)
+
+
+def shorten_paths(text: str) -> str:
+    """Absolute paths by their last two names: a report is handed on, and where somebody keeps files is theirs.
+
+    >>> shorten_paths("policy: /home/ann/models/eagle  # see http://host/a/b/c")
+    'policy: …/models/eagle  # see http://host/a/b/c'
+    """
+    return _PATH.sub(r"…/\1", text)
+
+
+_PATH = re.compile(r"""(?<![^\s'"])/(?:[^/\s'"]+/)+([^/\s'"]+/[^/\s'"]+)""")
 
 
 def printable(value: Any) -> Any:

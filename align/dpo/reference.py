@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -28,8 +29,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from align.dpo.collator import PairCollator
+from align.dpo.pieces import gathered_as_needed
 from align.dpo.shared import log_prob_head
 from align.dpo.texts import PairTokens, encode_responses, render_pair
 from align.images import ImageStore
@@ -40,7 +43,7 @@ from align.rundir import PartialFile, text_hash, write_text
 log = logging.getLogger("align")
 
 # Raised whenever the numbers may come out differently for the same inputs.
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,10 @@ def reference_log_probs(
 ) -> Reference:
     """The stored values when they were computed for `key`; otherwise computed with the model, stored and returned.
 
-    `load_model` is called only when something is to be computed; its model must be on its device. Every process takes
-    a share of the questions, `batch_size` at a time, collated by `num_workers` of its own. What had been computed for another key is discarded, with a line
-    in the log that names what has changed.
+    `load_model` is called only when something is to be computed; its model must be on its device, or in pieces on those
+    of all processes (`align.dpo.pieces`). Every process takes a share of the questions, `batch_size` at a time, collated
+    by `num_workers` of its own. What had been computed for another key is discarded, with a line in the log that names
+    what has changed.
     """
     stored = read_reference(path, key)
     if stored is not None:
@@ -143,8 +147,14 @@ def reference_log_probs(
     # Nobody appends before everybody has read: the shares would be cut from different lists.
     state.wait_for_everyone()
     if todo:
-        share = GroupBatches(todo[state.process_index :: state.num_processes], collator, batch_size)
-        _compute(load_model(), share, part, autocast, num_workers)
+        model = load_model()
+        batches = GroupBatches(todo[state.process_index :: state.num_processes], collator, batch_size)
+        if is_deepspeed_zero3_enabled():
+            # Pieces of weights are exchanged in every forward: who has fewer questions keeps the others company.
+            longest = len(todo[:: state.num_processes])
+            batches.add_company(todo[:1], math.ceil(longest / batch_size))
+        with gathered_as_needed(model):
+            _compute(model, batches, part, autocast, num_workers)
     state.wait_for_everyone()
     if state.is_main_process:
         _write(path, key, part.read(), pairs)
@@ -209,7 +219,12 @@ class GroupBatches(Dataset[GroupBatch]):
 
     def __init__(self, groups: list[list[Pair]], collator: PairCollator, batch_size: int) -> None:
         self.batches = [groups[start : start + batch_size] for start in range(0, len(groups), batch_size)]
+        self.num_own = len(self.batches)
         self.collator = collator
+
+    def add_company(self, groups: list[list[Pair]], num_batches: int) -> None:
+        """Batches of `groups` behind its own until there are `num_batches`; nothing of theirs is kept."""
+        self.batches += [groups] * (num_batches - self.num_own)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -243,15 +258,18 @@ def _compute(
     was_training = model.training
     model.eval()
     loader = DataLoader(batches, batch_size=None, num_workers=num_workers)
+    own = batches.batches[: batches.num_own]
     with (
         log_prob_head(model, shared=batches.collator.layout == "shared"),
         torch.no_grad(),
-        progress("reference log-probabilities", total=sum(map(len, batches.batches))) as advance,
+        progress("reference log-probabilities", total=sum(map(len, own))) as advance,
     ):
-        for batch in loader:
-            for line in group_log_probs(model, batch, autocast):
-                part.append(line)
-            advance(len(batch.groups))
+        for index, batch in enumerate(loader):
+            lines = list(group_log_probs(model, batch, autocast))
+            if index < batches.num_own:
+                for line in lines:
+                    part.append(line)
+                advance(len(batch.groups))
     model.train(was_training)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
+from align.dpo.blank_rows import add_blank_rows
 from align.dpo.collator import LAYOUT_PREFIX, layout_of, prompt_inputs_of
 from align.prefix.attention import use_shared_prefix
 from align.prefix.layout import Layout
@@ -93,6 +94,8 @@ def log_prob_head(model: Any, *, shared: bool) -> Iterator[None]:
     add_fused_lm_head(model)
     if shared:
         add_shared_rows(model)
+    else:
+        add_blank_rows(model)
     try:
         yield
     finally:

@@ -28,6 +28,7 @@ from align.dpo.callbacks import MetricsFile, StepProgress, StopOnSignal
 from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_inputs_of
 from align.dpo.memory import is_out_of_memory, note_on_batch, remember_smaller_batch, with_batch_that_fits
 from align.dpo.parts import count_parameters, freeze_parts
+from align.dpo.pieces import gathered_as_needed, loading_in_pieces
 from align.dpo.quantised import is_quantised, peft_fields, quantization
 from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.settings import training_arguments
@@ -91,7 +92,7 @@ def _train_within_memory(
 ) -> bool:
     """Train with the batch that is known to fit; False where it did not, and half of it should be tried."""
     config = with_batch_that_fits(config, this.trainer)
-    # For everything before training the model is whole on every device, however it will be spread afterwards.
+    # For everything before training models are loaded as this file says (`align.dpo.pieces`), not as accelerate would.
     with whole_models():
         args = training_arguments(config, this.trainer, device, dtype)
     try:
@@ -155,17 +156,18 @@ class DpoStage:
         lengths = pair_lengths(given, processor, images)
         max_length = self.config.dpo.max_length or position_limit(read_config(self.policy))
         pairs = self._that_fit(given, lengths, max_length)
-        model = self.load(self.policy)
-        layout, note = choose_layout(
-            self.config.shared_prefix,
-            model,
-            PairCollator(processor, images, "shared"),
-            pairs[: self.args.per_device_train_batch_size],
-        )
-        collator = PairCollator(processor, images, layout, max_length)
-        reference = None
-        if self.config.dpo.reference != "live":
-            reference = self._reference(model, pairs, collator)
+        collator = PairCollator(processor, images, "shared", max_length)
+        # Processes that exchange weights or gradients module by module must all run the same modules. Alone as well,
+        # so that it makes no difference: Adam moves on with a gradient of 0, but not without one.
+        collator.always_images = any(pair.images for pair in pairs)
+        with loading_in_pieces(self.strategy == "zero3"):
+            model = self.load(self.policy)
+            with gathered_as_needed(model):
+                first = pairs[: self.args.per_device_train_batch_size]
+                collator.layout, note = choose_layout(self.config.shared_prefix, model, collator, first)
+            reference = None
+            if self.config.dpo.reference != "live":
+                reference = self._reference(model, pairs, collator)
         reference_s = time.monotonic() - started
         if self._spread(model):
             # Freed here, where its last name is: there may not be room for it and the pieces.
@@ -173,9 +175,6 @@ class DpoStage:
             gc.collect()
             torch.cuda.empty_cache()
             model = self.load(self.policy)
-        # Processes that exchange weights or gradients module by module must all run the same modules. Alone as well,
-        # so that it makes no difference: Adam moves on with a gradient of 0, but not without one.
-        collator.always_images = any(pair.images for pair in pairs)
         trainer = self._trainer(model, pairs, lengths, collator, reference)
         check_distribution(self.strategy, trainer.accelerator.distributed_type)
         parameters = count_parameters(trainer.model)

@@ -1,0 +1,51 @@
+"""One of the processes of `test_pieces.py`: reference log-probabilities of a model that none of them holds whole.
+
+torchrun --nproc_per_node 2 tests/dpo/pieces_worker.py FOLDER LAYOUT
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from align.dpo.collator import PairCollator
+from align.dpo.pieces import gathered_as_needed, loading_in_pieces
+from align.dpo.reference import reference_log_probs
+from align.dpo.train import choose_layout
+from align.images import ImageStore
+from align.models.load import load_model, load_processor
+from align.records import Pair, read_jsonl
+from tests.dpo.conftest import KEY
+
+
+def main() -> None:
+    folder, layout = Path(sys.argv[1]), sys.argv[2]
+    state = PartialState(cpu=True)
+    pairs = read_jsonl(folder / "pairs.jsonl", Pair)
+    collator = PairCollator(load_processor(str(folder / "policy")), ImageStore(folder), layout, always_images=True)
+    with loading_in_pieces(True):
+        model = load_model(str(folder / "policy"), device=None)
+        held = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
+        with gathered_as_needed(model):
+            proof = choose_layout("auto", model, PairCollator(collator.processor, collator.images, "shared"), pairs[:2])
+        reference_log_probs(
+            folder / f"{layout}.safetensors",
+            KEY,
+            pairs,
+            collator=collator,
+            load_model=lambda: model,
+            autocast=contextlib.nullcontext,
+            batch_size=2,
+            state=state,
+        )
+    (folder / f"{layout}-{state.process_index}.json").write_text(json.dumps({"held": held, "proof": proof}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """Checkpoint in, held-out numbers out: evaluation.json with intervals and evaluation.jsonl with every response.
 
-Asks every held-out question once greedily and `num_samples` times at a temperature. Round 0 is the first policy.
-Where the configured critic is a model, it also compares
-the greedy responses with those of the first policy and of the round before.
+Asks every held-out question once greedily and `num_samples` times at a temperature. Round 0 is the first policy. Where
+the configured critic is a model, it also compares the greedy responses with those of the first policy and of the round
+before. How far a round has moved from the first policy is estimated on its sampled responses (align.divergence).
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from align.config import Config
+from align.divergence import SERVED, OneModel, divergence, is_measured, log_probs_of_both
 from align.engines.critics import plan_critic
 from align.engines.open import open_policy, served_as
 from align.errors import UserError, reward_faults
 from align.frames import pick_frames
 from align.images import ImageStore
 from align.progress import log
-from align.questionwise import Keep, begin, finish, work_through
+from align.questionwise import Keep, batches, begin, finish, work_through
 from align.ranks import is_main_process
 from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions
-from align.rundir import RunDir, checkpoint_hash, content_hash, text_hash, write_text
+from align.rundir import Round, RunDir, checkpoint_hash, content_hash, text_hash, write_text
 from align.statistics import (
     Interval,
     bootstrap_mean,
@@ -35,7 +36,7 @@ from align.win_rate import WinRate, has_judge, win_rates
 from reward.critics.verifier import grade
 
 if TYPE_CHECKING:
-    from align.engines.base import SampleRequest, SampleResult
+    from align.engines.base import Engine, SampleRequest, SampleResult
 
 STAGE = "evaluate"
 # Between greedy and sampled passes, so that an interruption loses little.
@@ -63,19 +64,28 @@ def run_evaluate(config: Config, number: int) -> None:
     }
     inputs = {"questions": content_hash(config.evaluate.questions), "checkpoint": checkpoint_hash(checkpoint)}
     inputs |= served_as(config.evaluate.servers, number)
+    if is_measured(config, number):
+        inputs["first policy"] = checkpoint_hash(config.policy)
     if number and has_judge(config):
         inputs |= plan_critic(config).identities()
     if not begin(this.manifest, STAGE, settings=settings, inputs=inputs):
         log.info("round %d is evaluated already: %s", number, this.evaluation)
         return
 
+    def open_engine(name: str) -> Engine:
+        return open_policy(config, name, config.evaluate.servers, made_in_round=number, open_image=images.open)
+
+    models = OneModel(open_engine)
+
     def work(todo: list[Question], keep: Keep) -> dict[str, str]:
-        return _answer(config, checkpoint, number, todo, images, keep)
+        return _answer(config, models.get(checkpoint), todo, keep, keep_tokens=is_measured(config, number))
 
     done = work_through(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
+    moved, notes = _moved(config, this, checkpoint, done.records, models)
+    models.close()
     counts = {"questions": len(questions)}
     if is_main_process():
-        intervals = measure(done.records)
+        intervals = measure(done.records) | moved
         judged = _against_others(config, run, number, done.records)
         intervals |= {f"win_rate_{name}": won.rate for name, won in judged.items() if won.rate is not None}
         metrics = {name: interval.as_dict() for name, interval in intervals.items()}
@@ -83,7 +93,21 @@ def run_evaluate(config: Config, number: int) -> None:
         write_text(this.evaluation, json.dumps(numbers, indent=2) + "\n")
         counts |= {f"ties_{name}": won.num_ties for name, won in judged.items()}
         counts |= {f"unjudged_{name}": won.num_unjudged for name, won in judged.items()}
-    finish(this.manifest, STAGE, outputs=[this.evaluation, this.evaluation_lines], counts=counts, done=done)
+    outputs = [this.evaluation, this.evaluation_lines]
+    if is_measured(config, number):
+        outputs += [this.own_log_probs, this.first_log_probs]
+    finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=done.notes | notes)
+
+
+def _moved(
+    config: Config, this: Round, checkpoint: str, lines: list[Evaluation], models: OneModel
+) -> tuple[dict[str, Interval], dict[str, str]]:
+    """The KL divergence from the first policy, where it can be estimated, and what the manifest should say of it."""
+    if not is_measured(config, this.number):
+        return {}, {"kl": SERVED} if config.evaluate.kl and config.evaluate.servers else {}
+    own, first, notes = log_probs_of_both(config, this, checkpoint, lines, models)
+    at = f"both policies at temperature {config.evaluate.temperature:g}, on the checkpoint's own samples"
+    return divergence(own, first), notes | {"kl": at}
 
 
 def _against_others(config: Config, run: RunDir, number: int, lines: list[Evaluation]) -> dict[str, WinRate]:
@@ -100,31 +124,63 @@ def _against_others(config: Config, run: RunDir, number: int, lines: list[Evalua
 
 
 def worse_than_parent(run: RunDir, number: int) -> str | None:
-    """Says so when a round's held-out accuracy lies below its parent's by more than chance; None otherwise.
+    """Says so when a round's held-out number lies below its parent's by more than chance; None otherwise.
 
-    Paired over questions; where there are no reference answers, the critic's win rate against the parent decides.
+    The number is the accuracy of the sampled responses; where there are no reference answers, the critic's win rate
+    against the parent; where no critic was asked, hallucination. Differences are paired over questions.
     """
     now, before = run.round(number), run.round(number - 1)
     if not (now.evaluation_lines.is_file() and before.evaluation_lines.is_file()):
         return None
     parent = {line.id: line for line in read_jsonl(before.evaluation_lines, Evaluation)}
-    pairs = [(parent[line.id], line) for line in read_jsonl(now.evaluation_lines, Evaluation) if line.id in parent]
+    lines = read_jsonl(now.evaluation_lines, Evaluation)
+    pairs = [(parent[line.id], line) for line in lines if line.id in parent]
     answered = [pair for pair in pairs if pair[0].greedy.correct is not None]
+    with_absent = [pair for pair in pairs if pair[0].question.absent]
+    won = _win_rate_against_parent(now)
     if answered:
-        values = [
-            [[float(bool(r.correct)) for r in line.sampled] for line in side] for side in zip(*answered, strict=True)
-        ]
-        change = paired_difference(*values)
-        worse = change.high < 0
-        text = f"accuracy {change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+        change = _paired(answered, _is_right)
+        worse, text = change.high < 0, f"right answers {_points(change)}"
+    elif won is not None:
+        worse, text = won["high"] < 0.5, f"win rate {won['mean']:.1%} [{won['low']:.1%}, {won['high']:.1%}]"
+    elif with_absent:
+        change = _paired(with_absent, _hallucinates)
+        worse, text = change.low > 0, f"responses that name what is not there {_points(change)}"
     else:
-        metrics = json.loads(now.evaluation.read_text(encoding="utf-8"))["metrics"]
-        won = metrics.get("win_rate_parent") or metrics.get("win_rate_initial") if number > 0 else None
-        if won is None:
-            return None
-        worse = won["high"] < 0.5
-        text = f"win rate {won['mean']:.3f} [{won['low']:.3f}, {won['high']:.3f}]"
-    return f"round {number} is worse than round {number - 1}: {text}" if worse else None
+        return None
+    return (
+        f"round {number} is worse than {'the first policy' if number == 1 else f'round {number - 1}'}: {text}"
+        if worse
+        else None
+    )
+
+
+def _win_rate_against_parent(this: Round) -> dict[str, float] | None:
+    metrics = json.loads(this.evaluation.read_text(encoding="utf-8"))["metrics"] if this.evaluation.is_file() else {}
+    return metrics.get("win_rate_initial" if this.number == 1 else "win_rate_parent")
+
+
+def _paired(pairs: list[tuple[Evaluation, Evaluation]], value: Callable[[Evaluated], float]) -> Interval:
+    before, now = (
+        [[value(response) for response in line.sampled] for line in side] for side in zip(*pairs, strict=True)
+    )
+    return paired_difference(before, now)
+
+
+def _points(change: Interval) -> str:
+    """
+    >>> _points(Interval(-0.12, -0.2, -0.04, 60))
+    '-12.0 points [-20.0, -4.0]'
+    """
+    return f"{100 * change.mean:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+
+
+def _is_right(response: Evaluated) -> float:
+    return float(bool(response.correct))
+
+
+def _hallucinates(response: Evaluated) -> float:
+    return float(bool(response.absent_named))
 
 
 def measure(lines: list[Evaluation]) -> dict[str, Interval]:
@@ -133,10 +189,10 @@ def measure(lines: list[Evaluation]) -> dict[str, Interval]:
     answered = [line for line in lines if line.greedy.correct is not None]
     if answered:
         metrics["greedy_accuracy"] = bootstrap_mean([float(bool(line.greedy.correct)) for line in answered])
-        metrics["sampled_accuracy"] = _over_samples(answered, lambda response: float(bool(response.correct)))
+        metrics["sampled_accuracy"] = _over_samples(answered, _is_right)
     with_absent = [line for line in lines if line.question.absent]
     if with_absent:
-        metrics["hallucination"] = _over_samples(with_absent, lambda response: float(bool(response.absent_named)))
+        metrics["hallucination"] = _over_samples(with_absent, _hallucinates)
     metrics["response_tokens"] = _over_samples(lines, lambda response: float(response.num_tokens))
     metrics["truncated"] = _over_samples(lines, lambda response: float(response.finish_reason == "length"))
     metrics["repetition"] = _over_samples(lines, lambda response: repetition(response.text))
@@ -151,12 +207,8 @@ def _over_samples(lines: list[Evaluation], value: Callable[[Evaluated], float]) 
     return bootstrap_mean([[value(response) for response in line.sampled] for line in lines])
 
 
-def _answer(
-    config: Config, checkpoint: str, number: int, todo: list[Question], images: ImageStore, keep: Keep
-) -> dict[str, str]:
+def _answer(config: Config, engine: Engine, todo: list[Question], keep: Keep, *, keep_tokens: bool) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
-
-    engine = open_policy(config, checkpoint, config.evaluate.servers, made_in_round=number, open_image=images.open)
 
     def requests(some: list[Question], num_samples: int) -> list[SampleRequest]:
         return [
@@ -180,12 +232,14 @@ def _answer(
     def keep_sampled(result: SampleResult) -> None:
         question = by_id[result.id]
         sampled = _evaluated(result, question)
+        if keep_tokens:
+            for response, token_ids in zip(sampled, result.token_ids, strict=True):
+                response.token_ids = list(token_ids)
         keep(Evaluation(id=result.id, question=question, greedy=greedy[result.id], sampled=sampled))
 
     longest = config.evaluate.max_new_tokens
     settings = SamplingSettings(temperature=config.evaluate.temperature, max_new_tokens=longest)
-    for start in range(0, len(todo), QUESTIONS_AT_A_TIME):
-        some = todo[start : start + QUESTIONS_AT_A_TIME]
+    for some in batches(todo, QUESTIONS_AT_A_TIME):
         engine.sample(requests(some, 1), SamplingSettings(temperature=0.0, max_new_tokens=longest), keep_greedy)
         engine.sample(requests(some, config.evaluate.num_samples), settings, keep_sampled)
     return engine.notes

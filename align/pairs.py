@@ -7,7 +7,6 @@ that exist already, round 1 takes those instead. Pairs of earlier rounds may be 
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +52,6 @@ def run_pairs(config: Config, number: int) -> None:
     if config.pairs.mix_earlier:
         earlier = _earlier_pairs(run, number)
         inputs |= {f"pairs of round {before}": content_hash(run.round(before).pairs) for before in range(1, number)}
-    started = time.monotonic()
     if not begin(this.manifest, STAGE, settings={"pairs": config.pairs.model_dump()}, inputs=inputs):
         log.info("the pairs of round %d are made already: %s", number, this.pairs)
         return
@@ -67,8 +65,7 @@ def run_pairs(config: Config, number: int) -> None:
         mixed = mix(pairs, earlier, config)
         counts |= {"pairs": len(pairs) + len(mixed)} | ({"earlier_pairs": len(mixed)} if earlier else {})
         write_jsonl(this.pairs, [*pairs, *mixed])
-        seconds = time.monotonic() - started
-        this.manifest.finish(STAGE, outputs=[this.pairs], counts=counts, seconds=seconds)
+        this.manifest.finish(STAGE, outputs=[this.pairs], counts=counts)
     barrier()
 
 

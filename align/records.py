@@ -114,6 +114,7 @@ class Evaluated(Response):
 
     correct: bool | None = Field(None, description="by the reference answer; None where there is none")
     absent_named: list[str] = Field(default_factory=list, description="words of `absent` that the response names")
+    token_ids: list[int] = Field(default_factory=list, description="as drawn, of sampled responses (for the KL)")
 
 
 class Evaluation(Record):
@@ -123,6 +124,17 @@ class Evaluation(Record):
     question: Question
     greedy: Evaluated
     sampled: list[Evaluated] = Field(default_factory=list)
+
+
+class ResponseLogProbs(Record):
+    """How likely a policy finds the sampled responses of an `Evaluation`, in their order.
+
+    `log_probs` are in nats, summed over `num_tokens` tokens each, at the temperature of the evaluation.
+    """
+
+    id: str
+    log_probs: list[float]
+    num_tokens: list[int]
 
 
 class Samples(Record):

@@ -28,6 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from align.errors import UserError
+from align.meter import forget_spent, spent_on
 from align.records import Record, RecordT, parse_line, write_jsonl
 
 STAGES = ("sample", "score", "pairs", "dpo", "evaluate")
@@ -118,6 +119,21 @@ class Round:
         return self.path / "evaluation.jsonl"
 
     @property
+    def own_log_probs(self) -> Path:
+        """Log-probabilities of the evaluation's sampled responses under the checkpoint that gave them."""
+        return self.path / "log-probs-own.jsonl"
+
+    @property
+    def first_log_probs(self) -> Path:
+        """The same responses under the first policy."""
+        return self.path / "log-probs-first.jsonl"
+
+    @property
+    def benchmarks(self) -> Path:
+        """Numbers of lmms-eval's tasks; their responses lie in the folder beside it that has its name."""
+        return self.path / "lmms-eval.json"
+
+    @property
     def manifest_path(self) -> Path:
         return self.path / "manifest.json"
 
@@ -141,9 +157,10 @@ class Round:
             "score": [self.scores, self.controls],
             "pairs": [self.pairs],
             "dpo": [self.reference, self.reference.with_suffix(".json")],
-            "evaluate": [self.evaluation, self.evaluation_lines],
+            "evaluate": [self.evaluation, self.evaluation_lines, self.own_log_probs, self.first_log_probs],
         }
         for later in STAGES[STAGES.index(stage) :]:
+            forget_spent(self.path, later)
             for file in files[later]:
                 file.unlink(missing_ok=True)
                 for part in self.path.glob(f"{file.stem}.part-*{file.suffix}"):
@@ -240,17 +257,21 @@ class Manifest:
         return entry["status"] != "complete"
 
     def finish(
-        self, name: str, *, outputs: Iterable[Path], counts: dict[str, Any], seconds: float, **more: Any
+        self, name: str, *, outputs: Iterable[Path], counts: dict[str, Any], seconds: float = 0.0, **more: Any
     ) -> None:
-        """Mark a stage complete, with what it wrote (hashed), what it counted and how long it took."""
+        """Mark a stage complete, with what it wrote (hashed), what it counted and what it cost.
+
+        The cost is that of all attempts, in all processes (align.meter); `seconds` counts where no meter has run.
+        """
         entry = self.stage(name)
         assert entry is not None, f"stage {name} was finished before it began"
         hashes = {path.name: content_hash(path) for path in outputs}
-        spent = entry.get("seconds_before", 0.0) + seconds
+        cost = spent_on(self.path.parent, name) or {"seconds": round(seconds, 3)}
         entry |= {
             "status": "complete",
             "finished": _now(),
-            "seconds": round(spent, 3),
+            "seconds": cost.pop("seconds"),
+            "cost": cost,
             "outputs": hashes,
             "counts": counts,
         } | more
@@ -273,8 +294,8 @@ class Manifest:
 class PartialFile:
     """An append-only JSONL file of records in the order they finish, beside the file it will become.
 
-    Each process appends to a part of its own; `finish` puts all parts in the wanted order, writes the final file at once
-    and removes the parts. A torn last line (the process was killed while writing) is cut off and its record done again.
+    Each process appends to a part of its own; `merge` puts all parts in the wanted order and writes the final file at once;
+    `finish` also removes the parts. A torn last line (the process was killed while writing) is cut off and its record done again.
     """
 
     def __init__(self, final: Path, kind: type[RecordT], rank: int = 0) -> None:
@@ -298,11 +319,16 @@ class PartialFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(record.to_line() + "\n")
 
-    def finish(self, order: Iterable[str]) -> list[Any]:
+    def merge(self, order: Iterable[str]) -> list[Any]:
         """Write the final file in the order of ids and return its records; every id must be there."""
         records = self.read()
         ordered = [records[id_] for id_ in order]
         write_jsonl(self.final, ordered)
+        return ordered
+
+    def finish(self, order: Iterable[str]) -> list[Any]:
+        """As `merge`, where nothing is left to do that needs the parts."""
+        ordered = self.merge(order)
         self.discard()
         return ordered
 

@@ -50,7 +50,7 @@ def run_sample(config: Config, number: int) -> None:
         return _sample(config, policy, todo, images, number, keep)
 
     done = work_through(this.samples, Samples, questions, work, label=f"round {number}: sample")
-    finish(this.manifest, STAGE, outputs=[this.samples], counts=_counts(done.records), done=done)
+    finish(this.manifest, STAGE, outputs=[this.samples], counts=_counts(done.records), notes=done.notes)
 
 
 def check_settings(config: Config) -> None:

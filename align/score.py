@@ -8,18 +8,17 @@ trusted; a gate that does not hold stops here, with the scores kept.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from align.config import Config
 from align.engines.critics import CriticPlan, open_critic, plan_critic
 from align.errors import UserError, reward_faults
 from align.images import ImageStore
 from align.progress import log
-from align.questionwise import Done, Keep, begin, finish, work_through
+from align.questionwise import Done, Keep, batches, begin, finish, work_through
 from align.records import Samples, Scores, VerdictRecord, read_jsonl
 from align.rundir import Round, RunDir, content_hash
 from align.trust import check_gates, control_items, critic_figures, doubts, item_of
@@ -29,7 +28,6 @@ from reward.trust import check_gates as check_gate_names
 STAGE = "score"
 DEFAULT_BATCH = 16
 
-ThingT = TypeVar("ThingT")
 OpenCritic = Callable[[], tuple[Critic, Callable[[], dict[str, str]]]]
 
 
@@ -71,8 +69,7 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
             where=str(this.scores),
             fix="check critic.kind, critic.model and its prompt, then run with --redo",
         )
-    outputs, seconds = [this.scores], done.seconds
-    controls = Done([], {}, 0.0)
+    outputs, controls = [this.scores], Done([], {})
     if plan.looks and config.critic.trust_sample:
         items = control_items(
             [item_of(line) for line in samples], images, number=config.critic.trust_sample, seed=config.seed
@@ -80,12 +77,11 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
         if items:
             work = _judge(opened, lambda control: control.item, size)
             controls = work_through(this.controls, Scores, items, work, label=f"{label}, other images")
-            outputs, seconds = [*outputs, this.controls], seconds + controls.seconds
+            outputs = [*outputs, this.controls]
     counts["critic"] = critic_figures(samples, done.records, controls.records)
     for doubt in doubts(counts["critic"]):
         log.warning("%s", doubt)
-    notes = done.notes | controls.notes
-    finish(this.manifest, STAGE, outputs=outputs, counts=counts, done=Done(done.records, notes, seconds))
+    finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=done.notes | controls.notes)
 
 
 def _judge(opened: OpenCritic, item: Callable[[Any], Item], size: int) -> Callable[[list[Any], Keep], dict[str, str]]:
@@ -93,7 +89,7 @@ def _judge(opened: OpenCritic, item: Callable[[Any], Item], size: int) -> Callab
 
     def work(todo: list[Any], keep: Keep) -> dict[str, str]:
         critic, notes = opened()
-        for things in _batches(todo, size):
+        for things in batches(todo, size):
             with reward_faults():
                 judgements = critic.judge([item(thing) for thing in things])
             for thing, judgement in zip(things, judgements, strict=True):
@@ -101,12 +97,6 @@ def _judge(opened: OpenCritic, item: Callable[[Any], Item], size: int) -> Callab
         return notes()
 
     return work
-
-
-def _batches(things: Sequence[ThingT], size: int) -> Iterator[list[ThingT]]:
-    source = iter(things)
-    while batch := list(islice(source, size)):
-        yield batch
 
 
 def _counts(scores: Sequence[Scores]) -> dict[str, Any]:

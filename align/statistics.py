@@ -47,7 +47,23 @@ def bootstrap_mean(values: Values, *, seed: int = 0, resamples: int = 2000, leve
     >>> bootstrap_mean([1.0, 1.0, 1.0])
     Interval(mean=1.0, low=1.0, high=1.0, count=3)
     """
-    sums, sizes = _totals(values)
+    return bootstrap_ratio(*_totals(values), seed=seed, resamples=resamples, level=level)
+
+
+def bootstrap_ratio(
+    sums: Sequence[float] | np.ndarray,
+    sizes: Sequence[float] | np.ndarray,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Interval:
+    """All `sums` over all `sizes` (one of each a question, as of nats and tokens), with an interval as above.
+
+    >>> bootstrap_ratio([1.0, 3.0], [2.0, 6.0]).mean
+    0.5
+    """
+    sums, sizes = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     kept = sizes > 0
     sums, sizes = sums[kept], sizes[kept]
     if not len(sums):

@@ -6,15 +6,15 @@ nothing) counts as half. What the critic could not judge is left out and counted
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from align.config import Config
 from align.engines.critics import open_critic, plan_critic
 from align.errors import reward_faults
 from align.images import ImageStore
-from align.records import IMAGE_TAG, Evaluation
+from align.questionwise import batches
+from align.records import Evaluation
 from align.statistics import Interval, bootstrap_mean
 from reward.critics import Item, Judgement
 
@@ -51,7 +51,7 @@ def win_rates(
         by_id = {line.id: line for line in others}
         pairs = [(line, by_id[line.id]) for line in lines if line.id in by_id]
         judgements: list[Judgement] = []
-        for some in _batches([_item(*pair) for pair in pairs]):
+        for some in batches([_item(*pair) for pair in pairs], BATCH):
             with reward_faults():
                 judgements += critic.judge(some)
         found[name] = summarise([_outcome(*pair, found) for pair, found in zip(pairs, judgements, strict=True)])
@@ -85,14 +85,9 @@ def _item(mine: Evaluation, other: Evaluation) -> Item:
     question = mine.question
     return Item(
         id=mine.id,
-        question=question.question.replace(IMAGE_TAG, "").strip(),
+        question=question.as_text(),
         images=tuple(question.images),
         responses=(mine.greedy.text, other.greedy.text),
         answer=question.answer,
         answer_kind=question.answer_kind,
     )
-
-
-def _batches(items: list[Any]) -> Iterator[list[Any]]:
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]

@@ -18,7 +18,11 @@ FLOOR = {
     "config": 1,
     "ranks": 0,
     "faults": 1,
-    "progress": 1,
+    "quantities": 0,
+    "footprint": 1,
+    "beat": 2,
+    "progress": 3,
+    "meter": 1,
     "questionwise": 3,
 }
 LAYERS = {"models": 3, "prefix": 3, "engines": 4, "data": 3}

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoProcessor, Auto
 from align.config import ModelSettings
 from align.engines.prompts import to_device
 from align.errors import UserError
+from align.meter import count_tokens
 from align.models.placement import pick_device, pick_dtype
 from align.progress import log
 from reward.critics.scalar import Dialogue
@@ -103,6 +104,7 @@ class LocalScorer:
         inputs = reader(**arguments, padding=True, return_tensors="pt", add_special_tokens=False)
         inputs = to_device(dict(inputs), self.model.device, self.model.dtype)
         inputs.pop("token_type_ids", None)
+        count_tokens(read=inputs["attention_mask"].sum().item())
         return self.model(**inputs).logits[:, 0].float().tolist()
 
     def _render(self, dialogue: Dialogue) -> str:

@@ -20,6 +20,7 @@ from align.engines.server_chat import Choice, read_choices
 from align.engines.server_endpoint import Endpoint, NotServedError, RefusedError, RetryLaterError
 from align.engines.server_probe import probe
 from align.errors import UserError
+from align.meter import count_tokens
 from align.progress import log
 
 ResultT = TypeVar("ResultT")
@@ -125,6 +126,7 @@ class Fleet:
                 data = await endpoint.post(self._client, body, self.settings.timeout_s)
                 answer = Answer(endpoint, data, read_choices(data))
                 self._worked(endpoint)
+                _count(data.get("usage"))
                 return answer
             except RetryLaterError as fault:
                 self._failed(endpoint, fault)
@@ -256,6 +258,14 @@ class Fleet:
     def _pause_s(self, tries: int) -> float:
         pause = min(self.settings.backoff_s * 2 ** (tries - 1), LONGEST_PAUSE_S)
         return pause * self._jitter.uniform(0.5, 1.5)
+
+
+def _count(usage: Any) -> None:
+    """Count the tokens of an answer, where the server says how many."""
+    said = usage if isinstance(usage, dict) else {}
+    numbers = [said.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    read, written = (number if isinstance(number, int) else 0 for number in numbers)
+    count_tokens(read=read, written=written)
 
 
 async def _fault(endpoint: Endpoint, client: Any) -> Exception | None:

@@ -1,4 +1,7 @@
-"""Progress of a long stage: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long stage: a bar with rate, time left and memory on a terminal, a plain line now and then elsewhere.
+
+The same numbers stand in the round's folder (`align.beat`), for `align status` from another terminal.
+"""
 
 from __future__ import annotations
 
@@ -8,71 +11,117 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from align.beat import Work, current
+from align.footprint import footprint
+from align.quantities import duration, rate
 from align.ranks import is_main_process
 
 log = logging.getLogger("align")
 
 LINE_EVERY_S = 30.0
+# advance(step, loss=0.6): `step` more are finished, and numbers to show beside.
+Advance = Callable[..., None]
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, done: int = 0, weight: int = 1) -> Iterator[Callable[[int], None]]:
+def progress(
+    label: str, total: int, done: int = 0, *, weight: int = 1, together: bool = False, parts: str | None = None
+) -> Iterator[Advance]:
     """Yield a function that advances the count; `done` were finished before (a resumed stage).
 
-    Only the main process shows anything; with `weight` processes at work, each step of its own stands for that many.
+    Only the main process shows anything. With `weight` processes at work on one `total`, each step of its own stands
+    for that many; with `together` all processes make the same steps; otherwise `total` is this process's share.
+    `parts` is the stem of the files that hold a line for everything that is finished.
     """
-    if not is_main_process():
-        yield lambda step: None
-        return
-    show = _bar if sys.stderr.isatty() else _lines
-    with contextlib.contextmanager(show)(label, total, done) as advance:
-        yield lambda step: advance(step * weight)
+    work = Work(label, total, done, "same" if together else "all" if weight > 1 else "own", parts)
+    beat = current()
+    show = _silent if not is_main_process() else _bar if sys.stderr.isatty() else _lines
+    with contextlib.contextmanager(show)(work, weight) as update:
+
+        def advance(step: int = 1, **figures: float) -> None:
+            work.advance(step, **figures)
+            update()
+
+        if beat is not None:
+            outer = beat.work, beat.tick
+            beat.work, beat.tick = work, update
+            try:
+                yield advance
+            finally:
+                beat.work, beat.tick = outer
+        else:
+            yield advance
 
 
-def _bar(label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+def describe(work: Work, weight: int = 1) -> str:
+    """How far it is, how fast it goes, how long it will take, and the numbers that belong to it.
+
+    >>> work = Work("round 1: dpo", total=40, before=10, own=2, figures={"loss": 0.65432})
+    >>> describe(work)  # doctest: +ELLIPSIS
+    'round 1: dpo: 12 of 40 (30 %), ... left, loss 0.654'
+    """
+    done = _done(work, weight)
+    parts = [f"{work.label}: {done} of {work.total} ({100 * done // max(work.total, 1)} %)"]
+    if not work.own:
+        parts.append(f"{duration(time.time() - work.started)} so far")
+    elif done < work.total:
+        speed = work.speed * weight
+        parts += [rate(speed), f"{duration((work.total - done) / max(speed, 1e-9))} left"]
+    return ", ".join([*parts, *figure_texts(work.figures)])
+
+
+def figure_texts(figures: dict[str, float]) -> list[str]:
+    """
+    >>> figure_texts({"loss": 0.65432, "margin": 0.012})
+    ['loss 0.654', 'margin 0.012']
+    """
+    return [f"{name} {value:.3g}" for name, value in figures.items()]
+
+
+def _done(work: Work, weight: int) -> int:
+    return min(work.before + work.own * weight, work.total)
+
+
+def _silent(work: Work, weight: int) -> Iterator[Callable[[], None]]:
+    yield lambda: None
+
+
+def _bar(work: Work, weight: int) -> Iterator[Callable[[], None]]:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total, completed=done, rate="")
-        started, count = time.monotonic(), 0
+    # Where the terminal is narrow the text loses its end.
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    with Progress(BarColumn(bar_width=12), text, console=Console(stderr=True), transient=True, expand=True) as bar:
+        task = bar.add_task("", total=work.total)
 
-        def advance(step: int) -> None:
-            nonlocal count
-            count += step
-            rate = count / max(time.monotonic() - started, 1e-6)
-            bar.update(task, advance=step, rate=f"{rate:.1f}/s")
+        def update() -> None:
+            line = f"{describe(work, weight)}, {footprint().short}"
+            bar.update(task, completed=_done(work, weight), description=line)
 
-        yield advance
+        update()
+        yield update
+    _say_finished(work, weight)
 
 
-def _lines(label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    started = spoken = time.monotonic()
-    count = 0
+def _lines(work: Work, weight: int) -> Iterator[Callable[[], None]]:
+    spoken = time.monotonic()
 
-    def advance(step: int) -> None:
-        nonlocal count, spoken
-        count += step
+    def update() -> None:
+        nonlocal spoken
         now = time.monotonic()
         if now - spoken >= LINE_EVERY_S:
             spoken = now
-            rate = count / (now - started)
-            left = (total - done - count) / max(rate, 1e-9)
-            log.info("%s: %d of %d, %.1f/s, %d s left", label, done + count, total, rate, left)
+            log.info("%s, memory %s", describe(work, weight), footprint().text)
 
-    yield advance
+    yield update
+    _say_finished(work, weight)
+
+
+def _say_finished(work: Work, weight: int) -> None:
+    """The last line, which stays; not where an exception has ended the work."""
+    if work.own:
+        seconds = time.time() - work.started
+        speed = rate(work.own * weight / max(seconds, 1e-6))
+        log.info("%s, %s in %s, memory %s", describe(work, weight), speed, duration(seconds), footprint().text)

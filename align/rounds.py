@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from align.beat import beating, clear_beats
 from align.card import write_model_card
 from align.config import Config
 from align.launch import run_stage_command, wants_processes
+from align.meter import metered
 from align.progress import log
 from align.ranks import barrier, is_main_process
 from align.rundir import Round, RunDir
@@ -52,8 +54,13 @@ def run_stage(config: Config, stage: str, number: int, *, redo: bool = False) ->
     with _held(this):
         if redo and is_main_process():
             this.discard(stage)
+        clear_beats(this.path)
         barrier()
-        _call(config, stage, number)
+        with (
+            beating(this.path, stage),
+            contextlib.nullcontext() if this.manifest.complete(stage) else metered(this.path, stage),
+        ):
+            _call(config, stage, number)
     if is_main_process() and number and stage in ("dpo", "evaluate"):
         write_model_card(config, number)
 

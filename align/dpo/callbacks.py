@@ -8,12 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.progress import progress
+from align.progress import Advance, progress
 
 
 class MetricsFile(TrainerCallback):
@@ -35,22 +35,37 @@ class MetricsFile(TrainerCallback):
 
 
 class StepProgress(TrainerCallback):
-    """A progress bar over optimiser steps."""
+    """A progress bar over optimiser steps, with the numbers of the last one that was logged."""
+
+    FIGURES: ClassVar = {"loss": "loss", "rewards/margins": "margin"}
 
     def __init__(self, label: str) -> None:
         self.label = label
         self._stack = ExitStack()
-        self._advance: Any = None
+        self._advance: Advance | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        bar = progress(self.label, total=state.max_steps, done=state.global_step)
+        bar = progress(self.label, total=state.max_steps, done=state.global_step, together=True)
         self._advance = self._stack.enter_context(bar)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._advance(1)
+        if self._advance is not None:
+            self._advance(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if self._advance is not None:
+            self._advance(0, **{ours: float(logs[trls]) for trls, ours in self.FIGURES.items() if trls in (logs or {})})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._stack.close()
+        self._advance = None
 
 
 class StopOnSignal(TrainerCallback):

@@ -6,6 +6,7 @@ Text in, validated objects out, and back. Nothing here opens an image or imports
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from align.errors import UserError
 
 IMAGE_TAG = "<image>"
+# Half of a character outside the basic plane. JSON can write it, as a server may; UTF-8 and tokenizers cannot.
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Record(BaseModel):
@@ -23,7 +26,14 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     def to_line(self) -> str:
-        return json.dumps(self.model_dump(exclude_defaults=True), ensure_ascii=False)
+        """One line of JSON that any file takes: a lone surrogate, which UTF-8 has no bytes for, stays as `\\ud83d`."""
+        line = json.dumps(self.model_dump(exclude_defaults=True), ensure_ascii=False)
+        return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+
+    def check_text(self) -> None:
+        """Raises ValueError for text that no tokenizer takes."""
+        if found := _LONE_SURROGATE.search(json.dumps(self.model_dump(), ensure_ascii=False)):
+            raise ValueError(f"half of a character (\\u{ord(found[0]):04x}) stands alone in its text; write it whole")
 
 
 class Turn(Record):
@@ -63,6 +73,7 @@ class Question(Record):
         tags = sum(text.count(IMAGE_TAG) for text in texts)
         if tags not in (0, len(self.images)):
             raise ValueError(f"the text names {tags} {IMAGE_TAG} but there are {len(self.images)} images")
+        self.check_text()
         return self
 
     def as_text(self) -> str:
@@ -107,6 +118,12 @@ class Response(Record):
     text: str
     num_tokens: int
     finish_reason: Literal["stop", "length"] = "stop"
+
+    @field_validator("text")
+    @classmethod
+    def _whole(cls, text: str) -> str:
+        """Halves of characters, as a server's JSON may hold, become U+FFFD, as tokenizers decode bytes that are no text."""
+        return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 class Evaluated(Response):
@@ -189,6 +206,7 @@ class Pair(Record):
             raise ValueError("chosen equals rejected")
         if not self.prompt:
             raise ValueError("the prompt is empty")
+        self.check_text()
         return self
 
 

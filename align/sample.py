@@ -139,6 +139,7 @@ def _counts(samples: list[Samples]) -> dict[str, int]:
         counts["responses"] += len(line.responses)
         counts["tokens"] += sum(response.num_tokens for response in line.responses)
         counts["truncated"] += sum(response.finish_reason == "length" for response in line.responses)
+        counts["undecodable"] += sum("\ufffd" in response.text for response in line.responses)
         counts["empty"] += sum(not response.text.strip() for response in line.responses)
         counts["identical"] += len(line.responses) - len({response.text for response in line.responses})
     return dict(counts)

@@ -1,7 +1,21 @@
+import json
+
 import pytest
 
 from align.errors import UserError
-from align.records import Pair, Question, Samples, iter_jsonl, parse_line, read_jsonl, read_questions, write_jsonl
+from align.records import (
+    Pair,
+    Question,
+    Response,
+    Samples,
+    Scores,
+    iter_jsonl,
+    parse_line,
+    read_jsonl,
+    read_questions,
+    write_jsonl,
+)
+from align.rundir import PartialFile
 
 
 def test_images_without_tags_stand_before_the_first_user_turn():
@@ -33,6 +47,8 @@ def test_tags_that_do_not_match_the_images_are_refused():
         ("[1]", "questions.jsonl:2: expected a JSON object, found list"),
         ('{"id": "q", "question": "  "}', "questions.jsonl:2: .*the question is empty"),
         ('{"id": "q", "question": "?", "image": ["a"]}', r"unknown key 'image' \(did you mean 'images'\?\)"),
+        (r'{"id": "q", "question": "caf\udce9?"}', r"questions.jsonl:2: .*half of a character \(\\udce9\)"),
+        (r'{"id": "q", "question": "?", "answer": "\ud83d"}', r"questions.jsonl:2: .*half of a character \(\\ud83d\)"),
         ('{"id": "", "question": "?"}', "questions.jsonl:2: .*id"),
         ('{"question": "?"}', "questions.jsonl:2: .*id: Field required"),
     ],
@@ -76,3 +92,34 @@ def test_records_come_back_as_they_were_written(tmp_path):
     write_jsonl(tmp_path / "samples.jsonl", [samples])
     assert read_jsonl(tmp_path / "samples.jsonl", Samples) == [samples]
     assert list(tmp_path.iterdir()) == [tmp_path / "samples.jsonl"]
+
+
+def test_half_a_character_is_written_and_read_again(tmp_path):
+    """A server's JSON may hold it; UTF-8 has no bytes for it."""
+    evidence = {"rationale": "caf\u00e9 \ud83d", "\udc80": ["\U0001f600", "\udfff\n", "\\ud83d"]}
+    scores = [Scores(id=f"q{number}", rewards=[1.0], evidence=evidence) for number in range(2)]
+    write_jsonl(tmp_path / "scores.jsonl", scores)
+    assert read_jsonl(tmp_path / "scores.jsonl", Scores) == scores
+    assert "caf\u00e9" in (tmp_path / "scores.jsonl").read_text(encoding="utf-8")
+    part = PartialFile(tmp_path / "more.jsonl", Scores)
+    for line in scores:
+        part.append(line)
+    assert part.finish(["q1", "q0"]) == scores[::-1]
+    assert read_jsonl(tmp_path / "more.jsonl", Scores) == scores[::-1]
+
+
+def test_a_response_with_half_a_character_is_one_that_can_be_trained_on():
+    response = Response(text="a \ud83d cat \U0001f600", num_tokens=3)
+    assert response.text == "a \ufffd cat \U0001f600"
+    assert json.loads(response.to_line())["text"] == response.text
+
+
+def test_a_pair_with_half_a_character_is_refused():
+    line = {
+        "id": "p",
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "?"}]}],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "\ud83d"}]}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    with pytest.raises(UserError, match=r"pairs.jsonl:1: .*half of a character \(\\ud83d\)"):
+        parse_line(json.dumps(line), Pair, "pairs.jsonl:1")

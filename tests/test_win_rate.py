@@ -51,7 +51,7 @@ def test_a_round_worse_than_its_parent_is_told_and_a_small_difference_is_not(tmp
             line.greedy.correct = flag
         write_jsonl(this.evaluation_lines, answered)
     assert worse_than_parent(run, 1) is None
-    assert "round 2 is worse than round 1: accuracy -0.7" in worse_than_parent(run, 2)
+    assert "round 2 is worse than round 1: right answers -70.0 points" in worse_than_parent(run, 2)
 
 
 def test_a_run_ends_where_a_round_is_worse_if_told_so(tmp_path):

@@ -7,6 +7,7 @@ not allow a shared prefix, the plain path is used instead and `notes` say why.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,15 +15,25 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from align.engines.ahead import ReadAhead
-from align.engines.base import SampleRequest, SampleResult, SamplingSettings
+from align.engines.base import Continuations, SampleRequest, SampleResult, SamplingSettings
 from align.engines.budget import Budget, is_out_of_memory
-from align.engines.plain import plain_ask_generate, plain_ask_log_probs, plain_sample
+from align.engines.plain import path_tokens, plain_ask_generate, plain_ask_log_probs, plain_sample, plain_weigh
 from align.engines.prompts import AskTree, Prompter, to_device
 from align.engines.sampling import SeededChooser, uniforms
-from align.engines.shared import prove_asks, prove_growth, sample_behind, shared_ask_generate, shared_ask_log_probs
+from align.engines.shared import (
+    prove_asks,
+    prove_growth,
+    sample_behind,
+    shared_ask_generate,
+    shared_ask_log_probs,
+    shared_weigh,
+)
 from align.errors import UserError
+from align.meter import count_tokens
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix, use_shared_prefix
+from align.prefix.layout import Segment
 from align.prefix.proof import Proof, failed, tolerance_for
+from align.prefix.rows import placeholder_ids
 from reward.ask import Ask
 
 # Items of the first batch, which is computed both ways.
@@ -78,6 +89,7 @@ class LocalEngine:
         def run(batch: list[int], inputs: dict[str, Any]) -> Size:
             def keep(b: int, tokens: list[list[int]], stopped: list[bool]) -> None:
                 answered.add(batch[b])
+                count_tokens(written=sum(map(len, tokens)))
                 on_result(self._result(requests[batch[b]].id, tokens, stopped))
 
             return self._sample(inputs, [requests[i] for i in batch], settings, keep)
@@ -100,7 +112,41 @@ class LocalEngine:
         def plain(trees: list[AskTree], images: list[Any]) -> list[np.ndarray]:
             return plain_ask_log_probs(self.model, self._encode, trees, images)
 
-        return self._answer(asks, shared, plain, new_tokens=0)
+        return self._answer([ask.images for ask in asks], self._trees_of(asks), shared, plain)
+
+    def weigh(
+        self,
+        given: Sequence[Continuations],
+        on_result: Callable[[str, list[list[float]]], None],
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        """The log-probability of every token of given responses, all responses to a question in one row behind it."""
+        stops = placeholder_ids(self.model)
+        known = [[_until(token_ids, stops) for token_ids in item.token_ids] for item in given]
+        places = [i for i, responses in enumerate(known) if any(responses)]
+        for i in range(len(given)):
+            if i not in places:
+                on_result(given[i].id, [[] for _ in known[i]])
+
+        def tree_of(i: int) -> AskTree:
+            segments = [Segment(tokens) for tokens in known[places[i]]]
+            prompt = self.prompter.render(given[places[i]].messages)
+            return AskTree(prompt, segments, list(range(len(segments))), [])
+
+        def shared(inputs: dict[str, Any], trees: list[AskTree]) -> list[Any]:
+            return shared_weigh(self.model, inputs, trees, temperature=temperature)
+
+        def plain(trees: list[AskTree], images: list[Any]) -> list[Any]:
+            return plain_weigh(self.model, self._encode, trees, images, temperature=temperature)
+
+        self._answer(
+            [given[i].images for i in places],
+            tree_of,
+            shared,
+            plain,
+            on_value=lambda i, value: on_result(given[places[i]].id, value),
+        )
 
     def generate(self, asks: Sequence[Ask], *, max_new_tokens: int) -> list[list[str | None]]:
         """Per ask and branch the greedy answer."""
@@ -112,7 +158,9 @@ class LocalEngine:
         def plain(trees: list[AskTree], images: list[Any]) -> list[list[list[int]]]:
             return plain_ask_generate(self.model, self._encode, trees, images, **how)
 
-        answers = self._answer(asks, shared, plain, new_tokens=max_new_tokens)
+        images = [ask.images for ask in asks]
+        answers = self._answer(images, self._trees_of(asks), shared, plain, new_tokens=max_new_tokens)
+        count_tokens(written=sum(len(tokens) for branches in answers for tokens in branches))
         return [[self._text(tokens) for tokens in branches] for branches in answers]
 
     def _sample(
@@ -122,6 +170,7 @@ class LocalEngine:
         if self.fallback_reason is None and self._sample_shared(
             to_device(inputs, self.device, self.dtype), batch, settings, keep
         ):
+            count_tokens(read=int(inputs["attention_mask"].sum()))
             return inputs["input_ids"].shape[1], batch[0].num_samples * settings.max_new_tokens
         return max(self._sample_plain(b, request, settings, keep) for b, request in enumerate(batch))
 
@@ -168,6 +217,7 @@ class LocalEngine:
             eos=self.eos_token_ids,
         )
         keep(b, tokens, stopped)
+        count_tokens(read=request.num_samples * inputs["input_ids"].shape[1])
         return request.num_samples * inputs["input_ids"].shape[1], request.num_samples * settings.max_new_tokens
 
     def _chooser(
@@ -176,39 +226,57 @@ class LocalEngine:
         numbers = uniforms([request.seed for request in batch], batch[0].num_samples, settings.max_new_tokens)
         return SeededChooser(settings, numbers.to(self.device), inputs["input_ids"])
 
+    def _trees_of(self, asks: Sequence[Ask]) -> Callable[[int], AskTree]:
+        return lambda i: self.prompter.tree_of(asks[i])
+
     def _answer(
         self,
-        asks: Sequence[Ask],
+        images: Sequence[Sequence[Any]],
+        tree_of: Callable[[int], AskTree],
         shared: Callable[[dict[str, Any], list[AskTree]], list[Any]],
         plain: Callable[[list[AskTree], list[Any]], list[Any]],
         *,
-        new_tokens: int,
+        new_tokens: int = 0,
+        on_value: Callable[[int, Any], None] = lambda i, value: None,
     ) -> list[Any]:
-        """What `shared`, or `plain` where that is not proved, gives for every ask."""
+        """What `shared`, or `plain` where that is not proved, gives for every tree behind its images."""
         results: dict[int, Any] = {}
 
         def prepare(batch: list[int]) -> tuple[list[AskTree], dict[str, Any]]:
-            trees = [self.prompter.tree_of(asks[i]) for i in batch]
-            return trees, self.prompter.encode([tree.prompt for tree in trees], [asks[i].images for i in batch])
+            trees = [tree_of(i) for i in batch]
+            return trees, self.prompter.encode([tree.prompt for tree in trees], [images[i] for i in batch])
 
         def run(batch: list[int], prepared: tuple[list[AskTree], dict[str, Any]]) -> Size:
             trees, inputs = prepared[0], to_device(prepared[1], self.device, self.dtype)
             values = self._answer_shared(inputs, trees, shared) if self.fallback_reason is None else None
             if values is None:
-                values = plain(trees, [asks[i].images for i in batch])
-            results.update(zip(batch, values, strict=True))
+                values = plain(trees, [images[i] for i in batch])
+            lengths = prepared[1]["attention_mask"].sum(dim=1).tolist()
+            count_tokens(read=sum(map(self._num_read, trees, lengths)))
+            for i, value in zip(batch, values, strict=True):
+                results[i] = value
+                on_value(i, value)
             widest = max(sum(len(segment.token_ids) for segment in tree.segments) for tree in trees)
             return inputs["input_ids"].shape[1] + widest, max(len(tree.leaves) for tree in trees) * new_tokens
 
         self._in_batches(
-            list(range(len(asks))),
+            list(range(len(images))),
             prepare,
             run,
             proof="asks",
-            alike=lambda i: bool(asks[i].images),
+            alike=lambda i: bool(images[i]),
             answered=results.keys(),
         )
-        return [results[i] for i in range(len(asks))]
+        return [results[i] for i in range(len(images))]
+
+    def _num_read(self, tree: AskTree, num_prompt: int) -> int:
+        """Tokens of one tree that go through the model: each once, or along every branch where prompts are not shared."""
+        options = sum(len(option) for option in tree.options)
+        if self.fallback_reason is None:
+            return num_prompt + sum(len(segment.token_ids) for segment in tree.segments) + len(tree.leaves) * options
+        rows = len(tree.leaves) * max(1, len(tree.options))
+        paths = sum(len(path_tokens(tree, leaf)) for leaf in tree.leaves) * max(1, len(tree.options))
+        return rows * num_prompt + paths + len(tree.leaves) * options
 
     def _answer_shared(
         self,
@@ -278,6 +346,7 @@ class LocalEngine:
             texts=tuple(text for text, _ in read),
             num_tokens=tuple(len(branch) for branch in tokens),
             finish_reasons=tuple("stop" if ended else "length" for _, ended in read),
+            token_ids=tuple(map(tuple, tokens)),
         )
 
     def _read(self, tokens: list[int], ended: bool) -> tuple[str, bool]:
@@ -312,6 +381,14 @@ class LocalEngine:
         self.fallback_reason = reason
         self.notes["shared_prefix"] = f"not used, every sample and branch is a full sequence: {reason}"
         stop_shared_prefix(self.model)
+
+
+def _until(token_ids: Sequence[int], stops: set[int]) -> list[int]:
+    """
+    >>> _until([5, 6, 9, 7], {9})
+    [5, 6]
+    """
+    return list(itertools.takewhile(lambda token: token not in stops, token_ids))
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:

@@ -37,7 +37,8 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,report,servers,deepspeed,video,sentencepiece,docs,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,report,servers,deepspeed,video,sentencepiece,lmms-eval-core,docs,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'lmms-eval>=0.7.3,<0.8'
 	touch $@
 
 clean:

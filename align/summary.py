@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from align.rundir import RunDir
 
@@ -21,6 +23,38 @@ def metrics_by_round(run: Path) -> dict[int, dict[str, dict[str, float]]]:
         if this.evaluation.is_file():
             found[this.number] = json.loads(this.evaluation.read_text(encoding="utf-8"))["metrics"]
     return found
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """A number of one of lmms-eval's tasks, as text; `documents` also says how many requests were not asked."""
+
+    task: str
+    metric: str
+    value: str
+    stderr: str
+    documents: str
+
+
+def benchmark_rows(summary: dict[str, Any]) -> list[BenchmarkRow]:
+    """The rows of a file that `align evaluate --lmms-eval` wrote; figures of a group stand beside those of its tasks.
+
+    >>> number = {"value": 0.51234, "stderr": None, "higher_is_better": True}
+    >>> counts = {"requests": 6, "skipped": {"sound is not supported": 2}}
+    >>> found = {"mme": {"results": {"mme": {"documents": 6, "metrics": {"acc": number}}}, "counts": counts}}
+    >>> benchmark_rows({"tasks": found})
+    [BenchmarkRow(task='mme', metric='acc', value='0.5123', stderr='-', documents='6, 2 not asked')]
+    """
+    rows = []
+    for entry in summary["tasks"].values():
+        skipped = sum(entry["counts"].get("skipped", {}).values())
+        for task, found in entry["results"].items():
+            documents = "-" if found["documents"] is None else str(found["documents"])
+            documents += f", {skipped} not asked" if skipped else ""
+            for metric, number in found["metrics"].items():
+                stderr = "-" if number["stderr"] is None else f"{number['stderr']:.4g}"
+                rows.append(BenchmarkRow(task, metric, f"{number['value']:.4g}", stderr, documents))
+    return rows
 
 
 def print_table(runs: dict[str, Path]) -> None:

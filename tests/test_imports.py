@@ -26,7 +26,7 @@ FLOOR = {
     "questionwise": 3,
 }
 LAYERS = {"models": 3, "prefix": 3, "engines": 4, "data": 3}
-STAGES = {"sample", "score", "pairs", "dpo", "evaluate", "report", "summary", "card", "reference", "check"}
+STAGES = {"sample", "score", "pairs", "dpo", "evaluate", "lmms_eval", "report", "summary", "card", "reference", "check"}
 # These look at all stages.
 TOP = {"rounds", "launch", "demo", "cli", "preflight", "plan", "plan_text"}
 

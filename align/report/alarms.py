@@ -251,7 +251,7 @@ def _unfinished(data: RoundData) -> Iterator[Alarm]:
             done = f"; {stage.progress:,} questions are finished" if stage.progress else ""
             yield Alarm(
                 "Not finished",
-                f"{stage.name} is {stage.status}{done}.",
+                f"{stage.name} has begun and not ended{done}.",
                 "The same command goes on where it stopped.",
                 data.number,
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from align.images import ImageStore
 from align.records import Evaluated, Evaluation, Pair, Question, Samples, Scores, VerdictRecord
 from align.report.pictures import Pictures
 from align.report.read import RoundData, RunData, find_records, list_ids
@@ -18,6 +19,7 @@ from align.report.trust import grade_response
 KINDS = ("gained", "lost", "stayed wrong", "stayed right", "open")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WIDEST_TABLE = 8
+ROLES = ("chosen", "rejected", "")
 MOST_RATIONALES = 24
 MOST_PICTURES = 6
 
@@ -29,13 +31,22 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Pictured:
+    """Some of a question's images; `about` says which, where they are not all, or frames of a video."""
+
+    shown: list[Picture]
+    about: str = ""
+    frames: bool = False
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """A held-out question with each round's responses; `kind` tells how the greedy response went, first to last."""
 
     question: Question
     kind: str
     rounds: list[tuple[int, Evaluation]]
-    pictures: list[Picture]
+    pictures: Pictured
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,8 @@ class Trained:
     """A training question in one round.
 
     `table` holds the verdicts by (shown first, shown second) when it fits; `rationales` are some of the verdicts that
-    have one, those about chosen and rejected first, of `num_rationales`.
+    have one, those about chosen and rejected first, of `num_rationales`. Where the candidates are too many for a table,
+    chosen and rejected come first, the others by reward.
     """
 
     question: Question
@@ -66,7 +78,8 @@ class Trained:
     table: list[list[VerdictRecord | None]]
     rationales: list[VerdictRecord]
     num_rationales: int
-    pictures: list[Picture]
+    num_verdicts: int
+    pictures: Pictured
     margin: float | None = None
 
 
@@ -112,7 +125,7 @@ def _add_held_out(browser: Browser, run: RunData, pictures: Pictures, most: int)
         if id_ in picked:
             lines = [(number, table[id_]) for number, table in tables if id_ in table]
             question = lines[-1][1].question
-            browser.held_out.append(HeldOut(question, kinds[id_], lines, _embed(question, pictures)))
+            browser.held_out.append(HeldOut(question, kinds[id_], lines, picture(question, pictures)))
 
 
 def _kind(lines: Sequence[Evaluation]) -> str:
@@ -197,16 +210,20 @@ def _join(number: int, line: Samples, scores: Scores | None, pairs: list[Pair], 
         )
     verdicts = scores.verdicts if scores else []
     spoken = [verdict for verdict in verdicts if verdict.rationale]
+    table = verdict_table(len(candidates), verdicts)
+    if len(candidates) > WIDEST_TABLE:
+        candidates.sort(key=lambda candidate: (ROLES.index(candidate.role), -(candidate.reward or 0.0)))
     return Trained(
         question=line.question,
         number=number,
         candidates=candidates,
-        table=verdict_table(len(candidates), verdicts),
+        table=table,
         rationales=sorted(spoken, key=lambda verdict: -(verdict.first in roles) - (verdict.second in roles))[
             :MOST_RATIONALES
         ],
         num_rationales=len(spoken),
-        pictures=_embed(line.question, pictures),
+        num_verdicts=len(verdicts),
+        pictures=picture(line.question, pictures),
         margin=pairs[0].margin if pairs else None,
     )
 
@@ -232,6 +249,16 @@ def marks(responses: Sequence[Evaluated]) -> str:
     return f"{sum(known)} of {len(known)} right" if known else ""
 
 
-def _embed(question: Question, pictures: Pictures) -> list[Picture]:
-    """The first few of a question's images; a film's frames would fill the page."""
-    return [Picture(reference, pictures.uri(reference)) for reference in question.images[:MOST_PICTURES]]
+def picture(question: Question, pictures: Pictures) -> Pictured:
+    """The first few of a question's images; of a video's frames some from its first to its last."""
+    references, video = question.images, question.meta.get("video")
+    frames = len(references) > 1 and all(ImageStore.is_frame(reference) for reference in references)
+    if frames and len(references) > MOST_PICTURES:
+        references = [references[round(i * (len(references) - 1) / (MOST_PICTURES - 1))] for i in range(MOST_PICTURES)]
+    shown = [Picture(reference, pictures.uri(reference)) for reference in references[:MOST_PICTURES]]
+    about = f"{len(shown)} of {len(question.images)} " if len(shown) < len(question.images) else ""
+    if frames:
+        about = f"{about or len(shown)} frames".replace("  ", " ") + (f" of {video}" if isinstance(video, str) else "")
+    elif about:
+        about += "images"
+    return Pictured(shown, about, frames)

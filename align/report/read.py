@@ -84,6 +84,11 @@ class RunData:
         return [data for data in self.rounds if data.evaluated]
 
     @property
+    def complete(self) -> list[RoundData]:
+        """Rounds whose training has ended."""
+        return [data for data in self.trained if "dpo" in data.stages and data.stages["dpo"].complete]
+
+    @property
     def trained(self) -> list[RoundData]:
         return [data for data in self.rounds if data.number > 0]
 
@@ -273,8 +278,11 @@ def _interval(entry: Any) -> Interval | None:
 
 
 def _read_log(this: Round, problems: list[str]) -> list[dict[str, float]]:
-    """The trainer's history: of the checkpoint, or of the newest state while training goes on."""
+    """The trainer's history: of the checkpoint; while training goes on, what it has logged so far."""
     states = [this.checkpoint / "trainer_state.json"]
+    logged = list(iter_objects(this.trainer / "metrics.jsonl", problems)) if not states[0].is_file() else []
+    if logged:
+        return [{key: x for key, value in entry.items() if (x := number(value)) is not None} for entry in logged]
     states += sorted(this.trainer.glob("checkpoint-*/trainer_state.json"), key=_step_of, reverse=True)
     for path in states:
         history = _read_json(path, problems).get("log_history")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from align.report.changes import Change, History, State, headline, history
 from align.report.lessons import find_lessons
 from align.report.metrics import metric
-from align.report.read import RunData
+from align.report.read import RunData, number
 from align.report.trust import Trust
 
 
@@ -36,11 +36,22 @@ def judge(run: RunData, changes: History, control: RunData | None, trust: dict[i
     texts = [lesson.text for lesson in lessons]
     if name is None or moved is None:
         return Verdict("neutral", *(_nothing_measured(run) if name is None else _one_round(run, name)), lessons=texts)
-    title = _title(moved)
+    title, waiting = _title(moved), _waiting(run)
+    if waiting:
+        title = title.replace(":", " so far:", 1)
     if lessons:
         title = f"{title[:-1]}; {lessons[0].short}."
     alarms = [_alarm(step) for step in changes.steps[name] if step.state == "worse"]
-    return Verdict(moved.state, title, _detail(moved), alarms, _control(name, moved, control), texts)
+    detail = f"{_detail(moved)} {waiting}".strip()
+    return Verdict(moved.state, title, detail, alarms, _control(name, moved, control), texts)
+
+
+def _waiting(run: RunData) -> str:
+    """Says which rounds are still to come; empty when the last round that was asked for has been evaluated."""
+    asked, last = number(run.setting("rounds")), run.evaluated[-1].number
+    if asked is None or last >= asked:
+        return ""
+    return f"Of {asked:.0f} rounds {last} {'is' if last == 1 else 'are'} evaluated."
 
 
 def _nothing_measured(run: RunData) -> tuple[str, str]:

@@ -163,8 +163,8 @@ def environment() -> Environment:
         "plain": metrics.plain,
         "count": lambda value: f"{value:,.0f}",
         "duration": flow.duration,
-        "shorten_paths": shorten_paths,
     }
+    found.filters["shorten_paths"] = shorten_paths
     return found
 
 

@@ -31,9 +31,13 @@ def find_chromium() -> str | None:
 
 
 class Page:
-    """One tab. `problems` collects console errors, uncaught exceptions and requests that left the page."""
+    """One tab. `problems` collects console errors, uncaught exceptions and requests that left the page.
 
-    def __init__(self, chromium: str, profile: Path) -> None:
+    `own`: what the addresses begin with that are part of the page.
+    """
+
+    def __init__(self, chromium: str, profile: Path, own: tuple[str, ...] = ("file:", "data:", "about:")) -> None:
+        self.own = own
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         self._buffer, self._last, self.problems = b"", 0, []  # type: tuple[bytes, int, list[str]]
@@ -60,14 +64,24 @@ class Page:
         os.close(self._read)
 
     def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
+        self.visit(path.resolve().as_uri(), width=width, height=height, dark=dark)
+
+    def visit(self, url: str, *, width: int, height: int = 900, dark: bool = False) -> None:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = "dark" if dark else "light"
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=url)
+        loaded = "complete" + url.partition(":")[0] + ":"
+        self.wait(f"document.readyState + location.protocol == '{loaded}'")
+
+    def wait(self, script: str) -> None:
+        """Wait until a JavaScript expression is true; TimeoutError where it does not become so."""
         deadline = time.monotonic() + ANSWER_WITHIN_S
-        while self.run("document.readyState + location.protocol") != "completefile:" and time.monotonic() < deadline:
+        while not self.run(script):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"still not true: {script}")
             time.sleep(0.02)
 
     def run(self, script: str) -> Any:
@@ -109,9 +123,7 @@ class Page:
             self.problems.append(str(params["args"]))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.problems.append(params["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
-            ("file:", "data:", "about:")
-        ):
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(self.own):
             self.problems.append(f"request: {params['request']['url']}")
 
     def _next(self) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def test_a_running_stage_is_shown_with_its_progress(run):
     for name in ("samples.jsonl", "scores.jsonl", "pairs.jsonl", "evaluation.json", "evaluation.jsonl"):
         (run / "round-3" / name).unlink()
     text = read(write_report(run)).text
-    assert "Round 3 sample is running; 7 questions are finished." in text
+    assert "Round 3 sample has begun and not ended; 7 questions are finished." in text
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(run):
@@ -325,3 +325,26 @@ def test_a_place_that_cannot_be_written_is_refused(built, tmp_path):
 
 def test_the_folder_of_the_report_is_made(built, tmp_path):
     assert write_report(built / "critic", out=tmp_path / "new" / "r.html").is_file()
+
+
+def test_every_row_of_every_table_has_a_cell_under_each_heading(run):
+    for number in (1, 2, 3):
+        path = run / f"round-{number}/evaluation.json"
+        numbers = json.loads(path.read_text())
+        wins = {"mean": 0.6, "low": 0.55, "high": 0.65, "count": 60}
+        numbers["metrics"] |= {"win_rate_initial": wins} | ({"win_rate_parent": wins} if number > 1 else {})
+        path.write_text(json.dumps(numbers))
+    html = write_report(run).read_text(encoding="utf-8")
+    tables = re.findall(r"<table.*?</table>", html, flags=re.S)
+    assert len(tables) > 4
+    for table in tables:
+        rows = [len(re.findall(r"<t[hd][ >]", row)) for row in re.findall(r"<tr>.*?</tr>", table, flags=re.S)]
+        assert len(set(rows)) == 1, table[:300]
+    assert "0 → 1" in html
+    assert "Wins against the round before" in html
+
+
+def test_paths_are_shown_without_where_they_lie(run, tmp_path):
+    text = read(write_report(run, image_root=tmp_path, evaluation_image_root=tmp_path)).text
+    assert str(tmp_path.parent) not in text
+    assert "…/" in text

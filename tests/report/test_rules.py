@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from align.records import Evaluated, Evaluation, Question, Response, Samples, Scores, VerdictRecord, write_jsonl
+from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, Scores, VerdictRecord, write_jsonl
 from align.report.alarms import find_alarms
-from align.report.browser import MOST_PICTURES, MOST_RATIONALES, build_browser
+from align.report.browser import MOST_PICTURES, MOST_RATIONALES, build_browser, picture
 from align.report.changes import history
 from align.report.flow import duration, funnels, reasons
 from align.report.metrics import metric, percent, plain
@@ -466,5 +466,43 @@ def test_many_rationales_and_frames_are_cut_and_counted(tmp_path):
     )
     (item,) = browser.training
     assert (len(item.rationales), item.num_rationales) == (MOST_RATIONALES, 90)
-    assert len(item.pictures) == MOST_PICTURES
+    assert (len(item.pictures.shown), item.pictures.about) == (MOST_PICTURES, "6 of 40 images")
     assert item.table == []
+
+
+def test_of_a_video_frames_from_first_to_last_are_shown():
+    frames = [f"clip/{frame:02}.jpg#frame" for frame in range(16)]
+    question = Question(id="q", question="What happens?", images=frames, meta={"video": "clip"})
+    shown = picture(question, Pictures(None))
+    assert [item.reference for item in shown.shown] == [frames[index] for index in (0, 3, 6, 9, 12, 15)]
+    assert shown.about == "6 of 16 frames of clip"
+    few = picture(question.model_copy(update={"images": frames[:3], "meta": {}}), Pictures(None))
+    assert (len(few.shown), few.about) == (3, "3 frames")
+
+
+def test_of_many_responses_chosen_and_rejected_come_first_and_keep_their_letters(tmp_path):
+    data = write_scored(tmp_path, [(None, [(f"text {index}", 1, float(index % 7)) for index in range(20)])])
+    sides = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in ("text 6", "text 0")]
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "How many?"}]}]
+    pair = Pair(
+        id="q0/6-0", images=[], prompt=prompt, chosen=sides[0], rejected=sides[1], margin=6.0, question_id="q0",
+        responses={"chosen": 6, "rejected": 0},
+    )  # fmt: skip
+    write_jsonl(data.folder.pairs, [pair])
+    browser = build_browser(
+        a_run(data), question_images=Pictures(None), evaluation_images=Pictures(None), max_held_out=1, max_training=1
+    )
+    (item,) = browser.training
+    first, second, *rest = item.candidates
+    assert [(first.letter, first.role), (second.letter, second.role)] == [("G", "chosen"), ("A", "rejected")]
+    rewards = [candidate.reward for candidate in rest]
+    assert rewards == sorted(rewards, reverse=True)
+    assert {candidate.letter: candidate.text for candidate in item.candidates}["T"] == "text 19"
+
+
+def test_a_run_with_rounds_to_come_is_better_only_so_far():
+    rounds = one_round(0, greedy_accuracy=(0.5, 0.45, 0.55)), one_round(1, greedy_accuracy=(0.7, 0.65, 0.75))
+    found = verdict(a_run(*rounds, rounds=3))
+    assert found.title.startswith("Better so far: right answers rose")
+    assert found.detail.endswith("Of 3 rounds 1 is evaluated.")
+    assert verdict(a_run(*rounds, rounds=1)).title.startswith("Better: ")

@@ -36,6 +36,7 @@ from align.dpo.pieces import gathered_as_needed
 from align.dpo.shared import log_prob_head
 from align.dpo.texts import PairTokens, encode_responses, render_pair
 from align.images import ImageStore
+from align.meter import count_tokens
 from align.progress import progress
 from align.records import Pair, Record
 from align.rundir import PartialFile, text_hash, write_text
@@ -105,11 +106,11 @@ class Reference:
 
 
 def pairs_hash(pairs: Sequence[Pair], images: ImageStore) -> str:
-    """A hash of what the model is asked and answers. Images count by name and size in bytes, not by content."""
+    """A hash of what the model is asked, the contents of its images included, and answers."""
     parts = []
     for pair in pairs:
-        sizes = [images.path(reference).stat().st_size for reference in pair.images]
-        parts.append(json.dumps([pair.id, pair.prompt, pair.chosen, pair.rejected, pair.images, sizes]))
+        contents = [images.sha256(reference) for reference in pair.images]
+        parts.append(json.dumps([pair.id, pair.prompt, pair.chosen, pair.rejected, pair.images, contents]))
     return text_hash(*parts)
 
 
@@ -266,6 +267,7 @@ def _compute(
     ):
         for index, batch in enumerate(loader):
             lines = list(group_log_probs(model, batch, autocast))
+            count_tokens(read=int(batch.inputs["attention_mask"].sum()))
             if index < batches.num_own:
                 for line in lines:
                     part.append(line)

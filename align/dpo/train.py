@@ -38,6 +38,7 @@ from align.dpo.trainer import PairTrainer, pair_dataset
 from align.dpo.whole import gather_weights, merge_adapter
 from align.errors import UserError
 from align.images import ImageStore
+from align.meter import count_tokens, save_spent
 from align.models.load import load_model, load_processor, read_config
 from align.models.placement import DTYPES, pick_device
 from align.models.save import save_checkpoint
@@ -47,6 +48,7 @@ from align.progress import log
 from align.ranks import TRY_AGAIN, world_size
 from align.records import Pair, read_jsonl
 from align.rundir import Round, RunDir, checkpoint_hash, content_hash, text_hash
+from align.seen_images import hold_images
 
 STAGE = "dpo"
 
@@ -76,6 +78,8 @@ def run_dpo(config: Config, number: int) -> None:
         if this.manifest.complete(STAGE):
             log.info("round %d is trained already: %s", number, this.checkpoint)
             return
+        if state.is_main_process:
+            hold_images(this.image_hashes, ImageStore(config.question_images, config.max_image_pixels), pairs)
     while not _train_within_memory(config, this, policy, device, dtype, strategy, pairs):
         gc.collect()
         torch.cuda.empty_cache()
@@ -181,11 +185,13 @@ class DpoStage:
         self._train(trainer)
         self._save(trainer, processor)
         if trainer.is_world_process_zero():
+            counts = _counts(given, pairs, trainer)
+            # Of all processes and of earlier attempts; what the reference reads comes on top.
+            count_tokens(read=counts["tokens"])
             self.this.manifest.finish(
                 STAGE,
                 outputs=[self.this.checkpoint],
-                counts=_counts(given, pairs, trainer),
-                seconds=time.monotonic() - started,
+                counts=counts,
                 notes={"shared_prefix": note} | note_on_batch(self.this.trainer),
                 parameters=parameters,
                 reference_seconds=round(reference_s, 3),
@@ -331,6 +337,7 @@ class DpoStage:
                 dtype=self._stored_dtype(),
             )
             trainer.state.save_to_json(str(self.this.checkpoint / "trainer_state.json"))
+        save_spent()
         trainer.accelerator.wait_for_everyone()
 
     def _stored_dtype(self) -> torch.dtype | None:

@@ -1,0 +1,97 @@
+"""What a stage costs: counted while it runs, kept when it is interrupted, added up over processes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from align.meter import count_tokens, device_in_use, metered, spent_on
+from align.rundir import RunDir
+
+
+def test_what_was_spent_before_an_interruption_counts(tmp_path):
+    def interrupted():
+        with metered(tmp_path, "sample"):
+            count_tokens(read=100, written=7)
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with metered(tmp_path, "sample"):
+        count_tokens(read=20)
+        time.sleep(0.02)
+        found = spent_on(tmp_path, "sample")
+    assert (found["tokens_read"], found["tokens_written"]) == (120, 7)
+    assert 0.07 <= found["seconds"] < 1.0
+    assert (found["device"], found["num_processes"], found["gpu_seconds"]) == ("cpu", 1, 0.0)
+
+
+def test_stages_are_counted_apart_and_tokens_of_earlier_stages_are_not_theirs(tmp_path):
+    for stage, tokens in (("sample", 5), ("score", 9)):
+        with metered(tmp_path, stage):
+            count_tokens(written=tokens)
+    assert spent_on(tmp_path, "sample")["tokens_written"] == 5
+    assert spent_on(tmp_path, "score")["tokens_written"] == 9
+
+
+def test_gpu_seconds_and_tokens_are_added_over_processes_and_the_time_is_the_main_ones(tmp_path):
+    for rank in range(3):
+        entry = {"rank": rank, "device": "cuda (H100)", "seconds": 10.0 - rank, "gpu_seconds": 10.0, "tokens_read": 4}
+        (tmp_path / f".spent-dpo-{rank}.json").write_text(json.dumps(entry))
+    found = spent_on(tmp_path, "dpo")
+    assert (found["device"], found["seconds"], found["gpu_seconds"], found["tokens_read"]) == (
+        "cuda (H100)",
+        10.0,
+        30.0,
+        12,
+    )
+
+
+def test_a_killed_process_has_left_its_last_beat(tmp_path):
+    code = (
+        "import time, sys; from pathlib import Path; from align import meter; meter.EVERY_S = 0.02\n"
+        "with meter.metered(Path(sys.argv[1]), 'score'): meter.count_tokens(read=3); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    path = tmp_path / ".spent-score-0.json"
+    while not path.exists() or json.loads(path.read_text())["tokens_read"] == 0:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = spent_on(tmp_path, "score")
+    assert before["seconds"] > 0
+    with metered(tmp_path, "score"):
+        time.sleep(0.02)
+        assert spent_on(tmp_path, "score")["seconds"] >= before["seconds"] + 0.02
+
+
+def test_the_manifest_keeps_the_cost_of_all_attempts_and_redo_begins_anew(tmp_path):
+    this = RunDir(tmp_path).round(1)
+    this.path.mkdir()
+    for _ in range(2):
+        with metered(this.path, "sample"):
+            this.manifest.begin("sample", settings={}, inputs={})
+            count_tokens(written=5)
+    with metered(this.path, "sample"):
+        this.manifest.finish("sample", outputs=[], counts={})
+    entry = this.manifest.stage("sample")
+    assert entry["cost"]["tokens_written"] == 10
+    assert entry["seconds"] > 0
+    this.discard("sample")
+    assert spent_on(this.path, "sample") is None
+
+
+@pytest.mark.gpu
+def test_a_process_that_uses_a_gpu_says_so_and_its_seconds_are_gpu_seconds(tmp_path):
+    import torch
+
+    with metered(tmp_path, "evaluate"):
+        torch.zeros(1, device="cuda")
+        time.sleep(0.05)
+    assert device_in_use().startswith("cuda (")
+    assert spent_on(tmp_path, "evaluate")["gpu_seconds"] >= 0.05

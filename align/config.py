@@ -209,7 +209,9 @@ class EvaluateSettings(Section):
     """Held-out questions, asked of the first policy and of every round's checkpoint."""
 
     questions: Path | None = Field(None, description="held-out questions (JSONL); empty: no evaluation")
-    image_root: Path | None = Field(None, description="folder of their images; empty: the folder of the file")
+    image_root: Path | None = Field(
+        None, description="folder of their images; empty: image_root, else the folder of the file"
+    )
     num_samples: int = Field(1, ge=1, description="sampled responses a question, beside the greedy one")
     temperature: float = Field(0.7, gt=0, description="of the sampled responses")
     max_new_tokens: int = Field(256, ge=1, description="longest response in tokens")

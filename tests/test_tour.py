@@ -1,43 +1,136 @@
-"""Every `align` command written in the README, in docs/ and in scripts/ is one that the command line understands."""
+"""Every command of README.md, CONTRIBUTING.md and docs/ is run, in its order, on what it talks about made small.
+
+A page's shell blocks are run by bash (`doc_shell.py`); what is played, changed and left out there, and why, stands in the
+tables of `doc_player.py`. A command that is neither run nor in a table fails.
+"""
+
+from __future__ import annotations
 
 import re
-import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 
 from align.cli import app
+from align.demo import play
+from tests.doc_pages import PAGES, ROOT, named_commands, scripts_of
+from tests.doc_player import ALSO, LEFT_OUT, NOT_RUN, Player
+from tests.doc_world import NUM_EVAL, NUM_QUESTIONS, copy_of, write_world
+from tests.engines.stub_server import StubServer
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "scripts").glob("*.s*"))]
-SHELL_END = re.compile(r"\s+(?:#|\||&&|;|>|<|->|\\$).*| {2,}.*")
+# In commands inside of a sentence.
+PLACEHOLDERS = {r"\bN\b": "1", r"\bSTAGE\b": "pairs", r"\bRUN\b": "runs/run"}
+PLACEHOLDERS |= {r"\bCHECKPOINT\b": "runs/run/round-3/checkpoint", r"\bOWNER/NAME\b": "me/my-model"}
+# Pages that begin without a run; the others go on from what the README leaves. Pages whose blocks begin apart.
+BEGIN_EMPTY = ("README.md", "data.md")
+APART = ("recipes.md",)
+# Run by test_worked_examples.py, in a copy of the repository that has what the page adds.
+WORKED = ("adding-a-family.md", "adding-a-critic.md", "adding-a-reader.md")
+# What must be there when a page is over, beside whatever its commands name with --out, --write, --report or --json.
+PROMISED = {
+    "README.md": (
+        "demo-run/runs/critic/report.html",
+        "runs/run/round-1/samples.jsonl",
+        "runs/run/round-1/scores.jsonl",
+        "runs/run/round-1/pairs.jsonl",
+        "runs/run/round-1/reference.safetensors",
+        "runs/run/round-3/checkpoint/model.safetensors",
+        "runs/run/round-3/evaluation.json",
+        "runs/run/round-3/evaluation.jsonl",
+        "runs/run/report.html",
+    ),
+    "data.md": ("runs/run/round-1/checkpoint/model.safetensors",),
+    "serving.md": ("served-1/config.json",),
+}
+TOUR = [page for page in PAGES if page.name not in WORKED]
 
 
-def commands(page):
-    """The `align ...` lines of a page's code (indented or fenced blocks, and inline code with an option or argument)."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.findall(r"^(?: {4,}|\$ |srun |exec )?(align [a-z].*)$", text, flags=re.MULTILINE)
-    found += [inline for inline in re.findall(r"`(align [a-z][^`\n]*)`", text) if "..." not in inline]
-    return [SHELL_END.sub("", line.strip()) for line in found]
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
-CASES = [(page.name, command) for page in PAGES for command in dict.fromkeys(commands(page))]
+@pytest.fixture(scope="session")
+def player() -> Iterator[Player]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(play, "NUM_QUESTIONS", NUM_QUESTIONS)
+        patch.setattr(play, "NUM_EVAL", NUM_EVAL)
+        server = StubServer(models=tuple(f"policy-{number}" for number in range(4)))
+        player = Player(server.url)
+        yield player
+        player.shell.close()
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def finished(world: Path, player: Player, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder that the README leaves behind, and what went wrong on the way."""
+    folder = copy_of(world, tmp_path_factory.mktemp("readme") / "project")
+    return folder, faults_of(ROOT / "README.md", player, folder)
+
+
+def faults_of(page: Path, player: Player, folder: Path, apart: Path | None = None) -> list[str]:
+    """What went wrong in the scripts of a page; `apart` is the world that each of them begins in, if they do."""
+    faults, player.outputs = [], []
+    for number, (line, script) in enumerate(scripts_of(page)):
+        if script.startswith("align ") and script.count("\n") == 1:
+            for word, value in PLACEHOLDERS.items():
+                script = re.sub(word, value, script)
+        where = folder if apart is None else copy_of(apart, folder / f"block-{number}")
+        player.shell.run(script, where)
+        faults += [f"{page.name}:{line}: {fault}" for fault in player.shell.faults]
+    missing = [str(path) for path in player.outputs if not path.exists()]
+    missing += [path for path in PROMISED.get(page.name, ()) if not (folder / path).exists()]
+    return faults + [f"{page.name}: promised, but not there: {path}" for path in missing]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TOUR, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page, world, finished, player, tmp_path):
+    if page.name == "README.md":
+        faults = finished[1]
+    elif page.name in APART:
+        faults = faults_of(page, player, tmp_path, apart=world)
+    else:
+        begin = world if page.name in BEGIN_EMPTY else finished[0]
+        faults = faults_of(page, player, copy_of(begin, tmp_path / "project"))
+    assert not faults, "\n\n".join(faults)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_out_that_no_page_names(player):
+    """Runs behind the pages above; alone it has nothing to look at."""
+    if len(player.used) < 3:
+        pytest.skip("the pages were not run in this process")
+    assert {*NOT_RUN, *LEFT_OUT, *ALSO} == player.used
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_command_that_is_named_is_there(page):
+    assert named_commands(page) <= set(typer.main.get_command(app).commands)
 
 
 def test_the_readme_shows_the_main_way():
-    shown = {command.split()[1] for name, command in CASES if name == "README.md"}
+    shown = named_commands(ROOT / "README.md")
     assert {"sample", "score", "dpo", "run", "init", "report", "evaluate"} <= shown
 
 
-@pytest.mark.parametrize(("page", "command"), CASES, ids=[f"{page}:{command}" for page, command in CASES])
-def test_a_written_command_is_understood(page, command):
-    name, *arguments = shlex.split(command)[1:]
-    group = typer.main.get_command(app)
-    assert name in group.commands, f"{page}: there is no command align {name}"
-    arguments = [re.sub(r"^(N|\$\{?\w+\}?)$", "1", argument) for argument in arguments]
-    if "..." not in arguments:
-        assert fault_of(group.commands[name], name, arguments) is None
+@pytest.mark.parametrize(
+    ("script", "fault"),
+    [
+        ("align sample --no-such-option", "No such option"),
+        ("align info nowhere", "nowhere"),
+        ("frobnicate the model", "neither run nor in the table"),
+        ("make no-such-target", "No rule"),
+        ("python scripts/bench_dpo.py --no-such-flag", "unrecognized arguments"),
+        ("for x in 1 2; do", "syntax error"),
+    ],
+)
+def test_a_command_that_fails_is_a_fault(script, fault, player, tmp_path):
+    player.shell.run(script + "\n", tmp_path)
+    assert fault in "".join(player.shell.faults)
 
 
 def fault_of(subcommand, name, arguments):
@@ -47,7 +140,3 @@ def fault_of(subcommand, name, arguments):
     except Exception as error:
         return None if type(error).__name__ == "MissingParameter" else error
     return None
-
-
-def test_an_unknown_option_would_be_found():
-    assert fault_of(typer.main.get_command(app).commands["sample"], "sample", ["--no-such-option"]) is not None

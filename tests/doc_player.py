@@ -1,0 +1,186 @@
+"""Plays the programs that the pages call: `align` and scripts in this process and small, others not at all.
+
+What is changed for a CPU without a network, and what cannot be run there, stands in the tables here with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from align.cli import app
+from tests.doc_pages import ROOT
+from tests.doc_shell import Program, Shell
+
+# Appended to every command that takes --set: sizes, and what only a GPU has.
+SMALL = {
+    "rounds": "1",
+    "model.dtype": "float32",
+    "model.device": "cpu",
+    "sample.max_new_tokens": "16",
+    "sample.temperature": "1.2",
+    "sample.top_p": "1.0",
+    "sample.num_responses": "3",
+    "pairs.keep_truncated": "true",
+    "critic.trust_sample": "2",
+    "dpo.max_steps": "1",
+    "dpo.bf16": "false",
+    "dpo.gradient_checkpointing": "false",
+    "dpo.per_device_train_batch_size": "2",
+    "dpo.gradient_accumulation_steps": "1",
+    "evaluate.questions": "data/eval.jsonl",
+    "evaluate.image_root": "data",
+    "evaluate.max_new_tokens": "16",
+    "launch.num_processes": "1",
+    "launch.strategy": "ddp",
+}
+# Also, where align.yaml has this line: what the checkpoints of the tour cannot do.
+ALSO = {
+    # The demo's critic writes no claims.
+    "name: rlaif-v": {"critic.kind": "pointwise", "critic.options": "", "pairs.min_margin": "0"},
+    # Its gate asks for a critic that looks, which only the demo's own prompt makes of the demo's.
+    "name: llava-critic": {"critic.gates": ""},
+    "name: llava-critic-onevision": {"critic.gates": "", "model.processor": "{image_aspect_ratio: pad}"},
+}
+# Options of `align` that are left out, with their value.
+LEFT_OUT = {
+    "--num-processes": "one process here; tests/distributed launches several",
+    "--strategy": "tests/distributed trains with each",
+}
+# What begins so is not run.
+NOT_RUN = {
+    r"make (test|docs)\b": "is what runs this; tests/test_docs.py builds the pages",
+    r"(python -m )?pip install": "needs the network",
+    r"git clone": "needs the network",
+    r"vllm serve": "needs a GPU and an environment of its own; the commands around it meet a stub server",
+    r"python -m sglang": "as vllm",
+    r"python scripts/bench_(dpo|sample)\.py": "minutes; its flags are read",
+    r"python scripts/bench_score\.py": "minutes; its flags are read; tests/engines/test_benchmark_model.py runs it tiny",
+    r"python scripts/demo_seeds\.py": "the better part of an hour; its flags are read",
+    r"python scripts/fault_test\.py": "its flags are read; tests/test_crashes.py runs it with two kills a stage",
+    r"python scripts/check_plan\.py": "its flags are read; tests/test_plan.py runs its cases",
+}
+SMALLEST = {
+    "bench_server.py": ["--questions", "4", "--service-s", "0.05", "--repeats", "1"],
+    "bench_tournaments.py": ["--questions", "2", "--responses", "3", "--repeats", "1"],
+}
+OUTPUTS = ("--out", "--write", "--report", "--json")
+NEITHER = (127, "neither run nor in the table of what is not run")
+
+
+class Player:
+    """`shell` runs scripts with these programs; `used` are the entries of the tables that were needed."""
+
+    def __init__(self, server_url: str) -> None:
+        self.server_url = server_url
+        self.used: set[str] = set()
+        self.outputs: list[Path] = []
+        others = ("pip", "git", "vllm", "sbatch", "pytest")
+        self.shell = Shell(
+            {"align": self.align, "python": self.python, "make": self.make, "srun": self.srun}
+            | {"scontrol": lambda arguments, folder: (0, "localhost\n")}
+            | {name: self._other(name) for name in others}
+        )
+
+    def align(self, arguments: list[str], folder: Path) -> tuple[int, str]:
+        self.outputs += [folder / value for option, value in pairwise(arguments) if option in OUTPUTS]
+        arguments = [word.replace("http://gpu1:8000", self.server_url) for word in self._left_out(arguments)]
+        command = typer.main.get_command(app).commands.get(arguments[0])
+        if command is not None and any(parameter.name == "set_" for parameter in command.params):
+            arguments += [f"--set={key}={value}" for key, value in self._small(folder).items()]
+        if arguments[0] == "demo":
+            arguments.append("--rounds=1")
+        result = CliRunner().invoke(app, arguments)
+        return result.exit_code, result.output + (f"\n{result.exception}" if result.exception else "")
+
+    def _left_out(self, arguments: list[str]) -> list[str]:
+        kept, words = [], iter(arguments)
+        for word in words:
+            if word in LEFT_OUT:
+                self.used.add(word)
+                next(words)
+            else:
+                kept.append(word)
+        return kept
+
+    def _small(self, folder: Path) -> dict[str, str]:
+        config = folder / "align.yaml"
+        lines = config.read_text(encoding="utf-8").splitlines() if config.exists() else []
+        self.used |= ALSO.keys() & set(lines)
+        return SMALL | {key: value for line in lines for key, value in ALSO.get(line, {}).items()}
+
+    def python(self, arguments: list[str], folder: Path) -> tuple[int, str]:
+        left_out = self._is_left_out("python " + " ".join(arguments))
+        script = Path(arguments[0])
+        if script.parts[0] == "scripts":
+            return run_script(script, arguments[1:], only_flags=left_out)
+        return (0, "not run\n") if left_out else NEITHER
+
+    def make(self, arguments: list[str], folder: Path) -> tuple[int, str]:
+        """Any target must be there; of what is not in the table the last line is run."""
+        made = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
+        if made.returncode or self._is_left_out("make " + " ".join(arguments)):
+            return made.returncode, made.stderr
+        program, *rest = made.stdout.strip().splitlines()[-1].split()
+        return self.align(rest, folder) if program.endswith("/align") else NEITHER
+
+    def srun(self, arguments: list[str], folder: Path) -> tuple[int, str]:
+        """One task on one node: this one."""
+        program, *rest = arguments[next(at for at, word in enumerate(arguments) if not word.startswith("-")) :]
+        return self.shell.programs[program](rest, folder)
+
+    def _other(self, name: str) -> Program:
+        return lambda arguments, folder: (
+            (0, "not run\n") if self._is_left_out(" ".join([name, *arguments])) else NEITHER
+        )
+
+    def _is_left_out(self, command: str) -> bool:
+        found = [pattern for pattern in NOT_RUN if re.match(pattern, command)]
+        self.used |= set(found)
+        return bool(found)
+
+
+def run_script(script: Path, arguments: list[str], *, only_flags: bool) -> tuple[int, str]:
+    """A script in this process at its smallest, or only until its flags are read."""
+    parse = argparse.ArgumentParser.parse_args
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        patch.setattr(sys, "argv", [str(script), *arguments, *([] if only_flags else SMALLEST.get(script.name, []))])
+        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+        if only_flags:
+            patch.setattr(argparse.ArgumentParser, "parse_args", _then_stop(parse))
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except FlagsReadError:
+            return 0, "not run\n"
+        except SystemExit as end:
+            return int(end.code or 0), printed.getvalue()
+    return (1, "it reads no flags") if only_flags else (0, printed.getvalue())
+
+
+class FlagsReadError(Exception):
+    """The flags of a script were right."""
+
+
+def _then_stop(parse: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:
+    def parse_args(*arguments: object, **more: object) -> argparse.Namespace:
+        parse(*arguments, **more)
+        raise FlagsReadError
+
+    return parse_args

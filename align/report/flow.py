@@ -35,18 +35,26 @@ class Funnel:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one stage of one round took; `tokens` only where the stage counted them."""
+    """What one stage of one round took, all attempts and processes together; None where nobody counted.
+
+    `cpu_hours` are hours of processor time, on as many cores as were busy. What servers spent is theirs to say.
+    """
 
     number: int
     stage: str
     seconds: float
-    tokens: float | None
-    device_hours: float | None
+    tokens_read: float | None = None
+    tokens_written: float | None = None
+    gpu_hours: float | None = None
+    cpu_hours: float | None = None
+    device: str = ""
+    on_servers: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float | None:
-        return self.tokens / self.seconds if self.tokens and self.seconds > 0 else None
+        tokens = (self.tokens_read or 0.0) + (self.tokens_written or 0.0)
+        return tokens / self.seconds if tokens and self.seconds > 0 else None
 
 
 _SHOWN = {
@@ -130,24 +138,39 @@ def _others(data: RoundData) -> list[tuple[str, float]]:
 def costs(run: RunData) -> list[Cost]:
     """Every stage with a time, in order."""
     return [
-        Cost(
-            data.number,
-            stage.name,
-            stage.seconds,
-            number(stage.counts.get("tokens")),
-            _device_hours(stage),
-            stage.notes,
-        )
-        for data in run.rounds
-        for stage in data.stages.values()
-        if stage.seconds is not None
+        _cost(data.number, stage) for data in run.rounds for stage in data.stages.values() if stage.seconds is not None
     ]
 
 
-def _device_hours(stage: Stage) -> float | None:
-    """GPU hours, where the stage says that it ran on one or more."""
-    device = str(stage.notes.get("device", ""))
-    if not device.startswith("cuda"):
-        return None
-    devices = number(stage.notes.get("num_processes")) or number(stage.settings.get("num_processes")) or 1.0
-    return (stage.seconds or 0.0) * devices / 3600
+def _cost(round_: int, stage: Stage) -> Cost:
+    def hours(name: str) -> float | None:
+        seconds = number(stage.cost.get(name))
+        return None if seconds is None else seconds / 3600
+
+    read, written = (number(stage.cost.get(f"tokens_{what}")) for what in ("read", "written"))
+    if not read and not written:
+        # Without a meter, what the stage itself counted: responses when sampling, whole rows when training.
+        counted = number(stage.counts.get("tokens"))
+        read, written = (None, counted) if stage.name == "sample" else (counted, None)
+    device = str(stage.cost.get("device", ""))
+    processes = number(stage.cost.get("num_processes")) or 1
+    return Cost(
+        number=round_,
+        stage=stage.name,
+        seconds=stage.seconds or 0.0,
+        tokens_read=read,
+        tokens_written=written,
+        gpu_hours=hours("gpu_seconds"),
+        cpu_hours=hours("cpu_seconds"),
+        device=f"{processes:.0f} x {device}" if processes > 1 else device,
+        on_servers="servers" in stage.notes,
+        notes=stage.notes,
+    )
+
+
+def hours(value: float) -> str:
+    """
+    >>> hours(0.0), hours(0.0004), hours(1234.5)
+    ('0', '<0.01', '1,234.50')
+    """
+    return "0" if value == 0 else "<0.01" if value < 0.01 else f"{value:,.2f}"

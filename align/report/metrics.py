@@ -43,7 +43,11 @@ class Metric:
     @property
     def unit(self) -> str:
         """Of a change: shares move by percentage points."""
-        return "points" if self.percent else {"response_tokens": "tokens", "kl": "nats"}.get(self.name, "")
+        return (
+            "points"
+            if self.percent
+            else {"response_tokens": "tokens", "kl": "nats", "kl_per_token": "nats"}.get(self.name, "")
+        )
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -82,7 +86,8 @@ _METRICS = (
     Metric("repetition", "Repetition", "share of 4-grams that stood before in the same response", -1, True, lambda line, r: repetition(r.text)),
     Metric("refusals", "Refusals", "responses that decline to answer", -1, True, lambda line, r: float(is_refusal(r.text))),
     Metric("distinct_2", "Distinct bigrams", "different bigrams over all bigrams: variety of wording", 0),
-    Metric("kl", "Distance from the first policy", "KL divergence on the policy's own samples, nats a response", 0, False),
+    Metric("kl", "Distance from the first policy", "KL divergence on the round's own samples at their temperature, nats a response", 0, False),
+    Metric("kl_per_token", "Distance a token", "the same divergence, nats a token", 0, False),
 )  # fmt: skip
 METRICS = {metric.name: metric for metric in _METRICS}
 

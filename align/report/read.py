@@ -21,6 +21,7 @@ from align.errors import UserError
 from align.records import Evaluation, RecordT, parse_line
 from align.rundir import STAGES, Round, RunDir
 from align.statistics import Interval
+from align.summary import BenchmarkRow, benchmark_rows
 
 JSON = dict[str, Any]
 
@@ -35,6 +36,7 @@ class Stage:
     counts: JSON = field(default_factory=dict)
     notes: JSON = field(default_factory=dict)
     settings: JSON = field(default_factory=dict)
+    cost: JSON = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     written: str | None = None
     progress: int | None = None
@@ -54,6 +56,7 @@ class RoundData:
     metrics: dict[str, Interval] = field(default_factory=dict)
     lines: list[Evaluation] = field(default_factory=list)
     log: list[dict[str, float]] = field(default_factory=list)
+    benchmarks: list[BenchmarkRow] = field(default_factory=list)
 
     def counts(self, stage: str) -> JSON:
         return self.stages[stage].counts if stage in self.stages else {}
@@ -212,7 +215,17 @@ def _read_round(this: Round, problems: list[str]) -> RoundData:
         except UserError as error:
             problems.append(str(error))
     data.log = _read_log(this, problems)
+    data.benchmarks = _read_benchmarks(this.benchmarks, problems)
     return data
+
+
+def _read_benchmarks(path: Path, problems: list[str]) -> list[BenchmarkRow]:
+    found = _read_json(path, problems)
+    try:
+        return benchmark_rows(found) if found else []
+    except (KeyError, TypeError, AttributeError) as error:
+        problems.append(f"{_short(path)}: not the results of benchmarks ({error!r})")
+        return []
 
 
 def _read_stages(this: Round, problems: list[str]) -> dict[str, Stage]:
@@ -237,6 +250,7 @@ def _stage(this: Round, name: str, entry: JSON) -> Stage:
         counts=part("counts"),
         notes=part("notes"),
         settings=part("settings"),
+        cost=part("cost"),
         versions=part("versions"),
         written=_when(entry.get("finished") or entry.get("started")),
         progress=_finished_questions(this, name) if running else None,

@@ -116,8 +116,11 @@ def render(
         funnels=flow.funnels(run),
         costs=costs,
         stages=[stage for stage in STAGES if any(cost.stage == stage for cost in costs)],
-        device_hours=_total(cost.device_hours for cost in costs),
-        tokens=_total(cost.tokens for cost in costs),
+        gpu_hours=_total(cost.gpu_hours for cost in costs),
+        cpu_hours=_total(cost.cpu_hours for cost in costs),
+        tokens_read=_total(cost.tokens_read for cost in costs),
+        tokens_written=_total(cost.tokens_written for cost in costs),
+        kl_note=_kl_left_out(run),
         alarms=alarms,
         browser=browser,
         written=max((stage.written for data in run.rounds for stage in data.stages.values() if stage.written), default=None),
@@ -139,6 +142,12 @@ def _table_of_steps(rows: list[list[Change]]) -> tuple[list[tuple[int, int]], li
     columns = sorted({(step.first_round, step.last_round) for row in rows for step in row})
     by_step = [{(step.first_round, step.last_round): step for step in row} for row in rows if row]
     return columns, [(next(iter(row.values())).metric, [row.get(column) for column in columns]) for row in by_step]
+
+
+def _kl_left_out(run: RunData) -> str | None:
+    """Why a round that was evaluated has no distance from the first policy."""
+    notes = [str(data.stages["evaluate"].notes.get("kl", "")) for data in run.trained if "evaluate" in data.stages]
+    return next((note for note in notes if note.startswith("left out")), None)
 
 
 def _versions(run: RunData) -> dict[str, str]:
@@ -163,6 +172,7 @@ def environment() -> Environment:
         "plain": metrics.plain,
         "count": lambda value: f"{value:,.0f}",
         "duration": flow.duration,
+        "hours": flow.hours,
     }
     found.filters["shorten_paths"] = shorten_paths
     return found

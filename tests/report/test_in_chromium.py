@@ -134,3 +134,61 @@ WEAK_CONTRAST = """(() => {
   }
   return [...weak];
 })()"""
+
+
+def test_filters_follow_the_arrow_keys(page, report):
+    page.open(report, width=1440)
+    page.run("document.querySelector('[name=kind]').focus()")
+    page.press("ArrowRight")
+    chosen = page.run("document.querySelector('[name=kind]:checked').value")
+    assert chosen
+    assert set(page.run(SHOWN)) == {chosen}
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_whatever_scrolls_can_be_scrolled_by_keyboard(page, report, width):
+    page.open(report, width=width)
+    page.run("document.querySelectorAll('details').forEach(details => { details.open = true })")
+    page.run(SEE_ALL)
+    assert page.run(UNREACHABLE) == []
+
+
+def test_every_section_is_named_in_the_navigation_and_the_first_tab_skips_it(page, report):
+    page.open(report, width=1440)
+    assert page.run(
+        "[...document.querySelectorAll('main > [id]')].map(e => '#' + e.id).join()"
+        " === [...document.querySelectorAll('nav a')].map(a => a.hash).join()"
+    )
+    page.press("Tab")
+    assert page.run("document.activeElement.className") == "skip"
+    page.press("Enter")
+    assert page.run("location.hash") == "#rounds"
+
+
+def test_texts_of_neighbours_do_not_run_together(page, report):
+    """At 390 px no two pieces of a question's line overlap."""
+    page.open(report, width=390)
+    assert page.run(OVERLAPS) == []
+
+
+SEE_ALL = """(async () => {
+  for (const q of document.querySelectorAll('.q')) {
+    q.scrollIntoView({behavior: 'instant'});
+    await new Promise(requestAnimationFrame);
+    await new Promise(requestAnimationFrame);
+  }
+})()"""
+
+UNREACHABLE = """(() => [...document.querySelectorAll('main *')].filter(e => {
+  const style = getComputedStyle(e);
+  const scrolls = (style.overflowX === 'auto' && e.scrollWidth > e.clientWidth + 1)
+    || (style.overflowY === 'auto' && e.scrollHeight > e.clientHeight + 1);
+  return scrolls && e.tabIndex < 0 && !e.querySelector('a, button, input, summary, [tabindex]');
+}).map(e => `${e.tagName}.${e.className}`))()"""
+
+OVERLAPS = """(() => [...document.querySelectorAll('.q > summary')].flatMap(summary => {
+  const boxes = [...summary.children].map(e => e.getBoundingClientRect()).filter(box => box.width > 0);
+  return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b =>
+    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1
+  ).map(() => summary.textContent.trim().slice(0, 60)));
+}))()"""

@@ -3,6 +3,23 @@
   const form = document.getElementById("filter");
   if (form) browse(form);
   followSections();
+  reachScrollers();
+
+  // A long text scrolls in its box: the keyboard must get there, and pass by those that do not scroll. Measured where
+  // a question comes into view, so that opening thousands at once stays quick.
+  function reachScrollers() {
+    const observer = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) {
+        if (!isIntersecting) continue;
+        observer.unobserve(target);
+        for (const text of target.querySelectorAll(".said, .ask .text, .reference")) {
+          if (text.scrollHeight > text.clientHeight + 1) text.tabIndex = 0;
+          else text.removeAttribute("tabindex");
+        }
+      }
+    }, { rootMargin: "50%" });
+    document.addEventListener("toggle", (event) => observer.observe(event.target), true);
+  }
 
   // Filter and search work on what is in the page already; nothing is written as HTML.
   function browse(form) {

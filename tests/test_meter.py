@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from align.meter import count_tokens, device_in_use, metered, spent_on
 from align.rundir import RunDir
@@ -87,9 +88,8 @@ def test_the_manifest_keeps_the_cost_of_all_attempts_and_redo_begins_anew(tmp_pa
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_process_that_uses_a_gpu_says_so_and_its_seconds_are_gpu_seconds(tmp_path):
-    import torch
-
     with metered(tmp_path, "evaluate"):
         torch.zeros(1, device="cuda")
         time.sleep(0.05)

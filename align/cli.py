@@ -5,12 +5,14 @@ torch is imported inside the commands, so `--help` is instant. Exit codes: 0 don
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -19,8 +21,12 @@ from align.errors import UserError
 from align.faults import Fault, fault_of, is_told_of, tell
 from align.launch import adopt_slurm, is_started_by_align, run_stage_command, wants_processes
 from align.progress import log
+from align.quantities import size
 from align.ranks import is_main_process, world_size
 from align.rundir import RunDir
+
+if TYPE_CHECKING:
+    from align.status import RunStatus, RunWatch
 
 app = typer.Typer(
     name="align",
@@ -350,18 +356,40 @@ def report(
     _say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)", next_command="open it in a browser")
 
 
-@app.command(epilog="Example:  align status runs/run   (from another terminal)")
-def status(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
-    """Where a run stands: stages, progress, speed, last losses."""
+@app.command(epilog="Example:  align status runs/run --watch   (from another terminal)")
+def status(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run's folder; default: the run of align.yaml in the current folder.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until the run is complete.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 5.0,
+) -> None:
+    """Where a run stands: stages, progress, speed, time left, last losses, warnings."""
+    from align.status import RunWatch, find_run
+
+    watched = RunWatch(find_run(run))
+    seen = _watch(watched, every) if watch else watched.look()
+    _say(seen.text, next_command=seen.next_command)
+
+
+def _watch(watched: RunWatch, every: float) -> RunStatus:
+    """Show a run until it is complete: in place on a terminal, else again after every change."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.live import Live
+    from rich.text import Text
 
-    from align.status import run_status
-
-    table = Table("round", "stage", "state", "", box=None)
-    for line in run_status(run):
-        table.add_row(str(line.round), line.stage, line.state, line.detail)
-    Console().print(table)
+    seen, before = watched.look(), ""
+    live = Live(console=Console(), auto_refresh=False, transient=True) if sys.stdout.isatty() else None
+    with live or contextlib.nullcontext():
+        while not seen.complete:
+            if live is not None:
+                live.update(Text(seen.text), refresh=True)
+            elif seen.text != before:
+                typer.echo(seen.text)
+            before = seen.text
+            time.sleep(every)
+            seen = watched.look()
+    return seen
 
 
 @app.command(epilog="Example:  align compare runs/critic runs/verifier")
@@ -394,7 +422,7 @@ def info(
         "architecture": f"{found.architecture}, opened by {found.opened_by}",
         "about": found.about,
         "tensors": f"{found.num_tensors} ({', '.join(f'{n} {dtype}' for dtype, n in found.dtypes.items())})",
-        "size": f"{_size(found.num_bytes)} on disk",
+        "size": f"{size(found.num_bytes)} on disk",
         "parameters": ", ".join(f"{part} {count:,}" for part, count in found.parameters.items()),
         "freeze": f"dpo.freeze takes any of {', '.join(found.parameters)}, embeddings, head",
         "context": f"{found.context_tokens} tokens",
@@ -420,9 +448,9 @@ def push(
     from align.push import push as upload
 
     done = upload(checkpoint, repo, public=public, dry_run=dry_run)
-    for name, size in done.files.items():
-        typer.echo(f"{_size(size):>12}  {name}")
-    what = f"{len(done.files)} files, {_size(done.num_bytes)}"
+    for name, num_bytes in done.files.items():
+        typer.echo(f"{size(num_bytes):>12}  {name}")
+    what = f"{len(done.files)} files, {size(done.num_bytes)}"
     if dry_run:
         _say(f"{what}; nothing was uploaded", next_command=f"align push {checkpoint} {repo}")
     else:
@@ -445,7 +473,7 @@ def convert(
     done = convert_checkpoint(source, target, to=to, base=base, allow_pickle=allow_pickle)
     dropped = f"; {done.num_dropped_rows} padding rows of the vocabulary left out" if done.num_dropped_rows else ""
     _say(
-        f"{done.num_tensors} tensors, {_size(done.num_bytes)}: {done.folder}{dropped}",
+        f"{done.num_tensors} tensors, {size(done.num_bytes)}: {done.folder}{dropped}",
         next_command=f"align info {done.folder}",
     )
 
@@ -464,14 +492,6 @@ def chat(
     asked = [question] if question else _typed_questions()
     for answer in answers(checkpoint, image, asked, temperature=temperature, max_new_tokens=max_new_tokens):
         typer.echo(answer)
-
-
-def _size(num_bytes: int) -> str:
-    """
-    >>> _size(3 * 2**30), _size(5 * 2**20)
-    ('3.00 GiB', '5.0 MiB')
-    """
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _typed_questions() -> Iterator[str]:
@@ -575,10 +595,21 @@ def _fail(fault: Fault) -> NoReturn:
     sys.exit(fault.code)
 
 
+class _CurrentStderr(logging.StreamHandler[Any]):
+    """Writes to what standard error is at the moment: while a bar is shown, above the bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
 def _set_up_logging() -> None:
     import os
 
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(logging.INFO if is_main_process() else logging.ERROR)

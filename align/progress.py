@@ -42,15 +42,17 @@ def progress(
             work.advance(step, **figures)
             update()
 
-        if beat is not None:
-            outer = beat.work, beat.tick
-            beat.work, beat.tick = work, update
-            try:
-                yield advance
-            finally:
-                beat.work, beat.tick = outer
-        else:
+        if beat is None:
             yield advance
+            return
+        outer = beat.work, beat.tick
+        beat.work, beat.tick = work, update
+        try:
+            yield advance
+            # What an exception has ended stays to be seen.
+            beat.work = outer[0]
+        finally:
+            beat.tick = outer[1]
 
 
 def describe(work: Work, weight: int = 1) -> str:

@@ -1,6 +1,7 @@
 """Commands that only look: info, status, compare, chat."""
 
 import json
+import os
 
 import pytest
 
@@ -45,11 +46,14 @@ def test_status_tells_running_stopped_and_complete_apart(tmp_path):
     this.manifest.finish("sample", outputs=[], counts={"questions": 3}, seconds=2)
     this.manifest.begin("score", settings={}, inputs={})
     (this.path / "scores.part-0.jsonl").write_text("{}\n{}\n")
-    assert [(line.stage, line.state) for line in run_status(run.path)] == [("sample", "complete"), ("score", "stopped")]
+    stopped = run_status(run.path)
+    assert [(line.stage, line.state) for line in stopped.stages] == [("sample", "complete"), ("score", "stopped")]
+    assert (stopped.working, stopped.next_command) == ("", "align run")
     with this.lock():
-        line = run_status(run.path)[1]
-    assert line.state == "running"
-    assert line.detail.startswith("2 questions finished")
+        running = run_status(run.path)
+    assert running.stages[1].state == "running"
+    assert running.stages[1].detail == "2 questions finished"
+    assert running.working.startswith(f"round 1 score is running (process {os.getpid()} on ")
 
 
 def evaluated(path, right):

@@ -60,8 +60,9 @@ class StepProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
+        logs = logs or {}
         if self._advance is not None:
-            self._advance(0, **{ours: float(logs[trls]) for trls, ours in self.FIGURES.items() if trls in (logs or {})})
+            self._advance(0, **{ours: float(logs[trls]) for trls, ours in self.FIGURES.items() if trls in logs})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._stack.close()

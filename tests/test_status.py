@@ -1,0 +1,218 @@
+"""`align status`: what processes write is what is shown, and what is shown stays true when they are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from align.beat import beating, clear_beats, current
+from align.footprint import footprint
+from align.progress import progress
+from align.rundir import RunDir
+from align.status import RunWatch, find_run, run_status
+from tests.stage_runs import align, make_project, write_lines
+
+
+@pytest.fixture
+def this(tmp_path):
+    """Round 1 of a run whose sampling has begun."""
+    this = RunDir(tmp_path / "run").round(1)
+    this.path.mkdir(parents=True)
+    this.manifest.begin("sample", settings={}, inputs={})
+    return this
+
+
+def sampled(path, *finish_reasons):
+    line = {"responses": [{"text": "a", "finish_reason": reason} for reason in finish_reasons]}
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def beat(this, rank, *, own, moved=0.0, alive=0.0, host=None, scope="all", before=2, total=40, label="round 1: sample"):
+    """What a process of the rank would have written; times are seconds before now."""
+    now = time.time()
+    work = {"label": label, "total": total, "before": before, "scope": scope, "parts": None, "own": own, "figures": {}}
+    work |= {"started": now - 900, "moved": now - moved, "speed": 0.5}
+    memory = {"used": (rank + 1) * 2**30, "peak": (rank + 2) * 2**30, "device": "cuda"}
+    data = {"stage": "sample", "started": now - 900, "alive": now - alive, "pid": 1, "host": host, "memory": memory}
+    (this.path / f".progress-{rank}.json").write_text(json.dumps(data | {"work": work}))
+
+
+def sample_a_little(this):
+    """Twelve questions of forty, two of them by this process; then something goes wrong."""
+    with beating(this.path, "sample"), progress("round 1: sample", total=40, done=10, parts="samples") as advance:
+        for _ in range(12):
+            sampled(this.path / "samples.part-0.jsonl", "stop", "length")
+        advance(2)
+        current().write()
+        yield run_status(this.path.parent)
+        raise OSError("torn")
+
+
+def test_what_a_process_does_is_shown_while_it_does_it_and_kept_when_it_fails(this):
+    with this.lock():
+        work = sample_a_little(this)
+        status = next(work)
+        with pytest.raises(OSError, match="torn"):
+            next(work)
+    (stage,) = status.stages
+    assert stage.state == "running"
+    # What counts are the twelve lines in the file.
+    assert stage.detail.startswith("12 of 40 (30 %), ")
+    assert " left, memory " in stage.detail
+    assert status.warnings == ["round 1 sample: 12 responses cut off at the longest length so far"]
+    assert status.next_command is None
+    (stage,) = run_status(this.path.parent).stages
+    assert (stage.state, stage.detail) == ("stopped", "12 of 40 (30 %)")
+    clear_beats(this.path)
+    assert run_status(this.path.parent).stages[0].detail == "12 questions finished"
+
+
+def test_processes_are_added_up(this):
+    with this.lock():
+        beat(this, 0, own=3)
+        beat(this, 1, own=5)
+        status = run_status(this.path.parent)
+    # 2 finished before, 3 and 5 since; half a question a second each; 30 are left.
+    assert status.stages[0].detail == (
+        "10 of 40 (25 %), 1.0/s, 30 s left, memory 2.00 GiB (peak 3.00 GiB) in the largest process"
+    )
+    assert "2 processes, " in status.working
+
+
+def test_steps_that_processes_make_together_count_once(this):
+    with this.lock():
+        for rank in (0, 1):
+            beat(this, rank, own=8, scope="same", label="round 1: dpo")
+        assert run_status(this.path.parent).stages[0].detail.startswith("step 10 of 40 (25 %), 0.5/s, 1 min 0 s left")
+
+
+def test_shares_of_a_work_are_added_up(this):
+    with this.lock():
+        for rank in (0, 1):
+            beat(this, rank, own=8, scope="own", total=20, label="reference log-probabilities")
+        found = run_status(this.path.parent).stages[0].detail
+    assert found.startswith("reference log-probabilities 20 of 40 (50 %), 1.0/s")
+
+
+def held(this, pid, host):
+    """The round is held for an hour by a process, as it said itself."""
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 3600))
+    note = {"pid": pid, "host": host, "since": since, "command": "align sample"}
+    (this.path / ".holder.json").write_text(json.dumps(note))
+
+
+def test_silence_and_standstill_are_told(this):
+    held(this, 4711, "elsewhere")
+    beat(this, 0, own=3, moved=400)
+    beat(this, 1, own=5, moved=500)
+    assert run_status(this.path.parent).warnings == [
+        "round 1 sample: no progress for 6 min 40 s, where 1.0/s was usual"
+    ]
+    beat(this, 0, own=3)
+    beat(this, 1, own=5, alive=90)
+    status = run_status(this.path.parent)
+    assert status.stages[0].state == "running"
+    assert status.warnings == ["round 1 sample: process 1 has not been heard of for 1 min 30 s"]
+
+
+def test_a_holder_that_is_gone_has_stopped(this):
+    # On another machine it is believed as long as it writes.
+    held(this, 4711, "elsewhere")
+    beat(this, 0, own=3, alive=90)
+    assert run_status(this.path.parent).stages[0].state == "stopped"
+    # On this one the process itself is looked for: it may be silent, or its number may be another's by now.
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    for pid in (process.pid, os.getpid()):
+        held(this, pid, socket.gethostname())
+        beat(this, 0, own=3)
+        status = run_status(this.path.parent)
+        assert (status.stages[0].state, status.working, status.next_command) == ("stopped", "", "align run")
+        assert status.stages[0].detail == "5 of 40 (12 %)"
+
+
+def test_a_growing_file_is_read_on_and_a_torn_line_waits(this):
+    part = this.path / "samples.part-0.jsonl"
+    watch = RunWatch(this.path.parent)
+    sampled(part, "length", "stop")
+    with part.open("a") as file:
+        file.write('{"responses": [{"text": "", "finish_reason": "len')
+    assert watch.look().warnings == ["round 1 sample: 1 responses cut off at the longest length so far"]
+    with part.open("a") as file:
+        file.write('gth"}]}\n')
+    assert watch.look().warnings == [
+        "round 1 sample: 2 responses cut off at the longest length so far",
+        "round 1 sample: 1 responses without text so far",
+    ]
+
+
+def test_the_footprint_of_a_process_grows_with_what_it_holds():
+    before = footprint()
+    held = bytearray(64 * 2**20)
+    held[::4096] = b"1" * len(held[::4096])
+    after = footprint()
+    assert before.device == "cpu"
+    assert after.used - before.used > 48 * 2**20
+    assert after.peak >= after.used
+
+
+def test_the_run_is_found_from_the_folder_of_its_configuration(tmp_path, monkeypatch):
+    (tmp_path / "align.yaml").write_text("policy: p\nquestions: q.jsonl\nname: mine\n")
+    monkeypatch.chdir(tmp_path)
+    assert find_run(None) == tmp_path / "runs" / "mine"
+    assert find_run(tmp_path) == tmp_path / "runs" / "mine"
+    (tmp_path / "runs/mine/round-1").mkdir(parents=True)
+    assert find_run(tmp_path / "runs/mine") == tmp_path / "runs/mine"
+
+
+def wait_for(look, reached, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not reached(seen := look()):
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.05)
+    return seen
+
+
+def test_a_stage_in_two_processes_is_followed_killed_and_finished(tmp_path):
+    """The real thing: half-way the launch is killed, and the number that is shown is that of the lines in the files."""
+    folder = make_project(tmp_path / "project")
+    questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    many = [q | {"id": f"{q['id']}-{n}", "question": f"{n}: {q['question']}"} for n in range(150) for q in questions]
+    write_lines(folder / "questions.jsonl", many)
+    run = folder / "runs/run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "align.cli", "sample", "-n", "2"],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def look():
+        return run_status(run) if any(run.glob("round-1/.progress-*.json")) else None
+
+    seen = wait_for(
+        look, lambda status: status is not None and " of 600 (" in status.stages[0].detail and "/s" in status.text
+    )
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
+    process.wait()
+    assert "2 processes, " in seen.working
+    assert "memory" in seen.stages[0].detail
+    finished = sum(part.read_bytes().count(b"\n") for part in (run / "round-1").glob("samples.part-*.jsonl"))
+    (stage,) = wait_for(look, lambda status: not status.working).stages
+    assert stage.state == "stopped"
+    assert stage.detail == f"{finished} of 600 ({finished // 6} %)"
+    assert 0 < finished < 600
+    shown = align(folder, "status")
+    assert shown.returncode == 0, shown.stderr
+    assert f"round 1  sample    stopped   {finished} of 600" in shown.stdout
+    assert "next: align run" in shown.stdout

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -84,11 +86,17 @@ class ImageStore:
         """Whether a reference says that its picture is a frame of a video."""
         return reference.endswith(FRAME_MARK) or _FRAME.fullmatch(reference) is not None
 
+    def file_hashes(self, references: Iterable[str]) -> dict[str, str]:
+        """sha256 of every file that the references name, by its path inside the root; of a frame, of its video."""
+        files = {self.path(reference) for reference in dict.fromkeys(references)}
+        root = self.root.resolve()
+        return {path.relative_to(root).as_posix(): _file_hash(path) for path in sorted(files)}
+
     def sha256(self, reference: str) -> str:
-        """Of the file's bytes; of a frame, of its video's bytes and its number."""
+        """Of the file's bytes; of a frame, of its video's hash and its number."""
         frame = _FRAME.fullmatch(reference)
-        path = self.path(reference)
-        return hashlib.sha256(path.read_bytes() + (frame["index"].encode() if frame else b"")).hexdigest()
+        digest = _file_hash(self.path(reference))
+        return hashlib.sha256(f"{digest}#{frame['index']}".encode()).hexdigest() if frame else digest
 
     def _frame(self, reference: str, index: int) -> Image.Image:
         from align.video import read_frames
@@ -116,3 +124,15 @@ class ImageStore:
                 fix="scale it down, or raise max_image_pixels",
             )
         return image
+
+
+def _file_hash(path: Path) -> str:
+    """sha256 of a file; read once a process as long as nothing has touched it."""
+    now = path.stat()
+    return _hash_of(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@lru_cache(maxsize=1_000_000)
+def _hash_of(path: Path, *file_and_age: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

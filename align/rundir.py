@@ -134,6 +134,11 @@ class Round:
         return self.path / "lmms-eval.json"
 
     @property
+    def image_hashes(self) -> Path:
+        """What images the round has worked with: hashes of their files."""
+        return self.path / "images.json"
+
+    @property
     def manifest_path(self) -> Path:
         return self.path / "manifest.json"
 
@@ -166,11 +171,14 @@ class Round:
                 for part in self.path.glob(f"{file.stem}.part-*{file.suffix}"):
                     part.unlink()
         if stage != "evaluate":
-            for folder in (self.trainer, self.checkpoint):
+            self.benchmarks.unlink(missing_ok=True)
+            for folder in (self.trainer, self.checkpoint, self.benchmarks.with_suffix("")):
                 if folder.exists():
                     shutil.rmtree(folder)
         if self.manifest_path.exists():
             self.manifest.forget(stage)
+        if not any(self.manifest.stage(earlier) for earlier in ("sample", "score", "dpo")):
+            self.image_hashes.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

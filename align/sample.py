@@ -17,8 +17,10 @@ from align.frames import pick_frames
 from align.images import ImageStore
 from align.progress import log
 from align.questionwise import Keep, begin, finish, work_through
+from align.ranks import is_main_process
 from align.records import Question, Response, Samples, read_questions
 from align.rundir import RunDir, checkpoint_hash, content_hash, text_hash
+from align.seen_images import hold_images
 
 if TYPE_CHECKING:
     from align.engines.base import SampleResult
@@ -45,6 +47,8 @@ def run_sample(config: Config, number: int) -> None:
     if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs):
         log.info("round %d is sampled already: %s", number, this.samples)
         return
+    if is_main_process():
+        hold_images(this.image_hashes, images, questions)
 
     def work(todo: list[Question], keep: Keep) -> dict[str, str]:
         return _sample(config, policy, todo, images, number, keep)

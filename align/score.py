@@ -19,8 +19,10 @@ from align.errors import UserError, reward_faults
 from align.images import ImageStore
 from align.progress import log
 from align.questionwise import Done, Keep, batches, begin, finish, work_through
+from align.ranks import is_main_process
 from align.records import Samples, Scores, VerdictRecord, read_jsonl
 from align.rundir import Round, RunDir, content_hash
+from align.seen_images import hold_images
 from align.trust import check_gates, control_items, critic_figures, doubts, item_of
 from reward.critics import Critic, Item, Judgement
 from reward.trust import check_gates as check_gate_names
@@ -46,6 +48,8 @@ def run_score(config: Config, number: int) -> None:
     with reward_faults():
         check_gate_names(config.critic.gates)
     if begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config, plan, this.samples)):
+        if is_main_process():
+            hold_images(this.image_hashes, images, [line.question for line in samples])
         _score_round(config, plan, this, samples, images)
     else:
         log.info("round %d is scored already: %s", number, this.scores)

@@ -15,6 +15,7 @@ FLOOR = {
     "images": 1,
     "video": 1,
     "rundir": 2,
+    "seen_images": 3,
     "config": 1,
     "ranks": 0,
     "faults": 1,

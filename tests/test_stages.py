@@ -131,6 +131,18 @@ def test_pairs_can_be_made_again_without_judging_again(fresh):
     assert (fresh / "runs/run/round-1/scores.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("stage", ["score", "dpo"])
+def test_images_that_were_replaced_since_sampling_are_refused(project, tmp_path, stage):
+    folder = tmp_path / "project"
+    shutil.copytree(project, folder)
+    shutil.copy(folder / "images/1.png", folder / "images/2.png")
+    result = align(folder, stage, "--round", "1", "--redo")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "the image 'images/2.png' is not the one that this round has worked with" in result.stderr
+    (folder / "images/2.png").write_bytes((project / "images/2.png").read_bytes())
+    assert align(folder, "score", "--round", "1").returncode == 0
+
+
 def _remove_image(folder):
     (folder / "images/1.png").unlink()
 

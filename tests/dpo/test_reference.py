@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
+import os
 
 import pytest
 import torch
@@ -112,8 +113,13 @@ def test_the_hash_of_pairs_sees_texts_and_images(images):
     changed = pairs[1].model_copy(update={"chosen": [{"role": "assistant", "content": "something else"}]})
     assert pairs_hash([pairs[0], changed], images) != before
     assert pairs_hash(pairs[::-1], images) != before
-    with (images.root / pairs[0].images[0]).open("ab") as file:
-        file.write(b"\0")
+    picture = images.root / pairs[0].images[0]
+    content, age = bytearray(picture.read_bytes()), picture.stat()
+    content[-20] ^= 1
+    picture.write_bytes(content)
+    # Another picture under the same name, as large and as old as the one before.
+    os.utime(picture, ns=(age.st_atime_ns, age.st_mtime_ns))
+    assert picture.stat().st_size == age.st_size
     assert pairs_hash(pairs, images) != before
 
 

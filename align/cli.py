@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from align.config import CONFIG_NAME, Config, commented_config, dump_config, find_config, load_config
+from align.config import (
+    CONFIG_NAME,
+    Config,
+    checkpoint_config,
+    commented_config,
+    dump_config,
+    find_config,
+    load_config,
+)
 from align.errors import UserError
 from align.faults import Fault, fault_of, is_told_of, tell
 from align.launch import adopt_slurm, is_started_by_align, run_stage_command, wants_processes
@@ -288,9 +296,22 @@ def evaluate(
     config: ConfigOption = None,
     set_: SetOption = None,
     redo: RedoOption = False,
+    lmms_eval: Annotated[
+        str | None, typer.Option(help="Tasks of lmms-eval, e.g. mme,mmbench_en_dev; `list` names them.")
+    ] = None,
+    lmms_eval_tasks: Annotated[Path | None, typer.Option(help="Folder of your own tasks (YAML).")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="For lmms-eval: this one, without a run.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="For lmms-eval: so many documents of a task.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For lmms-eval: the JSON file of results.")] = None,
     num_processes: ProcessesOption = None,
 ) -> None:
-    """Held-out numbers of a checkpoint, with intervals."""
+    """Held-out numbers of a checkpoint, with intervals; or benchmarks of lmms-eval."""
+    if lmms_eval is not None:
+        wishes = {"tasks": lmms_eval, "checkpoint": checkpoint, "folder": lmms_eval_tasks, "limit": limit, "out": out}
+        _benchmarks(wishes | {"redo": redo}, round_, config, [*(set_ or []), *_processes(num_processes)])
+        return
+    if checkpoint is not None or limit is not None or out is not None or lmms_eval_tasks is not None:
+        raise UserError("--checkpoint, --limit, --out and --lmms-eval-tasks go with --lmms-eval", fix="name its tasks")
     counts = _stage("evaluate", round_, config, set_, redo=redo, num_processes=num_processes)
     _say(f"{counts['questions']} held-out questions answered", next_command="align report")
 
@@ -548,7 +569,7 @@ def _stage(
     """Run one stage here, or in the processes that the configuration asks for; returns its counts."""
     from align.rounds import run_stage
 
-    overrides = [*(overrides or []), *([f"launch.num_processes={num_processes}"] if num_processes else [])]
+    overrides = [*(overrides or []), *_processes(num_processes)]
     loaded = _load(config, overrides)
     this = RunDir(loaded.run_dir).round(number)
     if wants_processes(loaded) and name != "pairs":
@@ -570,6 +591,35 @@ def _config_args(config: Path | None, overrides: list[str]) -> list[str]:
     for override in overrides:
         args += ["--set", override]
     return args
+def _benchmarks(wishes: dict[str, Any], number: int, config: Path | None, overrides: list[str]) -> None:
+    """Tasks of lmms-eval on a checkpoint, or on that of a round; here, or in several processes."""
+    from align.card import write_model_card
+    from align.lmms_eval import Wishes, list_tasks, run_benchmarks
+    from align.lmms_eval.table import print_benchmarks
+
+    asked = Wishes(**wishes)
+    if asked.tasks == "list":
+        _say("\n".join(list_tasks(asked.folder)), next_command="align evaluate --lmms-eval TASKS")
+        return
+    alone = asked.checkpoint is not None and config is None
+    loaded = checkpoint_config(str(asked.checkpoint), overrides) if alone else _load(config, overrides)
+    if wants_processes(loaded):
+        settings = [part for item in overrides for part in ("--set", item)]
+        settings = settings if alone else _config_args(config, overrides)
+        run_stage_command(loaded, "evaluate", number, settings + asked.arguments())
+    else:
+        run_benchmarks(loaded, asked, number)
+    if is_main_process() and not is_started_by_align():
+        print_benchmarks(asked.names, asked.results(loaded, number))
+        if asked.checkpoint is None and number:
+            write_model_card(loaded, number)
+    _say(f"results: {asked.results(loaded, number)}", next_command=None)
+
+
+def _processes(number: int | None) -> list[str]:
+    return [f"launch.num_processes={number}"] if number else []
+
+
 
 
 def _say(text: str, *, next_command: str | None) -> None:

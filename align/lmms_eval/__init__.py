@@ -107,7 +107,7 @@ def list_tasks(folder: Path | None) -> list[str]:
         UserError: lmms-eval is not installed.
     """
     require_lmms_eval()
-    index = find_tasks([], None).task_index | (find_tasks([], folder).task_index if folder else {})
+    index = find_tasks([], folder).task_index
     return [
         name if entry["type"].endswith("task") else f"{name} ({entry['type']})" for name, entry in sorted(index.items())
     ]
@@ -139,8 +139,8 @@ def run_benchmarks(config: Config, wishes: Wishes, number: int) -> None:
         engine = cache(lambda: _open(work))
         for name in wishes.names:
             _run_task(work, name, engine, inputs, redo=wishes.redo)
-        if is_main_process():
-            _write_summary(work, inputs["checkpoint"])
+            if is_main_process():
+                _write_summary(work, inputs["checkpoint"])
         barrier()
 
 

@@ -59,14 +59,13 @@ def find_tasks(names: list[str], folder: Path | None) -> Any:
         raise UserError("there is no such folder of tasks", where=str(folder), fix="check --lmms-eval-tasks")
     Manager = _manager_class()
     own = Manager("WARNING", str(folder), include_defaults=False, model_name=MODEL_NAME) if folder else None
-    if own is not None and all(own.task_index.get(name, {}).get("type") == "task" for name in names):
+    if own is not None and names and all(own.task_index.get(name, {}).get("type") == "task" for name in names):
         return own
     manager = Manager("WARNING", str(folder) if folder else None, model_name=MODEL_NAME)
-    if own is not None:
-        theirs = Manager("WARNING", model_name=MODEL_NAME)
-        both = sorted(set(own.all_tasks) & set(theirs.all_tasks) & set(names))
-        if both:
-            raise UserError(f"lmms-eval has a task named {both[0]!r} of its own", where=str(folder), fix="rename yours")
+    for name, entry in own.task_index.items() if own is not None else ():
+        # Of two with one name lmms-eval would take its own.
+        if manager.task_index[name].get("yaml_path") != entry.get("yaml_path"):
+            raise UserError(f"lmms-eval has a task named {name!r} of its own", where=str(folder), fix="rename yours")
     for name in names:
         if name not in manager.task_index:
             near = get_close_matches(name, manager.all_tasks, n=3)
@@ -88,11 +87,17 @@ def load_task(manager: Any, name: str) -> None:
     except ImportError as error:
         raise UserError(f"the task needs a package: {error}", where=name, fix="install it") from None
     except Exception as error:
+        if hasattr(error, "last_attempt"):
+            raise UserError(
+                f"the task's dataset cannot be had: {root_cause(error)}",
+                where=name,
+                fix="lmms-eval's tasks fetch their datasets from the Hugging Face Hub once (HF_HOME keeps them; some want "
+                "`hf auth login`); on a machine without network copy that folder, or use tasks with a dataset on disk",
+            ) from error
         raise UserError(
-            f"the task's dataset cannot be had: {root_cause(error)}",
+            f"the task's own code fails: {root_cause(error)}",
             where=name,
-            fix="lmms-eval's tasks fetch their datasets from the Hugging Face Hub once (HF_HOME keeps them; some want "
-            "`hf auth login`); on a machine without network, copy that folder, or give a task with a dataset on disk",
+            fix="some tasks want variables of the environment, such as HF_HOME, or OPENAI_API_KEY for a judge",
         ) from error
     for leaf in leaves(loaded):
         kind = getattr(leaf, "OUTPUT_TYPE", None)

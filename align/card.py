@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from align.config import Config
+from align.meter import Spent
+from align.quantities import duration
 from align.rundir import RunDir, write_text
-from align.summary import COLUMNS, metrics_by_round
+from align.summary import COLUMNS, benchmark_rows, columns_of, metrics_by_round, with_interval
 
 
 def write_model_card(config: Config, number: int) -> Path:
@@ -28,6 +30,8 @@ def write_model_card(config: Config, number: int) -> Path:
         _data(stages),
         _training(config, stages),
         _results(run, number),
+        _cost(run, number),
+        _benchmarks(run.round(number).benchmarks),
         "## Use\n\nThis folder opens where its parent opened. Intended for research on preference alignment; it inherits "
         "its parent's licence, biases and limits, and what its critic prefers is not a guarantee of truth.",
     ]
@@ -58,6 +62,15 @@ def licence_of(parent: str | Path) -> str | None:
     except yaml.YAMLError:
         return None
     return heading.get("license") if isinstance(heading, dict) else None
+
+
+def lineage_of(checkpoint: str | Path) -> str | None:
+    """What the checkpoint's own card says of its lineage, as Markdown without the heading; None where it says nothing."""
+    card = Path(checkpoint) / "README.md"
+    if not card.is_file():
+        return None
+    _, heading, rest = card.read_text(encoding="utf-8", errors="replace").partition("\n## Lineage\n")
+    return rest.split("\n## ")[0].strip() if heading else None
 
 
 def _lineage(config: Config, run: RunDir, number: int) -> str:
@@ -98,16 +111,48 @@ def _training(config: Config, stages: dict[str, Any]) -> str:
 
 def _results(run: RunDir, number: int) -> str:
     rounds = {key: value for key, value in metrics_by_round(run.path).items() if key <= number}
-    names = [name for name in COLUMNS if any(name in metrics for metrics in rounds.values())]
+    names = columns_of(rounds.values())
     if not rounds or not names:
         return ""
     rows = ["## Results on held-out questions (95 % intervals)", ""]
     rows += ["| round | " + " | ".join(COLUMNS[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     for key, metrics in rounds.items():
-        cells = [_interval(metrics.get(name)) for name in names]
+        cells = [with_interval(name, metrics.get(name)) for name in names]
         rows.append(f"| {key} | " + " | ".join(cells) + " |")
+    note = run.round(number).manifest.read()["stages"].get("evaluate", {}).get("notes", {}).get("kl")
+    return "\n".join([*rows, *(["", f"KL divergence from the first policy: {note}."] if note else [])])
+
+
+def _cost(run: RunDir, number: int) -> str:
+    """What every stage up to this round took, all processes and attempts together."""
+    rows, total = [], Spent()
+    for this in run.rounds():
+        for stage, entry in this.manifest.read()["stages"].items():
+            cost = entry.get("cost") or {}
+            if this.number > number or "device" not in cost:
+                continue
+            spent = Spent.of(cost | {"seconds": entry["seconds"]})
+            total += spent
+            device = f"{cost['num_processes']} x {cost['device']}"
+            device += ", and servers" if "servers" in entry.get("notes", {}) else ""
+            rows.append(f"| {this.number} | {stage} | {_spent(spent)} | {device} |")
+    if not rows:
+        return ""
+    names = ["round", "stage", "time", "tokens read", "tokens written", "GPU hours", "CPU hours", "on"]
+    head = ["## Cost", "", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    return "\n".join([*head, *rows, f"| | all | {_spent(total)} | |"])
+
+
+def _spent(spent: Spent) -> str:
+    tokens = [f"{spent.tokens_read:,}", f"{spent.tokens_written:,}"]
+    hours = [f"{seconds / 3600:,.3f}" for seconds in (spent.gpu_seconds, spent.cpu_seconds)]
+    return " | ".join([duration(spent.seconds), *tokens, *hours])
+
+
+def _benchmarks(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    rows = ["## Benchmarks (lmms-eval)", "", "| task | metric | value | standard error | documents |", "|---" * 5 + "|"]
+    for row in benchmark_rows(json.loads(path.read_text(encoding="utf-8"))):
+        rows.append(f"| {row.task} | {row.metric} | {row.value} | {row.stderr} | {row.documents} |")
     return "\n".join(rows)
-
-
-def _interval(metric: dict[str, float] | None) -> str:
-    return "-" if metric is None else f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"

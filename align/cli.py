@@ -313,6 +313,13 @@ def evaluate(
     if checkpoint is not None or limit is not None or out is not None or lmms_eval_tasks is not None:
         raise UserError("--checkpoint, --limit, --out and --lmms-eval-tasks go with --lmms-eval", fix="name its tasks")
     counts = _stage("evaluate", round_, config, set_, redo=redo, num_processes=num_processes)
+    if is_main_process() and not is_started_by_align():
+        from align.rounds import warning_of
+        from align.summary import print_table
+
+        loaded = _load(config, set_ or [])
+        print_table({loaded.name: loaded.run_dir})
+        _warn(warning_of(loaded, round_))
     _say(f"{counts['questions']} held-out questions answered", next_command="align report")
 
 
@@ -329,13 +336,23 @@ def run(
 
     set_ = [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])]
     loaded = _load(config, set_)
-    run_rounds(loaded, _config_args(config, set_))
+    ended = run_rounds(loaded, _config_args(config, set_))
     if not is_main_process():
         return
     path = write_report(loaded.run_dir)
     print_table({loaded.name: loaded.run_dir})
-    last = RunDir(loaded.run_dir).round(loaded.rounds)
-    _say(f"checkpoint: {last.checkpoint}\nreport:     {path}", next_command="open the report in a browser")
+    for said in ended.worse:
+        _warn(said)
+    best = ended.last
+    if ended.early:
+        best -= 1
+        before = f"round {best}" if best else "the first policy"
+        _say(
+            f"the run ended after round {ended.last} of {loaded.rounds} (evaluate.stop_if_worse): {before} is better",
+            next_command=None,
+        )
+    checkpoint = RunDir(loaded.run_dir).policy(best + 1, loaded.policy)
+    _say(f"checkpoint: {checkpoint}\nreport:     {path}", next_command="open the report in a browser")
 
 
 @app.command(epilog="Example:  align report runs/critic --control runs/random --out critic.html")
@@ -419,15 +436,9 @@ def compare(
     other: Annotated[Path, typer.Argument(help="Another run's folder.")],
 ) -> None:
     """Two runs side by side, and their paired difference on the same held-out questions."""
-    from align.compare import compare_runs
-    from align.summary import print_table
+    from align.compare import print_comparison
 
-    differences = compare_runs(one, other)
-    print_table({one.name: one, other.name: other})
-    typer.echo(f"{other.name} minus {one.name}, last rounds, paired over the same questions (95 % intervals):")
-    for name, interval in differences.items():
-        verdict = "" if interval.excludes_zero else "   (no difference can be told)"
-        typer.echo(f"  {name}: {interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{verdict}")
+    print_comparison(one, other)
 
 
 @app.command(epilog="Example:  align info path/to/Valley-Eagle-7B --image photo.jpg")
@@ -628,6 +639,11 @@ def _say(text: str, *, next_command: str | None) -> None:
     typer.echo(text)
     if next_command:
         typer.secho(f"next: {next_command}", fg=typer.colors.CYAN)
+
+
+def _warn(text: str | None) -> None:
+    if text is not None:
+        typer.secho(f"WARNING: {text}", fg=typer.colors.RED, bold=True, err=True)
 
 
 def _stop(*_: object) -> None:

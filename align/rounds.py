@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from align.beat import beating, clear_beats
 from align.card import write_model_card
@@ -15,7 +16,16 @@ from align.ranks import barrier, is_main_process
 from align.rundir import Round, RunDir
 
 
-def run_rounds(config: Config, config_args: list[str]) -> None:
+@dataclass(frozen=True)
+class Ended:
+    """The last round that was run, what was said of rounds worse than their parents, and whether that ended the run."""
+
+    last: int
+    worse: list[str]
+    early: bool = False
+
+
+def run_rounds(config: Config, config_args: list[str]) -> Ended:
     """Run all rounds of a configuration; an interrupted run goes on where it stopped.
 
     `config_args` are the command-line arguments that lead to this very configuration, for stages that must start in
@@ -23,6 +33,7 @@ def run_rounds(config: Config, config_args: list[str]) -> None:
     """
     if config.evaluate.questions is not None:
         _run_or_launch(config, "evaluate", 0, config_args)
+    worse: list[str] = []
     for number in range(1, config.rounds + 1):
         log.info("round %d of %d", number, config.rounds)
         given = number == 1 and config.pairs_file is not None
@@ -30,21 +41,20 @@ def run_rounds(config: Config, config_args: list[str]) -> None:
             _run_or_launch(config, stage, number, config_args)
         if config.evaluate.questions is not None:
             _run_or_launch(config, "evaluate", number, config_args)
-            if _is_worse(config, number):
-                return
+            said = warning_of(config, number)
+            if said is not None:
+                log.warning("WARNING: %s", said)
+                worse.append(said)
+                if config.evaluate.stop_if_worse:
+                    return Ended(number, worse, early=True)
+    return Ended(config.rounds, worse)
 
 
-def _is_worse(config: Config, number: int) -> bool:
-    """Say loudly when a round is worse than its parent; True where the run shall end there."""
+def warning_of(config: Config, number: int) -> str | None:
+    """What a person must be told of a round that was evaluated: that it is worse than its parent beyond chance."""
     from align.evaluate import worse_than_parent
 
-    worse = worse_than_parent(RunDir(config.run_dir), number)
-    if worse is None:
-        return False
-    log.warning("WARNING: %s", worse)
-    if config.evaluate.stop_if_worse:
-        log.warning("the run ends here (evaluate.stop_if_worse); its best checkpoint is that of round %d", number - 1)
-    return config.evaluate.stop_if_worse
+    return worse_than_parent(RunDir(config.run_dir), number) if number else None
 
 
 def run_stage(config: Config, stage: str, number: int, *, redo: bool = False) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.rundir import RunDir
 
+# What tables and cards show, where it was measured; shares are written in percent.
 COLUMNS = {
-    "sampled_accuracy": "sampled accuracy",
-    "greedy_accuracy": "greedy accuracy",
-    "hallucination": "hallucination",
+    "sampled_accuracy": "sampled accuracy, %",
+    "greedy_accuracy": "greedy accuracy, %",
+    "win_rate_initial": "wins against first, %",
+    "win_rate_parent": "wins against parent, %",
+    "hallucination": "hallucination, %",
+    "response_tokens": "tokens a response",
+    "kl": "KL from first, nats",
 }
+LABEL_WIDTH = max(map(len, COLUMNS.values()))
+NOT_SHARES = {"response_tokens", "kl"}
 
 
 def metrics_by_round(run: Path) -> dict[int, dict[str, dict[str, float]]]:
@@ -58,27 +66,47 @@ def benchmark_rows(summary: dict[str, Any]) -> list[BenchmarkRow]:
 
 
 def print_table(runs: dict[str, Path]) -> None:
-    """Print a table with a row for each round of each run; runs without an evaluation are left out."""
+    """Print a table for each run: its held-out numbers, a column a round; runs without an evaluation are left out."""
     from rich.console import Console
     from rich.table import Table
 
-    rows = [(name, number, metrics) for name, run in runs.items() for number, metrics in metrics_by_round(run).items()]
-    if not rows:
-        return
-    names = [name for name in (*COLUMNS, "response_tokens") if any(name in metrics for _, _, metrics in rows)]
-    table = Table(title="Held-out questions by round (mean, 95 % interval)")
-    table.add_column("run")
-    table.add_column("round", justify="right")
-    for name in names:
-        table.add_column(COLUMNS.get(name, name.replace("_", " ")), justify="right")
-    for run_name, number, metrics in rows:
-        table.add_row(run_name, str(number), *(_cell(name, metrics.get(name)) for name in names))
-    Console().print(table)
+    console = Console()
+    for name, run in runs.items():
+        rounds = metrics_by_round(run)
+        names = columns_of(rounds.values())
+        if not names:
+            continue
+        title = f"{name}: held-out questions (mean, 95 % interval)"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table.add_column()
+        for number in rounds:
+            table.add_column("first policy" if number == 0 else f"round {number}", justify="right")
+        cells = {key: [with_interval(key, metrics.get(key)) for metrics in rounds.values()] for key in names}
+        wide = LABEL_WIDTH + sum(2 + max(map(len, column)) for column in zip(*cells.values(), strict=True))
+        for key in names:
+            # The interval stands below its mean where the terminal is too narrow for one line.
+            row = cells[key] if wide <= console.width else [cell.replace(" ", "\n", 1) for cell in cells[key]]
+            table.add_row(COLUMNS[key], *row)
+        console.print(table)
 
 
-def _cell(name: str, metric: dict[str, float] | None) -> str:
+def columns_of(rounds: Iterable[dict[str, dict[str, float]]]) -> list[str]:
+    """The columns that any of these rounds has a number for."""
+    measured = {name for metrics in rounds for name in metrics}
+    return [name for name in COLUMNS if name in measured]
+
+
+def with_interval(name: str, metric: dict[str, float] | None) -> str:
+    """A number of a column with its interval, a dash where it was not measured.
+
+    >>> with_interval("hallucination", {"mean": 0.25, "low": 0.2, "high": 0.31})
+    '25.0 [20.0, 31.0]'
+    >>> with_interval("kl", {"mean": 0.0139, "low": -0.007, "high": 0.0348})
+    '0.014 [-0.007, 0.035]'
+    """
     if metric is None:
         return "-"
-    scale, digits = (1.0, 1) if name == "response_tokens" else (100.0, 1)
+    scale = 1.0 if name in NOT_SHARES else 100.0
     mean, low, high = (scale * metric[key] for key in ("mean", "low", "high"))
+    digits = 3 if name == "kl" and abs(mean) < 1 else 1
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -10,7 +10,6 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -296,6 +295,7 @@ def evaluate(
     config: ConfigOption = None,
     set_: SetOption = None,
     redo: RedoOption = False,
+    num_processes: ProcessesOption = None,
     lmms_eval: Annotated[
         str | None, typer.Option(help="Tasks of lmms-eval, e.g. mme,mmbench_en_dev; `list` names them.")
     ] = None,
@@ -303,7 +303,6 @@ def evaluate(
     checkpoint: Annotated[str | None, typer.Option(help="For lmms-eval: this one, without a run.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="For lmms-eval: so many documents of a task.")] = None,
     out: Annotated[Path | None, typer.Option(help="For lmms-eval: the JSON file of results.")] = None,
-    num_processes: ProcessesOption = None,
 ) -> None:
     """Held-out numbers of a checkpoint, with intervals; or benchmarks of lmms-eval."""
     if lmms_eval is not None:
@@ -513,29 +512,31 @@ def convert(
 @app.command(epilog="Example:  align chat runs/run/round-3/checkpoint --image photo.jpg")
 def chat(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder.")],
-    image: Annotated[Path | None, typer.Option(help="The image to talk about.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image or video to talk about; may be repeated.")] = None,
     question: Annotated[str | None, typer.Option("--question", "-q", help="Ask this and stop.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    web: Annotated[bool, typer.Option("--web", help="A page in the browser; needs the extra `web`.")] = False,
+    compare: Annotated[str | None, typer.Option(help="On the page: another checkpoint, side by side.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
+    host: Annotated[str, typer.Option(help="Where the page listens; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    share: Annotated[bool, typer.Option("--share", help="Open the page to anybody through gradio.live.")] = False,
 ) -> None:
-    """Try a checkpoint: ask about an image."""
-    from align.chat import chat as answers
+    """Try a checkpoint: ask about images, in the terminal or on a page."""
+    from align.engines.base import SamplingSettings
 
-    asked = [question] if question else _typed_questions()
-    for answer in answers(checkpoint, image, asked, temperature=temperature, max_new_tokens=max_new_tokens):
-        typer.echo(answer)
+    settings = SamplingSettings(temperature, max_new_tokens)
+    try:
+        if web:
+            from align.chat_web import Address, chat_on_page
 
+            chat_on_page([checkpoint, *([compare] if compare else [])], settings, Address(host, port, share))
+        else:
+            from align.chat_terminal import chat_in_terminal
 
-def _typed_questions() -> Iterator[str]:
-    """Lines from the terminal until the end of input or an empty line."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        yield line
+            chat_in_terminal(checkpoint, image or [], question, settings)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command(epilog="Example:  align demo --folder demo-run --seed 1")
@@ -590,18 +591,6 @@ def _stage(
     return (this.manifest.stage(name) or {}).get("counts", {})
 
 
-def _load(config: Path | None, overrides: list[str] | None) -> Config:
-    loaded = load_config(find_config(config), overrides)
-    if is_main_process():
-        RunDir(loaded.run_dir).remember_config(dump_config(loaded))
-    return loaded
-
-
-def _config_args(config: Path | None, overrides: list[str]) -> list[str]:
-    args = ["--config", str(find_config(config))]
-    for override in overrides:
-        args += ["--set", override]
-    return args
 def _benchmarks(wishes: dict[str, Any], number: int, config: Path | None, overrides: list[str]) -> None:
     """Tasks of lmms-eval on a checkpoint, or on that of a round; here, or in several processes."""
     from align.card import write_model_card
@@ -631,6 +620,18 @@ def _processes(number: int | None) -> list[str]:
     return [f"launch.num_processes={number}"] if number else []
 
 
+def _load(config: Path | None, overrides: list[str] | None) -> Config:
+    loaded = load_config(find_config(config), overrides)
+    if is_main_process():
+        RunDir(loaded.run_dir).remember_config(dump_config(loaded))
+    return loaded
+
+
+def _config_args(config: Path | None, overrides: list[str]) -> list[str]:
+    args = ["--config", str(find_config(config))]
+    for override in overrides:
+        args += ["--set", override]
+    return args
 
 
 def _say(text: str, *, next_command: str | None) -> None:

@@ -17,6 +17,14 @@ def store(tmp_path):
     return ImageStore(root, max_pixels=100)
 
 
+def bomb() -> bytes:
+    """A PNG of a few bytes whose header claims 60000 x 60000 pixels."""
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return data
+
+
 def test_images_open_as_rgb_with_width_first(store):
     assert store.size("a.png") == (4, 3)
     image = store.open("a.png")
@@ -53,10 +61,7 @@ def test_a_broken_image_is_named(store):
 
 
 def test_a_decompression_bomb_is_refused_before_decoding(store):
-    data = b"\x89PNG\r\n\x1a\n"
-    for name, body in ((b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")):
-        data += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    (store.root / "bomb.png").write_bytes(data)
+    (store.root / "bomb.png").write_bytes(bomb())
     with pytest.raises(UserError, match=r"bomb\.png.*(too large|more than)"):
         store.open("bomb.png")
     Image.new("RGB", (11, 10)).save(store.root / "big.png")

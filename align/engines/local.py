@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from align.engines.ahead import ReadAhead
 from align.engines.base import Continuations, SampleRequest, SampleResult, SamplingSettings
 from align.engines.budget import Budget, is_out_of_memory
+from align.engines.decoding import Chooser
 from align.engines.plain import path_tokens, plain_ask_generate, plain_ask_log_probs, plain_sample, plain_weigh
 from align.engines.prompts import AskTree, Prompter, to_device
 from align.engines.sampling import SeededChooser, uniforms
@@ -28,6 +30,7 @@ from align.engines.shared import (
     shared_ask_log_probs,
     shared_weigh,
 )
+from align.engines.watch import WatchedChooser
 from align.errors import UserError
 from align.meter import count_tokens
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix, use_shared_prefix
@@ -67,6 +70,7 @@ class LocalEngine:
         self.notes: dict[str, str] = {}
         self.fallback_reason: str | None = None
         self._proved: set[str] = set()
+        self._on_step: Callable[[list[list[int]]], None] | None = None
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.eos_token_ids = _eos_token_ids(model, self.prompter.tokenizer)
@@ -102,6 +106,39 @@ class LocalEngine:
             alike=lambda i: (bool(requests[i].images), requests[i].num_samples),
             answered=answered,
         )
+
+    def stream(
+        self, request: SampleRequest, settings: SamplingSettings, on_texts: Callable[[tuple[str, ...]], None]
+    ) -> SampleResult:
+        """Answer one request as `sample` does; after every token `on_texts` gets what each sample says so far.
+
+        What it raises ends the answer; `Stopped` (align.engines.watch) is meant for that. An answer ends where the model's
+        context does.
+
+        Raises:
+            UserError: the processor refuses the conversation, or it is longer than the model's context or the memory.
+        """
+        results: list[SampleResult] = []
+
+        def keep(_: int, tokens: list[list[int]], stopped: list[bool]) -> None:
+            results.append(self._result(request.id, tokens, stopped))
+
+        try:
+            inputs = self.prompter.encode([self.prompter.render(request.messages)], [request.images])
+        except ValueError as error:
+            raise UserError(f"the model cannot be asked this: {error}") from error
+        settings = _within_context(self.model, inputs["input_ids"].shape[1], settings)
+        # A character of several tokens is shown when it is whole.
+        self._on_step = lambda said: on_texts(tuple(self._read(tokens, False)[0].rstrip("\ufffd") for tokens in said))
+        try:
+            self._sample(inputs, [request], settings, keep)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError("the conversation does not fit into memory", fix="ask for fewer answers at once") from None
+        finally:
+            self._on_step = None
+        return results[0]
 
     def log_probs(self, asks: Sequence[Ask]) -> list[Any]:
         """Per ask `(num_branches, num_options)` float64: log-probability of each option as the answer's beginning."""
@@ -220,11 +257,10 @@ class LocalEngine:
         count_tokens(read=request.num_samples * inputs["input_ids"].shape[1])
         return request.num_samples * inputs["input_ids"].shape[1], request.num_samples * settings.max_new_tokens
 
-    def _chooser(
-        self, inputs: dict[str, Any], batch: Sequence[SampleRequest], settings: SamplingSettings
-    ) -> SeededChooser:
+    def _chooser(self, inputs: dict[str, Any], batch: Sequence[SampleRequest], settings: SamplingSettings) -> Chooser:
         numbers = uniforms([request.seed for request in batch], batch[0].num_samples, settings.max_new_tokens)
-        return SeededChooser(settings, numbers.to(self.device), inputs["input_ids"])
+        choose = SeededChooser(settings, numbers.to(self.device), inputs["input_ids"])
+        return choose if self._on_step is None else WatchedChooser(choose, self.eos_token_ids, self._on_step)
 
     def _trees_of(self, asks: Sequence[Ask]) -> Callable[[int], AskTree]:
         return lambda i: self.prompter.tree_of(asks[i])
@@ -381,6 +417,19 @@ class LocalEngine:
         self.fallback_reason = reason
         self.notes["shared_prefix"] = f"not used, every sample and branch is a full sequence: {reason}"
         stop_shared_prefix(self.model)
+
+
+def _within_context(model: PreTrainedModel, num_prompt_tokens: int, settings: SamplingSettings) -> SamplingSettings:
+    """Settings with no more new tokens than the model's context has left behind the prompt."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is None:
+        return settings
+    if num_prompt_tokens >= context:
+        raise UserError(
+            f"the conversation has {num_prompt_tokens} tokens, and the model reads at most {context}",
+            fix="begin a new one, or ask with fewer or smaller images",
+        )
+    return replace(settings, max_new_tokens=min(settings.max_new_tokens, context - num_prompt_tokens))
 
 
 def _until(token_ids: Sequence[int], stops: set[int]) -> list[int]:

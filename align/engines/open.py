@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config import Config, ModelSettings, Server, ServerSettings
 from align.engines.base import Engine
 from align.errors import UserError
+
+if TYPE_CHECKING:
+    from align.engines.local import LocalEngine
 
 
 def open_engine(
@@ -18,7 +21,7 @@ def open_engine(
     processor: dict[str, Any] | None = None,
     shared_prefix: str = "auto",
     batch_size: int | None = None,
-) -> Engine:
+) -> LocalEngine:
     """Load a checkpoint for inference in this process.
 
     Raises:

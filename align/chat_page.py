@@ -1,0 +1,264 @@
+"""Loaded checkpoints in, the page's controls out: what each does to a visitor's conversation, and what is shown of it.
+
+Texts stand as they were written, no Markdown of a model or a visitor is rendered. What goes wrong is told to the visitor in a
+sentence. Needs Gradio; `align.chat_web` serves the page.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from align.card import licence_of, lineage_of
+from align.chat import VIDEO_SUFFIXES, Answers, Chat, Exchange
+from align.engines.base import SamplingSettings
+from align.errors import UserError
+from align.models.load import read_config
+from align.progress import log
+
+MAX_ANSWERS = 4
+MAX_FILES = 16
+MOST_NEW_TOKENS = 4096
+NO_LINEAGE = "Its folder tells no lineage: it is a first policy, or was made elsewhere."
+
+# What a control does: values for the parts of the page that change, once or again and again.
+Changes = Iterator[dict[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A visitor's conversation, and the answers to its last question; it goes on from the one that is `chosen`.
+
+    `names` are the answers' headings.
+    """
+
+    exchanges: tuple[Exchange, ...] = ()
+    answers: Answers = field(default_factory=lambda: Answers(()))
+    names: tuple[str, ...] = ()
+    chosen: int = 0
+    num_asked: int = 0
+
+    def going_on_from(self, index: int) -> Talk:
+        last = self.exchanges[-1].answered(self.answers.texts[index])
+        return replace(self, exchanges=(*self.exchanges[:-1], last), chosen=index)
+
+    def unanswered(self) -> Talk:
+        last = self.exchanges[-1].answered(None)
+        return replace(self, exchanges=(*self.exchanges[:-1], last), answers=Answers(()), chosen=0)
+
+
+class Page:
+    """The page of these checkpoints. `settings` are what its controls begin with."""
+
+    def __init__(self, chats: Sequence[Chat], settings: SamplingSettings) -> None:
+        self.chats = list(chats)
+        self.settings = settings
+        self.kinds = ["image", *(VIDEO_SUFFIXES if importlib.util.find_spec("av") else ())]
+
+    def build(self) -> gr.Blocks:
+        with gr.Blocks(title="align chat", analytics_enabled=False) as blocks:
+            self.talk = gr.State(Talk())
+            for chat in self.chats:
+                _build_heading(chat.checkpoint)
+            with gr.Row():
+                with gr.Column(scale=4, min_width=320):
+                    self._build_conversation()
+                with gr.Column(scale=1, min_width=320):
+                    self._build_settings()
+            self._connect()
+        return blocks
+
+    def _build_conversation(self) -> None:
+        self.shown = gr.Chatbot(
+            show_label=False,
+            height="auto",
+            min_height=260,
+            max_height=640,
+            buttons=[],
+            feedback_options=None,
+            render_markdown=False,
+            placeholder="Add an image and ask about it.",
+            elem_id="conversation",
+        )
+        with gr.Row(visible=False, elem_id="answers") as self.answers:
+            self.cards = [_build_card() for _ in range(MAX_ANSWERS * len(self.chats))]
+        self.box = gr.MultimodalTextbox(
+            show_label=False,
+            placeholder="Ask something",
+            file_count="multiple",
+            file_types=self.kinds,
+            sources=["upload"],
+            autofocus=True,
+            elem_id="question",
+        )
+        with gr.Row(elem_id="controls"):
+            self.retry_button = gr.Button("Retry", size="sm", min_width=80)
+            self.stop_button = gr.Button("Stop", size="sm", min_width=80)
+            self.clear_button = gr.Button("Clear", size="sm", min_width=80)
+
+    def _build_settings(self) -> None:
+        begin, most = self.settings, max(MOST_NEW_TOKENS, self.settings.max_new_tokens)
+        each = ", of each checkpoint" if len(self.chats) > 1 else ""
+        self.wishes = [
+            gr.Slider(0, 2, begin.temperature, step=0.05, label="Temperature", info="0: the likeliest answer"),
+            gr.Slider(1, most, begin.max_new_tokens, step=1, label="Longest answer", info="in tokens"),
+            gr.Slider(
+                1, MAX_ANSWERS, 1, step=1, label="Answers side by side", info=f"with a temperature above 0{each}"
+            ),
+        ]
+
+    def _connect(self) -> None:
+        parts = [part for card in self.cards for part in card]
+        how: dict[str, Any] = {
+            "outputs": [self.shown, self.talk, self.box, self.answers, *parts],
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
+        turn: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+        asked = self.box.submit(_told(self.ask), [self.box, self.talk, *self.wishes], **how, **turn)
+        again = self.retry_button.click(_told(self.retry), [self.talk, *self.wishes], **how, **turn)
+        stops = [asked, again]
+        self.stop_button.click(None, cancels=stops, api_visibility="private")
+        self.clear_button.click(_told(self.clear), None, cancels=stops, **how)
+        for index, (_, _, button) in enumerate(self.cards):
+            button.click(_told(functools.partial(self.choose, index)), self.talk, cancels=stops, **how)
+
+    def ask(self, message: dict[str, Any], talk: Talk, *wishes: float) -> Changes:
+        """Ask what stands in the box; where the model refuses it, it stands there again."""
+        question, files = message["text"].strip(), [Path(file) for file in message["files"]]
+        if not question:
+            raise UserError("there is no question", fix="write one beside the images")
+        if len(files) > MAX_FILES:
+            raise UserError(f"expected at most {MAX_FILES} files with a question, found {len(files)}")
+        asked = replace(talk, exchanges=(*talk.exchanges, self._exchange(question, files)))
+        yield {self.box: {"text": "", "files": []}}
+        try:
+            yield from self._answer(asked, *wishes)
+        except UserError:
+            yield {**self._view(talk), self.box: message}
+            raise
+
+    def _exchange(self, question: str, files: list[Path]) -> Exchange:
+        try:
+            return self.chats[0].ask(question, files)
+        except UserError as error:
+            # Where the server keeps what was uploaded is nothing to a visitor.
+            text = functools.reduce(lambda text, file: text.replace(f"{file.parent}/", ""), files, str(error))
+            raise UserError(text) from None
+
+    def retry(self, talk: Talk, *wishes: float) -> Changes:
+        if not talk.exchanges:
+            raise UserError("nothing has been asked yet")
+        yield from self._answer(talk, *wishes)
+
+    def clear(self) -> Changes:
+        yield {**self._view(Talk()), self.box: {"text": "", "files": []}}
+
+    def choose(self, index: int, talk: Talk) -> Changes:
+        yield self._view(talk.going_on_from(index))
+
+    def _answer(self, talk: Talk, temperature: float, max_new_tokens: float, num_answers: float) -> Changes:
+        """Show the answers of one checkpoint after the other as they grow."""
+        settings = replace(self.settings, temperature=temperature, max_new_tokens=int(max_new_tokens))
+        number = int(num_answers) if temperature > 0 else 1
+        talk = replace(talk.unanswered(), num_asked=talk.num_asked + 1, names=self._names(number))
+        yield self._view(talk)
+        before = Answers((), ())
+        for chat in self.chats:
+            stream = chat.answer(talk.exchanges, settings, num_answers=number, seed=talk.num_asked - 1)
+            with closing(stream):
+                for answers in stream:
+                    cut = answers.cut or (False,) * number
+                    both = Answers(before.texts + answers.texts, (before.cut or ()) + cut)
+                    yield self._view(replace(talk, answers=both).going_on_from(0))
+            before = both
+
+    def _names(self, number: int) -> tuple[str, ...]:
+        """The headings of the answers that stand side by side."""
+        several = [short_name(chat.checkpoint) for chat in self.chats] if len(self.chats) > 1 else [""]
+        each = [f"Answer {index + 1}" for index in range(number)] if number > 1 else [""]
+        return tuple(", ".join(filter(None, (name, answer))) for name in several for answer in each)
+
+    def _view(self, talk: Talk) -> dict[Any, Any]:
+        """The conversation, and the answers side by side where they are several."""
+        several = len(talk.names) > 1 and bool(talk.answers.texts)
+        changes: dict[Any, Any] = {self.talk: talk, self.shown: _messages(talk), self.answers: gr.Row(visible=several)}
+        for index, (column, text, button) in enumerate(self.cards):
+            there = several and index < len(talk.answers.texts)
+            changes[column] = gr.Column(visible=there)
+            if there:
+                cut = " (cut: longer than allowed)" if (talk.answers.cut or ())[index] else ""
+                changes[text] = gr.Textbox(talk.answers.texts[index], label=talk.names[index] + cut)
+                changes[button] = _button(index == talk.chosen)
+        return changes
+
+
+def _build_heading(checkpoint: str) -> None:
+    architecture = (read_config(checkpoint).get("architectures") or ["unknown architecture"])[0]
+    about = " · ".join(filter(None, (architecture, licence_of(checkpoint))))
+    with gr.Accordion(f"{short_name(checkpoint)} · {about} · lineage", open=False):
+        gr.Markdown(lineage_of(checkpoint) or NO_LINEAGE)
+
+
+def _build_card() -> tuple[gr.Column, gr.Textbox, gr.Button]:
+    with gr.Column(min_width=170, visible=False) as column:
+        text = gr.Textbox(lines=2, max_lines=20, interactive=False, buttons=["copy"])
+        button = _button(chosen=False)
+    return column, text, button
+
+
+def _button(chosen: bool) -> gr.Button:
+    if chosen:
+        return gr.Button("✓ Goes on from this", variant="primary", size="sm")
+    return gr.Button("Go on from this", variant="secondary", size="sm")
+
+
+def short_name(checkpoint: str) -> str:
+    """The last parts of a path, enough to tell a run's checkpoints apart.
+
+    >>> short_name("/data/runs/critic/round-3/checkpoint"), short_name("./Valley-Eagle-7B/")
+    ('critic/round-3/checkpoint', 'Valley-Eagle-7B')
+    """
+    parts = [part for part in Path(checkpoint).parts if part not in ("/", ".", "..")]
+    return "/".join(parts[-3:] if parts[-1:] == ["checkpoint"] else parts[-1:]) or checkpoint
+
+
+def _messages(talk: Talk) -> list[dict[str, Any]]:
+    """The conversation as Gradio shows it. It takes texts for HTML, whether it renders Markdown or not."""
+    messages: list[dict[str, Any]] = []
+    for exchange in talk.exchanges:
+        messages += [{"role": "user", "content": {"path": str(file)}} for file in exchange.files]
+        messages.append({"role": "user", "content": html.escape(exchange.question)})
+        if exchange.answer is not None:
+            messages.append({"role": "assistant", "content": html.escape(exchange.answer)})
+    if (talk.answers.cut or (False,))[talk.chosen] and messages:
+        messages[-1]["content"] += "\n(cut: longer than allowed)"
+    return messages
+
+
+def _told(control: Callable[..., Changes]) -> Callable[..., Changes]:
+    """A control whose faults are told to the visitor: those to be mended as they are, others without their details."""
+
+    @functools.wraps(control)
+    def told(*values: Any) -> Changes:
+        # Told as a warning: after an error Gradio covers all that the control changes, the conversation too.
+        try:
+            yield from control(*values)
+        except UserError as error:
+            gr.Warning(html.escape(str(error)), duration=None, title="Not answered")
+            yield gr.skip()
+        except Exception:
+            log.exception("a visitor's question failed")
+            text = "This went wrong, and it is not your fault; the terminal that serves the page says more."
+            gr.Warning(text, duration=None, title="Not answered")
+            yield gr.skip()
+
+    return told

@@ -1,0 +1,104 @@
+"""Checkpoints in, a page out on which people talk to them, served until Ctrl-C.
+
+It listens on its own machine unless told otherwise, asks nothing of the network, and lets a browser fetch nothing but its own
+parts and what was shown to it (`align.chat_guard`). Conversations live in memory; they and what was uploaded end with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from align.chat import Chat
+from align.chat_guard import Guard
+from align.engines.base import SamplingSettings
+from align.errors import UserError
+from align.progress import log
+
+MAX_FILE_SIZE = "200mb"
+# Of the system: the page fetches no font.
+FONTS = ["system-ui", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
+MONO_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the page is; `share` also opens a tunnel to it through gradio.live."""
+
+    host: str
+    port: int
+    share: bool = False
+
+
+def chat_on_page(checkpoints: Sequence[str], settings: SamplingSettings, address: Address) -> None:
+    """Serve the page until Ctrl-C. `settings` are what its controls begin with.
+
+    Raises:
+        UserError: Gradio is not installed, a checkpoint cannot be opened, or the address is taken.
+    """
+    _require_gradio()
+    _require_free(address)
+    with tempfile.TemporaryDirectory(prefix="align-chat-") as uploads:
+        # Read when Gradio is imported; without the first it reports its use to its makers.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
+        from align.chat_page import Page
+
+        blocks = Page([Chat(checkpoint) for checkpoint in checkpoints], settings).build()
+        try:
+            _launch(blocks, address, Path(uploads))
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            typer.echo("\nstopped")
+        finally:
+            blocks.close(verbose=False)
+
+
+def _launch(blocks: Any, address: Address, uploads: Path) -> None:
+    import gradio
+    from starlette.middleware import Middleware
+
+    blocks.launch(
+        server_name=address.host,
+        server_port=address.port,
+        share=address.share,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        max_file_size=MAX_FILE_SIZE,
+        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads)]},
+        theme=gradio.themes.Default(font=FONTS, font_mono=MONO_FONTS),
+        css_paths=Path(__file__).with_name("chat_page.css"),
+    )
+    typer.echo(f"the page: {blocks.share_url or blocks.local_url}   (Ctrl-C ends it)")
+    if address.share or address.host not in ("127.0.0.1", "localhost", "::1"):
+        log.warning("whoever reaches this address can talk to the model; there is no password")
+
+
+def _require_gradio() -> None:
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs Gradio, which is not installed", fix="pip install 'valley-align[web]'")
+
+
+def _require_free(address: Address) -> None:
+    try:
+        with socket.create_server((address.host, address.port)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the page cannot listen on {address.host}:{address.port} ({error.strerror or error})",
+            fix="name another with --port (or --host)",
+        ) from None

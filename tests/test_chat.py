@@ -1,0 +1,194 @@
+"""Talking to a checkpoint: answers as they grow, the conversation's memory, and the terminal."""
+
+import io
+import itertools
+import os
+import pty
+import random
+import select
+import signal
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from align.card import lineage_of
+from align.chat import Chat, Exchange
+from align.chat_terminal import chat_in_terminal
+from align.chat_web import Address, chat_on_page
+from align.config import ModelSettings
+from align.demo.canvas import draw
+from align.demo.data import POLICY
+from align.engines.base import SampleRequest, SamplingSettings
+from align.engines.open import open_engine
+from align.errors import UserError
+
+GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=24)
+WARM = SamplingSettings(temperature=1.0, max_new_tokens=24)
+QUESTION = "Which digits do you see?"
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(str(POLICY))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pictures"), random.Random(0)
+    for number in range(2):
+        draw(rng, "eval").image().save(folder / f"{number}.png")
+    return [folder / "0.png", folder / "1.png"]
+
+
+def last_of(answers):
+    return list(answers)[-1]
+
+
+@pytest.mark.parametrize("shared_prefix", ["auto", "off"])
+def test_streamed_answers_grow_into_what_sampling_gives(pictures, shared_prefix):
+    engine = open_engine(str(POLICY), ModelSettings(), open_image=Image.open, shared_prefix=shared_prefix)
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    request = SampleRequest("q", [{"role": "user", "content": content}], (pictures[0],), num_samples=3, seed=5)
+    sampled, seen = [], []
+    engine.sample([request], WARM, sampled.append)
+    streamed = engine.stream(request, WARM, seen.append)
+    assert streamed == sampled[0]
+    assert len(seen) == max(streamed.num_tokens)
+    assert seen[-1] == streamed.texts
+    for before, after in itertools.pairwise(seen):
+        assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
+
+
+def test_the_model_is_told_the_whole_conversation_with_its_pictures_in_place(chat, pictures):
+    exchanges = [chat.ask(QUESTION, pictures[:1]).answered("I see 3."), chat.ask("Describe the picture.", pictures[1:])]
+    texts = last_of(chat.answer(exchanges, GREEDY)).texts
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "I see 3."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]},
+    ]
+    expected = []
+    images = tuple(Image.open(file).convert("RGB") for file in pictures)
+    chat.engine.sample([SampleRequest("q", messages, images, 1, 0)], GREEDY, expected.append)
+    assert texts == expected[0].texts
+    assert texts != last_of(chat.answer(exchanges[1:], GREEDY)).texts
+
+
+def test_a_closed_stream_stops_the_model(chat, pictures):
+    with closing(chat.answer([chat.ask(QUESTION, pictures)], WARM, num_answers=2)) as stream:
+        assert next(stream).cut is None
+    assert threading.active_count() == 1 or not chat._busy.locked()
+    # Nothing is left behind: the next question is answered whole.
+    assert last_of(chat.answer([Exchange("Hello")], GREEDY)).cut == (False,)
+
+
+def test_an_answer_that_is_cut_says_so(chat, pictures):
+    short = SamplingSettings(temperature=0.0, max_new_tokens=2)
+    assert last_of(chat.answer([chat.ask(QUESTION, pictures[:1])], short)).cut == (True,)
+
+
+def test_a_conversation_longer_than_the_context_is_refused(chat):
+    with pytest.raises(UserError, match="the model reads at most"):
+        list(chat.answer([Exchange("one " * 40_000)], GREEDY))
+
+
+def typed(monkeypatch, capsys, lines, files=(), settings=GREEDY):
+    """What is printed when these lines come through a pipe."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    capsys.readouterr()
+    chat_in_terminal(str(POLICY), files, None, settings)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_through_a_pipe_every_line_is_a_question_and_every_answer_a_line(chat, monkeypatch, capsys, pictures):
+    printed = typed(monkeypatch, capsys, [QUESTION, "How many digits are there?", "/clear", QUESTION], pictures[:1])
+    first = chat.ask(QUESTION, pictures[:1])
+    with_picture = last_of(chat.answer([first], GREEDY)).texts[0]
+    second = [first.answered(with_picture), Exchange("How many digits are there?")]
+    without = last_of(chat.answer([Exchange(QUESTION)], GREEDY)).texts[0]
+    assert printed == [with_picture, last_of(chat.answer(second, GREEDY)).texts[0], without]
+    assert with_picture != without
+
+
+def test_a_picture_can_be_shown_later_and_an_answer_be_had_again(chat, monkeypatch, capsys, pictures):
+    show = f"/image '{pictures[1]}'"
+    printed = typed(monkeypatch, capsys, [show, QUESTION, "/retry", "/retry"], settings=WARM)
+    asked = [chat.ask(QUESTION, pictures[1:])]
+    assert printed == [last_of(chat.answer(asked, WARM, seed=seed)).texts[0] for seed in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/image no.png", "no image"),
+        ("/image", "expected a file"),
+        ("/image 'x", "names of files"),
+        ("/retry", "asked"),
+    ],
+)
+def test_a_line_that_cannot_be_obeyed_is_told(monkeypatch, capsys, line, message):
+    with pytest.raises(UserError, match=message):
+        typed(monkeypatch, capsys, [line])
+
+
+@pytest.mark.slow
+def test_on_a_terminal_words_come_one_by_one_and_ctrl_c_ends(pictures):
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        command = [sys.executable, "-m", "align.cli", "chat", str(POLICY), "--image", str(pictures[0])]
+        os.execv(sys.executable, command)
+    try:
+        start = read_until(terminal, "> ", 120)
+        assert "/help" in "".join(start)
+        os.write(terminal, b"/nonsense\n")
+        assert "there is no command /nonsense" in "".join(read_until(terminal, "> ", 20))
+        os.write(terminal, QUESTION.encode() + b"\n")
+        pieces = read_until(terminal, "> ", 60)
+        os.write(terminal, b"\x03")
+        rest = "".join(read_until(terminal, None, 20))
+    finally:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 0
+    assert "Traceback" not in "".join(pieces) + rest
+    answer = last_of(Chat(str(POLICY)).answer([Chat(str(POLICY)).ask(QUESTION, pictures[:1])], GREEDY)).texts[0]
+    assert answer in "".join(pieces)
+    assert not any(answer in piece for piece in pieces)
+
+
+def read_until(terminal, ending, seconds):
+    """The pieces that a terminal shows, up to `ending` or (None) its end."""
+    pieces, deadline = [], time.monotonic() + seconds
+    while ending is None or not "".join(pieces).endswith(ending):
+        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"waited for {ending!r}, found {pieces}"
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:
+            break
+        if not piece:
+            break
+        pieces.append(piece.decode())
+    return pieces
+
+
+def test_without_gradio_the_page_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"pip install 'valley-align\[web\]'"):
+        chat_on_page([str(POLICY)], GREEDY, Address("127.0.0.1", 7860))
+
+
+def test_a_lineage_is_what_the_card_says_and_nothing_else(tmp_path):
+    assert lineage_of(tmp_path) is None
+    card = (
+        "---\nlicense: mit\n---\n\n# x, round 1\n\n## Lineage\n\n| round |\n|---|\n| 1 |\n\n## Data and critic\n\n* x\n"
+    )
+    (tmp_path / "README.md").write_text(card)
+    assert lineage_of(tmp_path) == "| round |\n|---|\n| 1 |"
+    assert lineage_of(Path(POLICY)) is None

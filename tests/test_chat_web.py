@@ -1,0 +1,246 @@
+"""The chat page as it is served, in a real browser: answers, refusals, and that it keeps to itself."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+
+from align.chat_terminal import chat_in_terminal
+from align.demo.canvas import draw
+from align.demo.data import POLICY
+from align.engines.base import SamplingSettings
+from tests.report.chromium import Page, find_chromium
+from tests.test_images import bomb
+
+CHROMIUM = find_chromium()
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+QUESTION = "Which digits do you see?"
+LINEAGE = "\n\n## Lineage\n\n| round | pairs |\n|---|---|\n| 1 | 4242 |\n"
+
+# Writes down every address that the process looks up, connects to or listens on.
+WATCHED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def note(event, values):
+    if event in ("socket.connect", "socket.bind", "socket.getaddrinfo"):
+        address = values[0] if event == "socket.getaddrinfo" else values[1]
+        print("ADDRESS", event, address if isinstance(address, str) else address[0], file=sys.stderr, flush=True)
+sys.addaudithook(note)
+from align.cli import main
+main()
+"""
+
+
+class Served:
+    """A page that runs: its address, its process, and what it said on standard error."""
+
+    def __init__(self, folder):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/"
+        self.errors, self.temporary = folder / "errors.txt", folder / "temporary"
+        self.temporary.mkdir()
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", WATCHED, "chat", str(folder / "checkpoint"), "--web", "--port", str(port)],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)},
+            )
+        assert self.process.stdout is not None
+        assert self.url in self.process.stdout.readline(), self.errors.read_text()
+
+    def status(self, path):
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=20) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(POLICY, folder / "checkpoint")
+    (folder / "checkpoint" / "README.md").write_text(f"---\nlicense: mit\n---\n\n# x, round 1{LINEAGE}")
+    served = Served(folder)
+    yield served
+    served.process.kill()
+    served.process.wait()
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "digits.png"
+    draw(random.Random(0), "eval").image().save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(served, tmp_path_factory):
+    assert CHROMIUM is not None
+    own = (served.url, "data:", "about:", "blob:")
+    with Page(CHROMIUM, tmp_path_factory.mktemp("profile"), own) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser, served):
+    visit(browser, served, 1440)
+    browser.problems.clear()
+    return browser
+
+
+def visit(browser, served, width):
+    browser.visit(served.url, width=width)
+    browser.wait("document.querySelector('#question textarea') !== null")
+
+
+def upload(page, *files):
+    root = page.call("DOM.getDocument")["root"]["nodeId"]
+    node = page.call("DOM.querySelector", nodeId=root, selector="#question input[type=file]")["nodeId"]
+    page.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
+    page.wait(f"document.querySelectorAll('#question img').length === {len(files)}")
+
+
+def ask(page, text):
+    page.run("document.querySelector('#question textarea').focus()")
+    page.call("Input.insertText", text=text)
+    page.wait(f"document.querySelector('#question textarea').value === {text!r}")
+    page.press("Enter")
+
+
+def set_number(page, label, value):
+    page.run(f"document.querySelector('input[type=number][aria-label*=\"{label}\"]').select()")
+    page.call("Input.insertText", text=str(value))
+    page.run("document.activeElement.blur()")
+
+
+SAID = "[...document.querySelectorAll('#conversation [data-testid=bot] .message-content')].map(e => e.textContent)"
+ASKED = "[...document.querySelectorAll('#conversation [data-testid=user] .message-content')].map(e => e.textContent)"
+SIDE_BY_SIDE = "[...document.querySelectorAll('#answers textarea')].map(e => e.value)"
+TOLD = "[...document.querySelectorAll('.toast-body')].map(e => e.textContent).join()"
+# A full stop ends every answer of the demo's policy.
+WHOLE = "(texts => texts.length === {n} && texts.every(text => text.endsWith('.')))"
+
+
+def wait_for(page, texts, number=1):
+    page.wait(WHOLE.replace("{n}", str(number)) + f"({texts})")
+    return page.run(texts)
+
+
+def test_the_page_answers_as_the_terminal_does(page, picture, capsys):
+    upload(page, picture)
+    ask(page, QUESTION)
+    said = wait_for(page, SAID)
+    capsys.readouterr()
+    chat_in_terminal(str(POLICY), [picture], QUESTION, SamplingSettings(0.0, 512))
+    assert said == [capsys.readouterr().out.strip()]
+    assert page.problems == []
+
+
+def test_one_of_several_answers_is_chosen_to_go_on_from(page, picture):
+    upload(page, picture)
+    set_number(page, "Temperature", 1.5)
+    set_number(page, "Answers side by side", 4)
+    ask(page, QUESTION)
+    answers = wait_for(page, SIDE_BY_SIDE, 4)
+    assert len(set(answers)) > 1
+    other = next(index for index, answer in enumerate(answers) if answer != answers[0])
+    page.run(
+        f"document.querySelectorAll('#answers > .column button.secondary, #answers > .column button.primary')[{other}].click()"
+    )
+    page.wait(f"({SAID})[0] === {answers[other]!r}")
+    page.run("[...document.querySelectorAll('#controls button')].find(e => e.textContent.includes('Clear')).click()")
+    page.wait(f"({SAID}).length === 0 && ({SIDE_BY_SIDE}).length === 0")
+    assert page.problems == []
+
+
+def test_what_a_visitor_writes_stands_as_it_was_written(page):
+    text = "<b>bold</b> *star* <img src=x onerror=alert(1)> &lt;"
+    ask(page, text)
+    wait_for(page, SAID)
+    assert page.run(ASKED) == [text]
+    assert page.problems == []
+
+
+def test_a_picture_that_is_a_bomb_is_refused_with_a_message(page, served, tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(bomb())
+    upload(page, path)
+    ask(page, "What is it?")
+    page.wait(f"({TOLD}).includes('too large')")
+    assert str(served.temporary) not in page.run(TOLD)
+    assert page.run(SAID) == []
+    assert page.run("document.querySelector('#question textarea').value") == "What is it?"
+
+
+def test_a_refused_question_stands_in_the_box_again(page):
+    ask(page, "What is on <image>?")
+    page.wait(f"({TOLD}).includes('cannot be asked')")
+    page.wait("document.querySelector('#question textarea').value === 'What is on <image>?'")
+    assert page.run(ASKED) == []
+
+
+def test_only_what_was_uploaded_can_be_fetched(page, served, picture):
+    upload(page, picture)
+    own = page.run("document.querySelector('#question img').src")
+    assert own.startswith("blob:") or served.status(own.removeprefix(served.url)) == 200
+    uploaded = next(served.temporary.glob("align-chat-*/*/digits.png"))
+    assert served.status(f"gradio_api/file={uploaded}") == 200
+    for path in (
+        "gradio_api/file=/etc/passwd",
+        f"gradio_api/file={POLICY / 'config.json'}",
+        f"gradio_api/file={uploaded}/../../../../errors.txt",
+        "gradio_api/file=README.md",
+        "gradio_api/file=http://127.0.0.1/",
+        "gradio_api/file/etc/passwd",
+        "file=/etc/passwd",
+        "gradio_api/proxy=http://127.0.0.1/",
+        "gradio_api/info",
+        "static/..%2f..%2froutes.py",
+    ):
+        assert served.status(path) == 403, path
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_page_fits_and_shows_the_lineage(browser, served, width):
+    browser.problems.clear()
+    visit(browser, served, width)
+    assert "served0/checkpoint · ValleyQwen2ForCausalLM · mit" in browser.run("document.body.innerText")
+    browser.run("document.querySelector('button.label-wrap').click()")
+    browser.wait("document.body.innerText.includes('4242')")
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.problems == []
+
+
+def test_the_server_spoke_to_no_other_machine(served):
+    addresses = re.findall(r"^ADDRESS socket\.(\w+) (\S+)$", served.errors.read_text(), flags=re.MULTILINE)
+    assert ("bind", "127.0.0.1") in addresses
+    assert {address for _, address in addresses} == {"127.0.0.1"}
+
+
+def test_a_second_page_at_the_same_address_is_told(served, capsys):
+    from align.chat_web import Address, chat_on_page
+    from align.errors import UserError
+
+    port = int(served.url.rstrip("/").rsplit(":", 1)[1])
+    with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}.*--port"):
+        chat_on_page([str(POLICY)], SamplingSettings(0.0, 8), Address("127.0.0.1", port))
+
+
+def test_ctrl_c_ends_the_page_and_deletes_what_was_uploaded(served):
+    assert list(served.temporary.glob("align-chat-*"))
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(timeout=30) == 0
+    assert list(served.temporary.glob("align-chat-*")) == []
+    assert "Traceback" not in served.errors.read_text()

@@ -506,3 +506,10 @@ def test_a_run_with_rounds_to_come_is_better_only_so_far():
     assert found.title.startswith("Better so far: right answers rose")
     assert found.detail.endswith("Of 3 rounds 1 is evaluated.")
     assert verdict(a_run(*rounds, rounds=1)).title.startswith("Better: ")
+
+
+def test_pairs_that_were_refused_are_not_called_work_in_progress():
+    data = one_round(1)
+    data.stages["pairs"] = Stage("pairs", "running")
+    (alarm,) = find_alarms(a_run(data), history(a_run(data)), {})
+    assert alarm.findings == [(1, "pairs has begun and not ended; it refuses where no pair is left, and says why.")]

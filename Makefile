@@ -37,8 +37,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,report,servers,deepspeed,video,sentencepiece,lmms-eval-core,docs,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,report,servers,deepspeed,video,sentencepiece,web,wandb,mlflow,lmms-eval-core,docs,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps 'lmms-eval>=0.7.3,<0.8'
+# Gradio 6 asks for Pillow below 13 and works with 13. The goldens were made with 13, which scales some pictures otherwise.
+	$(BIN)/python -m pip install --quiet --no-deps pillow==13.0.0
 	touch $@
 
 clean:

@@ -196,6 +196,9 @@ class DpoSettings(BaseModel):
     too_long: Literal["refuse", "drop"] = Field(
         "refuse", description="what to do with pairs that do not fit; nothing is ever truncated"
     )
+    report_to: str | list[str] = Field(
+        "tensorboard", description="who gets the numbers of the run: tensorboard, wandb, mlflow, a list of them, or none"
+    )
     lora: dict[str, Any] | None = Field(
         None, description="peft LoraConfig fields; trained as an adapter and merged at the end of the round"
     )

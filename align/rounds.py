@@ -14,6 +14,8 @@ from align.meter import metered
 from align.progress import log
 from align.ranks import barrier, is_main_process
 from align.rundir import Round, RunDir
+from align.stage_numbers import stage_numbers
+from align.trackers import check_trackers, track_stage
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,20 @@ def run_stage(config: Config, stage: str, number: int, *, redo: bool = False) ->
     """Run one stage in this process (one of a launch, perhaps), holding the round while it lasts."""
     run = RunDir(config.run_dir)
     this = run.round(number)
+    check_trackers(config)
     with _held(this):
         if redo and is_main_process():
             this.discard(stage)
         clear_beats(this.path)
         barrier()
+        fresh = not this.manifest.complete(stage)
         with (
             beating(this.path, stage),
-            contextlib.nullcontext() if this.manifest.complete(stage) else metered(this.path, stage),
+            metered(this.path, stage) if fresh else contextlib.nullcontext(),
         ):
             _call(config, stage, number)
+        if fresh and is_main_process():
+            track_stage(config, number, stage_numbers(this, stage))
     if is_main_process() and number and stage in ("dpo", "evaluate"):
         write_model_card(config, number)
 

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.progress import Advance, progress
+from align.trackers import Trackers
 
 
 class MetricsFile(TrainerCallback):
@@ -32,6 +33,29 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and state.log_history and "loss" in state.log_history[-1]:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class StepTracker(TrainerCallback):
+    """Hands what is logged to the trackers, with the optimiser step."""
+
+    def __init__(self, trackers: Trackers) -> None:
+        self.trackers = trackers
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.trackers.go_on_after(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            numbers = {f"train/{name}": float(x) for name, x in (logs or {}).items() if isinstance(x, int | float)}
+            self.trackers.log(numbers, state.global_step)
 
 
 class StepProgress(TrainerCallback):

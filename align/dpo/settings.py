@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import integration_utils
 from trl import DPOConfig
 
 from align.config import Config, DpoSettings
 from align.errors import UserError
+from align.trackers import OF_TRANSFORMERS, check_trackers, tracker_names
 
 RECIPE: dict[str, Any] = {
     "num_train_epochs": 1,
@@ -28,7 +30,6 @@ RECIPE: dict[str, Any] = {
     "beta": 0.1,
     "logging_steps": 1,
     "save_total_limit": 1,
-    "report_to": "none",
 }
 # Fields that belong to the toolkit, and why.
 OWN_FIELDS = {
@@ -43,6 +44,7 @@ OWN_FIELDS = {
     "eval_strategy": "held-out questions are asked by `align evaluate`",
     "load_best_model_at_end": "held-out questions are asked by `align evaluate`",
     "push_to_hub": "nothing is uploaded",
+    "hub_token": "nothing is uploaded, and a configuration is no place for secrets",
     "padding_free": "it has no effect in this version of TRL",
     "pad_token": "the processor's own is used",
     "use_cpu": "see model.device",
@@ -85,6 +87,7 @@ def training_arguments(
         UserError: a field is unknown, not to be set, or has a value that TRL or transformers refuse.
     """
     check_fields(config.dpo)
+    others = trackers_of_transformers(config)
     on_gpu = device.type == "cuda"
     fields = RECIPE | {
         "bf16": on_gpu and dtype != torch.float16 and torch.cuda.is_bf16_supported(),
@@ -101,11 +104,33 @@ def training_arguments(
         "max_length": None,
         "use_cpu": not on_gpu,
         "disable_tqdm": True,
+        "report_to": others or "none",
     }
+    fields.setdefault("run_name", f"{config.name} {output_dir.parent.name}")
     try:
         return DPOConfig(**_by_their_new_names(fields))
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"TRL refuses the dpo section: {error}") from None
+
+
+def trackers_of_transformers(config: Config) -> list[str]:
+    """The trackers of dpo.report_to that transformers serves; raises UserError where one cannot be used."""
+    check_trackers(config)
+    others = [name for name in tracker_names(config) if name in OF_TRANSFORMERS]
+    for name in others:
+        is_available = getattr(integration_utils, f"is_{name}_available", None)
+        try:
+            if is_available is None:
+                integration_utils.INTEGRATION_TO_CALLBACK[name]()
+            missing = is_available is not None and not is_available()
+        except (RuntimeError, ImportError):
+            missing = True
+        if missing:
+            raise UserError(
+                f"dpo.report_to names {name}, but its package is not installed",
+                fix=f"install it, or take {name} out of dpo.report_to",
+            )
+    return others
 
 
 def _by_their_new_names(fields: dict[str, Any]) -> dict[str, Any]:

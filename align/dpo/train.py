@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig
 
 from align.config import Config
-from align.dpo.callbacks import MetricsFile, StepProgress, StopOnSignal
+from align.dpo.callbacks import MetricsFile, StepProgress, StepTracker, StopOnSignal
 from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_inputs_of
 from align.dpo.memory import is_out_of_memory, note_on_batch, remember_smaller_batch, with_batch_that_fits
 from align.dpo.parts import count_parameters, freeze_parts
@@ -49,6 +49,7 @@ from align.ranks import TRY_AGAIN, world_size
 from align.records import Pair, read_jsonl
 from align.rundir import Round, RunDir, checkpoint_hash, content_hash, text_hash
 from align.seen_images import hold_images
+from align.trackers import Trackers, tracking
 
 STAGE = "dpo"
 
@@ -80,9 +81,13 @@ def run_dpo(config: Config, number: int) -> None:
             return
         if state.is_main_process:
             hold_images(this.image_hashes, ImageStore(config.question_images, config.max_image_pixels), pairs)
-    while not _train_within_memory(config, this, policy, device, dtype, strategy, pairs):
-        gc.collect()
-        torch.cuda.empty_cache()
+    # Opened before any weights are: a login that is missing is told at once.
+    with (
+        tracking(config, f"round-{number}") if state.is_main_process else contextlib.nullcontext(Trackers()) as trackers
+    ):
+        while not _train_within_memory(config, this, policy, device, dtype, strategy, pairs, trackers):
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def _train_within_memory(
@@ -93,6 +98,7 @@ def _train_within_memory(
     dtype: torch.dtype,
     strategy: str,
     pairs: list[Pair],
+    trackers: Trackers,
 ) -> bool:
     """Train with the batch that is known to fit; False where it did not, and half of it should be tried."""
     config = with_batch_that_fits(config, this.trainer)
@@ -100,7 +106,7 @@ def _train_within_memory(
     with whole_models():
         args = training_arguments(config, this.trainer, device, dtype)
     try:
-        DpoStage(config, this, policy, args, device, dtype, strategy).run(pairs)
+        DpoStage(config, this, policy, args, device, dtype, strategy, trackers).run(pairs)
         return True
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -152,6 +158,7 @@ class DpoStage:
     device: torch.device
     dtype: torch.dtype
     strategy: str = "ddp"
+    trackers: Trackers = field(default_factory=Trackers)
 
     def run(self, given: list[Pair]) -> None:
         started = time.monotonic()
@@ -192,7 +199,7 @@ class DpoStage:
                 STAGE,
                 outputs=[self.this.checkpoint],
                 counts=counts,
-                notes={"shared_prefix": note} | note_on_batch(self.this.trainer),
+                notes={"shared_prefix": note} | note_on_batch(self.this.trainer) | self.trackers.notes,
                 parameters=parameters,
                 reference_seconds=round(reference_s, 3),
                 parent=self.policy,
@@ -293,6 +300,7 @@ class DpoStage:
             callbacks=[
                 MetricsFile(self.this.trainer / "metrics.jsonl"),
                 StepProgress(f"round {self.this.number}: dpo"),
+                StepTracker(self.trackers),
             ],
         )
 
@@ -426,7 +434,8 @@ def _is_complete(path: Path, num_processes: int) -> bool:
 
 def _settings(config: Config) -> dict[str, Any]:
     return {
-        "dpo": config.dpo.model_dump(),
+        # Who is told of the numbers, and under which name, changes none of them.
+        "dpo": config.dpo.model_dump(exclude={"report_to", "run_name"}),
         "seed": config.seed,
         "shared_prefix": config.shared_prefix,
         "dtype": config.model.dtype,

@@ -20,7 +20,8 @@ def config_with(folder, **dpo):
 
 
 def test_every_field_of_trl_can_be_set_but_our_own(tmp_path):
-    fields = {field.name for field in dataclasses.fields(DPOConfig) if field.init} - OWN_FIELDS.keys() - {"max_length"}
+    ours = {"max_length", "report_to"}
+    fields = {field.name for field in dataclasses.fields(DPOConfig) if field.init} - OWN_FIELDS.keys() - ours
     check_fields(config_with(tmp_path, **dict.fromkeys(fields, 1)).dpo)
     assert len(fields) > 100
 
@@ -30,9 +31,10 @@ def test_what_is_set_reaches_trl_and_the_rest_is_the_recipe(tmp_path):
     args = training_arguments(config_with(tmp_path, **set_here), tmp_path / "t", CPU, torch.float32)
     for name, value in set_here.items():
         assert getattr(args, name) == value
-    for name in RECIPE.keys() - set_here.keys() - {"report_to"}:
+    for name in RECIPE.keys() - set_here.keys():
         assert getattr(args, name) == RECIPE[name], name
-    assert args.report_to == []
+    assert args.report_to == [], "TensorBoard's numbers are ours to write"
+    assert args.run_name == f"run {tmp_path.name}"
 
 
 def test_the_run_decides_what_is_not_for_the_section_to_decide(tmp_path):

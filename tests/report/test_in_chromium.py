@@ -179,6 +179,52 @@ SEE_ALL = """(async () => {
   }
 })()"""
 
+HOSTILE = [
+    "<script>window.hit = 1</script>",
+    "</p></details><img src=x onerror='window.hit = 1'>",
+    '"><svg onload="window.hit = 1">',
+    "</script><script>window.hit = 1</script><style>body { display: none }</style>",
+    "<a href='javascript:window.hit = 1'>a link</a><iframe src=https://example.com></iframe>",
+]
+
+
+def test_what_a_model_says_is_never_run_nor_fetched(page, tmp_path):
+    run = FakeRun(tmp_path / "hostile", skill=(0.5, 0.5), num_held_out=20, num_training=6, texts=HOSTILE).build()
+    page.open(write_report(run), width=1440)
+    page.run("document.querySelectorAll('details').forEach(details => { details.open = true })")
+    said = page.run("[...document.querySelectorAll('.said')].map(said => said.textContent)")
+    assert set(HOSTILE) <= set(said)
+    assert page.run("window.hit === undefined && document.body.getBoundingClientRect().height > 0")
+    assert page.run("document.querySelectorAll('.said *:not(em), iframe, main a:not([href^=\"#\"])').length") == 0
+    assert page.problems == []
+
+
+def test_a_thousand_questions_open_and_filter_without_waiting(page, tmp_path):
+    """On a busy machine the slowest answer took 0.05 s; 2.1 s where every question was laid out at once."""
+    run = FakeRun(tmp_path / "many", skill=(0.5, 0.6), num_held_out=700, num_training=300, num_responses=4).build()
+    page.open(write_report(run, max_held_out=700, max_training=300), width=1440)
+    assert page.run("document.querySelectorAll('.q').length") == 1000
+    assert page.run(SLOWEST_ANSWER_MS) < 700
+
+
+SLOWEST_ANSWER_MS = """(() => {
+  const search = document.getElementById('search');
+  const type = (text) => { search.value = text; search.dispatchEvent(new Event('input', {bubbles: true})); };
+  const acts = [
+    () => document.querySelector('[name=kind][value=gained]').click(),
+    () => document.querySelector('[name=kind][value=""]').click(),
+    () => type('red circles'),
+    () => type(''),
+    () => document.getElementById('unfold').click(),
+  ];
+  return Math.max(...acts.map(act => {
+    const start = performance.now();
+    act();
+    document.body.offsetHeight;
+    return performance.now() - start;
+  }));
+})()"""
+
 UNREACHABLE = """(() => [...document.querySelectorAll('main *')].filter(e => {
   const style = getComputedStyle(e);
   const scrolls = (style.overflowX === 'auto' && e.scrollWidth > e.clientWidth + 1)

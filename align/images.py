@@ -99,9 +99,9 @@ class ImageStore:
         return hashlib.sha256(f"{digest}#{frame['index']}".encode()).hexdigest() if frame else digest
 
     def _frame(self, reference: str, index: int) -> Image.Image:
-        from align.video import read_frames
+        from align.video import read_frame
 
-        return read_frames(self.path(reference), picker=lambda count, rate: [index], max_pixels=self.max_pixels)[0]
+        return read_frame(self.path(reference), index, max_pixels=self.max_pixels)
 
     def _header(self, reference: str) -> Image.Image:
         path = self.path(reference)

@@ -17,11 +17,10 @@ from PIL import Image
 
 from align.errors import UserError
 from align.images import FRAME_MARK, ImageStore
+from align.video_file import FRAME_KEY, decodable, file_index, read_numbers, readable
 
-FRAME_KEY = "video_frame"
 FRAME_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_FRAME_PIXELS = 100_000_000
-MAX_FRAMES = 1_000_000
 
 # (number of frames in the video, frames per second or None) -> indices of the frames to look at, in order.
 Picker = Callable[[int, float | None], list[int]]
@@ -112,75 +111,30 @@ def _frame_names(folder: Path) -> list[str]:
     return names
 
 
+def read_frame(path: Path, number: int, *, max_pixels: int = MAX_FRAME_PIXELS) -> Image.Image:
+    """One frame of a video file, as RGB. Raises UserError where it is not there, and as `read_frames` does."""
+    with readable(path):
+        index = file_index(path, max_pixels)
+        _checked([number], index.count, path)
+        found = read_numbers(path, index, [number], max_pixels)
+    if not found:
+        raise UserError(f"frame {number} cannot be decoded", where=str(path), fix="convert the video (to H.264 in MP4)")
+    return found[number]
+
+
 def _from_file(path: Path, picker: Picker, max_pixels: int) -> list[Image.Image]:
-    av = _av()
-    try:
-        count, rate = _measure(av, path, max_pixels)
-        wanted = _checked(picker(count, rate), count, path)
-        frames, num_decoded = _decode(av, path, set(wanted), max_pixels)
-        if len(frames) < len(set(wanted)) and num_decoded:
+    with readable(path):
+        index = file_index(path, max_pixels)
+        wanted = _checked(picker(index.count, index.rate), index.count, path)
+        frames = read_numbers(path, index, set(wanted), max_pixels)
+        if len(frames) < len(set(wanted)):
             # Some packets hold no picture of their own, or are damaged: the frames that come out are the video.
-            wanted = _checked(picker(num_decoded, rate), num_decoded, path)
-            frames, _ = _decode(av, path, set(wanted), max_pixels)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise UserError(
-            f"the video cannot be read ({error})", where=str(path), fix="convert it (to H.264 in MP4), or remove it"
-        ) from None
-    if not frames:
-        raise UserError("expected a video, found no frame that can be decoded", where=str(path))
-    return [frames[index] for index in wanted]
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError:
-        raise UserError(
-            "reading video files needs PyAV, which is not installed",
-            fix="pip install 'valley-align[video]', or give a folder of frames",
-        ) from None
-    return av
-
-
-def _measure(av: Any, path: Path, max_pixels: int) -> tuple[int, float | None]:
-    """How many frames a file has, and how many a second. Its packets are counted: headers are often wrong."""
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise UserError("expected a video, found a file without pictures", where=str(path))
-        stream = container.streams.video[0]
-        _check_size(stream.width, stream.height, max_pixels, path)
-        count = 0
-        for packet in container.demux(stream):
-            count += packet.size > 0
-            if count > MAX_FRAMES:
-                raise UserError(f"expected at most {MAX_FRAMES} frames", where=str(path), fix="cut the video")
-        return max(count, 1), float(stream.average_rate) if stream.average_rate else None
-
-
-def _decode(av: Any, path: Path, wanted: set[int], max_pixels: int) -> tuple[dict[int, Image.Image], int]:
-    """The wanted frames by number, and how many frames were decoded to find them."""
-    images: dict[int, Image.Image] = {}
-    number = -1
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for number, frame in enumerate(container.decode(stream)):
-            if number in wanted:
-                _check_size(frame.width, frame.height, max_pixels, path)
-                images[number] = frame.to_image().convert("RGB")
-                images[number].info[FRAME_KEY] = number
-            if len(images) == len(wanted):
-                break
-    return images, number + 1
-
-
-def _check_size(width: int, height: int, max_pixels: int, path: Path) -> None:
-    if width * height > max_pixels:
-        raise UserError(
-            f"expected frames of at most {max_pixels} pixels, found {width}x{height}",
-            where=str(path),
-            fix="scale the video down",
-        )
+            there = decodable(path, index)
+            if not there:
+                raise UserError("expected a video, found no frame that can be decoded", where=str(path))
+            wanted = [there[number] for number in _checked(picker(len(there), index.rate), len(there), path)]
+            frames = read_numbers(path, index, set(wanted), max_pixels)
+    return [frames[number] for number in wanted]
 
 
 def _checked(indices: list[int], count: int, path: Path) -> list[int]:

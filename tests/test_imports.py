@@ -14,6 +14,7 @@ FLOOR = {
     "records": 1,
     "images": 1,
     "video": 1,
+    "video_file": 1,
     "rundir": 2,
     "seen_images": 3,
     "config": 1,

@@ -13,7 +13,8 @@ from PIL import Image
 
 from align.errors import UserError
 from align.models import open_image
-from align.video import FRAME_KEY, evenly, every, picker_of, read_frames
+from align.video import evenly, every, picker_of, read_frame, read_frames
+from align.video_file import FRAME_KEY, _from_keyframes, file_index
 
 WIDTH, HEIGHT = 64, 48
 
@@ -143,3 +144,82 @@ def test_without_pyav_files_are_refused_and_folders_are_read(tmp_path, monkeypat
 
 def test_models_know_the_frames_of_a_file():
     assert open_image.FRAME_KEY == FRAME_KEY
+
+
+# Containers and codecs with B-frames and a keyframe every 7 frames, in groups that are closed or open; one refreshes its
+# pictures column by column instead, one has no times.
+FILMS = {
+    "closed.mp4": ("libx264", {"g": "7", "bf": "3", "x264-params": "scenecut=0"}),
+    "open.mkv": ("libx264", {"g": "7", "bf": "3", "x264-params": "open-gop=1:scenecut=0:keyint=7:min-keyint=7"}),
+    "refresh.ts": ("libx264", {"g": "7", "x264-params": "intra-refresh=1:scenecut=0"}),
+    "open.ts": ("mpeg2video", {"g": "7", "bf": "2"}),
+    "old.avi": ("mpeg4", {"g": "7", "bf": "2"}),
+    "two.mp4": ("mpeg4", {"g": "7", "bf": "2"}),
+    "vp9.mkv": ("libvpx-vp9", {"g": "7"}),
+}
+
+
+def write_film(path, num_frames=40):
+    """Noise that moves and changes, so that no frame resembles another."""
+    codec, options = FILMS[path.name]
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH + num_frames, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for number in range(num_frames):
+            picture = noise[:, number : number + WIDTH] // 2 + np.uint8(3 * number)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def decoded_from_the_start(path):
+    with av.open(str(path)) as container:
+        return [np.asarray(frame.to_image().convert("RGB")) for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_a_frame_by_itself_is_the_one_that_decoding_from_the_start_gives(tmp_path, name):
+    film = write_film(tmp_path / name)
+    expected = decoded_from_the_start(film)
+    assert len({frame.tobytes() for frame in expected}) == len(expected) == 40
+    for number in range(0, 40, 3):
+        found = read_frame(film, number)
+        assert found.info[FRAME_KEY] == number
+        np.testing.assert_array_equal(np.asarray(found), expected[number])
+    for found, number in zip(read_frames(film, 11), evenly(40, count=11), strict=True):
+        np.testing.assert_array_equal(np.asarray(found), expected[number])
+
+
+@pytest.mark.parametrize("name", ["closed.mp4", "open.mkv", "two.mp4", "vp9.mkv"])
+def test_every_frame_is_found_behind_the_keyframe_before_it(tmp_path, name):
+    film = write_film(tmp_path / name)
+    index = file_index(film, WIDTH * HEIGHT)
+    assert len(index.keys) >= 6
+    for number in range(40):
+        assert [found for found, _ in _from_keyframes(film, index, [number], WIDTH * HEIGHT)] == [number]
+
+
+def test_frames_of_a_film_that_was_cut_keep_their_numbers(tmp_path):
+    """Cut before an open group: its first packets need what was cut off and give no picture."""
+    with av.open(str(write_film(tmp_path / "open.ts"))) as whole, av.open(str(tmp_path / "cut.ts"), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        packets = [packet for packet in whole.demux(video=0) if packet.size]
+        second_key = [number for number, packet in enumerate(packets) if packet.is_keyframe][2]
+        for packet in packets[second_key:]:
+            packet.stream = stream
+            cut.mux(packet)
+    film = tmp_path / "cut.ts"
+    expected = decoded_from_the_start(film)
+    assert len(expected) < file_index(film, WIDTH * HEIGHT).count
+    frames = read_frames(film, picker=lambda count, rate: list(range(count)))
+    assert len(frames) == len(expected)
+    for frame, right in zip(frames, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(frame), right)
+        np.testing.assert_array_equal(np.asarray(read_frame(film, frame.info[FRAME_KEY])), right)
+
+
+def test_a_frame_behind_the_last_is_refused(tmp_path):
+    film = write_film(tmp_path / "closed.mp4", num_frames=3)
+    with pytest.raises(UserError, match=r"the frames \[3\] were picked of a video of 3"):
+        read_frame(film, 3)

@@ -75,8 +75,10 @@ def scripts_of(page: Path) -> list[tuple[int, str]]:
     inside = re.sub(r"^ *```.*?^ *```$|^    .*$", lambda block: "\n" * block[0].count("\n"), text, flags=re.M | re.S)
     for match in INLINE.finditer(inside):
         command = " ".join(match[1].split())
-        if len(command.split()) > 2 and "..." not in command:
-            found.append((inside.count("\n", 0, match.start()) + 1, command.replace("\\|", "|") + "\n"))
+        if (len(command.split()) > 2 or command.startswith("make ")) and "..." not in command:
+            program = "python " if command.startswith("scripts/") and ".py" in command else ""
+            line = inside.count("\n", 0, match.start()) + 1
+            found.append((line, program + command.replace("\\|", "|") + "\n"))
     return sorted(found)
 
 

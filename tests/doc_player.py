@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from align.cli import app
 from tests.doc_pages import ROOT
 from tests.doc_shell import Program, Shell
+from tests.engines.stub_server import StubServer
 
 # Appended to every command that takes --set: sizes, and what only a GPU has.
 SMALL = {
@@ -44,6 +45,7 @@ SMALL = {
     "evaluate.image_root": "data",
     "evaluate.max_new_tokens": "16",
     "launch.num_processes": "1",
+    "launch.num_machines": "1",
     "launch.strategy": "ddp",
 }
 # Also, where align.yaml has this line: what the checkpoints of the tour cannot do.
@@ -85,11 +87,11 @@ NEITHER = (127, "neither run nor in the table of what is not run")
 class Player:
     """`shell` runs scripts with these programs; `used` are the entries of the tables that were needed."""
 
-    def __init__(self, server_url: str) -> None:
-        self.server_url = server_url
+    def __init__(self, server: StubServer) -> None:
+        self.server = server
         self.used: set[str] = set()
         self.outputs: list[Path] = []
-        others = ("pip", "git", "vllm", "sbatch", "pytest")
+        others = ("accelerate", "hf", "pip", "vllm")
         self.shell = Shell(
             {"align": self.align, "python": self.python, "make": self.make, "srun": self.srun}
             | {"scontrol": lambda arguments, folder: (0, "localhost\n")}
@@ -97,18 +99,19 @@ class Player:
         )
 
     def align(self, arguments: list[str], folder: Path) -> tuple[int, str]:
-        self.outputs += [folder / value for option, value in pairwise(arguments) if option in OUTPUTS]
-        arguments = [word.replace("http://gpu1:8000", self.server_url) for word in self._left_out(arguments)]
         if self._is_left_out(f"align {' '.join(arguments)}"):
             typer.main.get_command(app).commands[arguments[0]].make_context(arguments[0], arguments[1:])
             return 0, "not run\n"
+        self.outputs += [folder / value for option, value in pairwise(arguments) if option in OUTPUTS]
+        arguments = [word.replace("http://gpu1:8000", self.server.url) for word in self._left_out(arguments)]
         command = typer.main.get_command(app).commands.get(arguments[0])
         if command is not None and any(parameter.name == "set_" for parameter in command.params):
             arguments += [f"--set={key}={value}" for key, value in self._small(folder).items()]
         if arguments[0] == "demo":
             arguments.append("--rounds=1")
         result = CliRunner().invoke(app, arguments)
-        return result.exit_code, result.output + (f"\n{result.exception}" if result.exception else "")
+        printed = "\n".join(line for line in result.output.splitlines() if "it/s]" not in line)
+        return result.exit_code, f"{printed}\n{result.exception or ''}\n"
 
     def _left_out(self, arguments: list[str]) -> list[str]:
         kept, words = [], iter(arguments)

@@ -22,6 +22,12 @@ Program = Callable[[list[str], Path], tuple[int, str]]
 TOOLS = ("bash", "env", "cat", "cd", "cp", "head", "ls", "mkdir", "sleep", "tail", "true")
 UNKNOWN = "tour-unknown-command"
 BEFORE = f'command_not_found_handle() {{ {UNKNOWN} "$@"; }}\nexport -f command_not_found_handle\n'
+# One task on this machine, at once.
+SBATCH = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift 2; done
+export SLURM_JOB_NODELIST=localhost
+exec bash "$@"
+"""
 STAND_IN = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as line:
@@ -50,6 +56,8 @@ class Shell:
             found = shutil.which(tool)
             if found is not None:
                 (path / tool).symlink_to(found)
+        (path / "sbatch").write_text(SBATCH)
+        (path / "sbatch").chmod(0o755)
         for name in self.programs:
             text = STAND_IN.format(python=sys.executable, address=str(self.home / "line"))
             (path / name).write_text(text)

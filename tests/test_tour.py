@@ -7,6 +7,7 @@ tables of `doc_player.py`. A command that is neither run nor in a table fails.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from tests.engines.stub_server import StubServer
 # In commands inside of a sentence.
 PLACEHOLDERS = {r"\bN\b": "1", r"\bSTAGE\b": "pairs", r"\bRUN\b": "runs/run"}
 PLACEHOLDERS |= {r"\bCHECKPOINT\b": "runs/run/round-3/checkpoint", r"\bOWNER/NAME\b": "me/my-model"}
-# Pages that begin without a run; the others go on from what the README leaves. Pages whose blocks begin apart.
-BEGIN_EMPTY = ("README.md", "data.md")
-APART = ("recipes.md",)
+# Pages go on from what the README leaves, but for those that begin without a run, some of them even without an align.yaml,
+# and those whose every block begins anew.
+WITHOUT_RUN = ("data.md", "recipes.md", "scaling.md", "serving.md")
+WITHOUT_CONFIG = ("data.md", "recipes.md")
+APART = ("recipes.md", "scaling.md", "serving.md")
 # Run by test_worked_examples.py, in a copy of the repository that has what the page adds.
 WORKED = ("adding-a-family.md", "adding-a-critic.md", "adding-a-reader.md")
 # What must be there when a page is over, beside whatever its commands name with --out, --write, --report or --json.
@@ -42,8 +45,9 @@ PROMISED = {
         "runs/run/report.html",
     ),
     "data.md": ("runs/run/round-1/checkpoint/model.safetensors",),
-    "serving.md": ("served-1/config.json",),
+    "recipes.md": (*(f"block-{number}/align.yaml" for number in range(1, 8)),),
 }
+POLICIES = tuple(f"policy-{number}" for number in range(4))
 TOUR = [page for page in PAGES if page.name not in WORKED]
 
 
@@ -57,11 +61,10 @@ def player() -> Iterator[Player]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(play, "NUM_QUESTIONS", NUM_QUESTIONS)
         patch.setattr(play, "NUM_EVAL", NUM_EVAL)
-        server = StubServer(models=tuple(f"policy-{number}" for number in range(4)))
-        player = Player(server.url)
+        player = Player(StubServer())
         yield player
         player.shell.close()
-        server.stop()
+        player.server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -71,18 +74,20 @@ def finished(world: Path, player: Player, tmp_path_factory: pytest.TempPathFacto
     return folder, faults_of(ROOT / "README.md", player, folder)
 
 
-def faults_of(page: Path, player: Player, folder: Path, apart: Path | None = None) -> list[str]:
-    """What went wrong in the scripts of a page; `apart` is the world that each of them begins in, if they do."""
+def faults_of(page: Path, player: Player, folder: Path, *, apart: bool = False) -> list[str]:
+    """What went wrong in the scripts of a page; `apart`: each begins in a copy of the folder."""
     faults, player.outputs = [], []
     for number, (line, script) in enumerate(scripts_of(page)):
         if script.startswith("align ") and script.count("\n") == 1:
             for word, value in PLACEHOLDERS.items():
                 script = re.sub(word, value, script)
-        where = folder if apart is None else copy_of(apart, folder / f"block-{number}")
+        where = copy_of(folder, folder.with_name(f"block-{number}")) if apart else folder
+        player.server.models = (str(where / "path/to/Valley-Eagle-7B"), *POLICIES)
         player.shell.run(script, where)
         faults += [f"{page.name}:{line}: {fault}" for fault in player.shell.faults]
     missing = [str(path) for path in player.outputs if not path.exists()]
-    missing += [path for path in PROMISED.get(page.name, ()) if not (folder / path).exists()]
+    home = folder.parent if apart else folder
+    missing += [path for path in PROMISED.get(page.name, ()) if not (home / path).exists()]
     return faults + [f"{page.name}: promised, but not there: {path}" for path in missing]
 
 
@@ -91,11 +96,11 @@ def faults_of(page: Path, player: Player, folder: Path, apart: Path | None = Non
 def test_the_commands_of_a_page_run(page, world, finished, player, tmp_path):
     if page.name == "README.md":
         faults = finished[1]
-    elif page.name in APART:
-        faults = faults_of(page, player, tmp_path, apart=world)
     else:
-        begin = world if page.name in BEGIN_EMPTY else finished[0]
-        faults = faults_of(page, player, copy_of(begin, tmp_path / "project"))
+        folder = copy_of(world if page.name in WITHOUT_RUN else finished[0], tmp_path / "project")
+        if page.name in WITHOUT_RUN and page.name not in WITHOUT_CONFIG:
+            shutil.copy(finished[0] / "align.yaml", folder)
+        faults = faults_of(page, player, folder, apart=page.name in APART)
     assert not faults, "\n\n".join(faults)
 
 

@@ -77,9 +77,9 @@ def _lineage(config: Config, run: RunDir, number: int) -> str:
     rows = ["## Lineage", "", "| round | parent (sha256) | questions | pairs | seed |", "|---|---|---|---|---|"]
     for earlier in range(1, number + 1):
         stages = run.round(earlier).manifest.read()["stages"]
-        sample, score = stages.get("sample", {}), stages.get("score", {})
+        sample, pairs = stages.get("sample", {}), stages.get("pairs", {})
         parent = sample.get("inputs", {}).get("policy", "")[:16]
-        counts = [sample.get("counts", {}).get("questions", ""), score.get("counts", {}).get("pairs", "")]
+        counts = [sample.get("counts", {}).get("questions", ""), pairs.get("counts", {}).get("pairs", "")]
         rows.append(f"| {earlier} | `{parent}` | {counts[0]} | {counts[1]} | {config.seed} |")
     name = config.policy if not Path(config.policy).exists() else Path(config.policy).name
     return "\n".join([*rows, "", f"First policy: `{name}`."])

@@ -84,6 +84,27 @@ def test_two_processes_give_the_same_samples_scores_and_evaluation_as_one(projec
         assert mine.read_text() == theirs.read_text(), name
 
 
+def test_two_processes_find_the_same_distance_from_the_first_policy_as_one_and_both_count_their_cost(project, tmp_path):
+    folder = shutil.copytree(project, tmp_path / "project")
+    result = align(folder, "evaluate", "--round", "1", "--redo", "--num-processes", "2")
+    assert result.returncode == 0, result.stderr
+    mine, theirs = (here / "runs/run/round-1" for here in (folder, project))
+    for name in ("log-probs-own.jsonl", "log-probs-first.jsonl"):
+        for one, other in zip(lines(mine / name), lines(theirs / name), strict=True):
+            assert (one["id"], one["num_tokens"]) == (other["id"], other["num_tokens"])
+            assert one["log_probs"] == pytest.approx(other["log_probs"], abs=1e-3)
+    found, expected = (json.loads((here / "evaluation.json").read_text())["metrics"] for here in (mine, theirs))
+    assert found["kl"] == pytest.approx(expected["kl"], abs=1e-3)
+    assert expected["kl"]["mean"] != 0
+    cost, alone = (
+        json.loads((here / "manifest.json").read_text())["stages"]["evaluate"]["cost"] for here in (mine, theirs)
+    )
+    assert (cost["num_processes"], alone["num_processes"]) == (2, 1)
+    for name in ("tokens_read", "tokens_written"):
+        assert cost[name] == alone[name] > 0
+    assert len(list(mine.glob(".spent-evaluate-*.json"))) == 2
+
+
 def test_a_killed_stage_goes_on_and_ends_like_an_uninterrupted_one(project, fresh):
     part = fresh / "runs/run/round-1/samples.part-0.jsonl"
     process = subprocess.Popen(

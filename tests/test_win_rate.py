@@ -1,8 +1,10 @@
+import json
+
 from align.config import load_config
 from align.evaluate import worse_than_parent
-from align.records import Evaluated, Evaluation, Question, write_jsonl
+from align.records import Evaluated, Evaluation, Question, Turn, write_jsonl
 from align.rundir import RunDir
-from align.win_rate import has_judge, summarise, win_rates
+from align.win_rate import _item, has_judge, summarise, win_rates
 from tests.stage_runs import align, make_project
 
 
@@ -56,19 +58,59 @@ def test_a_round_worse_than_its_parent_is_told_and_a_small_difference_is_not(tmp
 
 def test_a_run_ends_where_a_round_is_worse_if_told_so(tmp_path):
     folder = make_project(tmp_path)
-    assert align(folder, "sample").returncode == 0
-    assert align(folder, "score").returncode == 0
-    assert align(folder, "dpo").returncode == 0
+    assert align(folder, "run", "--rounds", "1").returncode == 0
     run = RunDir(folder / "runs" / "run")
-    for number in (0, 1):
-        assert align(folder, "evaluate", "--round", str(number)).returncode == 0
     right, wrong = lines(["x"] * 40, [True] * 40), lines(["x"] * 40, [False] * 40)
     for number, answered in ((0, right), (1, wrong)):
         for line in answered:
             line.greedy.correct = line.sampled[0].correct
         write_jsonl(run.round(number).evaluation_lines, answered)
+    said = "WARNING: round 1 is worse than the first policy: right answers -100.0 points [-100.0, -100.0]"
+    again = align(folder, "evaluate", "--round", "1")
+    assert said in again.stderr
+    assert again.returncode == 0
     result = align(folder, "run", "--set", "evaluate.stop_if_worse=true")
     assert result.returncode == 0, result.stderr
-    assert "WARNING: round 1 is worse than round 0" in result.stderr
+    # Where it happened, and at the end of all output.
+    assert result.stderr.count(said) == 2
+    assert "the run ended after round 1 of 2 (evaluate.stop_if_worse): the first policy is better" in result.stdout
+    assert f"checkpoint: {folder / 'policy'}\n" in result.stdout
     assert not run.round(2).path.exists()
     assert run.report.is_file()
+
+
+def in_round(run, number, answered, metrics=None):
+    this = run.round(number)
+    this.path.mkdir()
+    write_jsonl(this.evaluation_lines, answered)
+    this.evaluation.write_text(json.dumps({"metrics": metrics or {}}))
+
+
+def test_without_reference_answers_the_win_rate_against_the_parent_decides_and_no_other(tmp_path):
+    run = RunDir(tmp_path)
+    lost, won = {"mean": 0.3, "low": 0.2, "high": 0.4}, {"mean": 0.6, "low": 0.4, "high": 0.8}
+    in_round(run, 0, lines(["x"] * 5))
+    in_round(run, 1, lines(["x"] * 5), {"win_rate_initial": lost})
+    in_round(run, 2, lines(["x"] * 5), {"win_rate_initial": lost, "win_rate_parent": won})
+    in_round(run, 3, lines(["x"] * 5), {"win_rate_initial": lost})
+    assert worse_than_parent(run, 1) == "round 1 is worse than the first policy: win rate 30.0% [20.0%, 40.0%]"
+    assert worse_than_parent(run, 2) is None
+    assert worse_than_parent(run, 3) is None
+
+
+def test_without_answers_and_judge_naming_what_is_not_there_decides(tmp_path):
+    run = RunDir(tmp_path)
+    for number, named in ((0, []), (1, ["dog"])):
+        answered = lines(["x"] * 20)
+        for line in answered:
+            line.question.absent = ["dog"]
+            line.sampled[0].absent_named = named
+        in_round(run, number, answered)
+    assert "responses that name what is not there +100.0 points" in worse_than_parent(run, 1)
+
+
+def test_the_judge_reads_the_earlier_turns_of_a_dialogue():
+    (line,) = lines(["x"])
+    line.question.history = [Turn(role="user", content="<image>A dog?"), Turn(role="assistant", content="Yes.")]
+    line.question.question = "And what colour?"
+    assert _item(line, line).question == "user: A dog?\nassistant: Yes.\nAnd what colour?"

@@ -10,7 +10,7 @@ from align.errors import UserError
 from align.records import Evaluation, read_jsonl
 from align.rundir import Round, RunDir
 from align.statistics import Interval, paired_difference
-from align.summary import COLUMNS, NOT_SHARES, columns_of, metrics_by_round, with_interval
+from align.summary import COLUMNS, NOT_SHARES, columns_of, digits_of, metrics_by_round, with_interval
 
 
 def compare_runs(one: Path, other: Path) -> dict[str, Interval]:
@@ -82,7 +82,7 @@ def _difference(name: str, change: Interval | None) -> str:
     if change is None:
         return "-"
     scale = 1.0 if name in NOT_SHARES else 100.0
-    digits = 3 if name == "kl" and abs(change.mean) < 1 else 1
+    digits = digits_of(name, change.mean)
     mean, low, high = (f"{scale * value:+.{digits}f}" for value in (change.mean, change.low, change.high))
     return f"{mean}{'' if change.excludes_zero else ', unclear'}\n[{low}, {high}]"
 

@@ -90,6 +90,11 @@ def print_table(runs: dict[str, Path]) -> None:
         console.print(table)
 
 
+def digits_of(name: str, value: float) -> int:
+    """Decimals of a column's numbers: KL may be tiny at first."""
+    return 1 if name != "kl" or abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3
+
+
 def columns_of(rounds: Iterable[dict[str, dict[str, float]]]) -> list[str]:
     """The columns that any of these rounds has a number for."""
     measured = {name for metrics in rounds for name in metrics}
@@ -108,5 +113,5 @@ def with_interval(name: str, metric: dict[str, float] | None) -> str:
         return "-"
     scale = 1.0 if name in NOT_SHARES else 100.0
     mean, low, high = (scale * metric[key] for key in ("mean", "low", "high"))
-    digits = 3 if name == "kl" and abs(mean) < 1 else 1
+    digits = digits_of(name, mean)
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -121,9 +121,12 @@ class ImageChatProcessor(ProcessorMixin):
         return cls(tokenizer, chat_template or stored.get("chat_template"), config=config, **settings)
 
     def save_settings(self, folder: str | os.PathLike) -> None:
-        """Adds the settings to a checkpoint folder in which no other file is to be touched."""
+        """Adds the settings to a checkpoint folder in which no other file is to be touched, unless it has them already."""
         settings = {name: getattr(self, name) for name in self.settings}
-        Path(folder, self.settings_file).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        own, general = Path(folder, self.settings_file), Path(folder, "processor_config.json")
+        stored = json.loads(general.read_text(encoding="utf-8")) if general.is_file() else {}
+        if own.is_file() or any(name not in stored or stored[name] != value for name, value in settings.items()):
+            own.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json holds: the settings; sizes stay in config.json, tokens in the tokenizer's files."""

@@ -252,6 +252,7 @@ def _write_companions(processor: Any, folder: Path, parent: Path | None, *, with
     carried = [path for path in sorted(parent.iterdir()) if _is_carried(path.name, with_code)] if parent else []
     if not any(path.name.startswith(("tokenizer", "vocab")) for path in carried):
         processor.save_pretrained(folder)
+        _forget_origin(folder / "tokenizer_config.json")
         return
     for path in carried:
         if path.is_dir():
@@ -260,6 +261,15 @@ def _write_companions(processor: Any, folder: Path, parent: Path | None, *, with
             shutil.copyfile(path, folder / path.name)
     if hasattr(processor, "save_settings"):
         processor.save_settings(folder)
+
+
+def _forget_origin(tokenizer_config: Path) -> None:
+    """Takes out of a written tokenizer how it was opened, which transformers 5 keeps among its settings."""
+    if tokenizer_config.is_file():
+        content = read_json(tokenizer_config)
+        kept = {key: value for key, value in content.items() if key not in ("is_local", "local_files_only")}
+        if kept != content:
+            write_json(tokenizer_config, kept)
 
 
 def _is_carried(name: str, with_code: bool) -> bool:

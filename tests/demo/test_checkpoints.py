@@ -16,6 +16,8 @@ from align.demo.data import CRITIC, CRITIC_PROMPT, POLICY
 from align.demo.questions import TASKS, Task, hallucinates, is_exact, make_task
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.local import LocalEngine
+from align.models.load import load_model, load_processor
+from align.models.save import save_checkpoint
 from reward.critics import Item
 from reward.critics.pairwise import PairwiseCritic
 
@@ -54,6 +56,25 @@ def greedy_answers(number: int) -> dict[str, str]:
         lambda result: found.update({result.id: result.texts[0]}),
     )
     return found
+
+
+@pytest.mark.parametrize("folder", [POLICY, CRITIC], ids=lambda folder: folder.name)
+def test_a_shipped_checkpoint_that_is_opened_and_saved_is_the_same_to_the_byte(folder, tmp_path):
+    saved = save_checkpoint(load_model(folder), load_processor(folder), tmp_path / "saved", auto_map=False)
+    shipped, written = ({path.name: path.read_bytes() for path in of.iterdir()} for of in (folder, saved))
+    assert written == shipped
+
+
+@pytest.mark.parametrize("folder", [POLICY, CRITIC], ids=lambda folder: folder.name)
+def test_a_shipped_checkpoint_has_every_key_that_an_export_writes_today(folder, tmp_path):
+    model, processor = load_model(folder), load_processor(folder)
+    model.config._name_or_path = ""
+    saved = save_checkpoint(model, processor, tmp_path / "saved", auto_map=False)
+    for shipped in folder.glob("*.json"):
+        now, then = (json.loads(path.read_text()) for path in (saved / shipped.name, shipped))
+        # Of a model that was opened transformers writes its type twice.
+        assert now.keys() - {"dtype"} == then.keys(), shipped.name
+    assert {path.name for path in saved.iterdir()} == {path.name for path in folder.iterdir()}
 
 
 def test_both_checkpoints_and_all_beside_them_stay_under_eight_megabytes():

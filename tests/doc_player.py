@@ -33,7 +33,7 @@ SMALL = {
     "sample.max_new_tokens": "16",
     "sample.temperature": "1.2",
     "sample.top_p": "1.0",
-    "sample.num_responses": "3",
+    "sample.num_responses": "4",
     "pairs.keep_truncated": "true",
     "critic.trust_sample": "2",
     "dpo.max_steps": "1",
@@ -68,6 +68,7 @@ NOT_RUN = {
     r"accelerate launch": "tests/distributed launches so, with and without a configuration of accelerate's",
     r"hf auth login": "needs the network",
     r"align evaluate --lmms-eval": "its options are read; tests/test_lmms_eval.py runs it in processes of its own",
+    r"align chat .*--web": "its options are read; tests/test_chat_web.py serves the page and drives it in a browser",
     r"vllm serve": "needs a GPU and an environment of its own; the commands around it meet a stub server",
     r"python -m sglang": "as vllm",
     r"python scripts/bench_(dpo|sample)\.py": "minutes; its flags are read",
@@ -87,7 +88,7 @@ NEITHER = (127, "neither run nor in the table of what is not run")
 class Player:
     """`shell` runs scripts with these programs; `used` are the entries of the tables that were needed."""
 
-    def __init__(self, server: StubServer) -> None:
+    def __init__(self, server: StubServer, **more: Program) -> None:
         self.server = server
         self.used: set[str] = set()
         self.outputs: list[Path] = []
@@ -96,6 +97,7 @@ class Player:
             {"align": self.align, "python": self.python, "make": self.make, "srun": self.srun}
             | {"scontrol": lambda arguments, folder: (0, "localhost\n")}
             | {name: self._other(name) for name in others}
+            | more
         )
 
     def align(self, arguments: list[str], folder: Path) -> tuple[int, str]:

@@ -22,7 +22,7 @@ CHECKPOINTS = {
     "llava-onevision-qwen2-7b-ov": GOLDENS / "llava_ov_original_tiny",
     "Valley2.5": GOLDENS / "valley25_tiny",
 }
-NUM_QUESTIONS, NUM_EVAL = 6, 3
+NUM_QUESTIONS, NUM_EVAL = 8, 3
 
 
 def write_world(folder: Path) -> Path:

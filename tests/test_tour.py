@@ -45,7 +45,7 @@ PROMISED = {
         "runs/run/report.html",
     ),
     "data.md": ("runs/run/round-1/checkpoint/model.safetensors",),
-    "recipes.md": (*(f"block-{number}/align.yaml" for number in range(1, 8)),),
+    "recipes.md": (*(f"block-{number}/align.yaml" for number in range(7)),),
 }
 POLICIES = tuple(f"policy-{number}" for number in range(4))
 TOUR = [page for page in PAGES if page.name not in WORKED]

@@ -183,9 +183,10 @@ class Page:
 
     def _names(self, number: int) -> tuple[str, ...]:
         """The headings of the answers that stand side by side."""
-        several = [short_name(chat.checkpoint) for chat in self.chats] if len(self.chats) > 1 else [""]
-        each = [f"Answer {index + 1}" for index in range(number)] if number > 1 else [""]
-        return tuple(", ".join(filter(None, (name, answer))) for name in several for answer in each)
+        if len(self.chats) == 1:
+            return tuple(f"Answer {index + 1}" for index in range(number))
+        names = [short_name(chat.checkpoint) for chat in self.chats]
+        return tuple(f"{name} · {index + 1}" if number > 1 else name for name in names for index in range(number))
 
     def _view(self, talk: Talk) -> dict[Any, Any]:
         """The conversation, and the answers side by side where they are several."""
@@ -205,12 +206,12 @@ def _build_heading(checkpoint: str) -> None:
     architecture = (read_config(checkpoint).get("architectures") or ["unknown architecture"])[0]
     about = " · ".join(filter(None, (architecture, licence_of(checkpoint))))
     with gr.Accordion(f"{short_name(checkpoint)} · {about} · lineage", open=False):
-        gr.Markdown(lineage_of(checkpoint) or NO_LINEAGE)
+        gr.Markdown(lineage_of(checkpoint) or NO_LINEAGE, elem_classes="lineage")
 
 
 def _build_card() -> tuple[gr.Column, gr.Textbox, gr.Button]:
     with gr.Column(min_width=170, visible=False) as column:
-        text = gr.Textbox(lines=2, max_lines=20, interactive=False, buttons=["copy"])
+        text = gr.Textbox(lines=2, max_lines=20, interactive=False, buttons=[])
         button = _button(chosen=False)
     return column, text, button
 
@@ -222,13 +223,13 @@ def _button(chosen: bool) -> gr.Button:
 
 
 def short_name(checkpoint: str) -> str:
-    """The last parts of a path, enough to tell a run's checkpoints apart.
+    """The end of a path, enough to tell a run's checkpoints apart.
 
     >>> short_name("/data/runs/critic/round-3/checkpoint"), short_name("./Valley-Eagle-7B/")
-    ('critic/round-3/checkpoint', 'Valley-Eagle-7B')
+    ('critic/round-3', 'Valley-Eagle-7B')
     """
-    parts = [part for part in Path(checkpoint).parts if part not in ("/", ".", "..")]
-    return "/".join(parts[-3:] if parts[-1:] == ["checkpoint"] else parts[-1:]) or checkpoint
+    parts = Path(checkpoint).resolve().parts
+    return "/".join(parts[-3:-1]) if parts[-1] == "checkpoint" else parts[-1]
 
 
 def _messages(talk: Talk) -> list[dict[str, Any]]:

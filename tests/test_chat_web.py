@@ -216,7 +216,7 @@ def test_only_what_was_uploaded_can_be_fetched(page, served, picture):
 def test_the_page_fits_and_shows_the_lineage(browser, served, width):
     browser.problems.clear()
     visit(browser, served, width)
-    assert "served0/checkpoint · ValleyQwen2ForCausalLM · mit" in browser.run("document.body.innerText")
+    assert "· ValleyQwen2ForCausalLM · mit" in browser.run("document.body.innerText")
     browser.run("document.querySelector('button.label-wrap').click()")
     browser.wait("document.body.innerText.includes('4242')")
     assert browser.run("document.documentElement.scrollWidth") <= width

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from align.config import Config
+from align.engines.open import open_engine, open_policy, served_as
 from align.errors import UserError
 from align.lmms_eval.instances import Answered
 from align.lmms_eval.requests import Answerer
@@ -133,6 +134,8 @@ def run_benchmarks(config: Config, wishes: Wishes, number: int) -> None:
         version=version,
     )
     inputs = {"checkpoint": _checked(work)}
+    if work.number is not None:
+        inputs |= served_as(config.evaluate.servers, work.number)
     _load_tasks(work, wishes)
     make_folder(work.folder)
     with _held(work.folder):
@@ -243,8 +246,6 @@ def _write_summary(work: Work, digest: str) -> None:
 
 
 def _open(work: Work) -> Engine:
-    from align.engines.open import open_engine, open_policy
-
     config = work.config
     if work.number is not None:
         servers = config.evaluate.servers

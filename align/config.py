@@ -78,7 +78,8 @@ class ModelSettings(Section):
     """How checkpoints are opened (policy, reference and local critics alike)."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="arithmetic of the weights; auto: bfloat16 on a GPU that has it, float32 on a CPU"
+        "auto",
+        description="type of the weights; auto: bfloat16 on a GPU that has it, else float32; float32 where they are trained",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
@@ -197,7 +198,8 @@ class DpoSettings(BaseModel):
         "refuse", description="what to do with pairs that do not fit; nothing is ever truncated"
     )
     report_to: str | list[str] = Field(
-        "tensorboard", description="who gets the numbers of the run: tensorboard, wandb, mlflow, a list of them, or none"
+        "tensorboard",
+        description="who gets the numbers of the run: tensorboard, wandb, mlflow, a list of them, or none",
     )
     lora: dict[str, Any] | None = Field(
         None, description="peft LoraConfig fields; trained as an adapter and merged at the end of the round"

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -132,6 +133,14 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
     for ours, theirs in re.findall(r"(\d+) MiB, not (\d+)", table):
         assert re.search(rf"\| {ours} \| {theirs} \|", benchmarks)
     assert len(figures) == 4
+
+
+def test_version_and_licence_are_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert f"\n## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
 def test_every_recipe_has_its_line():

@@ -8,9 +8,9 @@ import random
 import select
 import signal
 import sys
-import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from align.demo.data import POLICY
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.open import open_engine
 from align.errors import UserError
+from tests.test_video import write_video
 
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=24)
 WARM = SamplingSettings(temperature=1.0, max_new_tokens=24)
@@ -79,12 +80,31 @@ def test_the_model_is_told_the_whole_conversation_with_its_pictures_in_place(cha
     assert texts != last_of(chat.answer(exchanges[1:], GREEDY)).texts
 
 
-def test_a_closed_stream_stops_the_model(chat, pictures):
-    with closing(chat.answer([chat.ask(QUESTION, pictures)], WARM, num_answers=2)) as stream:
-        assert next(stream).cut is None
-    assert threading.active_count() == 1 or not chat._busy.locked()
+def test_a_closed_stream_stops_the_model(chat, pictures, monkeypatch):
+    steps, stream_of = [], chat.engine.stream
+
+    def counted(request, settings, tell):
+        return stream_of(request, settings, lambda texts: (steps.append(texts), tell(texts)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.engine, "stream", counted)
+        patch.setattr(chat.engine, "eos_token_ids", [])
+        with closing(chat.answer([chat.ask(QUESTION, pictures[:1])], replace(WARM, max_new_tokens=400))) as stream:
+            assert next(stream).cut is None
+        num_steps = len(steps)
+        assert num_steps < 400
+        assert not chat._busy.locked()
     # Nothing is left behind: the next question is answered whole.
     assert last_of(chat.answer([Exchange("Hello")], GREEDY)).cut == (False,)
+    assert len(steps) == num_steps
+
+
+def test_a_video_is_the_frames_that_the_model_picks(chat, tmp_path):
+    pytest.importorskip("av")
+    write_video(tmp_path / "clip.mp4")
+    shown = chat.ask("What happens?", [tmp_path / "clip.mp4"]).pictures
+    # Valley looks at 8 frames of 13, evenly from the first to the last.
+    assert [frame.info["video_frame"] for frame in shown] == [0, 1, 3, 5, 6, 8, 10, 12]
 
 
 def test_an_answer_that_is_cut_says_so(chat, pictures):

@@ -6,6 +6,7 @@ torch is imported inside the commands, so `--help` is instant. Exit codes: 0 don
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -217,7 +218,9 @@ def plan(
     gpu_memory: Annotated[float, typer.Option(min=0.1, help="Memory of each in GiB.")] = 80.0,
     tflops: Annotated[float, typer.Option(min=0.001, help="What each achieves, in 10^12 operations a second.")] = 350.0,
     bandwidth: Annotated[float, typer.Option(min=0.001, help="Its memory's bandwidth in GB/s.")] = 2500.0,
+    layer_us: Annotated[float, typer.Option(min=0, help="Microseconds of Python to start one layer.")] = 500.0,
     response_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of a response.")] = 200,
+    json_: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
     """What a run will need: tokens, memory for each strategy, time of every stage. No weights are loaded."""
     from align.plan import Machine, make_plan
@@ -225,8 +228,12 @@ def plan(
 
     loaded = load_config(find_config(config), set_)
     count = gpus or loaded.launch.num_processes * loaded.launch.num_machines
-    made = make_plan(loaded, Machine(count, gpu_memory, tflops, bandwidth), response_tokens=response_tokens)
-    _say(plan_text(made), next_command="align check")
+    machine = Machine(count, gpu_memory, tflops, bandwidth, layer_us)
+    made = make_plan(loaded, machine, response_tokens=response_tokens)
+    if json_:
+        typer.echo(json.dumps(made.as_dict(), indent=2))
+    else:
+        _say(plan_text(made), next_command="align check")
 
 
 @app.command(epilog="Example:  align sample --round 1 --set sample.num_responses=8")

@@ -213,7 +213,7 @@ def kept_bytes(stack: Stack, how: How, *, shared_share: float = 0.0) -> float:
     narrow += kept.own_inputs if alone else kept.inputs
     narrow += kept.ranks + (kept.output if shared_share or dropped else 0)
     narrow += 2 * stack.top_k * stack.hidden
-    wide = stack.norms * stack.hidden * (4 if stack.rms else how.stream_bytes)
+    wide: float = stack.norms * stack.hidden * (4 if stack.rms else how.stream_bytes)
     if stack.normed_heads:
         wide += (stack.query + stack.key) * 4 * (2 if kept.norms else 1)
     if stack.rms:
@@ -270,7 +270,7 @@ def inference_memory(
     """Encoding a prompt and keeping keys and values for it and for `new_tokens` behind it."""
     text = shape.text
     cache = 2 * text.num_layers * text.key * (prompt_tokens + new_tokens) * key_bytes
-    working = prompt_tokens * (8 * text.hidden + (3 if text.gated else 1) * text.inner) * key_bytes
+    working = round(prompt_tokens * (8 * text.hidden + (3 if text.gated else 1) * text.inner) * key_bytes)
     return Memory(shape.weights * weight_bytes, 0, 0, cache, working, 0)
 
 
@@ -294,7 +294,7 @@ def _layer_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:
     """One layer gone through backward: gradients of the inner width and of the residual; with checkpointing, what it
     kept, computed again."""
     stack = shape.text
-    gradients = (
+    gradients = round(
         text_tokens(batch, how) * (2 * stack.hidden + (3 if stack.gated else 2) * stack.inner) * how.compute_bytes
     )
     return gradients + (_kept_by_layer(shape, stack, batch, how) if how.checkpointing else 0)

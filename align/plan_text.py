@@ -1,88 +1,200 @@
-"""A plan in, what a terminal shows of it out."""
+"""A plan in, what a terminal of some width shows of it out."""
 
 from __future__ import annotations
 
+import shutil
+import statistics
+import sys
+import textwrap
+
 from align.memory import GIB, Memory
-from align.plan import SHOWN, Plan
+from align.plan import Plan
 
-BAR = 40
-PARTS = ("weights", "gradients", "optimiser", "activations", "working", "batch")
+NARROWEST, WIDEST = 80, 110
+SHOWN = 5
+COLUMNS = {
+    "weights": ("weights",),
+    "grads": ("gradients",),
+    "optim": ("optimiser",),
+    "activ": ("activations",),
+    "work": ("working", "batch"),
+}
 
 
-def plan_text(plan: Plan) -> str:
-    """Tokens, memory, time and what does not fit, as a person reads it."""
-    blocks = [_tokens(plan), _memory(plan), _time(plan), "assumed: " + "; ".join(plan.assumptions)]
-    return "\n\n".join(block for block in blocks if block)
+def plan_text(plan: Plan, *, width: int | None = None) -> str:
+    """Tokens, memory, time and what does not fit, as a person reads it; `width` in characters, else the terminal's."""
+    width = min(max(width or shutil.get_terminal_size((80, 24)).columns, NARROWEST), WIDEST)
+    blocks = [_model(plan, width), _tokens(plan, width), _memory(plan, width), _time(plan, width)]
+    assumed = [textwrap.fill(f"- {line}", width, subsequent_indent="  ") for line in plan.assumptions]
+    return "\n\n".join([*blocks, "\n".join(["assumed", *assumed])])
 
 
-def histogram(values: list[int], *, bins: int = 8) -> list[str]:
-    """Lines of a histogram with bins of equal width.
+def bar(share: float, length: int) -> str:
+    """A bar of at most `length` characters, of blocks where the terminal has them."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    block = "█" if encoding.lower().startswith("utf") else "#"
+    return block * max(round(share * length), 1 if share > 0 else 0)
 
-    >>> histogram([10, 12, 30], bins=2)
-    ['   10-20       2 ########################################', '   21-31       1 ####################']
+
+def histogram(values: list[int], *, length: int = 40, bins: int = 8) -> list[str]:
+    """Lines of a histogram with bins of equal width; bars of at most `length` characters.
+
+    >>> [line.replace("█", "#") for line in histogram([10, 12, 30], length=4, bins=2)]
+    ['  10-20  2 ####', '  21-31  1 ##']
     """
     low, high = min(values), max(values)
-    width = max(1, -(-(high - low + 1) // bins))
+    step = max(1, -(-(high - low + 1) // bins))
     counts = [0] * bins
     for value in values:
-        counts[(value - low) // width] += 1
+        counts[(value - low) // step] += 1
     while counts and not counts[-1]:
         counts.pop()
+    names = [f"{low + i * step:,}-{low + (i + 1) * step - 1:,}" for i in range(len(counts))]
+    wide, figures = max(map(len, names)), max(len(f"{count:,}") for count in counts)
     return [
-        f"{low + i * width:>5}-{low + (i + 1) * width - 1:<5}{count:>5} " + "#" * round(BAR * count / max(counts))
-        for i, count in enumerate(counts)
+        f"  {name:>{wide}}  {count:>{figures},} {bar(count / max(counts), length)}".rstrip()
+        for name, count in zip(names, counts, strict=True)
     ]
 
 
-def _tokens(plan: Plan) -> str:
+def _model(plan: Plan, width: int) -> str:
+    total = sum(plan.parameters.values())
+    parts = ", ".join(f"{part} {_count(number)}" for part, number in plan.parameters.items())
+    active = (
+        f", {_count(plan.active)} pass for a token" if plan.active < 0.7 * plan.parameters.get("language", 0) else ""
+    )
+    line = f"model    {_count(total)} weights ({parts}){active}; {_count(plan.trained)} trained"
+    return textwrap.fill(line, width, subsequent_indent=" " * 9)
+
+
+def _tokens(plan: Plan, width: int) -> str:
     tokens = [size.tokens for size in plan.sizes]
     visual = sum(size.visual_tokens for size in plan.sizes)
     lines = [
-        f"{len(tokens)} prompts, {sum(tokens):,} tokens, {visual / max(sum(tokens), 1):.0%} of them visual; longest {max(tokens):,}"
+        f"tokens   {len(tokens):,} prompts, {_count(sum(tokens))} tokens, {visual / max(sum(tokens), 1):.0%} visual; "
+        f"median {round(statistics.median(tokens)):,}, longest {max(tokens):,}",
+        *histogram(tokens, length=max(width - 40, 20)),
     ]
-    lines += histogram(tokens)
-    limit = f"{plan.limit:,}" if plan.limit is not None else "unknown"
-    if plan.too_long:
-        named = ", ".join(plan.too_long[:SHOWN]) + (", ..." if len(plan.too_long) > SHOWN else "")
-        lines.append(
-            f"{len(plan.too_long)} prompts with the longest response pass the limit of {limit} tokens: {named}; raise "
-            "dpo.max_length, lower sample.max_new_tokens or model.processor.max_pixels. Nothing is truncated"
-        )
+    if plan.limit is None:
+        lines.append("  the checkpoint names no limit of tokens: set dpo.max_length to have one")
+    elif not plan.never_fit and not plan.too_long:
+        lines.append(f"  all fit in {plan.limit:,} tokens with the longest response ({plan.response_limit:,})")
     else:
-        lines.append(f"all fit in the limit of {limit} tokens with the longest response")
+        lines += _does_not_fit(plan, width)
     return "\n".join(lines)
 
 
-def _memory(plan: Plan) -> str:
+def _does_not_fit(plan: Plan, width: int) -> list[str]:
+    happens = "would be dropped, and counted" if plan.drops else "would stop the run (dpo.too_long: refuse)"
+    found = []
+    if plan.never_fit:
+        found.append(
+            f"{len(plan.never_fit):,} prompts alone pass the limit of {plan.limit:,} tokens: {_named(plan.never_fit)}"
+        )
+    if plan.too_long:
+        found.append(
+            f"{len(plan.too_long):,} prompts pass the limit of {plan.limit:,} tokens with a response of "
+            f"{plan.response_limit:,}: {_named(plan.too_long)}"
+        )
+    found.append(
+        f"nothing is truncated: such pairs {happens}. To change: dpo.max_length, sample.max_new_tokens, or fewer visual "
+        "tokens (model.processor)"
+    )
+    return [textwrap.fill(line, width, initial_indent="  ! ", subsequent_indent="    ") for line in found]
+
+
+def _named(ids: list[str]) -> str:
+    return ", ".join(ids[:SHOWN]) + (f", and {len(ids) - SHOWN:,} more" if len(ids) > SHOWN else "")
+
+
+def _memory(plan: Plan, width: int) -> str:
     machine = plan.machine
-    memories = [fit.memory for fit in plan.fits] + [plan.whole_model, plan.sampling]
-    unit = "GiB" if max(memory.total for memory in memories) > 0.1 * GIB else "MiB"
+    memories = [fit.memory for fit in plan.fits] + [whole.memory for whole in plan.whole]
+    unit, size = ("GiB", GIB) if max(memory.total for memory in memories) > 0.1 * GIB else ("MiB", 2**20)
+    usable = machine.usable_bytes / size
+    of = f"of each of {machine.gpus} GPUs" if machine.gpus > 1 else "of the GPU"
     lines = [
-        f"memory of each of {machine.gpus} GPUs with {machine.gpu_gib:g} GiB, at the peak of a training step ({unit})",
-        f"{'':<10}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>10}",
+        f"memory   {of}, {unit}; {usable:,.4g} of {machine.gpu_gib * GIB / size:,.4g} can be used",
+        f"  {'':<11}" + "".join(f"{name:>9}" for name in COLUMNS) + f"{'total':>9}",
     ]
     for fit in plan.fits:
-        lines.append(_row(fit.strategy, fit.memory, unit) + ("  fits" if fit.fits else f"  no: {fit.remedy}"))
-    lines.append(_row("reference", plan.whole_model, unit) + _verdict(plan, plan.whole_model) + " (the whole model)")
-    lines.append(_row("sampling", plan.sampling, unit) + _verdict(plan, plan.sampling) + " (one question)")
+        mark = "> " if fit.strategy == plan.strategy else "  "
+        lines.append(mark + _row(fit.strategy, fit.memory, size) + ("  fits" if fit.fits else "  too much"))
+    for whole in plan.whole:
+        lines.append("  " + _row(whole.name, whole.memory, size) + ("  fits" if whole.fits else "  too much"))
+    lines += [textwrap.fill(line, width, subsequent_indent="    ") for line in _verdict(plan, size, unit)]
     return "\n".join(lines)
 
 
-def _row(name: str, memory: Memory, unit: str) -> str:
-    size = GIB if unit == "GiB" else 2**20
-    cells = "".join(f"{getattr(memory, part) / size:>12.2f}" for part in PARTS)
-    return f"{name:<10}{cells}{memory.total / size:>10.2f}"
+def _verdict(plan: Plan, size: int, unit: str) -> list[str]:
+    lines = []
+    chosen = plan.configured
+    if chosen.fits:
+        lines.append(f"  launch.strategy {chosen.strategy} fits; the whole model stands on every GPU before training")
+    elif plan.changes:
+        ways = [f"{change.settings} ({change.memory.total / size:.1f} {unit})" for change in plan.changes]
+        lines.append(
+            f"  ! launch.strategy {chosen.strategy} does not fit. The cheapest change that does: {'; or '.join(ways)}"
+        )
+    else:
+        missing = (chosen.memory.total - plan.machine.usable_bytes) / size
+        lines.append(
+            f"  ! launch.strategy {chosen.strategy} does not fit ({missing:.1f} {unit} are missing), and nothing that is "
+            "known here helps: use larger GPUs, shorter responses or a smaller model"
+        )
+    for whole in plan.whole:
+        if not whole.fits:
+            lines.append(f"  ! {whole.name} does not fit on one GPU: {_REMEDIES[whole.name]}")
+    return lines
 
 
-def _verdict(plan: Plan, memory: Memory) -> str:
-    return "  fits" if memory.total <= plan.machine.usable_bytes else "  does not fit"
+_REMEDIES = {
+    "reference": "set model.dtype=bfloat16, or use larger GPUs (it stands whole on each before training)",
+    "sample": "serve the policy (sample.servers), or lower sample.num_responses or max_new_tokens",
+    "critic": "serve the critic (critic.servers)",
+}
 
 
-def _time(plan: Plan) -> str:
-    lines = ["time of a round: " + ", ".join(f"{stage} {duration(s)}" for stage, s in plan.seconds.items())]
-    total = sum(plan.seconds.values()) * plan.rounds
-    lines.append(f"{plan.rounds} rounds: {duration(total)}, {total * plan.machine.gpus / 3600:.2f} GPU hours")
-    return "\n".join(lines)
+def _row(name: str, memory: Memory, size: int) -> str:
+    cells = "".join(f"{sum(getattr(memory, part) for part in parts) / size:>9.1f}" for parts in COLUMNS.values())
+    return f"{name:<11}{cells}{memory.total / size:>9.1f}"
+
+
+def _time(plan: Plan, width: int) -> str:
+    gpus = plan.machine.gpus
+    lines = [
+        f"time     {plan.rounds} round{'s' * (plan.rounds > 1)} on {gpus} GPU{'s' * (gpus > 1)}",
+        f"  {'':<11}{'once':>10}{'times':>7}{'read':>9}{'written':>9}{'in all':>10}{'GPU h':>9}",
+    ]
+    total = sum(stage.seconds * stage.runs for stage in plan.stages)
+    room = width - 70
+    for stage in plan.stages:
+        whole = stage.seconds * stage.runs
+        share = f"  {bar(whole / total, room) if total else ''}" if room >= 8 else ""
+        lines.append(
+            f"  {stage.name:<11}{duration(stage.seconds):>10}{stage.runs:>7g}{_count(stage.read_tokens):>9}"
+            f"{_count(stage.written_tokens):>9}{duration(whole):>10}{whole * gpus / 3600:>9.2f}"
+            + (f"  {stage.note}" if stage.note else share)
+        )
+    read, written = (
+        sum(round(getattr(stage, name) * stage.runs) for stage in plan.stages)
+        for name in ("read_tokens", "written_tokens")
+    )
+    lines.append(
+        f"  {'all rounds':<11}{'':>10}{'':>7}{_count(read):>9}{_count(written):>9}{duration(total):>10}{plan.gpu_hours:>9.2f}"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _count(number: float) -> str:
+    """
+    >>> _count(950), _count(12_300), _count(6_912_331), _count(8_880_000_000)
+    ('950', '12.3k', '6.91M', '8.88B')
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from align.dpo.parts import part_names
 from align.errors import UserError
@@ -163,9 +163,9 @@ def model_shape(model: Any) -> ModelShape:
     )
 
 
-def _matrices(model: Any) -> list[tuple[nn.Module, nn.Parameter]]:
+def _matrices(model: Any) -> list[tuple[nn.Module, Tensor]]:
     """All matrices that inputs are multiplied with: of linear and convolutional layers and of experts."""
-    found = []
+    found: list[tuple[nn.Module, Tensor]] = []
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             found.append((module, module.weight))
@@ -267,7 +267,7 @@ class _Layer:
         dense = [width for width in dense if width > 1]  # a gate of shared experts is one number
         matrices = 3 if self.experts or len(dense) > 1 else 2
         self.gated = matrices == 3
-        self.inner = max(dense, default=0 if self.experts else 4 * hidden)
+        self.inner: float = max(dense, default=0 if self.experts else 4 * hidden)
         if self.experts:
             self.inner += top_k * in_experts / (self.experts * hidden * matrices)
         self.norms = sum("norm" in name and name.endswith("weight") and p.numel() == hidden for name, p in base)
@@ -293,7 +293,7 @@ class _Layer:
                 own += linear.in_features
             for key, down in (adapter or {}).items():
                 ranks += down.out_features
-                if getattr(modules[name].lora_dropout[key], "p", 0.0):  # type: ignore[union-attr, index]
+                if getattr(modules[name].lora_dropout[key], "p", 0.0):
                     dropped += linear.in_features
         if any(p.requires_grad for name, p in named.items() if _EXPERTS.search(name) and p.dim() == 3):
             chosen = top_k * hidden + (self.inner if self.experts else 0)

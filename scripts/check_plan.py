@@ -1,6 +1,7 @@
 """`align plan`'s memory model against the measured peaks of real training steps, one line a configuration.
 
-    python scripts/check_plan.py
+    python scripts/check_plan.py            memory
+    OMP_NUM_THREADS=1 python scripts/check_plan.py --times
 
 Trains two steps on random images with the toolkit's own trainer and counts every tensor alive (on a
 CPU; on a GPU the allocator says). Weights are random and small enough for a laptop; the shapes are those of real models.
@@ -29,10 +30,11 @@ from align.dpo.texts import pair_lengths
 from align.dpo.trainer import PairTrainer, pair_dataset
 from align.images import ImageStore
 from align.memory import How, Memory, training_memory
-from align.plan import patch_size, step_batch
+from align.prompt_sizes import patch_size, step_batch
 from align.records import Pair
 from align.shapes import model_shape, with_adapter
 from scripts.live_tensors import peak_bytes
+from scripts.plan_times import times_table
 from tests import tiny_models, tiny_vlms
 from tests.dpo.conftest import make_args
 
@@ -104,9 +106,13 @@ CASES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help="cases whose names hold this")
+    parser.add_argument("--times", action="store_true", help="seconds of every stage instead of memory")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
+    if options.times:
+        times_table(options.only)
+        return
     print("| configuration | prompt + responses | planned MiB | measured MiB | planned / measured |")
     print("|---|---|---|---|---|")
     worst = 0.0

@@ -19,16 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from align.memory import GIB, How, StepBatch, training_memory
 from align.shapes import ModelShape, model_shape
+from align.speed import GPUS_PER_NODE, NETWORK_GBS, NODE_GBS, sent_bytes
 from scripts.valley_size import Work, build_valley, prompt_of_one_image, work_of
 
 NUM_GPUS = (1, 8, 64, 256)
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 RESPONSE_TOKENS = 200
-GPUS_PER_NODE = 8
 # An H100's dense bfloat16 operations a second, as its maker states them, and the share that training is assumed to reach.
 PEAK_FLOPS, UTILISATION = 989e12, 0.40
-# Bytes a second that one GPU is assumed to send: inside a node (NVLink), and between nodes (400 Gbit/s a GPU).
-NODE_BANDWIDTH, NETWORK_BANDWIDTH = 300e9, 40e9
 # One pair at a time on a GPU; so many times a step.
 ACCUMULATION = (1, 8)
 
@@ -45,29 +43,15 @@ def how_of(strategy: str, num_gpus: int) -> How:
     )
 
 
-def sent_bytes(strategy: str, shape: ModelShape, num_gpus: int, accumulation: int) -> float:
-    """Bytes that one GPU sends in a step, with ring algorithms: (N - 1) / N of what is gathered or scattered.
-
-    ddp: gradients in fp32, reduced and spread again, once a step. zero2: gradients in bf16 scattered in every micro-step,
-    weights in bf16 gathered once a step. zero3 and fsdp2: in every micro-step weights gathered forward and again
-    backward, and gradients scattered, all in bf16.
-    """
-    share = (num_gpus - 1) / num_gpus
-    if strategy == "ddp":
-        return share * 2 * shape.trained * 4
-    if strategy == "zero2":
-        return share * (accumulation * shape.trained * 2 + shape.trained * 2)
-    return share * accumulation * (2 * shape.weights * 2 + shape.trained * 2)
-
-
 def step_seconds(strategy: str, shape: ModelShape, work: Work, num_gpus: int, accumulation: int) -> tuple[float, float]:
     """(computing, communicating): if they overlap wholly the larger counts, if not at all their sum.
 
     Checkpointing computes the language model's forward pass twice: a third more than forward and backward.
     """
     computing = accumulation * work.flops * 4 / 3 / (PEAK_FLOPS * UTILISATION)
-    bandwidth = NODE_BANDWIDTH if num_gpus <= GPUS_PER_NODE else NETWORK_BANDWIDTH
-    return computing, sent_bytes(strategy, shape, num_gpus, accumulation) / bandwidth
+    # Inside a node NVLink is assumed, between nodes 400 Gbit/s a GPU.
+    bandwidth = NODE_GBS if num_gpus <= GPUS_PER_NODE else NETWORK_GBS
+    return computing, sent_bytes(strategy, shape, num_gpus, accumulation) / (bandwidth * 1e9)
 
 
 def memory_rows(shape: ModelShape, batch: StepBatch) -> Iterator[str]:

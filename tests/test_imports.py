@@ -30,7 +30,7 @@ FLOOR = {
 LAYERS = {"models": 3, "prefix": 3, "engines": 4, "data": 3}
 STAGES = {"sample", "score", "pairs", "dpo", "evaluate", "lmms_eval", "report", "summary", "card", "reference", "check"}
 # These look at all stages.
-TOP = {"rounds", "launch", "demo", "cli", "preflight", "plan", "plan_text"}
+TOP = {"rounds", "launch", "demo", "cli", "preflight", "plan", "plan_stages", "plan_text"}
 
 
 def _imports(path: Path) -> set[str]:

@@ -1,0 +1,72 @@
+"""A critic and a question in; what the critic would ask a model about it, in tokens, out. No model is asked.
+
+The critic itself is run, with somebody who answers anything and counts: so every kind, prompt and panel is counted as it
+will ask. A tournament's later rounds depend on the answers; all here are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from align.engines.prompts import AskTree, Prompter
+from align.stage_times import AskSize
+from reward.ask import Ask
+
+
+class CountingAsker:
+    """Answers every ask, and keeps its size. `written_tokens`: how long an answer is, where one is written."""
+
+    def __init__(self, prompter: Prompter, written_tokens: int) -> None:
+        self.prompter = prompter
+        self.written_tokens = written_tokens
+        self.asked: list[AskSize] = []
+
+    def log_probs(self, asks: Sequence[Ask]) -> list[Any]:
+        self.asked += [self._size(ask, 0) for ask in asks]
+        return [np.full((len(ask.branches), len(ask.options)), math.log(1 / len(ask.options))) for ask in asks]
+
+    def generate(self, asks: Sequence[Ask], *, max_new_tokens: int) -> list[list[str | None]]:
+        written = min(self.written_tokens, max_new_tokens)
+        self.asked += [self._size(ask, written) for ask in asks]
+        return [["- one claim\n- another claim"] * len(ask.branches) for ask in asks]
+
+    def _size(self, ask: Ask, new_tokens: int) -> AskSize:
+        tree = self.prompter.tree_of(ask)
+        prompt = len(self.prompter.tokenizer(tree.prompt, add_special_tokens=False)["input_ids"])
+        groups = _group_lengths(tree)
+        longer = sum(len(option) - 1 for option in tree.options) * len(tree.leaves)
+        return AskSize(
+            # The template's one placeholder an image is a visual token itself.
+            prompt_tokens=prompt - len(ask.images),
+            segment_tokens=sum(groups) + longer,
+            groups=len(groups),
+            group_tokens=max(groups) + longer // len(groups),
+            branches=len(tree.leaves),
+            read_tokens=sum(map(len, tree.options)) * len(tree.leaves),
+            new_tokens=new_tokens,
+        )
+
+
+class CountingScorer:
+    """Scores every dialogue, and counts them."""
+
+    def __init__(self) -> None:
+        self.scored = 0
+
+    def __call__(self, dialogues: Sequence[Any]) -> list[float | None]:
+        self.scored += len(dialogues)
+        return [0.0] * len(dialogues)
+
+
+def _group_lengths(tree: AskTree) -> list[int]:
+    """Tokens below each child of the prompt."""
+    top: list[int] = []
+    lengths: dict[int, int] = {}
+    for index, segment in enumerate(tree.segments):
+        top.append(index if segment.parent is None else top[segment.parent])
+        lengths[top[index]] = lengths.get(top[index], 0) + len(segment.token_ids)
+    return list(lengths.values())

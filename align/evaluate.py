@@ -104,7 +104,8 @@ def _moved(
 ) -> tuple[dict[str, Interval], dict[str, str]]:
     """The KL divergence from the first policy, where it can be estimated, and what the manifest should say of it."""
     if not is_measured(config, this.number):
-        return {}, {"kl": SERVED} if config.evaluate.kl and config.evaluate.servers else {}
+        served = config.evaluate.kl and config.evaluate.servers and this.number
+        return {}, {"kl": SERVED} if served else {}
     own, first, notes = log_probs_of_both(config, this, checkpoint, lines, models)
     at = f"both policies at temperature {config.evaluate.temperature:g}, on the checkpoint's own samples"
     return divergence(own, first), notes | {"kl": at}

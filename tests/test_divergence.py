@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from align.config import load_config
-from align.divergence import divergence
+from align.config import ModelSettings, load_config
+from align.divergence import OneModel, divergence
+from align.engines.base import Continuations
+from align.engines.open import open_engine
 from align.evaluate import run_evaluate
 from align.meter import metered
 from align.records import Evaluation, ResponseLogProbs, read_jsonl
@@ -138,6 +141,27 @@ def test_a_served_policy_is_left_out_with_a_note(fresh):
     assert "kl" not in metrics
     assert stage["notes"]["kl"].startswith("left out: servers give no log-probabilities")
     assert not this.own_log_probs.exists()
+
+
+def test_one_model_is_in_memory_at_a_time(fresh):
+    alive, most = weakref.WeakSet(), []
+
+    def opened(checkpoint):
+        most.append(len(alive))
+        engine = open_engine(
+            checkpoint, ModelSettings(dtype="float32"), open_image=lambda name: Image.open(fresh / name)
+        )
+        alive.add(engine.model)
+        return engine
+
+    models = OneModel(opened)
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    given = [Continuations("q", asked, ("images/0.png",), ((5, 6), (7,)))]
+    for checkpoint in (fresh / "policy", fresh / "policy", fresh / "critic"):
+        models.get(str(checkpoint)).weigh(given, lambda *_: None)
+    assert most == [0, 0]
+    models.close()
+    assert not alive
 
 
 def test_it_can_be_switched_off(fresh):

@@ -75,11 +75,16 @@ def scripts_of(page: Path) -> list[tuple[int, str]]:
     inside = re.sub(r"^ *```.*?^ *```$|^    .*$", lambda block: "\n" * block[0].count("\n"), text, flags=re.M | re.S)
     for match in INLINE.finditer(inside):
         command = " ".join(match[1].split())
-        if (len(command.split()) > 2 or command.startswith("make ")) and "..." not in command:
+        if len(command.split()) > (2 if command.startswith("align ") else 1) and "..." not in command:
             program = "python " if command.startswith("scripts/") and ".py" in command else ""
             line = inside.count("\n", 0, match.start()) + 1
             found.append((line, program + command.replace("\\|", "|") + "\n"))
     return sorted(found)
+
+
+def name_of(page: Path) -> str:
+    """A page's path below docs/, or its name in the root."""
+    return page.relative_to(ROOT / "docs" if ROOT / "docs" in page.parents else ROOT).as_posix()
 
 
 def named_commands(page: Path) -> set[str]:

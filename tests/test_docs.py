@@ -18,7 +18,7 @@ from align.config import build_config
 from align.recipes import recipe_names
 from align.records import Question, parse_line
 from scripts.site_pages import public_modules
-from tests.doc_pages import PAGES, ROOT, blocks_of
+from tests.doc_pages import PAGES, ROOT, blocks_of, name_of
 
 LANGUAGES = {"sh", "yaml", "json", "python", "diff", "text"}
 BUILD = (
@@ -95,7 +95,7 @@ def test_the_reference_has_every_public_module(site):
     assert set(public_modules()) - anchors == set()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere_where_the_page_is_read_in_the_repository(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -103,13 +103,13 @@ def test_links_lead_somewhere_where_the_page_is_read_in_the_repository(page):
         assert parts.scheme or not parts.path or (page.parent / parts.path).exists(), f"{page.name}: {link}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_fenced_block_names_its_language(page):
     fenced = re.findall(r"^```(\w*).*\n(?:.*\n)*?```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert set(fenced) <= LANGUAGES
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_settings_on_a_page_are_settings(page, tmp_path):
     for block in blocks_of(page):
         if block.language == "yaml":
@@ -141,6 +141,13 @@ def test_version_and_licence_are_the_same_everywhere():
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert f"\n## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_extras_that_are_installed_are_there(page):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = re.findall(r"(?:'\.|valley-align)\[([\w,-]+)\]'", page.read_text(encoding="utf-8"))
+    assert {extra for group in named for extra in group.split(",")} <= set(project["optional-dependencies"])
 
 
 def test_every_recipe_has_its_line():

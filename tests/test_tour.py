@@ -16,7 +16,7 @@ import typer
 
 from align.cli import app
 from align.demo import play
-from tests.doc_pages import PAGES, ROOT, named_commands, scripts_of
+from tests.doc_pages import PAGES, ROOT, name_of, named_commands, scripts_of
 from tests.doc_player import ALSO, LEFT_OUT, NOT_RUN, Player
 from tests.doc_world import NUM_EVAL, NUM_QUESTIONS, copy_of, write_world
 from tests.engines.stub_server import StubServer
@@ -48,7 +48,7 @@ PROMISED = {
     "recipes.md": (*(f"block-{number}/align.yaml" for number in range(7)),),
 }
 POLICIES = tuple(f"policy-{number}" for number in range(4))
-TOUR = [page for page in PAGES if page.name not in WORKED]
+TOUR = [page for page in PAGES if name_of(page) not in WORKED]
 
 
 @pytest.fixture(scope="session")
@@ -84,23 +84,23 @@ def faults_of(page: Path, player: Player, folder: Path, *, apart: bool = False) 
         where = copy_of(folder, folder.with_name(f"block-{number}")) if apart else folder
         player.server.models = (str(where / "path/to/Valley-Eagle-7B"), *POLICIES)
         player.shell.run(script, where)
-        faults += [f"{page.name}:{line}: {fault}" for fault in player.shell.faults]
+        faults += [f"{name_of(page)}:{line}: {fault}" for fault in player.shell.faults]
     missing = [str(path) for path in player.outputs if not path.exists()]
     home = folder.parent if apart else folder
-    missing += [path for path in PROMISED.get(page.name, ()) if not (home / path).exists()]
-    return faults + [f"{page.name}: promised, but not there: {path}" for path in missing]
+    missing += [path for path in PROMISED.get(name_of(page), ()) if not (home / path).exists()]
+    return faults + [f"{name_of(page)}: promised, but not there: {path}" for path in missing]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", TOUR, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TOUR, ids=name_of)
 def test_the_commands_of_a_page_run(page, world, finished, player, tmp_path):
-    if page.name == "README.md":
+    if name_of(page) == "README.md":
         faults = finished[1]
     else:
-        folder = copy_of(world if page.name in WITHOUT_RUN else finished[0], tmp_path / "project")
-        if page.name in WITHOUT_RUN and page.name not in WITHOUT_CONFIG:
+        folder = copy_of(world if name_of(page) in WITHOUT_RUN else finished[0], tmp_path / "project")
+        if name_of(page) in WITHOUT_RUN and name_of(page) not in WITHOUT_CONFIG:
             shutil.copy(finished[0] / "align.yaml", folder)
-        faults = faults_of(page, player, folder, apart=page.name in APART)
+        faults = faults_of(page, player, folder, apart=name_of(page) in APART)
     assert not faults, "\n\n".join(faults)
 
 
@@ -112,7 +112,7 @@ def test_nothing_is_left_out_that_no_page_names(player):
     assert {*NOT_RUN, *LEFT_OUT, *ALSO} == player.used
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_command_that_is_named_is_there(page):
     assert named_commands(page) <= set(typer.main.get_command(app).commands)
 

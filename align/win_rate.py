@@ -13,12 +13,14 @@ from align.config import Config
 from align.engines.critics import open_critic, plan_critic
 from align.errors import reward_faults
 from align.images import ImageStore
+from align.progress import progress
 from align.questionwise import batches
 from align.records import Evaluation
 from align.statistics import Interval, bootstrap_mean
 from reward.critics import Item, Judgement
 
 BATCH = 64
+NAMES = {"initial": "the first policy", "parent": "the round before"}
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,11 @@ def win_rates(
         by_id = {line.id: line for line in others}
         pairs = [(line, by_id[line.id]) for line in lines if line.id in by_id]
         judgements: list[Judgement] = []
-        for some in batches([_item(*pair) for pair in pairs], BATCH):
-            with reward_faults():
-                judgements += critic.judge(some)
+        with progress(f"win rate against {NAMES.get(name, name)}", total=len(pairs)) as advance:
+            for some in batches([_item(*pair) for pair in pairs], BATCH):
+                with reward_faults():
+                    judgements += critic.judge(some)
+                advance(len(some))
         found[name] = summarise([_outcome(*pair, found) for pair, found in zip(pairs, judgements, strict=True)])
     return found
 

@@ -75,7 +75,9 @@ def from_root(monkeypatch):
 
 def test_a_fault_of_one_process_ends_the_launch_with_that_one_message(from_root, capfd):
     ended = launched("lost", "bad-key")
-    assert (ended.code, capfd.readouterr()) == (2, ("", "")), "the processes themselves say nothing"
+    # Which of the two codes the launcher sees depends on who is gone first; what is said does not.
+    assert ended.code in (1, 2)
+    assert capfd.readouterr() == ("", ""), "the processes themselves say nothing"
     with pytest.raises(UserError) as error:
         speak_for(ended, "`align dpo`")
     assert str(error.value) == "process 1: align.yaml: there is no key 'polcy'; did you mean 'policy'?"

@@ -164,6 +164,22 @@ def test_the_footprint_of_a_process_grows_with_what_it_holds():
     assert after.peak >= after.used
 
 
+@pytest.mark.gpu
+def test_the_footprint_on_a_gpu_is_what_torch_has_allocated():
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    tensor = torch.zeros(64, 2**20, device="cuda")
+    found = footprint()
+    assert found.device == "cuda"
+    assert found.used == torch.cuda.memory_allocated() >= tensor.numel() * 4
+    assert found.peak == torch.cuda.max_memory_allocated() >= found.used
+    assert found.text.startswith(
+        f"{found.used / 2**30:.2f} GiB" if found.used >= 2**30 else f"{found.used / 2**20:.1f}"
+    )
+
+
 def test_the_run_is_found_from_the_folder_of_its_configuration(tmp_path, monkeypatch):
     (tmp_path / "align.yaml").write_text("policy: p\nquestions: q.jsonl\nname: mine\n")
     monkeypatch.chdir(tmp_path)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 from align.cli import app, main
 from align.errors import UserError
+from align.faults import FOLDER
 from align.ranks import rank
 
 
@@ -35,7 +38,9 @@ def crash() -> None:
 
 @app.command()
 def lost() -> None:
-    """What torch says where a neighbour has gone."""
+    """What torch says where a neighbour has gone: after the neighbour has said why."""
+    while not any(Path(os.environ[FOLDER]).glob("*.json")):
+        time.sleep(0.01)
     raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:33333")
 
 

@@ -1,9 +1,6 @@
 """A saved checkpoint is its parent's in everything but the values of the weights."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -168,38 +165,6 @@ def test_switched_off_no_code_travels(model, processor, tmp_path):
     saved = save_checkpoint(model, processor, tmp_path / "saved", auto_map=False)
     assert list(saved.glob("*.py")) == []
     assert json.loads((saved / "config.json").read_text()) == json.loads((GOLDEN / "config.json").read_text())
-
-
-STANDS_ALONE = """
-import json, sys
-sys.modules["align"] = None  # any import of it now fails
-import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-folder, images = sys.argv[1], sys.argv[2:]
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": "Describe the image."}], images=images, add_generation_prompt=True, tokenize=True,
-    return_dict=True, return_tensors="pt",
-)
-for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-    model = auto.from_pretrained(folder, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-tokens = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-print(json.dumps(tokens[0, inputs["input_ids"].shape[1]:].tolist()))
-"""
-
-
-def test_a_checkpoint_opens_where_this_toolkit_is_not_installed(model, tmp_path):
-    processor = load_processor(GOLDEN, max_pixels=1280 * 28 * 28)
-    saved = save_checkpoint(model, processor, tmp_path / "saved")
-    (tmp_path / "alone.py").write_text(STANDS_ALONE)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "alone.py", str(saved), str(GOLDEN / "images" / "square_small_0.png")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    case = json.loads((GOLDEN / "cases.json").read_text())[0]
-    assert case["name"] == "square_small"
-    assert json.loads(done.stdout) == case["greedy"]
 
 
 def test_travelling_code_is_not_used_where_this_toolkit_is_installed(model, processor, tmp_path):

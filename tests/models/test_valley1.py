@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,8 @@ from align.models.valley1 import (
     ValleyLlamaForCausalLM,
 )
 from align.models.valley1.processing import SYSTEMS
+from align.video import picker_of, read_frames
+from tests.models.goldens import VALLEY1
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "valley_v1_tiny"
 OPTIONS = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -402,3 +405,36 @@ def test_a_checkpoint_of_valley3_says_what_it_is(tmp_path):
 
 def test_the_family_is_found_by_architecture_not_by_model_type():
     assert FAMILIES["ValleyLlamaForCausalLM"].config.model_type == FAMILIES["ValleyQwen2ForCausalLM"].config.model_type
+
+
+def test_a_copy_elsewhere_gives_the_same(tmp_path):
+    """Token ids are read from the folder's own tokenizer: swapped there, they are swapped in the model."""
+    folder = tmp_path / "copy"
+    shutil.copytree(GOLDEN, folder)
+    text = (folder / "tokenizer.json").read_text()
+    text = text.replace('"<im_patch>"', '"<other>"').replace('"<vi_start>"', '"<im_patch>"')
+    (folder / "tokenizer.json").write_text(text.replace('"<other>"', '"<vi_start>"'))
+    swapped = load_model(folder)
+    assert swapped.config.image_token_id != VALLEY1.model.config.image_token_id
+    assert load_processor(folder).image_token_id == swapped.config.image_token_id
+
+
+def test_a_video_file_gives_the_original_greedy_tokens(tmp_path):
+    """The recorded frames as a real file of a lossless codec, read and picked as a user's video would be."""
+    case, processor = VALLEY1.cases["video13_file"], VALLEY1.processor("video13_file")
+    pictures = [Image.open(GOLDEN / path).convert("RGB") for path in case["images"]]
+    with av.open(str(tmp_path / "film.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt = "bgr0"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    frames = read_frames(tmp_path / "film.mkv", picker=picker_of(processor))
+    assert [frame.info[FRAME_KEY] for frame in frames] == case["sampled"]
+    asked = {**VALLEY1.ask(case), "images": frames}
+    inputs = processor.apply_chat_template(**asked, **OPTIONS)
+    expected = VALLEY1.inputs("video13_file")
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    tokens = VALLEY1.model.generate(**inputs, max_new_tokens=12, do_sample=False, **VALLEY1.greedy)
+    assert tokens[0, inputs["input_ids"].shape[1] :].tolist() == case["greedy"]

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from align.models.load import load_model, load_processor
 from align.models.valley25 import Valley25Config, Valley25Processor, ValleyQwen3ForCausalLM
+from tests.models.goldens import VALLEY25
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "valley25_tiny"
 
@@ -134,3 +135,18 @@ def test_the_wide_merger_is_recomputed_under_gradient_checkpointing():
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_a_video_is_its_frames_as_images():
+    case = VALLEY25.cases["video8"]
+    frames = [GOLDEN / path for path in case["images"]]
+    content = [{"type": "video", "video": frames}, {"type": "text", "text": case["conversation"][0]["content"]}]
+    inputs = load_processor(GOLDEN).apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokens = VALLEY25.model.generate(**inputs, max_new_tokens=12, do_sample=False, **VALLEY25.greedy)
+    assert tokens[0, inputs["input_ids"].shape[1] :].tolist() == case["greedy"]

@@ -14,8 +14,8 @@ from align.rundir import RunDir
 COLUMNS = {
     "sampled_accuracy": "sampled accuracy, %",
     "greedy_accuracy": "greedy accuracy, %",
-    "win_rate_initial": "wins against first, %",
-    "win_rate_parent": "wins against parent, %",
+    "win_rate_initial": "wins over first, %",
+    "win_rate_parent": "wins over parent, %",
     "hallucination": "hallucination, %",
     "response_tokens": "tokens a response",
     "kl": "KL from first, nats",
@@ -92,7 +92,7 @@ def print_table(runs: dict[str, Path]) -> None:
 
 def digits_of(name: str, value: float) -> int:
     """Decimals of a column's numbers: KL may be tiny at first."""
-    return 1 if name != "kl" or abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3
+    return 1 if name != "kl" or abs(value) >= 10 else 2 if abs(value) >= 0.01 else 3
 
 
 def columns_of(rounds: Iterable[dict[str, dict[str, float]]]) -> list[str]:
@@ -107,7 +107,7 @@ def with_interval(name: str, metric: dict[str, float] | None) -> str:
     >>> with_interval("hallucination", {"mean": 0.25, "low": 0.2, "high": 0.31})
     '25.0 [20.0, 31.0]'
     >>> with_interval("kl", {"mean": 0.0139, "low": -0.007, "high": 0.0348})
-    '0.014 [-0.007, 0.035]'
+    '0.01 [-0.01, 0.03]'
     """
     if metric is None:
         return "-"

@@ -69,7 +69,7 @@ def test_the_table_of_three_rounds_fits_a_terminal_of_80_columns(tmp_path, capsy
     assert max(map(len, lines)) <= 80
     assert "…" not in "".join(lines)
     shown = [line.split() for line in lines]
-    assert ["wins", "against", "parent,", "%", *["45.5"] * 4] in shown
+    assert ["wins", "over", "parent,", "%", *["45.5"] * 4] in shown
     assert [cell for _ in range(4) for cell in ("[34.4,", "56.6]")] in shown
 
 

@@ -567,8 +567,11 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _stop)
     try:
         app()
-    except KeyboardInterrupt:
-        _fail(Fault("interrupted; the same command goes on from here", 130, "users"))
+    except SystemExit as ended:
+        # typer makes this of Ctrl-C, where the command itself does not take it.
+        if isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
+            _fail(Fault("interrupted; the same command goes on from here", 130, "users"))
+        raise
     except Exception as error:
         fault = fault_of(error)
         if fault.kind == "ours" and world_size() == 1 and not is_started_by_align():

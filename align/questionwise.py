@@ -70,7 +70,7 @@ def work_through(
 
         if mine:
             notes = work(mine, keep)
-    barrier()
+        barrier()  # what is said at the end holds for everybody
     records = partial.merge(item.id for item in items) if is_main_process() else []
     barrier()
     return Done(records or read_jsonl(final, kind), notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,19 @@ def test_under_another_launcher_each_fault_is_said_once_with_its_process(command
     assert ("process 1: " in "".join(errors)) >= ("process 1: " in "".join(said))
     assert "align/cli.py" not in done.stderr
     assert LOST not in done.stderr
+
+
+def test_an_interrupted_command_says_that_it_goes_on(from_root):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.faulty", "wait"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests may have been started in the background, where the signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "error: interrupted; the same command goes on from here\n")

@@ -50,6 +50,13 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@app.command()
+def wait() -> None:
+    """Until it is interrupted."""
+    print("waiting", flush=True)
+    time.sleep(60)
+
+
 if __name__ == "__main__":
     sys.argv = ["align", sys.argv[1 + rank()]]
     main()

@@ -36,9 +36,13 @@ class Metric:
 
     def show_change(self, value: float) -> str:
         """A difference with its sign; shares in percentage points."""
-        size = f"{abs(value) * 100:.1f}" if self.percent else f"{abs(value):.{1 if abs(value) >= 10 else 2}f}"
+        size = f"{abs(value) * 100:.1f}" if self.percent else f"{abs(value):.{self._digits(value)}f}"
         sign = "±" if not size.strip("0.,") else "+" if value > 0 else MINUS
         return sign + size
+
+    def _digits(self, change: float) -> int:
+        """Of a change that is no share; nats may be few."""
+        return 1 if abs(change) >= 10 else 4 if self.name == "kl_per_token" else 3 if self.unit == "nats" else 2
 
     @property
     def unit(self) -> str:
@@ -57,11 +61,11 @@ def percent(value: float, digits: int = 1) -> str:
 def plain(value: float) -> str:
     """A number with about three significant digits.
 
-    >>> plain(0.12345), plain(12.345), plain(1234.5)
-    ('0.123', '12.3', '1,234')
+    >>> plain(0.12345), plain(12.345), plain(1234.5), plain(0.00154)
+    ('0.123', '12.3', '1,234', '0.0015')
     """
     size = abs(value)
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3 if size >= 0.01 or not size else 4
     return f"{value:,.{digits}f}".replace("-", MINUS)
 
 

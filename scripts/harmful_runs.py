@@ -31,7 +31,7 @@ RUNS = {
 CONTROLS = {"critic": "random", "length": "random"}
 FEW_QUESTIONS = ["--max-held-out", "40", "--max-training", "24"]
 #: Name of a picture's kind -> width, height in pixels, dark. The height shows the verdict and the first curves.
-VIEWS = {"light": (1440, 1180, False), "dark": (1440, 1180, True), "phone": (390, 1500, False)}
+VIEWS = {"light": (1440, 1340, False), "dark": (1440, 1340, True), "phone": (390, 1500, False)}
 
 
 def align(*arguments: str, folder: Path, threads: int) -> None:
@@ -66,7 +66,7 @@ def write_reports(folder: Path, reports: Path) -> list[Path]:
 
 
 def take_pictures(pages: list[Path], folder: Path) -> None:
-    """The top of each page as PNG with 64 colours, which keeps a picture below 150 kB."""
+    """The top of each page as PNG with a palette, which keeps a picture below 150 kB."""
     from tests.report.chromium import Page, find_chromium
 
     chromium = find_chromium()
@@ -80,7 +80,7 @@ def take_pictures(pages: list[Path], folder: Path) -> None:
                 path = folder / f"report-{page.stem}-{kind}.png"
                 browser.screenshot(path, full=False)
                 with Image.open(path) as image:
-                    few = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+                    few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
                 few.save(path, optimize=True)
             assert not browser.problems, browser.problems
 
@@ -90,13 +90,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/harmful"), help="data and runs")
     parser.add_argument("--reports", type=Path, default=Path("build/harmful"), help="where the pages go")
     parser.add_argument("--pictures", type=Path, help="where pictures of the pages go; none without")
+    parser.add_argument("--only-reports", action="store_true", help="of runs that are there")
     parser.add_argument("--questions", type=int, default=1000, help="a round")
     parser.add_argument("--held-out", type=int, help="of 500; all without")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     sizes = {"questions": options.questions, "held_out": options.held_out, "rounds": options.rounds}
-    run_all(options.folder, threads=options.threads, **sizes)
+    if not options.only_reports:
+        run_all(options.folder, threads=options.threads, **sizes)
     pages = write_reports(options.folder, options.reports)
     if options.pictures:
         take_pictures(pages, options.pictures)

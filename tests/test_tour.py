@@ -29,6 +29,8 @@ PLACEHOLDERS |= {r"\bCHECKPOINT\b": "runs/run/round-3/checkpoint", r"\bOWNER/NAM
 WITHOUT_RUN = ("data.md", "recipes.md", "scaling.md", "serving.md")
 WITHOUT_CONFIG = ("data.md", "recipes.md")
 APART = ("recipes.md", "scaling.md", "serving.md")
+# Its runs are those of the demo, whose images it also looks for `elsewhere`.
+IN_THE_DEMO = ("reports/README.md",)
 # Run by test_worked_examples.py, in a copy of the repository that has what the page adds.
 WORKED = ("adding-a-family.md", "adding-a-critic.md", "adding-a-reader.md")
 # What must be there when a page is over, beside whatever its commands name with --out, --write, --report or --json.
@@ -97,7 +99,10 @@ def test_the_commands_of_a_page_run(page, world, finished, player, tmp_path):
     if name_of(page) == "README.md":
         faults = finished[1]
     else:
-        folder = copy_of(world if name_of(page) in WITHOUT_RUN else finished[0], tmp_path / "project")
+        begin = world if name_of(page) in WITHOUT_RUN else finished[0]
+        begin = begin / "demo-run" if name_of(page) in IN_THE_DEMO else begin
+        folder = copy_of(begin, tmp_path / "project")
+        (folder / "elsewhere").symlink_to(folder)
         if name_of(page) in WITHOUT_RUN and name_of(page) not in WITHOUT_CONFIG:
             shutil.copy(finished[0] / "align.yaml", folder)
         faults = faults_of(page, player, folder, apart=name_of(page) in APART)

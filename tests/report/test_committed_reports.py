@@ -48,7 +48,9 @@ def test_the_page_about_them_quotes_their_first_sentences_and_figures(name):
 
 
 def test_the_bad_runs_are_not_praised():
-    titles = {name: re.search(r"<h1>(.*?)</h1>", path.read_text(encoding="utf-8")).group(1) for name, path in PAGES.items()}
+    titles = {
+        name: re.search(r"<h1>(.*?)</h1>", path.read_text(encoding="utf-8")).group(1) for name, path in PAGES.items()
+    }
     assert titles["critic"].startswith("Better")
     assert not titles["random"].startswith("Better")
     assert titles["length"].endswith("what it learned is length.")

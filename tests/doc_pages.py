@@ -75,7 +75,8 @@ def scripts_of(page: Path) -> list[tuple[int, str]]:
     inside = re.sub(r"^ *```.*?^ *```$|^    .*$", lambda block: "\n" * block[0].count("\n"), text, flags=re.M | re.S)
     for match in INLINE.finditer(inside):
         command = " ".join(match[1].split())
-        if len(command.split()) > (2 if command.startswith("align ") else 1) and "..." not in command:
+        shortest = 2 if command.startswith(("make ", "python ", "scripts/")) else 3
+        if len(command.split()) >= shortest and "..." not in command:
             program = "python " if command.startswith("scripts/") and ".py" in command else ""
             line = inside.count("\n", 0, match.start()) + 1
             found.append((line, program + command.replace("\\|", "|") + "\n"))

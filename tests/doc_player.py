@@ -41,15 +41,15 @@ SMALL = {
     "dpo.gradient_checkpointing": "false",
     "dpo.per_device_train_batch_size": "2",
     "dpo.gradient_accumulation_steps": "1",
-    "evaluate.questions": "data/eval.jsonl",
-    "evaluate.image_root": "data",
     "evaluate.max_new_tokens": "16",
+    "evaluate.limit": "2",
     "launch.num_processes": "1",
     "launch.num_machines": "1",
     "launch.strategy": "ddp",
 }
-# Also, where align.yaml has this line: what the checkpoints of the tour cannot do.
+# Also, where align.yaml has this line: held-out questions, and other ways where the tour's checkpoints cannot follow.
 ALSO = {
+    "name: run": {"evaluate.questions": "data/eval.jsonl", "evaluate.image_root": "data"},
     # The demo's critic writes no claims.
     "name: rlaif-v": {"critic.kind": "pointwise", "critic.options": "", "pairs.min_margin": "0"},
     # Its gate asks for a critic that looks, which only the demo's own prompt makes of the demo's.
@@ -110,7 +110,8 @@ class Player:
         self.outputs += [folder / value for option, value in pairwise(arguments) if option in OUTPUTS]
         arguments = [word.replace("http://gpu1:8000", self.server.url) for word in self._left_out(arguments)]
         command = typer.main.get_command(app).commands.get(arguments[0])
-        if command is not None and any(parameter.name == "set_" for parameter in command.params):
+        names_a_run = arguments[0] == "report" and len(arguments) > 1 and not arguments[1].startswith("-")
+        if command is not None and not names_a_run and any(parameter.name == "set_" for parameter in command.params):
             arguments += [f"--set={key}={value}" for key, value in self._small(folder).items()]
         if arguments[0] == "demo":
             arguments.append("--rounds=1")

@@ -122,6 +122,12 @@ def test_questions_on_a_page_are_questions(name):
     assert parse_line(block.text.strip(), Question, name).answer
 
 
+def test_the_table_of_a_question_has_all_of_its_keys():
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \|", text[: text.index("A pair is")], flags=re.MULTILINE)
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == set(Question.model_fields)
+
+
 def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
     readme, benchmarks = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/benchmarks.md"))
     table = readme[readme.index("| stage,") : readme.index("Measured on")]

@@ -55,7 +55,15 @@ def every(
 
 
 def picker_of(processor: Any, num_frames: int | None = None) -> Picker:
-    """How a model picks frames: `num_frames` evenly where that is given, else as its processor says, else 8 evenly."""
+    """How a model picks frames: `num_frames` evenly where that is given, else as its processor says, else 8 evenly.
+
+    Raises UserError for a model that takes no videos.
+    """
+    if not getattr(processor, "takes_videos", True):
+        raise UserError(
+            f"{type(processor).__name__} takes images, not videos",
+            fix="leave questions about videos out, or use another model",
+        )
     if num_frames is not None:
         return partial(evenly, count=num_frames)
     return getattr(processor, "frame_indices", evenly)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import av
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from align.errors import UserError
 from align.models import open_image
+from align.models.load import load_processor
 from align.video import evenly, every, picker_of, read_frame, read_frames
 from align.video_file import FRAME_KEY, _from_keyframes, file_index
 
@@ -223,3 +225,9 @@ def test_a_frame_behind_the_last_is_refused(tmp_path):
     film = write_film(tmp_path / "closed.mp4", num_frames=3)
     with pytest.raises(UserError, match=r"the frames \[3\] were picked of a video of 3"):
         read_frame(film, 3)
+
+
+def test_a_model_that_takes_no_videos_says_so():
+    processor = load_processor(Path(__file__).parent / "golden" / "vl360_tiny")
+    with pytest.raises(UserError, match="QH360VLProcessor takes images, not videos"):
+        picker_of(processor)

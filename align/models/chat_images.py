@@ -58,9 +58,16 @@ class ImageChatProcessor(ProcessorMixin):
     # A file of our own: the originals' processors refuse keys in processor_config.json that they do not know.
     settings_file: ClassVar[str] = "processor_settings.json"
 
+    takes_videos: ClassVar[bool] = True
+
     image_token_id: int
     default_system: str | None
     num_video_frames: int
+
+    def __init__(self, tokenizer: Any, chat_template: str | None) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
 
     # What a family says.
 
@@ -118,7 +125,7 @@ class ImageChatProcessor(ProcessorMixin):
         )
         kept = {**stored, **_read_settings(pretrained_model_name_or_path, cls.settings_file, hub)}
         settings = {**{name: kept[name] for name in cls.settings if name in kept}, **settings}
-        return cls(tokenizer, chat_template or stored.get("chat_template"), config=config, **settings)
+        return cls(tokenizer, chat_template or stored.get("chat_template"), config=config, **settings)  # type: ignore[call-arg]
 
     def save_settings(self, folder: str | os.PathLike) -> None:
         """Adds the settings to a checkpoint folder in which no other file is to be touched, unless it has them already."""
@@ -171,6 +178,8 @@ class ImageChatProcessor(ProcessorMixin):
         if template_kwargs.pop("truncation", None):
             raise ValueError("truncation is not supported: it would cut images in two")
         conversations, is_batch = ([conversation], False) if _is_one(conversation) else (list(conversation), True)
+        if not all(conversations):
+            raise ValueError("expected at least one message, found an empty conversation")
         batches = {}
         for kind, given in (("image", images), ("video", videos)):
             batches[kind] = [None] * len(conversations) if given is None else (list(given) if is_batch else [given])

@@ -48,6 +48,8 @@ def load_model(
         "use_safetensors": None if allow_pickle else True,
         "weights_only": True,
         "output_loading_info": True,
+        # They are told below, with their shapes.
+        "ignore_mismatched_sizes": True,
     }
     if device is not None and torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
@@ -58,8 +60,17 @@ def load_model(
     loader = family.model if family else AutoModelForImageTextToText
     try:
         model, report = loader.from_pretrained(folder, **options)
-    except (ValueError, ImportError, OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"the checkpoint cannot be opened: {error}", where=str(folder)) from error
+    except Exception as error:
+        # A config.json that is wrong shows in whatever a model's constructor stumbles over.
+        raise UserError(f"the checkpoint cannot be opened: {_said(error)}", where=str(folder)) from error
+    if report.get("mismatched_keys"):
+        name, stored, expected = min(report["mismatched_keys"])
+        raise UserError(
+            f"{len(report['mismatched_keys'])} weights have other shapes than config.json says, such as {name}: "
+            f"{tuple(stored)} in the file, {tuple(expected)} expected",
+            where=str(folder),
+            fix="check that config.json and the weights belong together",
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -98,8 +109,8 @@ def load_processor(folder: str | os.PathLike, **settings: Any) -> Any:
             processor = known.from_pretrained(folder, **settings)
         else:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **settings)
-    except (ValueError, TypeError, OSError, ImportError, KeyError) as error:
-        raise UserError(f"the processor cannot be opened: {error}", where=str(folder)) from error
+    except Exception as error:
+        raise UserError(f"the processor cannot be opened: {_said(error)}", where=str(folder)) from error
     if not hasattr(processor, "tokenizer"):
         raise UserError(
             f"expected a processor of images and text, found {type(processor).__name__}",
@@ -108,6 +119,12 @@ def load_processor(folder: str | os.PathLike, **settings: Any) -> Any:
         )
     _check_settings(processor, settings, folder)
     return processor
+
+
+def _said(error: Exception) -> str:
+    """What an error says in one line, with its kind where that says more."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {text}"
 
 
 def _check_settings(processor: Any, settings: dict[str, Any], folder: str | os.PathLike) -> None:

@@ -4,6 +4,8 @@ import base64
 import io
 import os
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,8 @@ def open_image(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise ValueError(f"expected an array of bytes (uint8), found {source.dtype}")
         return Image.fromarray(source).convert("RGB")
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source)).convert("RGB")
@@ -35,7 +39,8 @@ def open_image(source: Any) -> Image.Image:
             return open_image(base64.b64decode(address.partition(",")[2]))
         if address.startswith(("http://", "https://")):
             raise ValueError(f"expected an image or a local path, found the address {address!r}; download it first")
-        return Image.open(address.removeprefix("file://")).convert("RGB")
+        path = url2pathname(urlsplit(address).path) if address.startswith("file://") else address
+        return Image.open(path).convert("RGB")
     raise ValueError(f"expected an image, an array, a path or encoded bytes, found {type(source).__name__}")
 
 

@@ -8,6 +8,7 @@ against the parent, and put in place by a rename: a folder that is there is whol
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from align.errors import UserError
 from align.models.families import Family, family_of
@@ -35,11 +36,13 @@ CARRIED = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
+    "tekken.json",
     "added_tokens.json",
     "special_tokens_map.json",
     "*.model",
     "*.tiktoken",
     "chat_template*",
+    "additional_chat_templates",
     "*processor_config.json",
     "valley_processor.json",
     "processor_settings.json",
@@ -79,14 +82,16 @@ def save_checkpoint(
     work = _fresh_sibling(final)
     try:
         if family is not None:
-            renamed = {_name_on_disk(name, family): tensor for name, tensor in weights.items()}
+            # A parent that transformers saved has the names in memory.
+            renamed = {name if name in expected else _name_on_disk(name, family): t for name, t in weights.items()}
             if parent_folder is not None:
                 renamed |= _stored_buffers(parent_folder, family)
-            kept = _without_tied_copies(model, renamed, set(expected))
+            kept = _with_tied_copies(model, renamed, set(expected))
             _check_tensors({name: tuple(tensor.shape) for name, tensor in kept.items()}, expected)
             _write_weights(kept, work, max_shard_size)
         else:
-            model.save_pretrained(work, state_dict=dict(weights), max_shard_size=max_shard_size)
+            kept = _with_tied_copies(model, weights, set(expected))
+            _save_as_transformers(model, kept, work, max_shard_size)
             _check_tensors({name: info.shape for name, info in tensor_table(work).items()}, expected)
         _write_config(model, work, parent_folder, stored_dtype(weights))
         replace_code = family is not None and auto_map
@@ -170,17 +175,32 @@ def _stored_buffers(parent: Path, family: Family) -> dict[str, torch.Tensor]:
     return found
 
 
-def _without_tied_copies(
+def _with_tied_copies(
     model: PreTrainedModel, weights: dict[str, torch.Tensor], stored_by_parent: set[str]
 ) -> dict[str, torch.Tensor]:
-    """Leaves out tied weights that the parent does not store; clones those that it stores twice."""
-    tied = dict(getattr(model, "_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else {}
-    kept = {}
-    for name, tensor in weights.items():
-        if name in tied and name not in stored_by_parent:
-            continue
-        kept[name] = tensor.clone() if name in tied else tensor
+    """Weights that are tied to others only where the parent stores them too, then as tensors of their own.
+
+    Names of modules in front of a weight's own may be others on disk.
+    """
+    tied = dict(model.all_tied_weights_keys)
+    kept = {name: tensor for name, tensor in weights.items() if name not in tied}
+    for name, source in tied.items():
+        own_name = "." + ".".join(name.split(".")[-2:])
+        if any(f".{stored}".endswith(own_name) for stored in stored_by_parent):
+            kept[name] = weights[name if name in weights else source].clone()
     return kept
+
+
+def _save_as_transformers(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path, max_shard_size: str | int
+) -> None:
+    """Without the generation config, which transformers refuses to save where its settings do not go together."""
+    generation_config = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
+    finally:
+        model.generation_config = generation_config
 
 
 def _write_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_size: str | int) -> None:
@@ -233,7 +253,7 @@ def _write_config(model: PreTrainedModel, folder: Path, parent: Path | None, dty
     if parent is not None and (parent / "generation_config.json").is_file():
         shutil.copyfile(parent / "generation_config.json", folder / "generation_config.json")
     elif model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+        model.generation_config.to_json_file(folder / "generation_config.json")
 
 
 def _legacy_keys(config: dict[str, Any], dtype_name: str) -> dict[str, Any]:
@@ -288,11 +308,12 @@ def _fresh_sibling(final: Path) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.is_file():
         raise UserError("expected a folder to save the checkpoint in, found a file", where=str(final))
-    for moved_away in final.parent.glob(f".{final.name}.old-*"):
+    for moved_away in final.parent.glob(f".{glob.escape(final.name)}.old-*"):
         if not final.exists():
             moved_away.rename(final)
-    for left_over in final.parent.glob(f".{final.name}.*-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
+    for kind in ("old", "new"):
+        for left_over in final.parent.glob(f".{glob.escape(final.name)}.{kind}-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
     work = final.parent / f".{final.name}.new-{os.getpid()}"
     work.mkdir()
     return work

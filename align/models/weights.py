@@ -52,10 +52,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder; empty where it has none. Raises UserError for a missing shard."""
+    """The safetensors files of a checkpoint folder, those that transformers loads; empty where it has none.
+
+    Raises UserError for a missing shard.
+    """
     index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
     if not index.is_file():
-        return [folder / SINGLE_FILE] if (folder / SINGLE_FILE).is_file() else []
+        return []
     shards = sorted({folder / name for name in _weight_map(index).values()})
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
@@ -68,10 +73,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_table(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint. Raises UserError for cut files, missing shards and tensors that the index misplaces."""
+    """Every tensor of a checkpoint. Raises UserError for cut files, missing shards and tensors that are in none of them."""
     table = {name: info for path in weight_files(folder) for name, info in read_header(path).items()}
     index = folder / INDEX_FILE
-    if index.is_file():
+    if index.is_file() and not (folder / SINGLE_FILE).is_file():
         missing = sorted(set(_weight_map(index)) - set(table))
         if missing:
             raise UserError(

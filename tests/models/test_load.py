@@ -208,7 +208,7 @@ def test_missing_weights_are_refused_and_not_made_up(folder):
 
 def test_weights_of_another_size_are_refused(folder):
     edit(folder / "config.json", intermediate_size=100)
-    with pytest.raises(UserError, match="the checkpoint cannot be opened"):
+    with pytest.raises(UserError, match=r"9 weights have other shapes .* \(64, 96\) in the file, \(64, 100\) expected"):
         load_model(folder)
 
 
@@ -217,3 +217,43 @@ def test_unknown_settings_of_a_processor_are_refused(folder):
         load_processor(folder, max_pixel=3)
     with pytest.raises(UserError, match="expected a dtype such as auto, float32 or bfloat16, found 'half-ish'"):
         load_model(folder, dtype="half-ish")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"mlp_hidden_dim": "12"}, "found element of type str"),
+        ({"dtype": "float99"}, "no attribute 'float99'"),
+        ({"grid_pinpoints": "[[384, 384"}, "expected pairs of pixels for the canvases of tiles, found '[[384, 384'"),
+        ({"grid_pinpoints": [[384]]}, "expected pairs of pixels"),
+        ({"grid_pinpoints": "[]"}, "expected canvases for tiles, found none"),
+    ],
+)
+def test_nonsense_in_a_config_is_a_user_error_of_one_line(changes, message, folder):
+    edit(folder / "config.json", **changes)
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_nonsense_in_a_file_of_the_processor_is_a_user_error(folder):
+    (folder / "processor_config.json").write_text("[]")
+    with pytest.raises(UserError, match="the processor cannot be opened: AttributeError: 'list' object"):
+        load_processor(folder)
+
+
+def test_the_file_that_is_checked_is_the_one_that_is_loaded(folder):
+    """Beside a single file of weights transformers does not look at an index; a missing shard is none then."""
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')
+    loaded = load_model(folder).state_dict()["lm_head.weight"]
+    assert torch.equal(loaded, load_model(GOLDEN).state_dict()["lm_head.weight"])
+
+
+def test_a_projector_without_layers_is_refused(tmp_path):
+    shutil.copytree(GOLDEN.parent / "llava_ov_original_tiny", tmp_path / "copy")
+    edit(tmp_path / "copy" / "config.json", mm_projector_type="mlp0x_gelu")
+    with pytest.raises(UserError, match="expected mm_projector_type like mlp2x_gelu"):
+        load_model(tmp_path / "copy")

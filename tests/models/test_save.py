@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from align.errors import UserError
 from align.models.families import FAMILIES
@@ -224,3 +224,74 @@ def test_tied_heads_are_stored_as_the_parent_stores_them(tmp_path):
     assert "lm_head.weight" not in tensor_table(valley)
     opened = load_model(valley)
     assert opened.lm_head.weight.data_ptr() == opened.model.embed_tokens.weight.data_ptr()
+
+
+def test_a_parent_that_transformers_saved_keeps_its_names(tmp_path):
+    """They are those in memory, which the published checkpoints do not have."""
+    parent = tiny_valley.folder(tmp_path / "parent")
+    saved = save_checkpoint(load_model(parent), load_processor(parent), tmp_path / "saved")
+    assert_equal_tensors(stored(saved), stored(parent))
+
+
+@pytest.mark.parametrize("in_state_dict", [True, False])
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_tied_head_that_a_gathered_state_dict_lacks_is_stored_as_the_parent_does(in_state_dict, is_stored, tmp_path):
+    parent = tiny_valley.folder(tmp_path / "parent", tie_word_embeddings=True)
+    weights = stored(parent)
+    if is_stored:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, parent / "model.safetensors", metadata={"format": "pt"})
+    opened = load_model(parent)
+    gathered = {name: tensor for name, tensor in opened.state_dict().items() if in_state_dict or "lm_head" not in name}
+    saved = save_checkpoint(opened, load_processor(parent), tmp_path / "saved", state_dict=gathered)
+    assert_equal_tensors(stored(saved), weights)
+
+
+def test_a_tied_head_of_a_model_of_transformers_is_stored_where_the_parent_stores_it(tmp_path):
+    tiny_models.llava_onevision(tied=True).save_pretrained(tmp_path / "parent")
+    tiny_models.llava_onevision_processor().save_pretrained(tmp_path / "parent")
+    weights = stored(tmp_path / "parent")
+    embeddings = next(name for name in weights if name.endswith("embed_tokens.weight"))
+    weights["language_model.lm_head.weight"] = weights[embeddings].clone()
+    save_file(weights, tmp_path / "parent" / "model.safetensors", metadata={"format": "pt"})
+    opened = load_model(tmp_path / "parent")
+    with torch.no_grad():
+        opened.get_input_embeddings().weight.mul_(2)
+    saved = stored(save_checkpoint(opened, load_processor(tmp_path / "parent"), tmp_path / "saved"))
+    assert saved.keys() == weights.keys()
+    for name in (embeddings, "language_model.lm_head.weight"):
+        assert torch.equal(saved[name], 2 * weights[name])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_generation_config_that_transformers_would_refuse_is_no_reason_to_lose_a_model(native, tmp_path):
+    parent = tmp_path / "parent"
+    if native:
+        tiny_models.save_llava_onevision(parent, 0)
+    else:
+        tiny_valley.folder(parent)
+    (parent / "generation_config.json").unlink(missing_ok=True)
+    model = load_model(parent)
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.3
+    saved = save_checkpoint(model, load_processor(parent), tmp_path / "saved")
+    assert json.loads((saved / "generation_config.json").read_text())["temperature"] == 0.3
+    assert load_model(saved).generation_config.temperature == 0.3
+
+
+def test_every_chat_template_and_mistrals_tokenizer_are_carried(model, processor, tmp_path):
+    parent = save_checkpoint(model, processor, tmp_path / "parent", auto_map=False)
+    (parent / "additional_chat_templates").mkdir()
+    (parent / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (parent / "tekken.json").write_text("{}")
+    saved = save_checkpoint(model, processor, tmp_path / "saved", parent=parent)
+    assert (saved / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+    assert (saved / "tekken.json").is_file()
+
+
+def test_only_what_was_left_of_the_same_folder_is_cleared(model, processor, tmp_path):
+    for other in (".a.b.new-7", ".[a].new-7"):
+        (tmp_path / other).mkdir()
+    save_checkpoint(model, processor, tmp_path / "a")
+    assert (tmp_path / ".a.b.new-7").is_dir()
+    save_checkpoint(model, processor, tmp_path / "[a]")
+    assert not (tmp_path / ".[a].new-7").exists()

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import align.models  # noqa: F401  (registers the family)
+from align.models.valley_eagle import ValleyProcessor
 from tests.models import tiny_valley
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "valley_eagle_tiny"
@@ -248,3 +249,19 @@ def test_a_video_is_its_frames_as_untiled_images_within_a_limit_of_their_own():
     text = processor.apply_chat_template(render, add_generation_prompt=True)
     again = processor(text=[text], videos=[[frames]], return_tensors="pt")
     assert torch.equal(again["input_ids"], inputs["input_ids"])
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end():
+    words = tiny_valley.tokenizer()
+    words.pad_token = None
+    made = ValleyProcessor(words, config=tiny_valley.config())
+    asked = [[{"role": "user", "content": text}] for text in ("what is this", "what")]
+    batch = made.apply_chat_template(asked, tokenize=True, return_dict=True, return_tensors="pt")
+    padding = batch["input_ids"][batch["attention_mask"] == 0]
+    assert padding.tolist() == [words.eos_token_id] * 2
+
+
+def test_an_empty_conversation_is_refused(processor):
+    for asked in ([], [[{"role": "user", "content": "Hi"}], []]):
+        with pytest.raises(ValueError, match="found an empty conversation"):
+            processor.apply_chat_template(asked)

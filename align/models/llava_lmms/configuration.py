@@ -89,7 +89,7 @@ class LlavaQwenConfig(Qwen2Config):
     @property
     def projector_depth(self) -> int:
         """Linear layers of the projector: 2 of `mlp2x_gelu`."""
-        found = re.fullmatch(r"mlp(\d+)x_gelu", self.mm_projector_type)
+        found = re.fullmatch(r"mlp([1-9]\d*)x_gelu", self.mm_projector_type)
         if found is None:
             raise ValueError(
                 f"config.json: expected mm_projector_type like mlp2x_gelu, found {self.mm_projector_type!r}"

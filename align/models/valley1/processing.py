@@ -102,6 +102,8 @@ class ValleyLlamaProcessor(ImageChatProcessor):
         config = config or ValleyLlamaConfig()
         if prompt_style not in TEMPLATES:
             raise ValueError(f"prompt_style: expected one of {', '.join(TEMPLATES)}, found {prompt_style!r}")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.unk_token
         super().__init__(tokenizer, chat_template=chat_template or TEMPLATES[prompt_style])
         if default_system == "auto":
             default_system = "chinese" if config.is_chinese else "multimodal_video"
@@ -113,8 +115,6 @@ class ValleyLlamaProcessor(ImageChatProcessor):
         self.num_patches = config.num_patches
         self.image_token, self.video_token = PATCH_TOKEN, FRAME_TOKEN
         self.image_token_id, self.video_token_id = _token_ids(tokenizer)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         # Llama's tokenizer begins every text with a space of its own; in front of a response ours would be a second one.
         self.writes_gap = tokenizer.tokenize("A", add_special_tokens=False)[0].startswith("\u2581")
 

@@ -23,6 +23,13 @@ def parse_canvases(pinpoints: str | list, crop_px: int) -> tuple[tuple[int, int]
     >>> parse_canvases("[[384, 768]]", 384)
     ((384, 768),)
     """
+    canvases = _canvases(pinpoints, crop_px)
+    if not canvases:
+        raise ValueError(f"config.json: expected canvases for tiles, found none in {pinpoints!r}")
+    return canvases
+
+
+def _canvases(pinpoints: str | list, crop_px: int) -> tuple[tuple[int, int], ...]:
     if isinstance(pinpoints, str) and "x" in pinpoints:
         pairs = re.findall(r"\((\d+)x(\d+)\)", pinpoints)
         if not pairs:
@@ -30,8 +37,13 @@ def parse_canvases(pinpoints: str | list, crop_px: int) -> tuple[tuple[int, int]
         (first_w, first_h), (last_w, last_h) = ([int(side) for side in pair] for pair in (pairs[0], pairs[-1]))
         columns, rows = range(first_w, last_w + 1), range(first_h, last_h + 1)
         return tuple((crop_px * i, crop_px * j) for i in columns for j in rows)
-    pixel_pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-    return tuple((int(width), int(height)) for width, height in pixel_pairs)
+    try:
+        pixel_pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+        return tuple((int(width), int(height)) for width, height in pixel_pairs)
+    except (SyntaxError, TypeError, ValueError):
+        raise ValueError(
+            f"config.json: expected pairs of pixels for the canvases of tiles, found {pinpoints!r}"
+        ) from None
 
 
 def best_canvas(width: int, height: int, canvases: tuple[tuple[int, int], ...]) -> tuple[int, int]:

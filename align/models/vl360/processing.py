@@ -52,6 +52,7 @@ class QH360VLProcessor(ImageChatProcessor):
     settings = ("default_system", "image_aspect_ratio")
     image_inputs = ("pixel_values", "pictures_per_image")
     image_token = IMAGE_MARK
+    takes_videos = False
 
     def __init__(
         self,
@@ -73,8 +74,6 @@ class QH360VLProcessor(ImageChatProcessor):
             raise ValueError(f"the tokenizer has no token {IMAGE_TOKEN!r}; is it that of Llama 3?")
         # Another id in Llama 3.1's tokenizer than in Llama 3's.
         self.image_token_id = known[IMAGE_TOKEN]
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
         self.side = config.vision_config.image_size
         self._num_image_tokens = config.num_image_tokens
 

@@ -21,8 +21,7 @@ def sampled(engine: LocalEngine, numbers: range) -> list[Continuations]:
     found: dict[str, Any] = {}
     engine.sample(requests, SETTINGS, lambda result: found.__setitem__(result.id, result))
     return [
-        Continuations(request.id, request.messages, request.images, found[request.id].token_ids)
-        for request in requests
+        Continuations(request.id, request.messages, request.images, found[request.id].token_ids) for request in requests
     ]
 
 

@@ -11,7 +11,7 @@ never measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from align.prefix.token_stats import CHUNK_SIZE
 from align.shapes import ModelShape, Stack
@@ -272,6 +272,12 @@ def inference_memory(
     cache = 2 * text.num_layers * text.key * (prompt_tokens + new_tokens) * key_bytes
     working = round(prompt_tokens * (8 * text.hidden + (3 if text.gated else 1) * text.inner) * key_bytes)
     return Memory(shape.weights * weight_bytes, 0, 0, cache, working, 0)
+
+
+def in_pieces(whole: Memory, shape: ModelShape, how: How) -> Memory:
+    """The same, where `zero3` loads the model a piece a process and gathers layer after layer."""
+    live = min(shape.largest_layer * 2 + 2 * shape.embedding_weights, ZERO3_LIVE, shape.weights) * how.weight_bytes
+    return replace(whole, weights=whole.weights // how.num_processes, working=whole.working + live)
 
 
 def _head_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:

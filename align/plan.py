@@ -16,7 +16,7 @@ from align.dpo.parts import freeze_parts
 from align.dpo.quantised import is_quantised
 from align.errors import UserError
 from align.images import ImageStore
-from align.memory import STRATEGIES, How, Memory, StepBatch, inference_memory, training_memory
+from align.memory import STRATEGIES, How, Memory, StepBatch, in_pieces, inference_memory, training_memory
 from align.plan_stages import Lengths, StageCost, StagePlanner
 from align.prompt_sizes import PromptMeter, PromptSize, patch_size
 from align.records import Pair, read_jsonl, read_questions
@@ -338,10 +338,11 @@ def _whole(
     found: list[tuple[str, Memory]] = []
     if config.dpo.reference != "live":
         tokens = batch.num_rows * (batch.prompt_tokens + batch.response_tokens)
-        size = how.weight_bytes
         memory = inference_memory(
-            shape, weight_bytes=size, prompt_tokens=tokens, new_tokens=0, key_bytes=how.compute_bytes
+            shape, weight_bytes=how.weight_bytes, prompt_tokens=tokens, new_tokens=0, key_bytes=how.compute_bytes
         )
+        if config.launch.strategy == "zero3" and machine.gpus > 1:
+            memory = in_pieces(memory, shape, how)
         found.append(("reference", memory))
     size = how.compute_bytes
     if config.questions is not None and not config.sample.servers:

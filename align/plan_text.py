@@ -130,7 +130,7 @@ def _verdict(plan: Plan, size: int, unit: str) -> list[str]:
     lines = []
     chosen = plan.configured
     if chosen.fits:
-        lines.append(f"  launch.strategy {chosen.strategy} fits; the whole model stands on every GPU before training")
+        lines.append(f"  launch.strategy {chosen.strategy} fits")
     elif plan.changes:
         ways = [f"{change.settings} ({change.memory.total / size:.1f} {unit})" for change in plan.changes]
         lines.append(
@@ -149,7 +149,7 @@ def _verdict(plan: Plan, size: int, unit: str) -> list[str]:
 
 
 _REMEDIES = {
-    "reference": "set model.dtype=bfloat16, or use larger GPUs (it stands whole on each before training)",
+    "reference": "it stands whole there before training: launch.strategy=zero3, or model.dtype=bfloat16",
     "sample": "serve the policy (sample.servers), or lower sample.num_responses or max_new_tokens",
     "critic": "serve the critic (critic.servers)",
 }

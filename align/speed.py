@@ -46,6 +46,8 @@ BACKWARD_START = 0.5
 class Machine:
     """`gpus` in all, each with `gpu_gib` of memory, `tflops` achieved and `bandwidth_gbs` of memory traffic.
 
+    `bandwidth_gbs` is what a product of few rows reads its weights with; `arrays_gbs` what other operations read and write
+    their arrays with, where that is another (on a CPU these stay in its caches); 0: the same.
     `layer_us`: microseconds to start a layer's operations; `waits`: the work waits for them, as on a CPU. `link_gbs`:
     what one GPU sends a second to the others; 0: that of one machine, or of a network between machines of eight.
     """
@@ -57,6 +59,7 @@ class Machine:
     layer_us: float = LAYER_US
     waits: bool = False
     link_gbs: float = 0.0
+    arrays_gbs: float = 0.0
 
     @property
     def usable_bytes(self) -> int:
@@ -122,8 +125,9 @@ class Speed:
         `keys_read`: tokens whose keys and values are read from a cache."""
         flops = 2 * stack.active_weights * tokens
         reading = calls * touched_weights(stack, tokens / calls) * self.number_bytes
-        moved = tokens * passes_of(stack) + keys_read * 2 * stack.key
-        attention = self._computing(4 * stack.query * scores) / ATTENTION_SHARE
+        moved = tokens * passes_of(stack)
+        keys = self._moving(keys_read * 2 * stack.key * self.number_bytes)
+        attention = max(self._computing(4 * stack.query * scores) / ATTENTION_SHARE, keys)
         products = max(self._computing(flops), self._moving(reading))
         work = way.products * products + way.attention * attention + way.arrays * self._numbers(moved)
         start = way.start * calls * self.machine.layer_us * 1e-6
@@ -134,7 +138,7 @@ class Speed:
         weights = self.shape.embedding_weights
         computing = self._computing(2 * weights * tokens * products)
         reading = calls * products * self._moving(weights * self.number_bytes)
-        return Cost(max(computing, reading) + self._moving(4 * passes * tokens * self.shape.vocabulary))
+        return Cost(max(computing, reading) + self._numbers(passes * tokens * self.shape.vocabulary, 4))
 
     def towers(self, patches: float, scores: float, calls: float = 1) -> Cost:
         """The vision towers forward; `scores`: pairs of patches that see one another."""
@@ -148,7 +152,7 @@ class Speed:
 
     def optimiser(self) -> Cost:
         """One step of AdamW over what is trained, all of it in this process."""
-        return Cost(self._moving(4 * OPTIMISER_PASSES * self.shape.trained))
+        return Cost(self._numbers(OPTIMISER_PASSES * self.shape.trained, 4))
 
     def _computing(self, flops: float) -> float:
         return flops / (self.machine.tflops * 1e12)
@@ -156,8 +160,10 @@ class Speed:
     def _moving(self, num_bytes: float) -> float:
         return num_bytes / (self.machine.bandwidth_gbs * 1e9)
 
-    def _numbers(self, count: float) -> float:
-        return self._moving(count * self.number_bytes)
+    def _numbers(self, count: float, size: int | None = None) -> float:
+        """Numbers of arrays that operations read and write."""
+        moved = count * (size or self.number_bytes)
+        return moved / ((self.machine.arrays_gbs or self.machine.bandwidth_gbs) * 1e9)
 
     def writing(self, rows: float, branches: float, prompt: float, tokens: float, passes: float) -> Cost:
         """One batch written to its end: `branches` of each of `rows` questions, `tokens` steps.
@@ -169,7 +175,7 @@ class Speed:
         mean_keys = prompt + branches * tokens / 2
         step = self.layers(text, width, width * mean_keys, keys_read=rows * mean_keys) + self.head(width, passes)
         groups = max(text.query // text.key, 1)
-        mask = self._moving(width * mean_keys * (19 + 4 * groups))
+        mask = self._numbers(width * mean_keys * (19 + 4 * groups), 1)
         return Cost(tokens * (step.work + mask), tokens * step.start)
 
 

@@ -290,3 +290,14 @@ def test_all_experts_take_memory_and_those_that_are_chosen_compute():
 def test_adapters_frozen_parts_and_experts_are_within_fifteen_percent(case):
     planned, measured, _ = check(case)
     assert planned.total == pytest.approx(measured, rel=0.15)
+
+
+def test_before_training_only_zero3_has_the_model_in_pieces(tmp_path):
+    folder = make_project(tmp_path)
+
+    def reference(strategy):
+        config = load_config(folder / "align.yaml", [f"launch.strategy={strategy}"])
+        return next(w.memory for w in make_plan(config, Machine(4), response_tokens=8).whole if w.name == "reference")
+
+    assert reference("zero3").weights == reference("zero2").weights // 4
+    assert reference("ddp").weights == reference("fsdp2").weights == reference("zero2").weights

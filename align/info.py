@@ -79,8 +79,13 @@ def empty_model(folder: Path | str, config: dict[str, Any] | None = None) -> Any
                 return family.model._from_config(family.config.from_pretrained(folder))
             settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             return AutoModelForImageTextToText.from_config(settings, trust_remote_code=False)
-    except (ValueError, KeyError, ImportError, OSError) as error:
-        raise UserError(f"the model cannot be built: {error}", where=str(folder)) from error
+    except Exception as error:
+        # A config.json that is wrong shows in whatever a model's constructor stumbles over.
+        raise UserError(
+            f"the checkpoint cannot be opened: {type(error).__name__}: {error}",
+            where=str(folder),
+            fix="check that config.json and the weights belong together",
+        ) from error
 
 
 def expected_shared_prefix(model: Any) -> str:

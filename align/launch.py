@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
+
 from align.config import Config, LaunchSettings
 from align.errors import UserError
 from align.faults import FOLDER, OUR_FAULT, USERS_FAULT, Fault, causes, killed_by, leave, read_faults
@@ -104,6 +106,7 @@ def launch_command(launch: LaunchSettings, arguments: list[str]) -> list[str]:
     if launch.accelerate_config is not None:
         if not launch.accelerate_config.is_file():
             raise UserError("no such accelerate configuration", where=str(launch.accelerate_config))
+        _check_yaml(launch.accelerate_config)
         flags += ["--config_file", str(launch.accelerate_config)]
         if launch.num_processes > 1:
             flags += ["--num_processes", str(launch.num_processes * launch.num_machines)]
@@ -213,3 +216,16 @@ def _leave_for(rank: int, number: int) -> None:
 
 if __name__ == "__main__":
     _accelerate_launch(sys.argv[1:])
+
+
+def _check_yaml(path: Path) -> None:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not valid YAML: {error}", where=str(path), fix="write it with `accelerate config`") from None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"expected keys and values, found {type(found).__name__}",
+            where=str(path),
+            fix="write it with `accelerate config`",
+        )

@@ -19,9 +19,12 @@ from typing import Any
 from align.config import Config
 from align.errors import UserError, reward_faults
 from align.images import ImageStore
-from align.records import IMAGE_TAG, Pair, Question, Record, parse_line, read_questions
+from align.records import Pair, Question, Record, parse_line, read_questions
+from reward.ask import Ask
 
 SHOWN_LINES = 20
+# So many questions, with the most text and images, are held against the limit of tokens.
+LONGEST = 64
 # What a response takes in samples.jsonl and scores.jsonl, for every token.
 BYTES_A_TOKEN = 12
 
@@ -44,7 +47,7 @@ class Preflight:
     def text(self) -> str:
         if self.problems:
             return "\n".join(f"{problem.area}: {problem.text}" for problem in self.problems)
-        return "\n".join(self.facts)
+        return "\n".join(["no problems found", *(f"  {fact}" for fact in self.facts)])
 
 
 def run_preflight(config: Config, *, decode: bool = False) -> Preflight:
@@ -159,7 +162,8 @@ def _evaluation(config: Config, found: Preflight, *, decode: bool) -> None:
 
 
 def _policy(config: Config, found: Preflight) -> None:
-    from align.models.load import check_checkpoint, load_processor
+    from align.engines.prompts import check_prompts
+    from align.models.load import load_processor
     from align.models.placement import pick_device, pick_dtype
 
     with _noting(found, "device"):
@@ -167,31 +171,45 @@ def _policy(config: Config, found: Preflight) -> None:
         found.facts.append(
             f"device {device}, arithmetic {pick_dtype(config.model.dtype, device)}".replace("torch.", "")
         )
-    check_checkpoint(config.policy, allow_pickle=config.model.allow_pickle)
+    _open_without_weights(config.policy, config)
     processor = load_processor(config.policy, **config.model.processor)
     found.facts.append(f"policy {config.policy}")
-    _check_template(processor, config)
+    check_prompts(processor, config.policy)
+    _check_limit(processor, config)
 
 
-def _check_template(processor: Any, config: Config) -> None:
-    """The chat template must write a question, and say where its images stand."""
-    from align.dpo.texts import structured
+def _open_without_weights(checkpoint: str, config: Config) -> None:
+    """Load a checkpoint onto torch's meta device: names and shapes are held against config.json, no tensor is read."""
+    from align.models.load import check_checkpoint, load_model
+    from align.models.weights import weight_files
 
-    question = Question(id="check", question=f"{IMAGE_TAG}What is shown?", images=["image"])
-    try:
-        text = processor.apply_chat_template(
-            structured(question.messages()), tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:
-        # Templates are programs: whatever they raise is the folder's fault.
+    check_checkpoint(checkpoint, allow_pickle=config.model.allow_pickle)
+    if Path(checkpoint).is_dir() and weight_files(Path(checkpoint)):
+        load_model(checkpoint, device="meta", attn_implementation=config.model.attention)
+
+
+def _check_limit(processor: Any, config: Config) -> None:
+    """The questions with the longest texts must leave room for a response; all are counted by `align plan`."""
+    from align.dpo.train import position_limit
+    from align.models.load import read_config
+    from align.prompt_sizes import PromptMeter
+
+    limit = config.dpo.max_length or position_limit(read_config(config.policy))
+    if config.questions is None or not config.questions.is_file() or limit is None:
+        return
+    images = ImageStore(config.question_images, config.max_image_pixels)
+    meter = PromptMeter(processor, images)
+    longest = sorted(read_questions(config.questions), key=lambda q: -len(q.question) - 1000 * len(q.images))[:LONGEST]
+    # Videos are counted by `align plan`, which picks their frames.
+    sizes = [meter.size(q.id, q.messages(), q.images) for q in longest if q.video is None]
+    too_long = [size for size in sizes if size.tokens >= limit]
+    if too_long and config.dpo.too_long != "drop":
+        worst = max(too_long, key=lambda size: size.tokens)
         raise UserError(
-            f"the chat template cannot be used: {error}", where=config.policy, fix="check chat_template in the folder"
-        ) from None
-    if "What is shown?" not in text:
-        raise UserError(
-            "the chat template does not write the question",
-            where=config.policy,
-            fix="check chat_template in the folder",
+            f"{len(too_long)} of the {len(sizes)} longest questions do not fit in {limit} tokens, and nothing is "
+            f"truncated: {worst.id} has {worst.tokens}",
+            where=str(config.questions),
+            fix="raise dpo.max_length, lower model.processor.max_pixels, or set dpo.too_long: drop",
         )
 
 
@@ -199,23 +217,59 @@ def _critic(config: Config, found: Preflight) -> None:
     if config.questions is None:
         return
     from align.engines.critics import plan_critic
-    from align.models.load import check_checkpoint, load_processor
+    from align.engines.prompts import Prompter, check_prompts
+    from align.models.load import load_processor
     from reward.trust import check_gates
 
     with _noting(found, "critic"), reward_faults():
         check_gates(config.critic.gates)
     plan = plan_critic(config)
+    images = ImageStore(config.question_images, config.max_image_pixels)
     for model in [*plan.shared, *plan.own.values()]:
         if model.servers:
             continue
         with _noting(found, "critic"):
             if model.need == "scorer":
-                if not Path(model.checkpoint).exists() and model.checkpoint.count("/") != 1:
-                    raise UserError("there is no such folder", where=model.checkpoint, fix="check critic.model")
+                _check_scorer(model.checkpoint)
                 continue
-            check_checkpoint(model.checkpoint, allow_pickle=config.model.allow_pickle)
-            load_processor(model.checkpoint, **model.processor)
+            if model.checkpoint != config.policy:
+                _open_without_weights(model.checkpoint, config)
+            processor = load_processor(model.checkpoint, **model.processor)
+            check_prompts(processor, model.checkpoint)
+            # As every critic asks: a text with branches, cut where they begin.
+            Prompter(processor, images.open).tree_of(Ask((None,), None, "Which? ", (("a",), ("b",)), " Say.", ()))
+    _check_answers(config)
     found.facts.append(f"critic {plan.kind}" + (f", {config.critic.model}" if config.critic.model else ""))
+
+
+def _check_scorer(checkpoint: str) -> None:
+    """A reward model's folder has a config and whole weights."""
+    from align.models.files import read_json
+    from align.models.weights import tensor_table, weight_files
+
+    folder = Path(checkpoint)
+    if not folder.exists() and checkpoint.count("/") == 1:
+        return
+    if not folder.is_dir():
+        raise UserError("there is no such folder", where=checkpoint, fix="check critic.model")
+    if not (folder / "config.json").is_file() or not weight_files(folder):
+        raise UserError("no model files in the folder", where=checkpoint, fix="check critic.model")
+    read_json(folder / "config.json")
+    tensor_table(folder)
+
+
+def _check_answers(config: Config) -> None:
+    """A verifier needs reference answers."""
+    if config.critic.kind != "verifier" or config.questions is None or not config.questions.is_file():
+        return
+    if bad_lines(config.questions, Question):
+        return
+    if all(question.answer is None for question in read_questions(config.questions)):
+        raise UserError(
+            "the verifier needs answers, and there is no reference answer in any question",
+            where=str(config.questions),
+            fix="add `answer` to the questions, or use another critic.kind",
+        )
 
 
 def _pairs(config: Config, found: Preflight) -> None:
@@ -227,11 +281,10 @@ def _pairs(config: Config, found: Preflight) -> None:
 def _dpo(config: Config, found: Preflight) -> None:
     import torch
 
-    from align.dpo.parts import freeze_parts
+    from align.dpo.quantised import quantization
     from align.dpo.settings import training_arguments
     from align.dpo.strategies import whole_models
-    from align.dpo.train import lora_config, training_dtype
-    from align.info import empty_model
+    from align.dpo.train import check_trained, lora_config, training_dtype
     from align.models.placement import pick_device
 
     device = torch.device("cpu")
@@ -240,9 +293,11 @@ def _dpo(config: Config, found: Preflight) -> None:
     with _noting(found, "dpo"), tempfile.TemporaryDirectory() as folder, whole_models():
         training_arguments(config, Path(folder), device, training_dtype(config.model.dtype))
     with _noting(found, "dpo"):
+        quantization(config.dpo.lora, device, config.launch.strategy)
+    with _noting(found, "dpo"):
         lora_config(config.dpo.lora, config.dpo.freeze)
-    if config.dpo.freeze and config.dpo.lora is None and all(p.area != "policy" for p in found.problems):
-        freeze_parts(empty_model(config.policy), config.dpo.freeze)
+    if all(problem.area != "policy" for problem in found.problems):
+        check_trained(config, config.policy)
 
 
 def _launch(config: Config, found: Preflight) -> None:
@@ -300,11 +355,11 @@ def _disk(config: Config, found: Preflight) -> None:
     needed, free = needed_bytes(config), shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"the run needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free",
+            f"the run needs about {_gib(needed)} (a checkpoint a round) and {_gib(free)} are free",
             where=str(place),
             fix="make room, lower rounds, or set run_root to another disk",
         )
-    found.facts.append(f"{needed / 2**30:.1f} GiB needed of {free / 2**30:.1f} GiB free in {place}")
+    found.facts.append(f"about {_gib(needed)} will be written; {_gib(free)} are free in {place}")
 
 
 def needed_bytes(config: Config) -> int:
@@ -325,7 +380,9 @@ def needed_bytes(config: Config) -> int:
         with config.questions.open("rb") as file:
             questions = sum(1 for _ in file)
     sampled = questions * config.sample.num_responses * config.sample.max_new_tokens * BYTES_A_TOKEN
-    return config.rounds * (stored + sampled) + 2 * 12 * weights
+    # An adapter's states are small beside the checkpoint that it is merged into.
+    states = 0 if config.dpo.lora else 2 * 12 * weights
+    return config.rounds * (stored + sampled) + states
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -333,3 +390,7 @@ def _size(shape: tuple[int, ...]) -> int:
     for length in shape:
         size *= length
     return size
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -65,6 +65,11 @@ def check_settings(config: Config) -> None:
         raise UserError(
             "sample.num_responses is 1: a preference needs two responses", fix="set it to 2 or more (5 is usual)"
         )
+    if config.sample.temperature == 0:
+        raise UserError(
+            "sample.temperature is 0: all responses to a question would be the same, and none is preferred",
+            fix="set it above 0 (0.7 is usual)",
+        )
 
 
 def round_questions(questions: list[Question], number: int, per_round: int | None) -> list[Question]:

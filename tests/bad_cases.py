@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.tiny_models import llava_onevision_config
+
 
 @dataclass(frozen=True)
 class Bad:
@@ -19,6 +21,21 @@ class Bad:
     says: str
     settings: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str | bytes | None] = field(default_factory=dict)
+
+
+# A chat template that goes on without an end, one that fails, and one that forgets the images.
+ENDLESS, UNDEFINED, BLIND = (
+    "{% for message in messages %}",
+    "{{ nothing.of.that }}",
+    "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}",
+)
+MODEL_CRITIC = {"critic.kind": "pairwise", "critic.model": "./critic"}
+
+
+def text_config(**changes: Any) -> str:
+    """The policy's config.json with another language model."""
+    config = llava_onevision_config().to_dict() | {"architectures": ["LlavaOnevisionForConditionalGeneration"]}
+    return json.dumps(config | {"text_config": config["text_config"] | changes})
 
 
 def line(**keys: Any) -> str:
@@ -128,6 +145,79 @@ CONFIGURATIONS = [
     Bad("a device that is none", "dpo", r"model\.device 'gpu' is no device", {"model.device": "gpu"}),
     Bad("a setting of no processor", "dpo", r"has no setting 'max_pixls'", {"model.processor": {"max_pixls": 9}}),
     Bad("machines without an address", "launch", r"main_process_ip is empty", {"launch.num_machines": 2}),
+    _config("a concurrency of nothing", r"server\.concurrency: ", server__concurrency=0),
+    Bad("a loss that is none", "dpo", r"dpo\.loss_type: 'dpo2' is none of TRL's losses", {"dpo.loss_type": "dpo2"}),
+    Bad("a beta below zero", "dpo", r"dpo\.beta: expected a number of at least 0, found -0\.1", {"dpo.beta": -0.1}),
+    Bad("a learning rate in words", "dpo", r"dpo\.learning_rate: .*found 'fast'", {"dpo.learning_rate": "fast"}),
+    Bad("a batch of nothing", "dpo", r"per_device_train_batch_size: .*found 0", {"dpo.per_device_train_batch_size": 0}),
+    Bad(
+        "no accumulation at all",
+        "dpo",
+        r"gradient_accumulation_steps: .*found 0",
+        {"dpo.gradient_accumulation_steps": 0},
+    ),
+    Bad("no epochs", "dpo", r"num_train_epochs: expected more than 0", {"dpo.num_train_epochs": 0}),
+    Bad(
+        "LoRA on nothing",
+        "dpo",
+        r"dpo\.lora: .*nowhere.*not found",
+        {"dpo.lora": {"r": 4, "target_modules": ["nowhere"]}},
+    ),
+    Bad(
+        "LoRA without a rank",
+        "dpo",
+        r"dpo\.lora: .*positive integer",
+        {"dpo.lora": {"r": 0, "target_modules": ["q_proj"]}},
+    ),
+    Bad(
+        "four bits without a GPU",
+        "dpo",
+        r"dpo\.lora\.quantize needs a CUDA GPU",
+        {"dpo.lora": {"r": 4, "target_modules": ["q_proj"], "quantize": "nf4"}},
+    ),
+    Bad("four bits of no kind", "dpo", r"dpo\.lora\.quantize is 'int3'", {"dpo.lora": {"r": 4, "quantize": "int3"}}),
+    Bad(
+        "a rate for a frozen projector",
+        "dpo",
+        r"no projector is trained",
+        {"dpo.freeze": ["projector"], "dpo.projector_learning_rate_multiplier": 3},
+    ),
+    Bad(
+        "a limit below every prompt",
+        "dpo",
+        r"do not fit in 10 tokens, and nothing is truncated",
+        {"dpo.max_length": 10},
+    ),
+    Bad("an attention that is not installed", "dpo", r"FlashAttention2", {"model.attention": "flash_attention_2"}),
+    Bad("greedy samples", "sample", r"sample\.temperature is 0", {"sample.temperature": 0}),
+    Bad(
+        "a verifier without answers",
+        "score",
+        r"no reference answer",
+        {"critic.kind": "verifier"},
+        {"questions.jsonl": question()},
+    ),
+    Bad(
+        "a reward model that is a folder of pictures",
+        "score",
+        r"no model files in the folder",
+        {"critic.kind": "scalar", "critic.model": "./images"},
+    ),
+    Bad("a server that is down", "sample", r"no server answers", {"sample.servers": ["http://127.0.0.1:9"]}),
+    Bad(
+        "a critic's server that is down",
+        "score",
+        r"no server answers",
+        MODEL_CRITIC | {"critic.servers": ["http://127.0.0.1:9"]},
+    ),
+    Bad("a run root that is a file", "sample", r"questions\.jsonl.*set run_root", {"run_root": "questions.jsonl"}),
+    Bad(
+        "a launch file that is no YAML",
+        "launch",
+        r"acc\.yaml: not valid YAML",
+        {"launch.accelerate_config": "acc.yaml"},
+        {"acc.yaml": "a: [\n"},
+    ),
     Bad(
         "a launch file that is not there",
         "launch",
@@ -157,6 +247,50 @@ POLICIES = [
         "dpo",
         r"expected weights \(model\.safetensors\), found none",
         files={"policy/model.safetensors": None},
+    ),
+    Bad("no tokenizer", "sample", r"the processor cannot be opened", files={"policy/tokenizer.json": None}),
+    Bad("a torn tokenizer", "sample", r"the processor cannot be opened", files={"policy/tokenizer.json": '{"a":'}),
+    Bad(
+        "a tokenizer that does not know its padding",
+        "sample",
+        r"cannot be encoded: .*padding token",
+        files={"policy/tokenizer_config.json": None},
+    ),
+    Bad(
+        "no image processor", "sample", r"the processor cannot be opened", files={"policy/processor_config.json": None}
+    ),
+    Bad("no chat template", "sample", r"the chat template cannot be used", files={"policy/chat_template.jinja": None}),
+    Bad(
+        "an endless template", "dpo", r"the chat template cannot be used", files={"policy/chat_template.jinja": ENDLESS}
+    ),
+    Bad("a template that fails", "sample", r"'nothing' is undefined", files={"policy/chat_template.jinja": UNDEFINED}),
+    Bad("a blind template", "sample", r"writes nothing where an image", files={"policy/chat_template.jinja": BLIND}),
+    Bad("a mute template", "sample", r"does not write the question", files={"policy/chat_template.jinja": "hello"}),
+    Bad(
+        "a critic's template that fails",
+        "score",
+        r"'nothing' is undefined",
+        MODEL_CRITIC,
+        {"critic/chat_template.jinja": UNDEFINED},
+    ),
+    Bad("a critic's cut weights", "score", r"cut or foreign", MODEL_CRITIC, {"critic/model.safetensors": b"12345678"}),
+    Bad(
+        "a config of a wider model",
+        "dpo",
+        r"have other shapes than config\.json says.*\(264, 32\) in the file, \(264, 64\) expected",
+        files={"policy/config.json": text_config(hidden_size=64)},
+    ),
+    Bad(
+        "a config of a deeper model",
+        "dpo",
+        r"weights are not in the checkpoint.*layers\.2",
+        files={"policy/config.json": text_config(num_hidden_layers=4, layer_types=None)},
+    ),
+    Bad(
+        "a config of a smaller vocabulary",
+        "dpo",
+        r"the checkpoint cannot be opened",
+        files={"policy/config.json": text_config(vocab_size=100)},
     ),
     Bad("cut weights", "dpo", r"cut or foreign", files={"policy/model.safetensors": b"\x10\x27\0\0\0\0\0\0{"}),
     Bad(
@@ -198,6 +332,7 @@ DATA = [
     Bad("an empty image", "sample", r"is not a readable image", files={"images/0.png": b""}),
     Bad("an image too large", "sample", r"pixels, more than 100", {"max_image_pixels": 100}),
     Bad("the wrong image root", "sample", r"there is no image", {"image_root": "elsewhere"}),
+    _held_out("a held-out id twice", r"the id 'e' stands twice", question(id="e") + question(id="e", question="Who?")),
     _held_out("no held-out file", r"eval\.jsonl: no such file", None),
     _held_out("an empty held-out file", r"no questions in the file", ""),
     _held_out("a bad held-out line", r"eval\.jsonl:1: not a valid Question", line(id="e")),

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align.check import run_check
 from align.config import Config, find_config, load_config
 from align.errors import UserError
 from align.launch import launch_command
-from align.preflight import run_preflight
+from align.preflight import needed_bytes, run_preflight
 from align.records import Question, Response, Samples, read_jsonl, write_jsonl
 from align.rounds import run_stage
 from align.rundir import RunDir
@@ -134,3 +135,28 @@ def test_a_torn_image_is_found_by_decoding_it(good, tmp_path):
     done = align(folder, "check")
     assert done.returncode == 2
     assert "1 images cannot be read" in done.stderr
+
+
+def test_a_disk_too_small_for_every_round_s_checkpoint_is_told(good, tmp_path):
+    # Ten million rounds of 212,600 bytes are 2 TB.
+    folder = broken(good, tmp_path / "project", Bad("disk", "", "", {"rounds": 10_000_000}))
+    found = run_preflight(load_config(folder / "align.yaml"))
+    assert [problem.area for problem in found.problems] == ["disk"]
+    assert re.search(r"the run needs about \d+\.\d GiB \(a checkpoint a round\)", found.text())
+
+
+def test_what_a_run_writes_is_a_checkpoint_a_round_and_two_states(good, tmp_path):
+    config = load_config(good / "align.yaml")
+    checkpoint = (good / "policy/model.safetensors").stat().st_size
+    three, two = needed_bytes(config.model_copy(update={"rounds": 3})), needed_bytes(config)
+    # The file's header is not counted; what is sampled is 4 questions x 3 responses x 8 tokens.
+    assert three - two == pytest.approx(checkpoint, rel=0.05)
+    lora = config.model_copy(update={"dpo": config.dpo.model_copy(update={"lora": {"r": 4}})})
+    assert two - needed_bytes(lora) == pytest.approx(2 * 3 * checkpoint, rel=0.05)
+
+
+def test_a_torn_held_out_image_is_told(good, tmp_path):
+    torn = (good / "images/4.png").read_bytes()[:900]
+    folder = broken(good, tmp_path / "project", Bad("torn", "", "", files={"images/4.png": torn}))
+    with pytest.raises(UserError, match=r"question 'q4'.*images/4\.png: image file is truncated"):
+        run_check(load_config(folder / "align.yaml"))

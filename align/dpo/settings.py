@@ -49,6 +49,20 @@ OWN_FIELDS = {
     "pad_token": "the processor's own is used",
     "use_cpu": "see model.device",
 }
+# The losses of TRL 1.16 (`DPOTrainer._compute_loss`), which names them when the first batch has been computed.
+LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+LEAST = {
+    "learning_rate": 0,
+    "beta": 0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "max_grad_norm": 0,
+    "weight_decay": 0,
+}
 HINTS = {"warmup_ratio": "warmup_steps takes a ratio when it is below 1"}
 
 
@@ -108,9 +122,30 @@ def training_arguments(
     }
     fields.setdefault("run_name", f"{config.name} {output_dir.parent.name}")
     try:
-        return DPOConfig(**_by_their_new_names(fields))
+        arguments = DPOConfig(**_by_their_new_names(fields))
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"TRL refuses the dpo section: {error}") from None
+    check_values(arguments)
+    return arguments
+
+
+def check_values(arguments: DPOConfig) -> None:
+    """Raise UserError for values that TRL takes, and that fail, or turn the training around, when it begins."""
+    problems = []
+    for name, least in LEAST.items():
+        value = getattr(arguments, name)
+        if not isinstance(value, int | float) or not value >= least:
+            problems.append(f"dpo.{name}: expected a number of at least {least}, found {value!r}")
+    if isinstance(arguments.num_train_epochs, int | float) and arguments.num_train_epochs == 0 >= arguments.max_steps:
+        problems.append("dpo.num_train_epochs: expected more than 0, found 0")
+    if arguments.beta == 0:
+        problems.append("dpo.beta: expected more than 0, found 0")
+    kinds = [arguments.loss_type] if isinstance(arguments.loss_type, str) else arguments.loss_type or []
+    for kind in kinds:
+        if kind not in LOSSES:
+            problems.append(f"dpo.loss_type: {kind!r} is none of TRL's losses: {', '.join(LOSSES)}")
+    if problems:
+        raise UserError("the dpo section has faults:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def trackers_of_transformers(config: Config) -> list[str]:

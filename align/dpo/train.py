@@ -34,12 +34,14 @@ from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.settings import training_arguments
 from align.dpo.strategies import check_distribution, chosen_strategy, strategy_fields, whole_models
 from align.dpo.texts import PairLength, check_lengths, pair_lengths
-from align.dpo.trainer import PairTrainer, pair_dataset
+from align.dpo.trainer import PairTrainer, check_projector, pair_dataset
 from align.dpo.whole import gather_weights, merge_adapter
+from align.engines.prompts import check_prompts
 from align.errors import UserError
 from align.images import ImageStore
+from align.info import empty_model
 from align.meter import count_tokens, save_spent
-from align.models.load import load_model, load_processor, read_config
+from align.models.load import check_checkpoint, load_model, load_processor, read_config
 from align.models.placement import DTYPES, pick_device
 from align.models.save import save_checkpoint
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
@@ -49,6 +51,7 @@ from align.ranks import TRY_AGAIN, world_size
 from align.records import Pair, read_jsonl
 from align.rundir import Round, RunDir, checkpoint_hash, content_hash, text_hash
 from align.seen_images import hold_images
+from align.shapes import with_adapter
 from align.trackers import Trackers, tracking
 
 STAGE = "dpo"
@@ -69,6 +72,7 @@ def run_dpo(config: Config, number: int) -> None:
     dtype = training_dtype(config.model.dtype)
     strategy = chosen_strategy(config, device)
     quantization(config.dpo.lora, device, strategy)
+    check_trained(config, policy)
     with whole_models():
         args = training_arguments(config, this.trainer, device, dtype)
     pairs = read_pairs(this)
@@ -164,6 +168,7 @@ class DpoStage:
         started = time.monotonic()
         images = ImageStore(self.config.question_images, self.config.max_image_pixels)
         processor = load_processor(self.policy, **self.config.model.processor)
+        check_prompts(processor, self.policy)
         lengths = pair_lengths(given, processor, images)
         max_length = self.config.dpo.max_length or position_limit(read_config(self.policy))
         pairs = self._that_fit(given, lengths, max_length)
@@ -399,6 +404,23 @@ def lora_config(fields: dict[str, Any] | None, freeze: list[str]) -> Any:
         return LoraConfig(**peft_fields(fields))
     except (TypeError, ValueError) as error:
         raise UserError(f"dpo.lora: {error}", fix="see the fields of peft's LoraConfig") from None
+
+
+def check_trained(config: Config, policy: str) -> None:
+    """Look at what would be trained, without weights.
+
+    Raises:
+        UserError: the checkpoint is not whole, an adapter finds no layers, nothing is left to train, or the projector has a rate and is not trained.
+    """
+    check_checkpoint(policy, allow_pickle=config.model.allow_pickle)
+    model = empty_model(policy)
+    adapter = lora_config(config.dpo.lora, config.dpo.freeze)
+    if adapter is not None:
+        model = with_adapter(model, adapter)
+    else:
+        freeze_parts(model, config.dpo.freeze)
+    if config.dpo.projector_learning_rate_multiplier != 1.0:
+        check_projector(model)
 
 
 def last_state(folder: Path, num_processes: int) -> Path | None:

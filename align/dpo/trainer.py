@@ -180,14 +180,9 @@ class PairTrainer(DPOTrainer):
         return optimizer
 
     def _split_projector(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        check_projector(model)
         parts = part_names(model)
         projector = {id(parameter) for name, parameter in model.named_parameters() if parts[name] == "projector"}
-        trained = [p for group in optimizer.param_groups for p in group["params"] if id(p) in projector]
-        if not trained:
-            raise UserError(
-                "dpo.projector_learning_rate_multiplier is set, but no projector is trained",
-                fix="take `projector` out of dpo.freeze, or the multiplier out of the configuration",
-            )
         for group in list(optimizer.param_groups):
             own = [parameter for parameter in group["params"] if id(parameter) in projector]
             if own:
@@ -224,3 +219,13 @@ class PairTrainer(DPOTrainer):
                 where=self.args.output_dir,
                 fix="run again with --redo",
             )
+
+
+def check_projector(model: nn.Module) -> None:
+    """Raise UserError where the projector has a learning rate of its own and is not trained."""
+    parts = part_names(model)
+    if not any(p.requires_grad for name, p in model.named_parameters() if parts[name] == "projector"):
+        raise UserError(
+            "dpo.projector_learning_rate_multiplier is set, but no projector is trained",
+            fix="take `projector` out of dpo.freeze, or the multiplier out of the configuration",
+        )

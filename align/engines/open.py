@@ -25,13 +25,16 @@ def open_engine(
     """Load a checkpoint for inference in this process.
 
     Raises:
-        UserError: the checkpoint cannot be opened (see `align.models.load`).
+        UserError: the checkpoint cannot be opened (see `align.models.load`), or no question can be written for it.
     """
     from align.engines.local import LocalEngine
+    from align.engines.prompts import check_prompts
     from align.models.load import load_model, load_processor
     from align.models.placement import pick_device, pick_dtype
 
     device = pick_device(settings.device)
+    opened = load_processor(checkpoint, **(processor or {}))
+    check_prompts(opened, checkpoint)
     model = load_model(
         checkpoint,
         dtype=pick_dtype(settings.dtype, device),
@@ -41,7 +44,7 @@ def open_engine(
     )
     return LocalEngine(
         model.eval(),
-        load_processor(checkpoint, **(processor or {})),
+        opened,
         open_image=open_image,
         shared_prefix=shared_prefix,
         batch_size=batch_size,

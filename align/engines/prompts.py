@@ -7,11 +7,13 @@ every branch. Pieces are tokenised one by one, so that the shared and the plain 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +22,9 @@ from align.prefix.layout import Segment
 from reward.ask import Ask
 
 BRANCH_MARK = "[[[here the branches begin]]]"
+# What is asked of a processor before anything is loaded.
+QUESTION = "What is shown?"
+BLANK_PX = (112, 84)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ class Prompter:
         self.processor = processor
         self.open_image = open_image
         self.tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+        # A fast tokenizer keeps how it pads, and whether it splits special tokens, from one call to the next: two
+        # threads (`align.engines.ahead`) would get each other's tokens.
+        self._one_at_a_time = threading.Lock()
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
         """The prompt as text, ready for the assistant's turn."""
@@ -68,9 +76,10 @@ class Prompter:
         arguments: dict[str, Any] = {"text": list(texts)}
         if any(images):
             arguments["images"] = [[self.open_image(image) for image in row] for row in images]
-        inputs = self.processor(
-            **arguments, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False
-        )
+        with self._one_at_a_time:
+            inputs = self.processor(
+                **arguments, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False
+            )
         return right_padded(dict(inputs))
 
     def tokenise(self, text: str) -> list[int]:
@@ -78,7 +87,8 @@ class Prompter:
 
         A response that says `<image>` or `<|im_end|>` must neither ask for an image nor end the turn.
         """
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        with self._one_at_a_time:
+            return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def tree_of(self, ask: Ask) -> AskTree:
         """Cut an ask into what is shared and what branches.
@@ -93,7 +103,8 @@ class Prompter:
                 fix="check the critic's chat template",
             )
         prompt, rest = text.split(BRANCH_MARK)
-        end = self.tokenizer.encode(ask.tail + rest, add_special_tokens=False)
+        with self._one_at_a_time:
+            end = self.tokenizer.encode(ask.tail + rest, add_special_tokens=False)
         segments: list[Segment] = []
         at: dict[tuple[str, ...], int] = {}
         leaves = []
@@ -109,6 +120,39 @@ class Prompter:
             leaves.append(len(segments))
             segments.append(Segment(own + end, parent))
         return AskTree(prompt, segments, leaves, [self.tokenise(option) for option in ask.options])
+
+
+def check_prompts(processor: Any, where: str) -> None:
+    """Write and encode a question with a blank image, as every stage will.
+
+    Raises:
+        UserError: the chat template cannot be used, leaves out the question or its image, or does not go with the
+            processor.
+    """
+    prompter = Prompter(processor, lambda image: image)
+    words = {"type": "text", "text": QUESTION}
+    fix = "check chat_template in the folder: it must write texts, and a placeholder for every image"
+    try:
+        with_image, without = (
+            prompter.render([{"role": "user", "content": content}]) for content in ([{"type": "image"}, words], [words])
+        )
+    except Exception as error:
+        # Templates are programs: whatever they raise is the folder's fault.
+        raise UserError(f"the chat template cannot be used: {error}", where=where, fix=fix) from None
+    if QUESTION not in with_image:
+        raise UserError("the chat template does not write the question", where=where, fix=fix)
+    if prompter.processor is prompter.tokenizer:
+        return
+    if with_image == without:
+        raise UserError("the chat template writes nothing where an image stands", where=where, fix=fix)
+    try:
+        prompter.encode([with_image], [[Image.new("RGB", BLANK_PX)]])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(
+            f"a question with an image cannot be encoded: {error}",
+            where=where,
+            fix="check chat_template, tokenizer_config.json and the processor's files in the folder",
+        ) from None
 
 
 def _shared_length(branch: tuple[str, ...], branches: Sequence[tuple[str, ...]]) -> int:

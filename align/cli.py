@@ -190,7 +190,8 @@ def check(
 
         before = run_preflight(loaded, decode=decode)
         if before.problems:
-            raise UserError(f"{len(before.problems)} problems\n{before.text()}")
+            several = "s" if len(before.problems) > 1 else ""
+            raise UserError(f"{len(before.problems)} problem{several}\n{before.text()}")
         _say(before.text(), next_command=None)
     found = run_check(
         loaded,
@@ -535,11 +536,11 @@ def chat(
     settings = SamplingSettings(temperature, max_new_tokens)
     try:
         if web:
-            from align.chat_web import Address, chat_on_page
+            from align.chat.web import Address, chat_on_page
 
             chat_on_page([checkpoint, *([compare] if compare else [])], settings, Address(host, port, share))
         else:
-            from align.chat_terminal import chat_in_terminal
+            from align.chat.terminal import chat_in_terminal
 
             chat_in_terminal(checkpoint, image or [], question, settings)
     except KeyboardInterrupt:

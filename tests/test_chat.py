@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from align.card import lineage_of
-from align.chat import Chat, Exchange
-from align.chat_terminal import chat_in_terminal
-from align.chat_web import Address, chat_on_page
+from align.chat.answers import Chat, Exchange
+from align.chat.terminal import chat_in_terminal
+from align.chat.web import Address, chat_on_page
 from align.config import ModelSettings
 from align.demo.canvas import draw
 from align.demo.data import POLICY

@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 
-from align.chat_terminal import chat_in_terminal
+from align.chat.terminal import chat_in_terminal
 from align.demo.canvas import draw
 from align.demo.data import POLICY
 from align.engines.base import SamplingSettings
@@ -230,7 +230,7 @@ def test_the_server_spoke_to_no_other_machine(served):
 
 
 def test_a_second_page_at_the_same_address_is_told(served, capsys):
-    from align.chat_web import Address, chat_on_page
+    from align.chat.web import Address, chat_on_page
     from align.errors import UserError
 
     port = int(served.url.rstrip("/").rsplit(":", 1)[1])

@@ -1,7 +1,7 @@
 """Loaded checkpoints in, the page's controls out: what each does to a visitor's conversation, and what is shown of it.
 
 Texts stand as they were written, no Markdown of a model or a visitor is rendered. What goes wrong is told to the visitor in a
-sentence. Needs Gradio; `align.chat_web` serves the page.
+sentence. Needs Gradio; `align.chat.web` serves the page.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import gradio as gr
 
 from align.card import licence_of, lineage_of
-from align.chat import VIDEO_SUFFIXES, Answers, Chat, Exchange
+from align.chat.answers import VIDEO_SUFFIXES, Answers, Chat, Exchange
 from align.engines.base import SamplingSettings
 from align.errors import UserError
 from align.models.load import read_config

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import typer
 
-from align.chat import Answers, Chat, Exchange
+from align.chat.answers import Answers, Chat, Exchange
 from align.engines.base import SamplingSettings
 from align.errors import UserError
 

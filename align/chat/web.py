@@ -1,7 +1,7 @@
 """Checkpoints in, a page out on which people talk to them, served until Ctrl-C.
 
 It listens on its own machine unless told otherwise, asks nothing of the network, and lets a browser fetch nothing but its own
-parts and what was shown to it (`align.chat_guard`). Conversations live in memory; they and what was uploaded end with it.
+parts and what was shown to it (`align.chat.guard`). Conversations live in memory; they and what was uploaded end with it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import typer
 
-from align.chat import Chat
-from align.chat_guard import Guard
+from align.chat.answers import Chat
+from align.chat.guard import Guard
 from align.engines.base import SamplingSettings
 from align.errors import UserError
 from align.progress import log
@@ -50,7 +50,7 @@ def chat_on_page(checkpoints: Sequence[str], settings: SamplingSettings, address
     with tempfile.TemporaryDirectory(prefix="align-chat-") as uploads:
         # Read when Gradio is imported; without the first it reports its use to its makers.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
-        from align.chat_page import Page
+        from align.chat.page import Page
 
         blocks = Page([Chat(checkpoint) for checkpoint in checkpoints], settings).build()
         try:
@@ -81,7 +81,7 @@ def _launch(blocks: Any, address: Address, uploads: Path) -> None:
         max_file_size=MAX_FILE_SIZE,
         app_kwargs={"middleware": [Middleware(Guard, uploads=uploads)]},
         theme=gradio.themes.Default(font=FONTS, font_mono=MONO_FONTS),
-        css_paths=Path(__file__).with_name("chat_page.css"),
+        css_paths=Path(__file__).with_name("page.css"),
     )
     typer.echo(f"the page: {blocks.share_url or blocks.local_url}   (Ctrl-C ends it)")
     if address.share or address.host not in ("127.0.0.1", "localhost", "::1"):

@@ -1,6 +1,6 @@
 """A checkpoint and a conversation with pictures in, its next answers out while they are written.
 
-The terminal (`align.chat_terminal`) and the page (`align.chat_web`) both talk through this. Pictures are checked as those of a
+The terminal (`align.chat.terminal`) and the page (`align.chat.web`) both talk through this. Pictures are checked as those of a
 run are, by `align.images`, and opened once.
 """
 

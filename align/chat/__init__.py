@@ -1,0 +1,1 @@
+"""`align chat`: a checkpoint and what people ask it in, its answers out, on a terminal or as a page."""

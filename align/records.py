@@ -60,6 +60,15 @@ class Question(Record):
     history: list[Turn] = Field(default_factory=list, description="earlier turns of the dialogue")
     meta: dict[str, Any] = Field(default_factory=dict, description="anything else; carried along, never read")
 
+    @field_validator("answer_kind")
+    @classmethod
+    def _known_kind(cls, kind: str | None) -> str | None:
+        from reward.critics.verifier import ANSWER_KINDS
+
+        if kind is not None and kind not in ANSWER_KINDS:
+            raise ValueError(f"must be one of {', '.join(ANSWER_KINDS)}, found {kind!r}")
+        return kind
+
     @field_validator("question")
     @classmethod
     def _not_empty(cls, text: str) -> str:

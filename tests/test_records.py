@@ -123,3 +123,10 @@ def test_a_pair_with_half_a_character_is_refused():
     }
     with pytest.raises(UserError, match=r"pairs.jsonl:1: .*half of a character \(\\ud83d\)"):
         parse_line(json.dumps(line), Pair, "pairs.jsonl:1")
+
+
+def test_an_unknown_kind_of_answer_is_told_when_the_question_is_read(tmp_path):
+    line = '{"id": "q", "question": "How many?", "answer": "3", "answer_kind": "numeric"}\n'
+    (tmp_path / "q.jsonl").write_text('{"id": "p", "question": "?", "answer_kind": "number"}\n' + line)
+    with pytest.raises(UserError, match=r"q.jsonl:2: .*answer_kind: must be one of exact, .*, found 'numeric'"):
+        read_questions(tmp_path / "q.jsonl")

@@ -15,33 +15,34 @@ _MARKED = re.compile(
     r"(?:(?:final |correct )?answer(?: is)?\s*[:：]|(?:final|correct|the) answer is|答案(?:是|为)?\s*[:：]|答案[是为]|答\s*[:：])\s*",
     re.IGNORECASE,
 )
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+# A tag without an end is passed over by the next one, not by looking through the rest of the text.
+_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL | re.IGNORECASE)
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 
 
-def final_answer(text: str) -> tuple[str, bool]:
-    """The part of a response that is its answer, and whether it was marked as such.
+def final_answer(text: str) -> str:
+    """The part of a response that is its answer.
 
     The last `\\boxed{}`, else the last `<answer>`, else what follows the last "Answer:" (or "the answer is", or
     "答案是") on its line, else the whole text.
 
     >>> final_answer(r"So \\boxed{\\text{cat}}."), final_answer("答案：三只"), final_answer("Two cats.")
-    (('cat', True), ('三只', True), ('Two cats.', False))
+    ('cat', '三只', 'Two cats.')
     """
     text = unicodedata.normalize("NFKC", text)
     boxed = _last_boxed(text)
     if boxed is not None:
-        return _plain(boxed), True
+        return _plain(boxed)
     tags = _TAG.findall(text)
     if tags:
-        return _plain(tags[-1]), True
+        return _plain(tags[-1])
     marks = list(_MARKED.finditer(text))
     if marks:
         after = text[marks[-1].end() :].strip()
         if after.strip("*_ "):
-            return _plain(after.splitlines()[0]), True
-    return _plain(text), False
+            return _plain(after.splitlines()[0])
+    return _plain(text)
 
 
 def _last_boxed(text: str) -> str | None:
@@ -118,7 +119,8 @@ def numbers(text: str) -> list[Number]:
     >>> [n.value for n in numbers("图中有一百零二只猫和两条狗，一起玩")]
     [102.0, 2.0]
     """
-    text = unicodedata.normalize("NFKC", text).replace("−", "-")
+    # NFKC makes of ½ a 1, a fraction slash and a 2.
+    text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("⁄", "/")
     found = [number for match in _DIGITS.finditer(text) if (number := _from_digits(match)) is not None]
     if found:
         return found
@@ -138,31 +140,32 @@ def _from_digits(match: re.Match[str]) -> Number | None:
 
 
 def _english(text: str) -> float:
-    total, current = 0, 0
+    # Floats, which overflow to infinity: what a looping policy writes ("hundred hundred hundred ...") has no end.
+    total, current = 0.0, 0.0
     for word in re.findall(r"[a-z]+", text.lower()):
         if word in _WORDS:
             current += _WORDS[word]
         elif word == "hundred":
-            current = max(current, 1) * 100
+            current = max(current, 1.0) * 100
         elif word in _SCALES:
-            total += max(current, 1) * _SCALES[word]
-            current = 0
-    return float(total + current)
+            total += max(current, 1.0) * _SCALES[word]
+            current = 0.0
+    return total + current
 
 
 def _chinese(text: str) -> float:
     sign, text = (-1, text[1:]) if text.startswith("负") else (1, text)
     whole, _, decimals = text.partition("点")
-    value = float(_chinese_whole(whole))
+    value = _chinese_whole(whole)
     if decimals:
         value += float("0." + "".join(str(_CHINESE_DIGITS[char]) for char in decimals))
     return sign * value
 
 
-def _chinese_whole(text: str) -> int:
+def _chinese_whole(text: str) -> float:
     if all(char in _CHINESE_DIGITS for char in text):
-        return int("".join(str(_CHINESE_DIGITS[char]) for char in text))
-    total, section, digit = 0, 0, None
+        return float("".join(str(_CHINESE_DIGITS[char]) for char in text))
+    total, section, digit = 0.0, 0.0, None
     for char in text:
         if char in _CHINESE_DIGITS:
             digit = _CHINESE_DIGITS[char]
@@ -180,9 +183,8 @@ _OPTION_LINE = re.compile(
 )
 _LETTER_ALONE = re.compile(r"^[\s(\[]*([A-J])[\s)\].:,、。]*$", re.IGNORECASE)
 _LETTER_FIRST = re.compile(r"^\s*(?:\(([A-J])\)|([A-J])\s*[).:、：]|([A-J])\s*\n)")
-_LETTER_NAMED = re.compile(
-    r"(?:option|choice|answer is|选项|选择|选|应为)\s*[:：]?\s*\(?([A-J])(?![A-Za-z])", re.IGNORECASE
-)
+# A small a or i after these is a word: "my answer is a dog".
+_LETTER_NAMED = re.compile(r"(?i:option|choice|answer is|选项|选择|选|应为)\s*[:：]?\s*\(?([A-Jb-hj])(?![A-Za-z])")
 _LETTER_BRACKETED = re.compile(r"\(([A-J])\)")
 _LETTER_LOOSE = re.compile(r"(?<![A-Za-z'])([A-J])(?![A-Za-z'])")
 
@@ -219,11 +221,11 @@ def option_letter(text: str, options: dict[str, str]) -> str | None:
         named = {letter.upper() for letter in pattern.findall(text)}
         if named:
             return named.pop() if len(named) == 1 else None
-    # "A" and "I" are English words too: a loose letter must not be followed by a small-letter word.
+    # "A" and "I" are English words too: such a letter must not be followed by a small-letter word other than "is".
     loose = {
         m.group(1)
         for m in _LETTER_LOOSE.finditer(text)
-        if not re.match(r"\s+[a-z]", text[m.end() :]) or m.group(1) not in "AI"
+        if m.group(1) not in "AI" or not re.match(r"\s+(?!is\b)[a-z]", text[m.end() :])
     }
     return loose.pop() if len(loose) == 1 else None
 
@@ -242,22 +244,32 @@ def same_words(one: str, other: str) -> bool:
 
 _YES = re.compile(r"\b(?:yes|yeah|yep|true|correct)\b", re.IGNORECASE)
 _NO = re.compile(r"\b(?:no|nope|not|false|incorrect)\b|n't\b", re.IGNORECASE)
+_UNSURE = re.compile(
+    r"\b(?:can't|cannot|can not|(?:'m|am) (?:unable|not able) to|don't|do not) "
+    r"(?:tell|say|know|determine|answer|judge|help|assist)\b|\bnot (?:sure|certain|clear)\b|\bsorry\b",
+    re.IGNORECASE,
+)
 
 
 def yes_or_no(text: str) -> bool | None:
-    """Whether an answer says yes; None if it says neither or both. Its first word decides.
+    """Whether an answer says yes; None if it says neither or both, or that it cannot tell. Its first word decides.
 
     >>> [yes_or_no(text) for text in ("Yes, there is no doubt.", "No.", "没有", "是的，有。", "Perhaps", "It is not.")]
     [True, False, False, True, None, False]
+    >>> [yes_or_no(text) for text in ("I can't tell.", "对不起，我不知道。")]
+    [None, None]
     """
-    text = unicodedata.normalize("NFKC", text).strip().strip("*\"'")
-    if re.match(r"不|没|否|无|错", text):
+    text = unicodedata.normalize("NFKC", text).replace("’", "'").strip().strip("*\"'")
+    if re.match(r"不(?!知道|清楚|确定|能确定)|没|否|无(?!法)|错", text):
         return False
-    if re.match(r"是|有|对|正确|会|能", text):
+    if re.match(r"是|有|对(?!不起)|正确|会|能", text):
         return True
     first_yes, first_no = _YES.match(text), _NO.match(text)
-    if first_yes or first_no:
+    unsure = _UNSURE.search(text)
+    if (first_yes or first_no) and not (unsure and unsure.start() == 0):
         return first_yes is not None
+    if unsure:
+        return None
     says_yes, says_no = _YES.search(text) is not None, _NO.search(text) is not None
     return says_yes if says_yes != says_no else None
 

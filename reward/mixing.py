@@ -29,8 +29,9 @@ def _log_ratio(lengths: tuple[int, int]) -> float:
 def balance_lengths(lengths: Sequence[tuple[int, int]], *, limit: float) -> list[int]:
     """Indices of the pairs to keep so that the mean log ratio of (chosen, rejected) lengths is within +-limit.
 
-    The pairs that lean furthest towards the heavier side go first, as few as do it. `limit` 0.1 means that chosen
-    responses may be 10 % longer or shorter on (geometric) average.
+    The pair that leans furthest towards the heavier side goes first, until the limit is kept or without the next one
+    the rest would lean as far to the other side. `limit` 0.1 means that chosen responses may be about 10 % longer or
+    shorter on (geometric) average.
 
     >>> balance_lengths([(80, 10), (20, 10), (10, 20)], limit=0.1)
     [1, 2]
@@ -38,12 +39,14 @@ def balance_lengths(lengths: Sequence[tuple[int, int]], *, limit: float) -> list
     if limit < 0:
         raise RewardError(f"the limit on the length ratio must not be negative, found {limit}")
     ratios = [_log_ratio(pair) for pair in lengths]
-    side = 1.0 if sum(ratios) >= 0 else -1.0
-    kept = sorted(range(len(ratios)), key=lambda index: (side * ratios[index], -index))
-    total = side * sum(ratios)
-    while kept and total > limit * len(kept):
-        total -= side * ratios[kept.pop()]
-    return sorted(kept)
+    order = sorted(range(len(ratios)), key=lambda index: (ratios[index], index))
+    start, end, total = 0, len(order), math.fsum(ratios)
+    while start < end and abs(total) > limit * (end - start):
+        rest = total - ratios[order[end - 1] if total > 0 else order[start]]
+        if rest * total < 0 and abs(rest) * (end - start) >= abs(total) * (end - start - 1):
+            break
+        start, end, total = (start, end - 1, rest) if total > 0 else (start + 1, end, rest)
+    return sorted(order[start:end])
 
 
 def mix_earlier(

@@ -238,15 +238,16 @@ def _closest_above_margin(
 
 
 def _correct_incorrect(candidates: list[PairChoice], question: _Question, settings: PairSettings) -> list[PairChoice]:
-    """Correct against wrong (MMPR), in an order that uses every response once before any of them twice."""
+    """Correct against wrong (MMPR), in an order that uses every response once before any on its side twice.
+
+    Along the diagonal of the table of correct and wrong ones, round its edges, one step aside whenever it closes.
+    """
     correct = sorted({pair.chosen for pair in candidates})
     wrong = sorted({pair.rejected for pair in candidates})
-
-    def diagonal(pair: PairChoice) -> tuple[int, int]:
-        row, column = correct.index(pair.chosen), wrong.index(pair.rejected)
-        return ((column - row) % len(wrong), row)
-
-    return sorted(candidates, key=diagonal)
+    closes = math.lcm(len(correct), len(wrong))
+    steps = range(len(correct) * len(wrong))
+    places = {(correct[n % len(correct)], wrong[(n + n // closes) % len(wrong)]): n for n in steps}
+    return sorted(candidates, key=lambda pair: places[pair.chosen, pair.rejected])
 
 
 STRATEGIES: dict[str, Strategy] = {

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from reward.judgement import Verdict
+
+LEAST_RIDGE = 1e-9
 
 
 def credit(verdict: Verdict, *, soft: bool = False) -> float:
@@ -72,14 +76,17 @@ def bradley_terry(
 
     `w_ij` are wins of `i` over `j`, a tie half a win for each. The ridge is a normal prior of variance `1 / ridge`
     on every strength: it keeps a response that won always finite, and one that was never compared at 0 with a large
-    error. It must be positive.
+    error.
+
+    Raises:
+        ValueError: `ridge` is below `LEAST_RIDGE`, where the equations cannot be solved in floating point.
 
     >>> table = [Verdict(0, 1, 1, 0, winner=0), Verdict(1, 0, 0, 1, winner=0)]
     >>> bradley_terry(2, table).strengths[0] > 0
     True
     """
-    if ridge <= 0:
-        raise ValueError(f"ridge must be positive, found {ridge}")
+    if not LEAST_RIDGE <= ridge < math.inf:
+        raise ValueError(f"ridge must be a finite number from {LEAST_RIDGE:g} on, found {ridge}")
     wins = _win_table(num_responses, verdicts, soft=soft)
     strengths = np.zeros(num_responses)
     for _ in range(max_steps):
@@ -125,7 +132,7 @@ def without_failures(responses: Sequence[int], failed: Mapping[tuple[int, int], 
     """
     left, dropped = dict(failed), {}
     while left:
-        counts = {index: sum(index in pair for pair in left) for index in responses}
+        counts = Counter(index for pair in left for index in pair)
         worst = max(responses, key=lambda index: (counts[index], index))
         dropped[worst] = next(reason for pair, reason in left.items() if worst in pair)
         left = {pair: reason for pair, reason in left.items() if worst not in pair}

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 _SPACE = re.compile(r"\s+")
 _GRAM = 3
+# A question's responses are compared two by two: each is taken apart once.
+_REMEMBERED = 1024
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def normalise(text: str) -> str:
     """Fold what does not change a text's meaning: width, case, spaces, punctuation.
 
@@ -43,16 +47,18 @@ def similarity(one: str, other: str) -> float:
     >>> similarity("A red car.", "a red car"), round(similarity("a red car", "a red cat"), 2)
     (1.0, 0.75)
     """
-    grams_one, grams_other = _grams(normalise(one)), _grams(normalise(other))
+    grams_one, grams_other = _grams(one), _grams(other)
     if not grams_one and not grams_other:
         return 1.0
     return len(grams_one & grams_other) / len(grams_one | grams_other)
 
 
-def _grams(text: str) -> set[str]:
+@lru_cache(maxsize=_REMEMBERED)
+def _grams(text: str) -> frozenset[str]:
+    text = normalise(text)
     if 0 < len(text) < _GRAM:
-        return {text}
-    return {text[start : start + _GRAM] for start in range(len(text) - _GRAM + 1)}
+        return frozenset({text})
+    return frozenset(text[start : start + _GRAM] for start in range(len(text) - _GRAM + 1))
 
 
 def first_occurrences(texts: Sequence[str]) -> list[int]:

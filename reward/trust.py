@@ -6,7 +6,6 @@ measured (no verdicts, no reference answers) is None, never 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from reward.critics.base import DECIMALS
 from reward.errors import RewardError
 from reward.judgement import Item, Judgement, Verdict
 from reward.ranking import consistency, position_bias, tie_rate
@@ -33,6 +33,10 @@ MEASURES = {
     "image_dependence_blank": "preferences that change when the image is blank",
     "image_dependence_shuffled": "preferences that change when the image is another question's",
 }
+
+
+# What is left of values when their part in others is taken out counts as nothing below this share.
+ROUNDING = 1e-7
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ def length_correlation(
     """Pearson correlation of reward and length within questions; with `given`, the partial one with its rewards fixed.
 
     Each question's values are taken from their mean first, so that questions with long answers do not count as long
-    answers preferred. None with fewer than three responses or where something does not vary.
+    answers preferred. None with fewer than three responses or where something does not vary (with `given`: follows from
+    it, but for rounding).
 
     >>> length_correlation([Judgement([1.0, 2.0, 3.0])], [[10, 20, 30]])
     1.0
@@ -136,23 +141,30 @@ def length_correlation(
         return None
     table = np.array(rows)
     rewards, sizes = table[:, 0], table[:, 1]
+    least = ROUNDING * np.linalg.norm(rewards), ROUNDING * np.linalg.norm(sizes)
     if given is not None:
         rewards, sizes = _without(rewards, table[:, 2]), _without(sizes, table[:, 2])
-    spread = math.sqrt(float((rewards**2).sum() * (sizes**2).sum()))
-    return round(float((rewards * sizes).sum()) / spread, 12) if spread > 1e-12 else None
+    spreads = np.linalg.norm(rewards), np.linalg.norm(sizes)
+    if spreads[0] <= least[0] or spreads[1] <= least[1]:
+        return None
+    return round(float(rewards @ sizes / (spreads[0] * spreads[1])), 12)
 
 
 def _aligned(
     judgements: Sequence[Judgement], lengths: Sequence[Sequence[int]], given: Sequence[Judgement] | None
 ) -> Iterator[list[float]]:
-    """Reward, length and given reward of every response that has all of them, each less its question's mean."""
+    """Reward, length and given reward of every response that has all of them, each less its question's mean.
+
+    Rounded as rewards are, so that of equal ones exactly nothing is left.
+    """
     for row, judgement in enumerate(judgements):
         columns: list[Sequence[float | None]] = [judgement.rewards, lengths[row]]
         if given is not None:
             columns.append(given[row].rewards)
         complete = [values for values in zip(*columns, strict=True) if None not in values]
         if len(complete) > 1:
-            yield from (np.array(complete, dtype=float) - np.array(complete, dtype=float).mean(axis=0)).tolist()
+            table = np.array(complete, dtype=float)
+            yield from np.round(table - table.mean(axis=0), DECIMALS).tolist()
 
 
 def _without(values: np.ndarray, given: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from reward.judgement import Item, Judgement, Verdict
 from reward.texts import first_occurrences
 
 __all__ = [
+    "DECIMALS",
     "NOTHING_TO_COMPARE",
     "NO_ANSWER",
     "NO_REFERENCE",
@@ -24,6 +25,8 @@ __all__ = [
     "share_rewards",
     "why_unreadable",
 ]
+
+DECIMALS = 9
 
 NO_ANSWER = "the critic gave no answer"
 REFUSED = "the critic refused"
@@ -55,9 +58,12 @@ def distinct_responses(item: Item) -> list[int]:
 def share_rewards(
     item: Item, values: Mapping[int, float], unscored: Mapping[int, str]
 ) -> tuple[list[float | None], dict[int, str]]:
-    """Spread what was found for distinct responses over their identical twins."""
+    """Spread what was found for distinct responses over their identical twins.
+
+    Rewards have `DECIMALS`: two that differ by rounding alone are tied, here and wherever they are compared.
+    """
     origin = first_occurrences(item.responses)
-    rewards = [values.get(index) for index in origin]
+    rewards = [round(values[index], DECIMALS) if index in values else None for index in origin]
     reasons = {place: unscored[index] for place, index in enumerate(origin) if index not in values}
     return rewards, reasons
 

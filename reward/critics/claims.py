@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reward.ask import Asker
-from reward.critics.base import Item, Judgement, distinct_responses, share_rewards, why_unreadable
+from reward.critics.base import NO_ANSWER, Item, Judgement, distinct_responses, share_rewards
 from reward.critics.reading import Reading, read_log_probs, read_text
 from reward.errors import RewardError
 from reward.prompt import load_prompt
@@ -91,7 +91,7 @@ class ClaimsCritic:
                 if listed:
                     claims[row][index] = listed
                 else:
-                    unscored[row][index] = NO_CLAIMS if text is not None else why_unreadable(text)
+                    unscored[row][index] = NO_CLAIMS if text is not None else NO_ANSWER
         return claims, unscored
 
     def _check(self, items: Sequence[Item], asked: list[list[str]]) -> list[dict[str, Reading]]:
@@ -151,7 +151,9 @@ def _p_wrong(reading: Reading) -> float:
 
 _END = re.compile(r"(?<=[.!?。！？；])[\"'”’)\]]*(?:\s+|(?<=[。！？；]))|\n+")
 _ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|prof|st|vs|fig|approx|e\.g|i\.e|etc|[a-z])\.$", re.IGNORECASE)
-_BULLET = re.compile(r"^\s*(?:[-*•]|\(?\d+[.)、])\s*")
+# Neither "2.5 litres" nor "-5 degrees" begins with a bullet.
+_BULLET = re.compile(r"^\s*(?:[-*•](?![\d*])|\(?\d+[.)、](?!\d))\s*")
+_LONGEST_ABBREVIATION = len("approx.")
 
 
 def sentences(text: str) -> list[str]:
@@ -165,14 +167,18 @@ def sentences(text: str) -> list[str]:
     parts: list[str] = []
     start = 0
     for match in _END.finditer(text):
-        piece = text[start : match.end()]
-        if "\n" not in match.group() and _ABBREVIATION.search(piece.strip()):
+        if "\n" not in match.group() and _ABBREVIATION.search(_before(text, start, match)):
             continue
-        parts.append(piece)
+        parts.append(text[start : match.end()])
         start = match.end()
     parts.append(text[start:])
     cleaned = (_BULLET.sub("", part).strip() for part in parts)
     return [part for part in cleaned if re.search(r"\w", part)]
+
+
+def _before(text: str, start: int, end: re.Match[str]) -> str:
+    """As much of the piece as an abbreviation at its end needs, so that a text full of points is read once."""
+    return text[max(start, end.start() - _LONGEST_ABBREVIATION - 1) : end.end()].strip()
 
 
 def listed_claims(text: str) -> list[str]:

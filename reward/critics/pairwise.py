@@ -6,6 +6,7 @@ there is one ask an item and round.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from reward.critics.reading import read_log_probs, read_text
 from reward.critics.tournament import PAIRINGS, Game, next_games
 from reward.errors import RewardError
 from reward.prompt import Prompt, load_prompt
-from reward.ranking import bradley_terry, credit, win_minus_loss, without_failures
+from reward.ranking import LEAST_RIDGE, bradley_terry, credit, win_minus_loss, without_failures
 
 Order = tuple[int, int]
 
@@ -209,8 +210,8 @@ def _check(*, read: str, pairing: str, reward: str, tie_threshold: float, ridge:
     ]
     if not 0 <= tie_threshold < 1:
         faults.append(f"tie_threshold must be at least 0 and below 1, found {tie_threshold}")
-    if ridge <= 0:
-        faults.append(f"ridge must be positive, found {ridge}")
+    if not LEAST_RIDGE <= ridge < math.inf:
+        faults.append(f"ridge must be a finite number from {LEAST_RIDGE:g} on, found {ridge}")
     if rounds is not None and rounds < 1:
         faults.append(f"rounds must be at least 1, found {rounds}")
     if faults:

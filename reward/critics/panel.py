@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from reward.critics.base import Critic, Item, Judgement
+from reward.critics.base import DECIMALS, Critic, Item, Judgement
 from reward.errors import RewardError
 
 NOBODY_SCORED = "no critic of the panel could score the item"
@@ -24,8 +25,8 @@ class PanelCritic:
         item unscored; otherwise the others decide.
 
     Of the members' verdicts and ratings the first critic's that made any are kept as the panel's; rewards, reasons and
-    evidence of every member stand in the evidence. A response that one of the deciding critics could not score is unscored: averages over different critics do not
-    compare.
+    evidence of every member stand in the evidence. A response that one of the deciding critics could not score is
+    unscored: averages over different critics do not compare.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class PanelCritic:
         weights = dict(weights or {})
         faults = [f"weight for {name!r}, which is not in the panel" for name in weights if name not in critics]
         faults += [
-            f"weight of {name} must be a number above 0, found {value!r}"
+            f"weight of {name} must be a finite number above 0, found {value!r}"
             for name, value in weights.items()
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
         ]
         if normalise not in NORMALISERS:
             faults.append(f"normalise must be one of {', '.join(NORMALISERS)}, found {normalise!r}")
@@ -74,7 +75,7 @@ class PanelCritic:
 
     def _mean(self, normal: dict[str, Values], index: int) -> float:
         total = sum(self.weights[name] for name in normal)
-        return sum(self.weights[name] * values[index] for name, values in normal.items()) / total
+        return round(sum(self.weights[name] * values[index] for name, values in normal.items()) / total, DECIMALS)
 
     def _evidence(
         self, members: dict[str, Judgement], normal: dict[str, Values], left: list[int], silent: list[str]
@@ -85,7 +86,7 @@ class PanelCritic:
         if silent:
             evidence["silent"] = silent
         correct = [judged.evidence["correct"] for judged in members.values() if "correct" in judged.evidence]
-        return evidence | ({"correct": correct[0]} if correct else {})
+        return evidence | ({"correct": min(correct, key=lambda flags: None in flags)} if correct else {})
 
 
 def _kept(judgement: Judgement) -> dict[str, Any]:

@@ -109,9 +109,11 @@ def to_hundred(value: float, scale: Scale) -> float:
 
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
-_OUT_OF = re.compile(rf"{_NUMBER}\s*(?:/|out of)\s*{_NUMBER}", re.IGNORECASE)
+_TOP = rf"\s*(?:/|out of)\s*{_NUMBER}"
+_OUT_OF = re.compile(_NUMBER + _TOP, re.IGNORECASE)
 _NAMED = re.compile(
-    rf"(?:score|rating|grade|rate|分数|评分|得分|打分)\D{{0,20}}?{_NUMBER}|{_NUMBER}\s*分", re.IGNORECASE
+    rf"(?:\b(?:score|rating|grade|rate)[ds]?\b|分数|评分|得分|打分)\D{{0,20}}?{_NUMBER}(?:{_TOP})?|{_NUMBER}(?:{_TOP})?\s*分",
+    re.IGNORECASE,
 )
 _DOUBLE_BRACKETS = re.compile(rf"\[\[\s*{_NUMBER}\s*\]\]")
 _ANY = re.compile(rf"(?<![\w.]){_NUMBER}(?![\w]|\.\d)")
@@ -120,25 +122,25 @@ _ANY = re.compile(rf"(?<![\w.]){_NUMBER}(?![\w]|\.\d)")
 def read_rating(text: str, scale: Scale) -> float | None:
     """The rating, on 0-100, in a written judgement; None if none is clear or it lies outside the scale.
 
-    In this order: `[[80]]`; `80/100` or `8 out of 10`; a number named as score; the only number there is. Where one
-    form stands several times the numbers must agree.
+    In this order: `[[80]]`; a number named as score, perhaps out of another ("Score: 8/10"); `80/100` or `8 out of 10`;
+    the only number there is. Where one form stands several times the numbers must agree.
 
     >>> [read_rating(text, (0, 100)) for text in ("Score: 85. It names 2 cats.", "8/10", "80分", "2 of 3 cats", "120")]
     [85.0, 80.0, 80.0, None, None]
     """
     text = unicodedata.normalize("NFKC", text)
     lowest, highest = scale
-    for pattern in (_DOUBLE_BRACKETS, _OUT_OF, _NAMED, _ANY):
-        found = {_value(match, pattern, scale) for match in pattern.finditer(text)}
+    for pattern in (_DOUBLE_BRACKETS, _NAMED, _OUT_OF, _ANY):
+        found = {_value(match, scale) for match in pattern.finditer(text)}
         if found:
             value = found.pop()
             return to_hundred(value, scale) if not found and value is not None and lowest <= value <= highest else None
     return None
 
 
-def _value(match: re.Match[str], pattern: re.Pattern[str], scale: Scale) -> float | None:
+def _value(match: re.Match[str], scale: Scale) -> float | None:
     """The value on the scale; "8 out of 10" is brought to the scale's own top."""
     groups = [float(group) for group in match.groups() if group is not None]
-    if pattern is not _OUT_OF:
+    if len(groups) == 1:
         return groups[0]
     return groups[0] / groups[1] * scale[1] if groups[1] > 0 else None

@@ -35,7 +35,7 @@ def read_log_probs(row: Any, options: dict[str, str], *, min_mass: float) -> Rea
     log_probs = np.asarray(row, dtype=np.float64)
     assert log_probs.shape == (len(options),), f"{len(options)} options, but the asker gave {log_probs.shape}"
     mass = float(np.exp(log_probs).sum())
-    if math.isnan(mass):
+    if not math.isfinite(mass):
         return Reading(None, NO_ANSWER)
     if mass < min_mass or np.isneginf(log_probs).all():
         return Reading(None, OUTSIDE_OPTIONS, mass)
@@ -54,8 +54,9 @@ def read_text(text: str | None, options: dict[str, str]) -> Reading:
 def chosen_option(text: str | None, options: dict[str, str]) -> str | None:
     """The name of the option that a written judgement chooses, None if that is not clear.
 
-    In this order: the option that the text begins with; the option that begins its last line; the only option that
-    occurs in it at all.
+    In this order: the option that begins the first line or the last one (not clear if they begin with two different
+    ones, as in "First, let me look. ..."); the only option that occurs in it at all. An option of one word must occur as
+    it is written: a "no" in a sentence is no "No".
 
     >>> options = {"first": "the first response is better", "second": "the second response is better"}
     >>> chosen_option("The second response is better, as the first response is wrong.", options)
@@ -67,16 +68,18 @@ def chosen_option(text: str | None, options: dict[str, str]) -> str | None:
     lines = [line for line in (text or "").strip().splitlines() if line.strip()]
     if not lines:
         return None
-    for line in (lines[0], lines[-1]):
-        begun = [name for name, option in options.items() if _begins(option, line)]
-        if begun:
-            return begun[0]
-    named = [name for name, option in options.items() if re.search(_pattern(option), text or "", re.IGNORECASE)]
+    ends = (lines[0], lines[-1])
+    named = [name for name, option in options.items() if any(_begins(option, line) for line in ends)]
+    named = named or [name for name, option in options.items() if _occurs(option, text or "")]
     return named[0] if len(named) == 1 else None
 
 
 def _begins(option: str, line: str) -> bool:
     return re.match(r"[\W_]*" + _pattern(option), line, re.IGNORECASE) is not None
+
+
+def _occurs(option: str, text: str) -> bool:
+    return re.search(_pattern(option), text, re.IGNORECASE if len(option.split()) > 1 else 0) is not None
 
 
 def _pattern(option: str) -> str:

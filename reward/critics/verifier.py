@@ -32,7 +32,6 @@ class Grade:
 class _Case:
     reference: str
     response: str
-    marked: bool
     question: str
     tolerance: float
     min_iou: float
@@ -194,7 +193,7 @@ def answer_kind(reference: str, question: str = "") -> str:
     >>> answer_kind("a dog", "What? A. a cat B. a dog"), answer_kind("二十只")
     ('choice', 'number')
     """
-    text, _ = answers.final_answer(reference)
+    text = answers.final_answer(reference)
     if answers.boxes(text) and not re.search(r"\w", re.sub(r"</?\w+>", "", answers.without_boxes(text))):
         return "boxes"
     options = answers.options_of(question)
@@ -243,9 +242,8 @@ def grade(
     found_kind = kind or answer_kind(reference, question)
     if found_kind not in ANSWER_KINDS:
         raise RewardError(f"answer kind must be one of {', '.join(ANSWER_KINDS)}, found {found_kind!r}")
-    answer, marked = answers.final_answer(response)
-    wanted, _ = answers.final_answer(reference)
-    outcome = ANSWER_KINDS[found_kind](_Case(wanted, answer, marked, question, tolerance, min_iou))
+    wanted, answer = answers.final_answer(reference), answers.final_answer(response)
+    outcome = ANSWER_KINDS[found_kind](_Case(wanted, answer, question, tolerance, min_iou))
     if outcome is None:
         return None
     return Grade(outcome.score, outcome.correct, None if outcome.read is None else str(outcome.read), found_kind)
@@ -300,4 +298,6 @@ class VerifierCritic:
 
 
 def _all_unscored(item: Item, reason: str) -> Judgement:
-    return Judgement([None] * len(item.responses), unscored=dict.fromkeys(range(len(item.responses)), reason))
+    nobody_knows: list[None] = [None] * len(item.responses)
+    unscored = dict.fromkeys(range(len(item.responses)), reason)
+    return Judgement(list(nobody_knows), unscored=unscored, evidence={"correct": nobody_knows})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -123,6 +125,24 @@ def test_correct_against_wrong_uses_every_response_once_before_any_twice():
     assert found.dropped_pairs == {BOTH_SAME: 2, OVER_LIMIT: 2}
 
 
+@pytest.mark.parametrize(("num_right", "num_wrong"), [(2, 3), (3, 2), (1, 4), (4, 6), (3, 3)])
+def test_no_response_is_used_twice_more_than_another_on_its_side(num_right, num_wrong):
+    rewards, texts = [1.0] * num_right + [0.0] * num_wrong, [f"text {n}" for n in range(num_right + num_wrong)]
+    pairs = choose_pairs(rewards, texts, PairSettings("correct_incorrect", max_per_question=None)).pairs
+    assert len({(pair.chosen, pair.rejected) for pair in pairs}) == num_right * num_wrong
+    for taken in range(1, len(pairs) + 1):
+        used = Counter(index for pair in pairs[:taken] for index in (pair.chosen, pair.rejected))
+        for side in (range(num_right), range(num_right, num_right + num_wrong)):
+            assert max(used[index] for index in side) - min(used[index] for index in side) <= 1
+
+
+def test_fifty_long_responses_are_compared_in_no_time():
+    texts = [f"word{n} " * 300 for n in range(50)]
+    before = time.process_time()
+    choose_pairs([float(n) for n in range(50)], texts)
+    assert time.process_time() - before < 0.3
+
+
 def test_correctness_from_elsewhere_overrules_and_a_critic_that_disagrees_makes_no_pair():
     settings = PairSettings("correct_incorrect", max_per_question=None)
     found = choose_pairs([5.0, 9.0, 1.0, 2.0], TEXTS[:4], settings, correct=[True, False, False, None])
@@ -213,9 +233,21 @@ def test_balanced_lengths_are_within_the_limit_and_no_pair_is_dropped_in_vain(le
     kept = balance_lengths(lengths, limit=limit)
     mean = mean_log_ratio([lengths[index] for index in kept])
     before = mean_log_ratio(lengths)
-    assert mean is None or abs(mean) <= limit + 1e-9 or mean * before < 0
+    assert mean is None or abs(mean) <= max(limit, abs(before)) + 1e-9
     if before is None or abs(before) <= limit:
         assert kept == list(range(len(lengths)))
+
+
+def test_balancing_never_tips_the_balance_further_to_the_other_side():
+    # Log ratios 3, -1, -1: without the first the mean would be -1 instead of 1/3.
+    long, short = (2009, 100), (100, 272)
+    assert balance_lengths([long, short, short], limit=0.1) == [0, 1, 2]
+    # 3, 1/2, 1/2, -1, -1: without the first the mean is -1/4 instead of 2/5; without a short one besides it is 0.
+    assert balance_lengths([long, (165, 100), (165, 100), short, short], limit=0.1) == [1, 2, 4]
+
+
+def test_where_all_lean_to_one_side_nothing_balances():
+    assert balance_lengths([(30, 10), (30, 10)], limit=0.1) == []
 
 
 def test_balancing_drops_the_pairs_that_lean_most():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from dataclasses import replace
 
 import pytest
 
 from reward.critics import asks_model, make_critic, needs
 from reward.critics.base import NO_ANSWER, NO_REFERENCE, OUTSIDE_OPTIONS, REFUSED, UNPARSEABLE
-from reward.critics.claims import NO_CLAIMS, ClaimsCritic, sentences
+from reward.critics.claims import NO_CLAIMS, ClaimsCritic, listed_claims, sentences
 from reward.critics.length import LengthCritic
 from reward.critics.panel import NORMALISERS, PanelCritic
 from reward.critics.pointwise import PointwiseCritic, read_rating
@@ -20,6 +21,7 @@ from reward.critics.scalar import NOT_FINITE, Dialogue, ScalarCritic
 from reward.critics.verifier import VerifierCritic
 from reward.errors import RewardError
 from reward.judgement import Item, Judgement
+from reward.pairs import NO_CORRECTNESS, PairSettings, choose_pairs
 from tests.reward.askers import FunctionAsker
 
 ITEM = Item("q1", "Which letters?", ("abcd",), ("ab", "abcd", "x", "abc", "ab"))
@@ -86,6 +88,11 @@ def test_a_scale_of_its_own_is_brought_to_a_hundred(tmp_path):
         ("good", None),
         ("3 or 4", None),
         ("5/0", None),
+        ("It names 3 out of 4 objects. Score: 90", 90.0),
+        ("The ratio 3/4 is right. Score: 90/100", 90.0),
+        ("Accurate: 3 of 4. 80/100", 80.0),
+        ("80/100分", 80.0),
+        ("评分：8/10，3/4正确", 80.0),
     ],
 )
 def test_written_ratings_are_read_where_they_are_clear(text, rating):
@@ -165,6 +172,39 @@ def test_a_claim_that_could_not_be_checked_unscores_who_made_it():
     [judgement] = ClaimsCritic(FunctionAsker(row=row)).judge([STATED])
     assert judgement.rewards == [0.0, None, None, None]
     assert judgement.unscored == {1: NO_ANSWER, 2: NO_ANSWER, 3: NO_CLAIMS}
+
+
+def test_a_number_at_the_start_of_a_claim_is_no_bullet():
+    text = "1. A jug.\n2.5 litres are in it.\n-5 degrees outside.\n- **Red** lid.\n2) Two cups."
+    assert sentences(text) == ["A jug.", "2.5 litres are in it.", "-5 degrees outside.", "**Red** lid.", "Two cups."]
+    assert listed_claims("\n".join(sentences(text))) == sentences(text)
+
+
+def test_a_text_full_of_points_is_cut_in_no_time():
+    before = time.process_time()
+    assert len(sentences("a. " * 10_000)) == 1
+    assert time.process_time() - before < 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "correct"),
+    [("The cat wears no collar, as the statement says.", None), ("I say: Yes", True), ("No cat is there.", False)],
+)
+def test_a_no_inside_a_sentence_is_no_verdict_on_a_claim(text, correct):
+    critic = ClaimsCritic(FunctionAsker(text=lambda turn: text), read="text")
+    [judgement] = critic.judge([replace(STATED, responses=("There is a cat.",))])
+    assert judgement.rewards == [{None: None, True: 0.0, False: -1.0}[correct]]
+
+
+def test_the_same_claims_in_another_order_have_the_same_reward():
+    p_correct = {"A.": 0.1, "B cat.": 0.3, "C cat.": 0.7, "D cat.": 0.15}
+
+    def row(turn: str) -> list[float]:
+        p = p_correct[re.search(r"from the answer: \[(.*?)\]", turn).group(1)]
+        return [math.log(p), math.log(1 - p)]
+
+    item = replace(STATED, responses=("B cat. C cat. D cat.", "D cat. C cat. B cat.", "C cat. D cat. B cat."))
+    assert len(set(ClaimsCritic(FunctionAsker(row=row), score="soft").judge([item])[0].rewards)) == 1
 
 
 def test_no_item_with_claims_asks_nothing():
@@ -248,6 +288,29 @@ def test_a_critic_with_nothing_to_say_leaves_it_to_the_others_unless_all_are_nee
     assert strict.unscored[0] == f"verifier: {NO_REFERENCE}"
 
 
+def test_where_the_verifier_knows_nothing_the_panel_does_not_know_what_is_correct():
+    critics = {"rule": VerifierCritic(), "up": Fixed([0.0, 1.0, 2.0])}
+    [judgement] = PanelCritic(critics).judge([THREE])
+    assert judgement.evidence["correct"] == [None] * 3
+    found = choose_pairs(
+        judgement.rewards, THREE.responses, PairSettings("correct_incorrect"), correct=judgement.evidence["correct"]
+    )
+    assert (found.pairs, found.why_none) == ([], NO_CORRECTNESS)
+    # Of two verifiers the one that knows is asked.
+    critics = {"boxes": VerifierCritic(kind="boxes"), "rule": VerifierCritic()}
+    [judgement] = PanelCritic(critics).judge([replace(THREE, answer="b")])
+    assert judgement.evidence["correct"] == [False, True, False]
+
+
+def test_critics_that_cancel_out_leave_ties_and_no_rounding():
+    up, down = [0.1, 0.2, 0.7, 0.4], [0.7, 0.6, 0.1, 0.4]
+    four = replace(THREE, responses=("a", "b", "c", "d"))
+    [judgement] = PanelCritic({"up": Fixed(up), "down": Fixed(down)}).judge([four])
+    assert len(set(judgement.rewards)) == 1
+    [outer] = PanelCritic({"inner": PanelCritic({"up": Fixed(up), "down": Fixed(down)})}).judge([four])
+    assert outer.rewards == [0.0] * 4
+
+
 def test_a_panel_in_which_nobody_could_score_is_unscored():
     [judgement] = PanelCritic({"holed": Fixed([None] * 3)}).judge([THREE])
     assert judgement.unscored == dict.fromkeys(range(3), "holed: lost")
@@ -297,11 +360,14 @@ def test_a_panels_members_are_checked_when_it_is_made():
 
 def test_faulty_panels_are_refused():
     with pytest.raises(
-        RewardError, match=r"'down'.*not in the panel.*weight of up must be a number above 0, found '3'.*normalise"
+        RewardError,
+        match=r"'down'.*not in the panel.*weight of up must be a finite number above 0, found '3'.*normalise",
     ):
         PanelCritic({"up": Fixed([])}, weights={"down": 1.0, "up": "3"}, normalise="log")
     with pytest.raises(RewardError, match="above 0"):
         PanelCritic({"up": Fixed([])}, weights={"up": 0.0})
+    with pytest.raises(RewardError, match="finite"):
+        PanelCritic({"up": Fixed([])}, weights={"up": math.inf})
     with pytest.raises(RewardError, match="no critics"):
         PanelCritic({})
 

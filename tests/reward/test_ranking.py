@@ -109,8 +109,9 @@ def test_an_unbeaten_response_stays_finite_and_an_unseen_one_is_the_most_uncerta
 
 
 def test_bradley_terry_refuses_to_go_without_a_prior():
-    with pytest.raises(ValueError, match="ridge"):
-        bradley_terry(2, [], ridge=0.0)
+    for ridge in (0.0, 1e-20, math.nan, math.inf):
+        with pytest.raises(ValueError, match="ridge"):
+            bradley_terry(2, [verdict(0, 1, 0)], ridge=ridge)
 
 
 outcomes = st.lists(

@@ -134,6 +134,16 @@ def test_the_partial_correlation_follows_its_formula():
     assert abs(found) < length_correlation([Judgement(rewards.tolist())], [lengths.tolist()])
 
 
+def test_what_correctness_explains_is_no_correlation_with_length():
+    # Rewards that follow from correctness but for rounding, and rewards that are all the same (0.1 is no binary number).
+    draw = np.random.default_rng(2)
+    lengths = draw.integers(5, 200, (500, 5)).tolist()
+    right = draw.integers(0, 2, (500, 5)).astype(float)
+    critic = [Judgement(row) for row in (0.7 * right + 0.1).tolist()]
+    assert length_correlation(critic, lengths, given=[Judgement(row) for row in right.tolist()]) is None
+    assert length_correlation([Judgement([0.1] * 3)] * 500, [row[:3] for row in lengths]) is None
+
+
 def test_what_does_not_vary_has_no_correlation():
     assert length_correlation([Judgement([1.0, 1.0, 1.0])], [[1, 2, 3]]) is None
     assert length_correlation([Judgement([1.0, 2.0])], [[1, 2]]) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +34,16 @@ CASES = [
     ("是", "是的，图中有一只猫。", "", True),
     ("没有", "不，没有猫。", "", True),
     ("没有", "有一只猫。", "", False),
+    ("no", "There isn’t any.", "", True),
+    ("no", "I don't see one.", "", True),
+    ("no", "No, sorry.", "", True),
+    # not to answer is not to say no (or yes)
+    ("no", "I can't tell.", "", False),
+    ("no", "I’m sorry, but I can’t help with that. It would not be right.", "", False),
+    ("no", "Not sure.", "", False),
+    ("是", "对不起，我无法回答。", "", False),
+    ("没有", "无法判断。", "", False),
+    ("没有", "不知道", "", False),
     # numbers
     ("3", "There are three cats.", "", True),
     ("3", "There are 2 cats and 1 dog, so 3 animals.", "", True),
@@ -52,6 +64,7 @@ CASES = [
     ("２", "两只", "", True),
     ("4", "I cannot tell.", "", False),
     ("2", "1/0", "", False),
+    ("0.5", "½", "", True),
     # numbers in order
     ("3, 7 and 2", "From left to right: 3, 7, 2.", "", True),
     ("3 7 2", "3, 2 and 7", "", False),
@@ -70,6 +83,10 @@ CASES = [
     ("C", "选C", "哪个？(A) 猫 (B) 狗 (C) 鸟", True),
     ("C", "鸟", "哪个？(A) 猫 (B) 狗 (C) 鸟", True),
     ("D", "I choose D", "", True),
+    ("A", "A is correct.", "", True),
+    ("B", "My answer is a black dog.", LETTERED, False),
+    ("A", "My answer is a black dog.", LETTERED, False),
+    ("B", "My choice: b, the dog", LETTERED, True),
     # sets
     ("{red, blue}", "blue and red", "", True),
     ("{red, blue}", "Answer: blue, red and green", "", False),
@@ -172,6 +189,7 @@ def test_without_a_reference_answer_nothing_is_scored(answer):
     [judgement] = VerifierCritic().judge([Item("q", "?", (), ("a", "b"), answer=answer)])
     assert judgement.rewards == [None, None]
     assert judgement.unscored == {0: NO_REFERENCE, 1: NO_REFERENCE}
+    assert judgement.evidence == {"correct": [None, None]}
 
 
 def test_a_reference_that_is_not_of_its_kind_is_unscored():
@@ -196,6 +214,16 @@ def test_unknown_kinds_and_bad_limits_are_refused():
 def test_no_response_whatever_breaks_the_verifier(response, reference):
     found = grade(response, reference)
     assert 0.0 <= found.score <= 1.0
+
+
+@pytest.mark.parametrize(
+    "loop", ["一", "二千", "亿", "hundred ", "million ", "9", "1e999/", "<answer>", "\\boxed{", "[1,", "A. "]
+)
+@pytest.mark.parametrize("reference", ["3", "3, 7", "B", "yes", "{a, b}", "[1, 2, 3, 4]", "a cat"])
+def test_a_response_that_repeats_itself_for_ever_is_graded_in_no_time(loop, reference):
+    before = time.process_time()
+    assert not grade(loop * 5000, reference).correct
+    assert time.process_time() - before < 0.5
 
 
 @given(st.text(max_size=60), st.text(max_size=60))

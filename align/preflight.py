@@ -175,7 +175,8 @@ def _policy(config: Config, found: Preflight) -> None:
     processor = load_processor(config.policy, **config.model.processor)
     found.facts.append(f"policy {config.policy}")
     check_prompts(processor, config.policy)
-    _check_limit(processor, config)
+    if all(problem.area != "data" for problem in found.problems):
+        _check_limit(processor, config)
 
 
 def _open_without_weights(checkpoint: str, config: Config) -> None:

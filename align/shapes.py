@@ -10,6 +10,7 @@ counted as if they were of that kind; `Stack.other_layers` says how many there a
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -119,7 +120,10 @@ def with_adapter(model: Any, config: Any) -> Any:
     # Other ways to begin compute with the weights, which are not there; the shapes are the same.
     plain = replace(config, init_lora_weights=True)
     try:
-        return get_peft_model(model, plain).get_base_model()
+        with warnings.catch_warnings():
+            # peft asks transformers for gradient checkpointing by its old name.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, plain).get_base_model()
     except (ValueError, TypeError) as error:
         raise UserError(
             f"dpo.lora: {str(error).splitlines()[0]}",

@@ -118,10 +118,10 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
 
     processor = load_processor(config.policy, **config.model.processor)
     model = shaped_model(config)
-    shape, shared, why = model_shape(model), *sharing(config, model)
+    shape, (in_training, shared, why) = model_shape(model), sharing(config, model)
     meter = PromptMeter(processor, ImageStore(config.question_images, config.max_image_pixels), patch_size(model))
     sizes, lengths = _prompts(config, meter, response_tokens)
-    how = training_how(config, machine, shared=shared)
+    how = training_how(config, machine, shared=in_training)
     batch = _largest_batch(config, sizes, lengths)
     # There is nothing to spread on one GPU, and four bits are not spread.
     strategies = ("ddp",) if how.quantised or machine.gpus == 1 else STRATEGIES
@@ -170,17 +170,20 @@ def shaped_model(config: Config) -> Any:
     return model
 
 
-def sharing(config: Config, model: Any) -> tuple[bool, list[str]]:
-    """Whether training is expected to share prompts, and a note where it is not though it is asked for."""
+def sharing(config: Config, model: Any) -> tuple[bool, bool, list[str]]:
+    """Whether prompts are expected to be shared in training, and elsewhere; a note where they are not, though asked for."""
     from align.info import expected_shared_prefix
 
     if config.shared_prefix == "off":
-        return False, []
+        return False, False, []
+    expected = expected_shared_prefix(model)
+    if not expected.startswith("expected"):
+        return False, False, [f"no shared prompts: {expected[4:]}"]
     text = model.config.get_text_config()
     if getattr(text, "router_aux_loss_coef", 0.0) and hasattr(text, "output_router_logits"):
-        return False, ["no shared prompts: the load-balancing loss of experts is not defined on them"]
-    expected = expected_shared_prefix(model)
-    return (True, []) if expected.startswith("expected") else (False, [f"no shared prompts: {expected[4:]}"])
+        reason = "the load-balancing loss of experts is not defined on them"
+        return False, True, [f"no shared prompts in training: {reason}"]
+    return True, True, []
 
 
 def training_how(config: Config, machine: Machine, *, shared: bool = True) -> How:

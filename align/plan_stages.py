@@ -127,7 +127,7 @@ class StagePlanner:
             sample.num_responses,
             self.lengths.chosen,
             fixed_batch=sample.batch_size,
-            shared=self.config.shared_prefix != "off" and self.shared,
+            shared=self.shared,
             greedy=sample.temperature == 0,
         )
         written = round(len(self.sizes) * sample.num_responses * self.lengths.chosen)
@@ -184,13 +184,13 @@ class StagePlanner:
             rows=rows,
             accumulation=accumulation,
             checkpointing=self.how.checkpointing,
-            shared=self.shared,
+            shared=self.how.shared,
             live=config.dpo.reference == "live",
             frozen_towers=not any(tower.trained for tower in self.speed.shape.towers),
             shards=self.machine.gpus if spread else 1,
         )
         count = training.pairs * len(self.sizes)
-        repeats = 1 if self.shared else 2
+        repeats = 1 if self.how.shared else 2
         read = round(training.pairs * repeats * self._read(self.sizes) + count * (training.chosen + training.rejected))
         found = []
         if not training.live:

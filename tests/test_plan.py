@@ -15,7 +15,7 @@ from align.engines.open import open_engine
 from align.errors import UserError
 from align.images import ImageStore
 from align.memory import FOUR_BIT_BYTES, GIB, How, StepBatch, text_tokens, training_memory, weight_bytes
-from align.plan import Changes, Machine, make_plan
+from align.plan import Changes, Machine, make_plan, sharing
 from align.plan_text import plan_text
 from align.prompt_sizes import PromptMeter, PromptSize
 from align.records import read_questions
@@ -301,3 +301,15 @@ def test_before_training_only_zero3_has_the_model_in_pieces(tmp_path):
 
     assert reference("zero3").weights == reference("zero2").weights // 4
     assert reference("ddp").weights == reference("fsdp2").weights == reference("zero2").weights
+
+
+def test_experts_are_trained_without_shared_prompts_and_sampled_with_them():
+    with torch.device("meta"):
+        model, _ = tiny_vlms.qwen3_vl_moe()
+        dense, _ = tiny_vlms.qwen3_vl()
+    config = Config(policy="none", questions="q.jsonl")
+    in_training, elsewhere, notes = sharing(config, model)
+    assert (in_training, elsewhere) == (False, True)
+    assert "load-balancing" in notes[0]
+    assert sharing(config, dense) == (True, True, [])
+    assert sharing(Config(policy="none", questions="q.jsonl", shared_prefix="off"), dense) == (False, False, [])

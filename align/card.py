@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from align.config import Config
-from align.meter import Spent
-from align.quantities import duration
 from align.rundir import RunDir, write_text
 from align.summary import COLUMNS, benchmark_rows, columns_of, metrics_by_round, with_interval
+from align.watch.meter import Spent
+from align.watch.quantities import duration
 
 
 def write_model_card(config: Config, number: int) -> Path:

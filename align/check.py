@@ -22,8 +22,8 @@ from align.data.fingerprint import MAX_BITS, near_pairs, stack
 from align.data.pictures import Picture, PictureStore
 from align.errors import UserError
 from align.images import ImageStore
-from align.progress import log
 from align.records import Pair, Question, Record, iter_jsonl, write_jsonl
+from align.watch.progress import log
 
 MIN_COSINE = 0.9
 MIN_SIDE = 28

@@ -28,10 +28,10 @@ from align.config import (
 from align.errors import UserError
 from align.faults import Fault, fault_of, is_told_of, tell
 from align.launch import adopt_slurm, is_started_by_align, run_stage_command, wants_processes
-from align.progress import log
-from align.quantities import size
 from align.ranks import is_main_process, world_size
 from align.rundir import RunDir
+from align.watch.progress import log
+from align.watch.quantities import size
 
 if TYPE_CHECKING:
     from align.status import RunStatus, RunWatch
@@ -224,8 +224,8 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
     """What a run will need: tokens, memory for each strategy, time of every stage. No weights are loaded."""
-    from align.plan import Machine, make_plan
-    from align.plan_text import plan_text
+    from align.plan.make import Machine, make_plan
+    from align.plan.text import plan_text
 
     loaded = load_config(find_config(config), set_)
     count = gpus or loaded.launch.num_processes * loaded.launch.num_machines

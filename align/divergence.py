@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.config import Config
-from align.progress import log
 from align.questionwise import Keep, batches, work_through
 from align.records import Evaluation, ResponseLogProbs
 from align.rundir import Round
 from align.statistics import Interval, bootstrap_mean, bootstrap_ratio
+from align.watch.progress import log
 
 if TYPE_CHECKING:
     from align.engines.base import Engine

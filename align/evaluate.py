@@ -18,7 +18,6 @@ from align.engines.open import open_policy, served_as
 from align.errors import UserError, reward_faults
 from align.frames import pick_frames
 from align.images import ImageStore
-from align.progress import log
 from align.questionwise import Keep, batches, begin, finish, work_through
 from align.ranks import is_main_process
 from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions
@@ -32,6 +31,7 @@ from align.statistics import (
     repetition,
     words,
 )
+from align.watch.progress import log
 from align.win_rate import WinRate, has_judge, win_rates
 from reward.critics.verifier import grade
 

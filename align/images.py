@@ -51,8 +51,10 @@ class ImageStore:
             raise UserError(
                 f"the image {reference!r} lies outside the image root {root}", fix="move it, or set image_root"
             )
-        if not path.is_file():
-            raise UserError(f"there is no image {reference!r} in {root}", fix="check the path, or set image_root")
+        if not is_file(path):
+            raise UserError(
+                f"there is no image {in_short(reference)!r} in {root}", fix="check the path, or set image_root"
+            )
         return path
 
     def size(self, reference: str) -> tuple[int, int]:
@@ -124,6 +126,19 @@ class ImageStore:
                 fix="scale it down, or raise max_image_pixels",
             )
         return image
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; no for a text that is too long to be a path, as an image in base64 is."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def in_short(text: str) -> str:
+    """A path as a message shows it, whatever was given for one."""
+    return text if len(text) <= 300 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def _file_hash(path: Path) -> str:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from align.card import licence_of
 from align.errors import UserError
+from align.models.empty import empty_model
 from align.models.families import FAMILIES
 from align.models.load import load_processor, read_config
 from align.models.weights import has_pickle, tensor_table, weight_files
@@ -65,27 +64,6 @@ def inspect_checkpoint(
         num_visual_tokens=counts[0],
         num_prompt_tokens=counts[1],
     )
-
-
-def empty_model(folder: Path | str, config: dict[str, Any] | None = None) -> Any:
-    """The checkpoint's model on the meta device: shapes and names, no storage."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    config = config or read_config(folder)
-    family = FAMILIES.get((config.get("architectures") or [None])[0])
-    try:
-        with torch.device("meta"):
-            if family is not None:
-                return family.model._from_config(family.config.from_pretrained(folder))
-            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            return AutoModelForImageTextToText.from_config(settings, trust_remote_code=False)
-    except Exception as error:
-        # A config.json that is wrong shows in whatever a model's constructor stumbles over.
-        raise UserError(
-            f"the checkpoint cannot be opened: {type(error).__name__}: {error}",
-            where=str(folder),
-            fix="check that config.json and the weights belong together",
-        ) from error
 
 
 def expected_shared_prefix(model: Any) -> str:

@@ -25,8 +25,8 @@ import yaml
 from align.config import Config, LaunchSettings
 from align.errors import UserError
 from align.faults import FOLDER, OUR_FAULT, USERS_FAULT, Fault, causes, killed_by, leave, read_faults
-from align.progress import log
 from align.ranks import TRY_AGAIN
+from align.watch.progress import log
 
 # Seconds that processes have to finish a step and save it, once they were asked to stop.
 TIME_TO_SAVE_S = 300

@@ -15,12 +15,12 @@ from align.config import Config
 from align.data.pairs_file import read_pairs_file, text_of
 from align.errors import UserError, reward_faults
 from align.images import ImageStore
-from align.progress import log
 from align.questionwise import begin
 from align.ranks import barrier, is_main_process
 from align.records import Pair, Samples, Scores, read_jsonl, write_jsonl
 from align.rundir import Round, RunDir, content_hash
 from align.trust import check_gates
+from align.watch.progress import log
 from reward.mixing import balance_lengths, mean_log_ratio, mix_earlier
 from reward.pairs import Chosen, PairChoice, PairSettings, choose_pairs
 

@@ -193,7 +193,7 @@ def _check_limit(processor: Any, config: Config) -> None:
     """The questions with the longest texts must leave room for a response; all are counted by `align plan`."""
     from align.dpo.train import position_limit
     from align.models.load import read_config
-    from align.prompt_sizes import PromptMeter
+    from align.plan.prompt_sizes import PromptMeter
 
     limit = config.dpo.max_length or position_limit(read_config(config.policy))
     if config.questions is None or not config.questions.is_file() or limit is None:

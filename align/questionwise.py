@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from align.meter import save_spent
-from align.progress import progress
 from align.ranks import barrier, is_main_process, rank, world_size
 from align.records import Record, read_jsonl
 from align.rundir import Manifest, PartialFile
+from align.watch.meter import save_spent
+from align.watch.progress import progress
 
 
 class WithId(Protocol):

@@ -6,16 +6,16 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from align.beat import beating, clear_beats
 from align.card import write_model_card
 from align.config import Config
 from align.launch import run_stage_command, wants_processes
-from align.meter import metered
-from align.progress import log
 from align.ranks import barrier, is_main_process
 from align.rundir import Round, RunDir
 from align.stage_numbers import stage_numbers
 from align.trackers import check_trackers, track_stage
+from align.watch.beat import beating, clear_beats
+from align.watch.meter import metered
+from align.watch.progress import log
 
 
 @dataclass(frozen=True)

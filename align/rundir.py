@@ -28,8 +28,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from align.errors import UserError
-from align.meter import forget_spent, spent_on
 from align.records import Record, RecordT, parse_line, write_jsonl
+from align.watch.meter import forget_spent, spent_on
 
 STAGES = ("sample", "score", "pairs", "dpo", "evaluate")
 PACKAGES = ("valley-align", "torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "datasets")
@@ -269,7 +269,7 @@ class Manifest:
     ) -> None:
         """Mark a stage complete, with what it wrote (hashed), what it counted and what it cost.
 
-        The cost is that of all attempts, in all processes (align.meter); `seconds` counts where no meter has run.
+        The cost is that of all attempts, in all processes (align.watch.meter); `seconds` counts where no meter has run.
         """
         entry = self.stage(name)
         assert entry is not None, f"stage {name} was finished before it began"

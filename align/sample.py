@@ -15,12 +15,12 @@ from align.engines.open import open_policy, served_as
 from align.errors import UserError
 from align.frames import pick_frames
 from align.images import ImageStore
-from align.progress import log
 from align.questionwise import Keep, begin, finish, work_through
 from align.ranks import is_main_process
 from align.records import Question, Response, Samples, read_questions
 from align.rundir import RunDir, checkpoint_hash, content_hash, text_hash
 from align.seen_images import hold_images
+from align.watch.progress import log
 
 if TYPE_CHECKING:
     from align.engines.base import SampleResult

@@ -17,13 +17,13 @@ from align.config import Config
 from align.engines.critics import CriticPlan, open_critic, plan_critic
 from align.errors import UserError, reward_faults
 from align.images import ImageStore
-from align.progress import log
 from align.questionwise import Done, Keep, batches, begin, finish, work_through
 from align.ranks import is_main_process
 from align.records import Samples, Scores, VerdictRecord, read_jsonl
 from align.rundir import Round, RunDir, content_hash
 from align.seen_images import hold_images
 from align.trust import check_gates, control_items, critic_figures, doubts, item_of
+from align.watch.progress import log
 from reward.critics import Critic, Item, Judgement
 from reward.trust import check_gates as check_gate_names
 

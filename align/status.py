@@ -1,7 +1,7 @@
 """A run directory in, where it stands out: stages, progress, speed, losses, warnings; read-only, from any terminal.
 
 A running stage is told from three sources: the round's manifest (which stages have begun and which are complete), the
-process that holds the round (is it still there?), and what its processes write every two seconds (`align.beat`).
+process that holds the round (is it still there?), and what its processes write every two seconds (`align.watch.beat`).
 Finished questions are counted in the files themselves, so the number also holds after a kill.
 """
 
@@ -16,14 +16,14 @@ from typing import Any
 
 from align.config import CONFIG_NAME, find_config, load_config
 from align.errors import UserError
-from align.progress import figure_texts
-from align.quantities import duration
 from align.report.alarms import find_alarms
 from align.report.changes import history
 from align.report.read import RunData, read_run
 from align.report.trust import measure_trust
 from align.rundir import STAGES, Round, RunDir
 from align.under_way import AtWork, Course, doubts, num_lines, parts
+from align.watch.progress import figure_texts
+from align.watch.quantities import duration
 
 PARTS = {"sample": "samples", "score": "scores", "evaluate": "evaluation"}
 # Training curves say nothing before so many steps.

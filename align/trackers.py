@@ -23,9 +23,9 @@ from typing import Any, Protocol
 
 from align.config import Config
 from align.errors import UserError
-from align.progress import log
 from align.rundir import RunDir, make_folder, write_text
 from align.secrets import without_secrets
+from align.watch.progress import log
 
 # The distributions that bring each of them, any of which will do.
 PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "mlflow-skinny")}

@@ -1,4 +1,4 @@
-"""Who is at work on a round and how far they have come, from what the processes themselves write (`align.beat`).
+"""Who is at work on a round and how far they have come, from what the processes themselves write (`align.watch.beat`).
 
 Finished questions are counted in the files that hold them, so the number is exact, also after a kill.
 """
@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from align.progress import figure_texts
-from align.quantities import duration, rate, size
 from align.rundir import Round
+from align.watch.progress import figure_texts
+from align.watch.quantities import duration, rate, size
 
 # A process writes every two seconds; after so long without a sign it is gone, or its machine is.
 SILENT_S = 60.0

@@ -13,10 +13,10 @@ from align.config import Config
 from align.engines.critics import open_critic, plan_critic
 from align.errors import reward_faults
 from align.images import ImageStore
-from align.progress import progress
 from align.questionwise import batches
 from align.records import Evaluation
 from align.statistics import Interval, bootstrap_mean
+from align.watch.progress import progress
 from reward.critics import Item, Judgement
 
 BATCH = 64

@@ -29,10 +29,11 @@ from align.dpo.parts import freeze_parts
 from align.dpo.texts import pair_lengths
 from align.dpo.trainer import PairTrainer, pair_dataset
 from align.images import ImageStore
-from align.memory import How, Memory, training_memory
-from align.prompt_sizes import patch_size, step_batch
+from align.models.empty import with_adapter
+from align.plan.memory import How, Memory, training_memory
+from align.plan.prompt_sizes import patch_size, step_batch
+from align.plan.shapes import model_shape
 from align.records import Pair
-from align.shapes import model_shape, with_adapter
 from scripts.live_tensors import peak_bytes
 from scripts.plan_times import times_table
 from tests import tiny_models, tiny_vlms

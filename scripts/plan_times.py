@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from align.ask_sizes import CountingAsker
 from align.dpo.collator import PairCollator
 from align.dpo.parts import freeze_parts
 from align.dpo.reference import ReferenceKey, reference_log_probs
@@ -24,11 +23,12 @@ from align.dpo.trainer import PairTrainer, pair_dataset
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.local import LocalEngine
 from align.images import ImageStore
-from align.prompt_sizes import PromptMeter, PromptSize
+from align.plan.ask_sizes import CountingAsker
+from align.plan.prompt_sizes import PromptMeter, PromptSize
+from align.plan.shapes import model_shape
+from align.plan.speed import Machine, Speed
+from align.plan.times import Training, judging, reading, referencing, sampling, training_steps
 from align.records import Pair, Question
-from align.shapes import model_shape
-from align.speed import Machine, Speed
-from align.stage_times import Training, judging, reading, referencing, sampling, training_steps
 from reward.critics import Item, make_critic
 from tests import tiny_models
 from tests.dpo.conftest import make_args

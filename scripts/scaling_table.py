@@ -2,7 +2,7 @@
 
     python scripts/scaling_table.py
 
-Memory comes from `align.memory`, operations from `scripts/valley_size.py`, both of the model's real shapes on torch's
+Memory comes from `align.plan.memory`, operations from `scripts/valley_size.py`, both of the model's real shapes on torch's
 meta device; communication from the sizes of what each strategy exchanges. What a GPU and a network achieve is assumed
 (the constants below). No GPU is used and nothing is measured.
 """
@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from align.memory import GIB, How, StepBatch, training_memory
-from align.shapes import ModelShape, model_shape
-from align.speed import GPUS_PER_NODE, NETWORK_GBS, NODE_GBS, sent_bytes
+from align.plan.memory import GIB, How, StepBatch, training_memory
+from align.plan.shapes import ModelShape, model_shape
+from align.plan.speed import GPUS_PER_NODE, NETWORK_GBS, NODE_GBS, sent_bytes
 from scripts.valley_size import Work, build_valley, prompt_of_one_image, work_of
 
 NUM_GPUS = (1, 8, 64, 256)

@@ -27,6 +27,10 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dpo": ("align.dpo: training", ("align.dpo",)),
     "data": ("align.data: public formats", ("align.data",)),
     "report": ("align.report: one HTML page", ("align.report",)),
+    "plan": ("align.plan: memory and time before they are paid for", ("align.plan",)),
+    "watch": ("align.watch: progress and costs", ("align.watch",)),
+    "chat": ("align.chat: talking to a checkpoint", ("align.chat",)),
+    "lmms_eval": ("align.lmms_eval: public benchmarks", ("align.lmms_eval",)),
     "floor": (
         "Records, folders, configuration",
         ("align.config", "align.records", "align.rundir", "align.images", "align.video", "align.errors"),

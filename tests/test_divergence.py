@@ -17,9 +17,9 @@ from align.divergence import OneModel, divergence
 from align.engines.base import Continuations
 from align.engines.open import open_engine
 from align.evaluate import run_evaluate
-from align.meter import metered
 from align.records import Evaluation, ResponseLogProbs, read_jsonl
 from align.rundir import RunDir
+from align.watch.meter import metered
 from tests.engines.stub_server import StubServer
 from tests.stage_runs import make_project, write_lines
 from tests.tiny_models import llava_onevision_processor

@@ -19,18 +19,14 @@ FLOOR = {
     "seen_images": 3,
     "config": 1,
     "ranks": 0,
+    "watch": 2,
     "faults": 1,
-    "quantities": 0,
-    "footprint": 1,
-    "beat": 2,
-    "progress": 3,
-    "meter": 1,
     "questionwise": 3,
 }
 LAYERS = {"models": 3, "prefix": 3, "engines": 4, "data": 3}
 STAGES = {"sample", "score", "pairs", "dpo", "evaluate", "lmms_eval", "report", "summary", "card", "reference", "check"}
 # These look at all stages.
-TOP = {"rounds", "launch", "demo", "cli", "preflight", "plan", "plan_stages", "plan_text"}
+TOP = {"rounds", "launch", "demo", "cli", "preflight", "plan"}
 
 
 def _imports(path: Path) -> set[str]:

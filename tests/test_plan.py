@@ -14,14 +14,15 @@ from align.dpo.texts import pair_lengths
 from align.engines.open import open_engine
 from align.errors import UserError
 from align.images import ImageStore
-from align.memory import FOUR_BIT_BYTES, GIB, How, StepBatch, text_tokens, training_memory, weight_bytes
-from align.plan import Changes, Machine, make_plan, sharing
-from align.plan_text import plan_text
-from align.prompt_sizes import PromptMeter, PromptSize
+from align.models.empty import with_adapter
+from align.plan.make import Changes, Machine, make_plan, sharing
+from align.plan.memory import FOUR_BIT_BYTES, GIB, How, StepBatch, text_tokens, training_memory, weight_bytes
+from align.plan.prompt_sizes import PromptMeter, PromptSize
+from align.plan.shapes import Kept, ModelShape, Stack, model_shape
+from align.plan.speed import ATTENTION_SHARE, Cost, Speed, passes_of, touched_weights
+from align.plan.text import plan_text
+from align.plan.times import Training, training_steps
 from align.records import read_questions
-from align.shapes import Kept, ModelShape, Stack, model_shape, with_adapter
-from align.speed import ATTENTION_SHARE, Cost, Speed, passes_of, touched_weights
-from align.stage_times import Training, training_steps
 from reward.critics import Item, make_critic
 from scripts.check_plan import CASES, EXPERTS, SMALL, Case, check
 from tests import tiny_models, tiny_vlms

@@ -19,8 +19,8 @@ from align.dpo.train import run_dpo
 from align.engines.critics import plan_critic
 from align.errors import UserError
 from align.pairs import run_pairs
-from align.plan import Machine, make_plan
-from align.plan_text import plan_text
+from align.plan.make import Machine, make_plan
+from align.plan.text import plan_text
 from align.recipes import HERE, recipe_names, recipe_text
 from align.rundir import RunDir
 from tests.stage_runs import align, make_project

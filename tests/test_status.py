@@ -12,11 +12,11 @@ import time
 import psutil
 import pytest
 
-from align.beat import beating, clear_beats, current
-from align.footprint import footprint
-from align.progress import progress
 from align.rundir import RunDir
 from align.status import RunWatch, find_run, run_status
+from align.watch.beat import beating, clear_beats, current
+from align.watch.footprint import footprint
+from align.watch.progress import progress
 from tests.stage_runs import align, make_project, write_lines
 
 

@@ -22,7 +22,7 @@ from align.chat.answers import VIDEO_SUFFIXES, Answers, Chat, Exchange
 from align.engines.base import SamplingSettings
 from align.errors import UserError
 from align.models.load import read_config
-from align.progress import log
+from align.watch.progress import log
 
 MAX_ANSWERS = 4
 MAX_FILES = 16

@@ -24,8 +24,8 @@ from align.data.formats import Format
 from align.data.pictures import Picture, PictureStore
 from align.data.rows import Row
 from align.errors import UserError
-from align.progress import LINE_EVERY_S, log
 from align.records import Pair, Question, Record, explain
+from align.watch.progress import LINE_EVERY_S, log
 
 SHOWN = 20
 KEPT_FAULTS = 1000
@@ -107,7 +107,9 @@ def convert(
                 found.written += 1
     _check(found, store, settings)
     temporary.replace(target)
-    (store.out / "import.json").write_text(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    # A file name that is half a character stays as \\ud83d, which is JSON too.
+    counts = json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n"
+    (store.out / "import.json").write_text(counts, encoding="utf-8", errors="backslashreplace")
     if found.dropped.total() > SHOWN:
         log.warning("and %d more, see %s", found.dropped.total() - SHOWN, store.out / "import.json")
     return found
@@ -188,8 +190,17 @@ def _question(entry: Entry, pictures: Sequence[Picture], where: str, ids: Counte
         )
     except ValidationError as error:
         raise BadRow(explain(error, Question)) from None
+    return question.model_copy(update={"id": _free(name, ids)})
+
+
+def _free(name: str, ids: Counter[str]) -> str:
+    """The name itself, or with the first number behind it that makes an id which nobody has."""
     ids[name] += 1
-    return question if ids[name] == 1 else question.model_copy(update={"id": f"{name}#{ids[name]}"})
+    while ids[name] > 1 and f"{name}#{ids[name]}" in ids:
+        ids[name] += 1
+    found = name if ids[name] == 1 else f"{name}#{ids[name]}"
+    ids.setdefault(found, 1)
+    return found
 
 
 def _pair(question: Question, entry: Entry, index: int) -> Pair:

@@ -78,7 +78,7 @@ def turns_of(conversation: Any, name: str = "conversations") -> list[Turn]:
         text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
         if speaker == "system":
             continue
-        if speaker not in roles or not isinstance(text, str):
+        if not isinstance(speaker, str) or speaker not in roles or not isinstance(text, str):
             raise BadRow(f"a turn of {name} has no speaker or no text", repr(turn)[:80])
         turns.append(Turn(role=roles[speaker], content=text))
     return turns

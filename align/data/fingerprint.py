@@ -16,7 +16,7 @@ GRID = 8
 HASH_BYTES = 2 * GRID * GRID // 8
 MAX_BITS = 10
 MAX_COLOUR = 16.0
-# Rows of one side compared with all of the other at a time: 64 MiB of hash bytes for 65,536 of the others.
+# Rows of one side compared with all of the other at a time: 64 MiB of hashes for 65,536 of the others.
 BLOCK = 64
 
 
@@ -55,10 +55,12 @@ def near_pairs(
 
     Their thumbnails must also differ by at most `max_colour` (mean over channels, of 255).
     """
+    mine, theirs = (np.ascontiguousarray(prints.bits).view(np.uint64) for prints in (ones, others))
     for start in range(0, len(ones), BLOCK):
-        block = ones.bits[start : start + BLOCK]
-        distances = np.bitwise_count(block[:, None] ^ others.bits[None]).sum(axis=2, dtype=np.int64)
-        for i, j in zip(*np.nonzero(distances <= max_bits), strict=True):
-            colours = np.abs(ones.colours[start + i].astype(np.int16) - others.colours[j]).mean()
-            if colours <= max_colour:
-                yield start + int(i), int(j), int(distances[i, j])
+        differing = np.bitwise_count(mine[start : start + BLOCK, None] ^ theirs[None])
+        distances = differing[..., 0] + differing[..., 1]
+        for row in np.flatnonzero((distances <= max_bits).any(axis=1)):
+            near = np.flatnonzero(distances[row] <= max_bits)
+            colours = np.abs(ones.colours[start + row].astype(np.int16) - others.colours[near]).mean(axis=1)
+            for j in near[colours <= max_colour]:
+                yield start + int(row), int(j), int(distances[row, j])

@@ -11,8 +11,8 @@ from typing import Any
 
 from align.errors import UserError
 from align.images import ImageStore
-from align.progress import log
 from align.records import Pair, parse_line
+from align.watch.progress import log
 
 SHOWN = 20
 
@@ -20,22 +20,24 @@ SHOWN = 20
 def read_pairs_file(path: Path, images: ImageStore) -> tuple[list[Pair], dict[str, Any]]:
     """The usable pairs in file order, and counts as the pairs stage keeps them.
 
-    Dropped: lines that are no pair, ids that stand twice, prompts whose image parts are not as many as the images,
-    and pairs with an image that cannot be read.
+    Dropped: lines that are no pair, ids that stand twice, messages without a role or text, empty responses, prompts
+    whose image parts are not as many as the images, and pairs with an image that cannot be opened.
     """
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
     seen: set[str] = set()
     total = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             total += 1
             where = f"{path}:{number}"
             try:
-                pair = parse_line(line, Pair, where)
+                pair = parse_line(line.decode("utf-8-sig"), Pair, where)
                 reason = _why_not(pair, seen, images, where)
+            except UnicodeDecodeError as error:
+                reason = ("not UTF-8 text", f"{where}: not UTF-8 text (byte {error.start})")
             except UserError as error:
                 reason = ("no valid pair", str(error))
             if reason is None:
@@ -62,18 +64,18 @@ def text_of(messages: list[dict[str, Any]]) -> str:
     >>> text_of([{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}])
     'A cat.'
     """
-    texts = []
-    for message in messages:
-        content = message.get("content", "")
-        parts = [{"text": content}] if isinstance(content, str) else content
-        texts += [str(part.get("text", "")) for part in parts]
-    return "".join(texts)
+    return "".join(part.get("text", "") for message in messages for part in _parts(message))
 
 
 def _why_not(pair: Pair, seen: set[str], images: ImageStore, where: str) -> tuple[str, str] | None:
     """Why a pair cannot be used, in short and with its place; None where it can."""
     if pair.id in seen:
         return "id stands twice", f"{where}: the id {pair.id!r} stands twice"
+    if not all(map(_is_message, [*pair.prompt, *pair.chosen, *pair.rejected])):
+        return (
+            "a message without a role or text",
+            f"{where}: a message needs a role, and text or parts (pair {pair.id})",
+        )
     wanted = sum(part.get("type") == "image" for turn in pair.prompt for part in _parts(turn))
     if wanted != len(pair.images):
         found = f"the prompt has {wanted} image parts, but there are {len(pair.images)} images"
@@ -89,6 +91,16 @@ def _why_not(pair: Pair, seen: set[str], images: ImageStore, where: str) -> tupl
     return None
 
 
+def _is_message(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    is_content = isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content)))
+    return isinstance(message.get("role"), str) and is_content
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and (part.get("type") == "image" or isinstance(part.get("text"), str))
+
+
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    content = message.get("content", [])
-    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content

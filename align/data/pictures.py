@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from align.data.entry import BadRow
 from align.data.fingerprint import fingerprint
-from align.images import MAX_IMAGE_PIXELS
+from align.images import MAX_IMAGE_PIXELS, in_short, is_file
 
 UNREADABLE = "image cannot be read"
 TOO_SMALL = "image too small"
@@ -76,8 +76,8 @@ class PictureStore:
         return found
 
     def _from_path(self, path: Path) -> Picture:
-        if not path.is_file():
-            raise BadRow(UNREADABLE, f"there is no file {path}")
+        if not is_file(path):
+            raise BadRow(UNREADABLE, f"there is no file {in_short(str(path))}")
         size, print_ = self._look(path, str(path))
         if self.copy:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -119,9 +119,9 @@ class PictureStore:
                 # A JPEG may be decoded at an eighth of its size; its data are read to the end all the same.
                 image.draft("RGB", (64, 64))
                 return (width, height), fingerprint(image)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            if isinstance(error, BadRow):
-                raise
+        except BadRow:
+            raise
+        except Exception as error:  # what a broken file makes one of many decoders raise
             raise BadRow(UNREADABLE, f"{name}: {error}") from None
 
 

@@ -74,15 +74,17 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield Row(f"{path}:{number}", _parsed(line))
 
 
-def _parsed(line: str) -> dict[str, Any] | BadRow:
+def _parsed(line: bytes) -> dict[str, Any] | BadRow:
     try:
-        data = json.loads(line)
+        data = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8 text", f"byte {error.start}")
     except json.JSONDecodeError as error:
         return BadRow("no valid JSON", f"{error.msg} at column {error.colno}")
     return data if isinstance(data, dict) else BadRow("no JSON object", type(data).__name__)
@@ -91,9 +93,11 @@ def _parsed(line: str) -> dict[str, Any] | BadRow:
 def _json_array(path: Path) -> Iterator[Row]:
     """Entries of an array; what is called .json and is JSON lines is read as that."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
     except json.JSONDecodeError as error:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open("rb") as file:
             looks_like_lines = isinstance(_parsed(file.readline()), dict)
         if looks_like_lines:
             yield from _json_lines(path)
@@ -106,14 +110,21 @@ def _json_array(path: Path) -> Iterator[Row]:
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     # A data URI is longer than the 128 KiB that the module allows a field.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                yield Row(where, BadRow("as many cells as columns are missing or too many"))
-            else:
-                yield Row(where, dict(row))
+        try:
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    yield Row(where, BadRow("not as many cells as columns"))
+                else:
+                    yield Row(where, dict(row))
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from None
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
+    return UserError(f"not UTF-8 text (byte {error.start})", where=str(path), fix="save it as UTF-8")
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

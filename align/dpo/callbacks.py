@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.progress import Advance, progress
 from align.trackers import Trackers
+from align.watch.progress import Advance, progress
 
 
 class MetricsFile(TrainerCallback):

@@ -14,8 +14,8 @@ from trl import DPOConfig
 
 from align.config import Config, DpoSettings
 from align.errors import UserError
-from align.progress import log
 from align.rundir import make_folder, write_text
+from align.watch.progress import log
 
 FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 

@@ -1,8 +1,8 @@
 """A model too large for one device in, forward passes of it out: ZeRO-3 before training.
 
 Reference log-probabilities and the proof of the shared prefix come before there is a trainer. Under `zero3` the model is
-then loaded in pieces already, a piece a process, and its layers are gathered one after the other while they compute. It is
-kept in its own dtype, so the numbers are those of a whole model. All processes must run the same forwards, equally many.
+then loaded in pieces already, a piece a process, and its layers are gathered one after the other while they compute. It
+has the dtype of a whole model, so the numbers are the same. All processes must run the same forwards, equally many.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from transformers.integrations.deepspeed import (
     HfDeepSpeedConfig,
     is_deepspeed_zero3_enabled,
     unset_hf_deepspeed_config,
 )
 
-# The batch size is asked for and means nothing here.
-CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+# Models that were run in pieces.
+_run: WeakSet[Any] = WeakSet()
 
 
 @contextmanager
-def loading_in_pieces(wanted: bool) -> Iterator[None]:
-    """Within the context transformers loads every model in pieces, one a process; whole where it is not `wanted`."""
+def loading_in_pieces(wanted: bool, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Within the context transformers loads every model in pieces of `dtype`, one a process; whole where it is not `wanted`.
+
+    At the end the pieces of those that were run are given back, and they cannot be used any more.
+    """
     if not wanted:
         yield
         return
@@ -31,12 +36,16 @@ def loading_in_pieces(wanted: bool) -> Iterator[None]:
 
     # While it loads, DeepSpeed asks its own layer how many processes there are, not torch's.
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
-    config = HfDeepSpeedConfig(CONFIG)  # transformers forgets it when its last name goes
+    config = HfDeepSpeedConfig(_config(dtype))  # transformers forgets it when its last name goes
     try:
         yield
     finally:
         unset_hf_deepspeed_config()
         del config
+        # Lists and caches of DeepSpeed's hold a model for good: it would lie beside the one that is trained.
+        for parameter in [parameter for model in _run for parameter in model.parameters()]:
+            parameter.ds_tensor, parameter.data = None, parameter.data.new_empty(0)
+        _run.clear()
 
 
 @contextmanager
@@ -46,13 +55,29 @@ def gathered_as_needed(model: Any) -> Iterator[None]:
         yield
         return
     import deepspeed
-
-    engine, *_ = deepspeed.initialize(model=model, config=CONFIG)
+    _run.add(model)
+    engine, *_ = deepspeed.initialize(model=model, config=_config(next(model.parameters()).dtype))
     # A weight that another module than its own computes with (torch's fused attention does) is gathered only by who says
     # that a forward is under way. The engine's own forward says so; the backbone is called without it.
-    for module in model.modules():
-        module._parameters._in_forward = True
+    _say_whether_forward(model, True)
     try:
         yield
     finally:
+        _say_whether_forward(model, False)
         engine.destroy()
+
+
+def _config(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        # The batch size is asked for and means nothing here.
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        # Pieces have the dtype that is enabled, whatever a model is loaded with.
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+
+
+def _say_whether_forward(model: Any, under_way: bool) -> None:
+    for module in model.modules():
+        module._parameters._in_forward = under_way

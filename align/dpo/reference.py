@@ -36,10 +36,10 @@ from align.dpo.pieces import gathered_as_needed
 from align.dpo.shared import log_prob_head
 from align.dpo.texts import PairTokens, encode_responses, render_pair
 from align.images import ImageStore
-from align.meter import count_tokens
-from align.progress import progress
 from align.records import Pair, Record
 from align.rundir import PartialFile, text_hash, write_text
+from align.watch.meter import count_tokens
+from align.watch.progress import progress
 
 log = logging.getLogger("align")
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from align.engines.prompts import right_padded
 from align.errors import UserError
 from align.images import FRAME_FILE_KEY, ImageStore
 from align.records import Pair
@@ -105,17 +106,16 @@ def encode_responses(rendered: RenderedPair, processor: Any, where: str) -> Pair
 
 def encode_prompts(processor: Any, prompts: list[str], pictures: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """What the processor makes of n prompts and their images, padded on the right: `input_ids` (n, P) and more."""
-    return dict(
-        processor(
-            images=[list(images) for images in pictures] if any(pictures) else None,
-            text=prompts,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-            # The template has already written every special token.
-            add_special_tokens=False,
-        )
+    inputs = processor(
+        images=[list(images) for images in pictures] if any(pictures) else None,
+        text=prompts,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+        # The template has already written every special token.
+        add_special_tokens=False,
     )
+    return right_padded(dict(inputs))
 
 
 class PromptCounter:

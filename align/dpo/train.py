@@ -39,20 +39,19 @@ from align.dpo.whole import gather_weights, merge_adapter
 from align.engines.prompts import check_prompts
 from align.errors import UserError
 from align.images import ImageStore
-from align.info import empty_model
-from align.meter import count_tokens, save_spent
+from align.models.empty import empty_model, with_adapter
 from align.models.load import check_checkpoint, load_model, load_processor, read_config
 from align.models.placement import DTYPES, pick_device
 from align.models.save import save_checkpoint
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 from align.prefix.proof import prove
-from align.progress import log
 from align.ranks import TRY_AGAIN, world_size
 from align.records import Pair, read_jsonl
 from align.rundir import Round, RunDir, checkpoint_hash, content_hash, text_hash
 from align.seen_images import hold_images
-from align.shapes import with_adapter
 from align.trackers import Trackers, tracking
+from align.watch.meter import count_tokens, save_spent
+from align.watch.progress import log
 
 STAGE = "dpo"
 
@@ -176,7 +175,7 @@ class DpoStage:
         # Processes that exchange weights or gradients module by module must all run the same modules. Alone as well,
         # so that it makes no difference: Adam moves on with a gradient of 0, but not without one.
         collator.always_images = any(pair.images for pair in pairs)
-        with loading_in_pieces(self.strategy == "zero3"):
+        with loading_in_pieces(self.strategy == "zero3", self.dtype):
             model = self.load(self.policy)
             with gathered_as_needed(model):
                 first = pairs[: self.args.per_device_train_batch_size]

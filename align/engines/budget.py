@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from align.errors import UserError
+
 # More does not make a CPU faster, and needs memory.
 CPU_TOKENS = 8192
 # Beyond this a GPU gains nothing from wider batches.
@@ -39,9 +41,12 @@ class Budget:
         return max(1, count if self._limit is None else min(count, self._limit))
 
     def retreat(self, num_items: int) -> None:
-        """After `num_items` ran out of memory; raises MemoryError when it was only one."""
+        """After `num_items` ran out of memory; raises UserError when it was only one."""
         if num_items <= 1:
-            raise MemoryError("a single question does not fit into memory")
+            raise UserError(
+                "a single question does not fit into memory",
+                fix="let images have fewer tokens (model.processor), or ask for fewer or shorter responses",
+            )
         self.num_retreats += 1
         self._limit = num_items // 2
         gc.collect()

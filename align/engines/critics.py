@@ -5,6 +5,7 @@ A panel's members share `critic.model`, unless one names a `model` (and `process
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,10 +108,10 @@ def open_critic(
     plan: CriticPlan, config: Config, open_image: Callable[[Any], Any]
 ) -> tuple[Critic, Callable[[], dict[str, str]]]:
     """The critic with its models loaded, and a function that gives what they have to say for the manifest."""
-    opened: dict[tuple[str, str], Any] = {}
+    opened: dict[tuple[str, str, str], Any] = {}
 
     def get(model: MemberModel) -> Any:
-        key = (model.need, model.checkpoint)
+        key = (model.need, model.checkpoint, json.dumps(model.processor, sort_keys=True))
         if key not in opened:
             opened[key] = _open(model, config, open_image)
         return opened[key]
@@ -154,12 +155,12 @@ def _identity(model: MemberModel) -> str:
     return "served: " + ", ".join(sorted({server.model or model.checkpoint for server in model.servers}))
 
 
-def _notes(opened: Mapping[tuple[str, str], Any]) -> dict[str, str]:
+def _notes(opened: Mapping[tuple[str, str, str], Any]) -> dict[str, str]:
     if len(opened) == 1:
         return dict(next(iter(opened.values())).notes)
     return {
         f"{key} ({checkpoint})": text
-        for (_, checkpoint), engine in opened.items()
+        for (_, checkpoint, _), engine in opened.items()
         for key, text in engine.notes.items()
     }
 

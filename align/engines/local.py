@@ -32,11 +32,11 @@ from align.engines.shared import (
 )
 from align.engines.watch import WatchedChooser
 from align.errors import UserError
-from align.meter import count_tokens
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix, use_shared_prefix
 from align.prefix.layout import Segment
 from align.prefix.proof import Proof, failed, tolerance_for
 from align.prefix.rows import placeholder_ids
+from align.watch.meter import count_tokens
 from reward.ask import Ask
 
 # Items of the first batch, which is computed both ways.
@@ -162,9 +162,9 @@ class LocalEngine:
         stops = placeholder_ids(self.model)
         known = [[_until(token_ids, stops) for token_ids in item.token_ids] for item in given]
         places = [i for i, responses in enumerate(known) if any(responses)]
-        for i in range(len(given)):
-            if i not in places:
-                on_result(given[i].id, [[] for _ in known[i]])
+        for item, responses in zip(given, known, strict=True):
+            if not any(responses):
+                on_result(item.id, [[] for _ in responses])
 
         def tree_of(i: int) -> AskTree:
             segments = [Segment(tokens) for tokens in known[places[i]]]
@@ -360,14 +360,19 @@ class LocalEngine:
         with ReadAhead(prepare) as ahead:
             while todo:
                 batch = next_batch(todo)
-                rest = [i for i in todo if i not in batch]
+                taken = set(batch)
+                rest = [i for i in todo if i not in taken]
                 inputs = ahead.get(batch, next_batch(rest) if rest and size is not None else [])
+                fits = True
                 try:
                     ran = run(batch, inputs)
                     size = ran if size is None else (max(size[0], ran[0]), max(size[1], ran[1]))
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
+                    fits = False
+                if not fits:
+                    # Not within `except`: as long as the error is held, so is the memory of the frames it came from.
                     self.budget.retreat(len(batch))
                     self.notes["out_of_memory"] = f"{self.budget.num_retreats} times; the batch was halved each time"
                 todo = [i for i in todo if i not in answered]

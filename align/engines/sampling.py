@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from align.engines.base import SamplingSettings
+from align.errors import UserError
 
 # The nucleus nearly always lies within this many likeliest tokens; where it does not, all are sorted.
 NUCLEUS_GUESS = 512
@@ -93,13 +94,22 @@ class SeededChooser:
         self.seen: Tensor | None = None
 
     def __call__(self, logits: Tensor, row: Tensor, branch: Tensor, step: int) -> Tensor:
-        """Tokens `(N,)` for logits `(N, V)` of these rows and branches `(N,)`."""
+        """Tokens `(N,)` for logits `(N, V)` of these rows and branches `(N,)`.
+
+        Raises:
+            UserError: there are logits that are not numbers, of which no token could be chosen.
+        """
         if self.settings.repetition_penalty != 1.0:
             if self.seen is None:
                 said = logits.new_zeros(len(self.prompt_ids), logits.shape[-1], dtype=torch.bool)
                 said.scatter_(1, self.prompt_ids, True)
                 self.seen = said[:, None].repeat(1, self.numbers.shape[1], 1)
             logits = penalise_repetition(logits, self.seen[row, branch], self.settings.repetition_penalty)
+        if not bool(logits.amax(dim=-1).isfinite().all()):
+            raise UserError(
+                "the model's logits are not numbers",
+                fix="set model.dtype to float32 or bfloat16; where that does not help, the weights are broken",
+            )
         tokens = choose(logits, self.settings, self.numbers[row, branch, step])
         if self.seen is not None:
             self.seen[row, branch, tokens] = True

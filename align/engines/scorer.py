@@ -16,9 +16,9 @@ from transformers import AutoModelForSequenceClassification, AutoProcessor, Auto
 from align.config import ModelSettings
 from align.engines.prompts import to_device
 from align.errors import UserError
-from align.meter import count_tokens
 from align.models.placement import pick_device, pick_dtype
-from align.progress import log
+from align.watch.meter import count_tokens
+from align.watch.progress import log
 from reward.critics.scalar import Dialogue
 
 BATCH_SIZE = 8

@@ -30,7 +30,7 @@ from align.engines.server_fleet import Answer, Fleet, UnansweredError
 from align.engines.server_options import Step, from_text, num_tokens_to_see, option_log_probs, read_steps
 from align.engines.server_probe import CONTINUE, continued
 from align.errors import UserError
-from align.progress import log
+from align.watch.progress import log
 from reward.ask import Ask
 
 ItemT = TypeVar("ItemT")

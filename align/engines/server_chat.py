@@ -126,17 +126,24 @@ def read_choices(answer: dict[str, Any]) -> list[Choice]:
         RetryLaterError: the answer is not in the form of a chat completion, or was broken off by the server.
     """
     try:
-        choices = sorted(answer["choices"], key=lambda choice: choice.get("index") or 0)
-        texts = [choice["message"].get("content") or "" for choice in choices]
+        return _choices(answer)
     except (KeyError, TypeError, AttributeError):
-        raise RetryLaterError("answered with choices without messages") from None
+        raise RetryLaterError("answered with choices that are not those of a chat completion") from None
+
+
+def _choices(answer: dict[str, Any]) -> list[Choice]:
+    choices = sorted(answer["choices"], key=lambda choice: choice.get("index") or 0)
+    texts = [choice["message"].get("content") or "" for choice in choices]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError
     reasons = [choice.get("finish_reason") for choice in choices]
     for reason in reasons:
         if reason in ("abort", "error"):
             raise RetryLaterError(f"broke off its answer (finish_reason {reason})")
     counts = [_num_tokens(choice) for choice in choices]
     if None in counts:
-        counts, exact = _shares(texts, (answer.get("usage") or {}).get("completion_tokens"))
+        total = (answer.get("usage") or {}).get("completion_tokens")
+        counts, exact = _shares(texts, total if isinstance(total, int) else None)
     else:
         exact = True
     return [

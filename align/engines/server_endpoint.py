@@ -163,6 +163,8 @@ class Endpoint:
                 response = await client.request(method, self.url + path, json=body, headers=headers)
         except (TimeoutError, httpx.TimeoutException):
             raise RetryLaterError(f"no answer within {timeout_s:g} s") from None
+        except httpx.InvalidURL as error:
+            raise UserError(f"no address ({error})", where=self.url, fix="name the right one") from None
         except httpx.ConnectError as error:
             raise RetryLaterError(f"cannot be reached ({self.readable(str(error))})") from None
         except httpx.RequestError as error:

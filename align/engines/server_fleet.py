@@ -20,8 +20,8 @@ from align.engines.server_chat import Choice, read_choices
 from align.engines.server_endpoint import Endpoint, NotServedError, RefusedError, RetryLaterError
 from align.engines.server_probe import probe
 from align.errors import UserError
-from align.meter import count_tokens
-from align.progress import log
+from align.watch.meter import count_tokens
+from align.watch.progress import log
 
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
@@ -79,7 +79,9 @@ class Fleet:
             async with _client() as self._client:
                 self._waiting.clear()
                 for endpoint in self.endpoints:
-                    if not endpoint.alive:
+                    if endpoint.alive:
+                        self._wake_when_rested(endpoint)
+                    else:
                         self._revive(endpoint)
                 try:
                     return await work()
@@ -192,6 +194,11 @@ class Fleet:
                 waiter.set_result(None)
                 count -= 1
 
+    def _wake_when_rested(self, endpoint: Endpoint) -> None:
+        # A little later than that: a clock that is early would leave everybody waiting.
+        rest_s = endpoint.not_before - time.monotonic() + 0.05
+        asyncio.get_running_loop().call_later(rest_s, self._wake, self.settings.concurrency)
+
     def _worked(self, endpoint: Endpoint) -> None:
         endpoint.num_answers += 1
         endpoint.failures_in_a_row = 0
@@ -201,8 +208,7 @@ class Fleet:
         endpoint.last_error = str(fault)
         if fault.wait_s is not None:
             endpoint.not_before = max(endpoint.not_before, time.monotonic() + fault.wait_s)
-            # A little later than that: a clock that is early would leave everybody waiting.
-            asyncio.get_running_loop().call_later(fault.wait_s + 0.05, self._wake, self.settings.concurrency)
+            self._wake_when_rested(endpoint)
         if fault.busy:
             return
         endpoint.failures_in_a_row += 1
@@ -289,7 +295,15 @@ def _client() -> Any:
         ) from None
     # The fleet bounds the connections itself.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(timeout=None, limits=limits)
+    try:
+        return httpx.AsyncClient(timeout=None, limits=limits)
+    except (ImportError, ValueError, OSError, httpx.InvalidURL):
+        # What is said of them may hold a proxy's password.
+        raise UserError(
+            "the proxies or certificates that the environment names cannot be used",
+            where="HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE or SSL_CERT_DIR",
+            fix="correct or unset them; a SOCKS proxy needs pip install 'httpx[socks]'",
+        ) from None
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:

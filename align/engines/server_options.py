@@ -34,12 +34,19 @@ After = Callable[[bytes], Awaitable[list[Step] | None]]
 
 
 def read_steps(choice: dict[str, Any]) -> list[Step] | None:
-    """The steps of a choice; None where it has no alternatives.
+    """The steps of a choice; None where it has no alternatives, or has them in another form.
 
     >>> token = {"token": "a", "logprob": -0.1, "top_logprobs": [{"token": "b", "logprob": -2.0}]}
     >>> read_steps({"logprobs": {"content": [token]}})
     [Step(text=b'a', log_probs={b'b': -2.0, b'a': -0.1})]
     """
+    try:
+        return _steps(choice)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def _steps(choice: dict[str, Any]) -> list[Step] | None:
     content = (choice.get("logprobs") or {}).get("content")
     if content is None or not all(token.get("top_logprobs") for token in content):
         return None

@@ -51,12 +51,14 @@ async def _sampling(endpoint: Endpoint, client: httpx.AsyncClient, timeout_s: fl
             if not form:
                 raise
             continue
-        choice = answer["choices"][0]
+        first = answer["choices"][0]
+        choice = first if isinstance(first, dict) else {}
+        log_probs = choice.get("logprobs")
         return Abilities(
             several=len(answer["choices"]) == 2,
             extras="top_k" in form,
-            token_ids=isinstance(choice, dict) and choice.get("token_ids") is not None,
-            token_log_probs=isinstance(choice, dict) and bool((choice.get("logprobs") or {}).get("content")),
+            token_ids=choice.get("token_ids") is not None,
+            token_log_probs=isinstance(log_probs, dict) and bool(log_probs.get("content")),
         )
     raise AssertionError("the last form is tried or raises")
 

@@ -27,10 +27,10 @@ from align.lmms_eval.instances import Answered
 from align.lmms_eval.requests import Answerer
 from align.lmms_eval.results import counts_of, numbers_of
 from align.lmms_eval.tasks import find_tasks, load_task, require_lmms_eval, root_cause
-from align.progress import log
 from align.questionwise import begin
 from align.ranks import barrier, is_main_process, rank, world_size
 from align.rundir import Manifest, PartialFile, RunDir, checkpoint_hash, make_folder, write_text
+from align.watch.progress import log
 
 if TYPE_CHECKING:
     from align.engines.base import Engine

@@ -16,11 +16,11 @@ from align.engines.base import Engine, SampleRequest, SampleResult, SamplingSett
 from align.errors import UserError
 from align.lmms_eval.instances import Answered, Request, cut_at, generation_request, numbered, scoring_request
 from align.lmms_eval.visuals import Dialogue, Unaskable, dialogue_of
-from align.progress import progress
 from align.questionwise import batches
 from align.ranks import barrier
 from align.rundir import PartialFile, text_hash
 from align.video import picker_of
+from align.watch.progress import progress
 from reward.ask import Ask
 
 # So many questions have their pictures in memory.

@@ -51,8 +51,11 @@ class Proof:
 
 def tolerance_for(model: PreTrainedModel) -> Tolerance:
     """What may differ between two orders of summation in the model's dtype."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    if parameter.is_cuda and parameter.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        # Products of TensorFloat-32 (dpo.tf32) have as many digits as those of float16.
+        return TOLERANCES[torch.float16]
+    return TOLERANCES.get(parameter.dtype, TOLERANCES[torch.bfloat16])
 
 
 def compare(shared: Tensor, plain: Tensor, tolerance: Tolerance) -> Proof:

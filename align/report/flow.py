@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.quantities import duration as duration
 from align.report.read import RoundData, RunData, Stage, number
+from align.watch.quantities import duration as duration
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """Filters of a conversion: what is left out, counted and drawn, whatever the format."""
 
 import json
+import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from align.data.pictures import PictureStore
+from align.data.duplicates import Duplicates
+from align.data.pictures import Picture, PictureStore
 from align.errors import UserError
 from align.images import ImageStore
 from align.records import Pair, Question, read_jsonl
@@ -112,6 +115,51 @@ def test_what_is_written_are_records_and_the_counts_stand_beside_them(tmp_path):
     assert (counts["rows"], counts["written"], counts["malformed"]) == (2, 1, {"no valid JSON": 1})
     questions = imported(tmp_path / "a.jsonl", tmp_path / "q", "plain", make="questions")
     assert read_jsonl(questions.path, Question)[0].images == ["1.png"]
+
+
+def test_a_text_that_is_no_path_is_an_image_that_cannot_be_read(tmp_path):
+    # Base64 without the head of a data URI, and half a character, are told in short; the counts can be written.
+    save_pictures(tmp_path, 1)
+    rows = [ask("0.png"), ask("iVBORw0KGgo" * 2000), ask("\ud83d.png"), ask("a\0b.png")]
+    done = imported(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out", "plain")
+    assert (done.counts.written, done.counts.dropped) == (1, {"image cannot be read": 3})
+    counts = json.loads((tmp_path / "out/import.json").read_text())
+    assert counts["faults"][1].endswith("/\ud83d.png")
+    assert all(len(fault) < 600 for fault in counts["faults"])
+
+
+def test_text_that_is_not_utf8_is_never_read_as_something_else(tmp_path):
+    line = json.dumps(ask([], "Où est-il?"), ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_bytes(line.encode("utf-8-sig") + b"\n" + line.replace("est", "va").encode("latin-1"))
+    done = imported(tmp_path / "a.jsonl", tmp_path / "out", "plain")
+    assert [made["question"] for made in lines(done.path)] == ["Où est-il?"]
+    assert done.counts.malformed == {"not UTF-8 text": 1}
+    for name, text in (("b.json", f"[{line}]"), ("c.csv", "question\nOù est-il?\n")):
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=rf"{name}: not UTF-8 text \(byte \d+\); save it as UTF-8"):
+            imported(tmp_path / name, tmp_path / "other", "plain")
+        (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+        assert imported(tmp_path / name, tmp_path / name[0], "plain").counts.written == 1
+
+
+def test_every_id_is_another_whatever_the_ids_of_the_source(tmp_path):
+    names = ["x", "x", "x#2", "y#2", "y", "y", "x#2#2"]
+    rows = [{"id": name, "question": f"Question {n}?"} for n, name in enumerate(names)]
+    done = imported(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out", "plain")
+    found = [line["id"] for line in lines(done.path)]
+    assert found == ["x", "x#2", "x#2#2", "y#2", "y", "y#3", "x#2#2#2"]
+
+
+def test_one_question_about_many_pictures_takes_no_time_a_picture():
+    draw = np.random.default_rng(0)
+    prints = [(draw.integers(0, 256, 16, dtype=np.uint8), np.zeros(192, dtype=np.uint8)) for _ in range(4000)]
+    for bits, _ in prints:
+        bits[:8] = 0  # as where the sky is above in all of them
+    duplicates, before = Duplicates(), time.process_time()
+    assert not any(duplicates.seen(["What?"], (Picture(f"{n}", (64, 48), one),)) for n, one in enumerate(prints))
+    assert duplicates.seen(["WHAT?"], (Picture("again", (64, 48), prints[1234]),))
+    assert not duplicates.seen(["What?"], (Picture("a", (64, 48), prints[0]), Picture("b", (64, 48), prints[1])))
+    assert time.process_time() - before < 5
 
 
 def test_an_image_is_opened_once_however_often_it_is_asked_for(tmp_path):

@@ -41,6 +41,7 @@ def test_llava_takes_the_last_question_of_a_dialogue_with_the_earlier_turns_as_h
         {"id": "text", "conversations": [human("What is a cat?"), gpt("An animal.")]},
         {"id": "bad", "image": "train2017/000000000003.png", "conversations": [{"from": "nobody", "value": "?"}]},
         {"id": "bad", "image": "train2017/000000000003.png", "conversations": []},
+        {"id": "bad", "image": "train2017/000000000003.png", "conversations": [{"from": ["human"], "value": "?"}]},
         {"id": "bad", "image": "train2017/none.png", "conversations": [human("<image>?"), gpt("!")]},
         "no object",
         {"id": "tags", "conversations": [human("<image>\nWhat is it?"), gpt("?")]},
@@ -52,7 +53,7 @@ def test_llava_takes_the_last_question_of_a_dialogue_with_the_earlier_turns_as_h
     assert [turn["content"] for turn in made[0]["history"]] == ["<image>\nWhat is it?", "A shape."]
     assert made[0]["images"] == ["train2017/000000000001.png"]
     assert "answer" not in made[0]
-    assert done.counts.dropped == {"malformed row": 4, "image cannot be read": 1}
+    assert done.counts.dropped == {"malformed row": 5, "image cannot be read": 1}
     assert f"{tmp_path / 'llava.json'}, entry 4: a turn of conversations has no speaker" in done.counts.faults[0]
 
 

@@ -31,6 +31,15 @@ BAD = [
     (pair("empty", rejected=" "), "empty response"),
     (pair("gone", images=["gone.png"]), "image cannot be read"),
     (pair("key") | {"chozen": 1}, "no valid pair"),
+    (pair("long", images=["x" * 5000]), "image cannot be read"),
+    (pair("role") | {"chosen": [{"content": "yes"}]}, "a message without a role or text"),
+    (pair("text") | {"chosen": [{"role": "assistant"}]}, "a message without a role or text"),
+    (pair("null") | {"chosen": [{"role": "assistant", "content": None}]}, "a message without a role or text"),
+    (pair("words") | {"rejected": [{"role": "assistant", "content": ["no"]}]}, "a message without a role or text"),
+    (
+        pair("video", images=(), parts=0) | {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
+        "a message without a role or text",
+    ),  # fmt: skip
 ]
 
 
@@ -44,6 +53,16 @@ def test_bad_lines_are_counted_and_the_rest_goes_on(tmp_path, caplog):
         assert counts["dropped_pairs"][reason] == sum(why == reason for _, why in BAD)
     places = [message for message in caplog.messages if f"{path}:" in message]
     assert [int(message.split(f"{path}:")[1].split(":")[0]) for message in places] == list(range(2, 2 + len(BAD)))
+
+
+def test_a_line_that_is_not_utf8_is_left_out_and_a_byte_order_mark_is_no_fault(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    lines = [json.dumps(pair(name, chosen="café", images=(), parts=0), ensure_ascii=False) for name in ("a", "b", "c")]
+    encoded = [line.encode(kind) for line, kind in zip(lines, ("utf-8-sig", "latin-1", "utf-8"), strict=True)]
+    path.write_bytes(b"\n".join(encoded))
+    pairs, counts = read_pairs_file(path, ImageStore(tmp_path))
+    assert [one.id for one in pairs] == ["a", "c"]
+    assert counts["dropped_pairs"] == {"not UTF-8 text": 1}
 
 
 def test_a_run_takes_its_first_pairs_from_the_file(tmp_path):

@@ -6,10 +6,13 @@ torchrun --nproc_per_node 2 tests/dpo/pieces_worker.py FOLDER LAYOUT
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,6 +34,7 @@ def main() -> None:
     collator = PairCollator(load_processor(str(folder / "policy")), ImageStore(folder), layout, always_images=True)
     with loading_in_pieces(True):
         model = load_model(str(folder / "policy"), device=None)
+        pieces = [weakref.ref(parameter.ds_tensor) for parameter in model.parameters()]
         held = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
         with gathered_as_needed(model):
             proof = choose_layout("auto", model, PairCollator(collator.processor, collator.images, "shared"), pairs[:2])
@@ -44,7 +48,12 @@ def main() -> None:
             batch_size=2,
             state=state,
         )
-    (folder / f"{layout}-{state.process_index}.json").write_text(json.dumps({"held": held, "proof": proof}))
+    gc.collect()
+    with loading_in_pieces(True, torch.bfloat16):
+        half = load_model(str(folder / "policy"), device=None, dtype=torch.bfloat16)
+    dtypes = sorted({str(parameter.dtype) for parameter in half.parameters()})
+    found = {"held": held, "proof": proof, "freed": all(piece() is None for piece in pieces), "dtypes": dtypes}
+    (folder / f"{layout}-{state.process_index}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from align.dpo.collator import PairCollator, layout_of, plain_batch, prompt_inputs_of
 from align.dpo.shared import log_prob_head
-from align.dpo.texts import PairLength, PromptCounter, check_lengths, render_pair
+from align.dpo.texts import PairLength, PromptCounter, check_lengths, encode_prompts, render_pair
 from align.errors import UserError
 from align.records import Pair
 from tests import tiny_models
@@ -54,6 +54,18 @@ def test_both_layouts_hold_the_same_tokens(processor, images):
             assert torch.equal(torch.cat([prompt, response]), ids), pair.id
             assert torch.equal(shared["input_ids"][trl][shared["completion_mask"][trl].bool()], response)
             assert torch.equal(plain["input_ids"][trl][plain["completion_mask"][trl].bool()], response)
+
+
+def test_a_processor_that_pads_on_the_left_whatever_it_is_told_gives_the_same_batches(processor, images):
+    class PadsLeft:
+        def __call__(self, **arguments):
+            return processor(**arguments | {"padding_side": "left"})
+
+    pictures = [[images.open(name) for name in pair.images] for pair in make_pairs(images.root, 3)]
+    prompts = ["<image> short", "<image> a longer one", "<image>"]
+    left, right = (encode_prompts(which, prompts, pictures) for which in (PadsLeft(), processor))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in right)
 
 
 def test_images_are_encoded_once_a_pair(processor, images):

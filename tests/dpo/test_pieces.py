@@ -46,3 +46,5 @@ def test_a_model_that_no_process_holds_whole_gives_the_reference_of_a_whole_one(
         assert found["held"] < 0.51 * num_weights
         assert found["proof"][0] == "shared"
         assert "agree" in found["proof"][1]
+        assert found["freed"], "it would lie beside the model that is trained"
+        assert found["dtypes"] == ["torch.bfloat16"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from align.engines.prompts import Prompter
 from align.errors import UserError
 from reward.ask import Ask
 from tests import tiny_models
-from tests.engines.conftest import text_model, text_tokenizer
+from tests.engines.conftest import question, text_model, text_tokenizer
 from tests.prefix.prefix_models import gemma3_sliding, make
 
 RESPONSES = ["A red square.", "Two boats, and a bird.", "Nothing"]
@@ -176,3 +178,26 @@ def test_an_ask_too_large_for_one_row_is_asked_branch_by_branch(
         assert np.abs(ours - theirs).max() <= 1e-4
     assert engine.fallback_reason is None
     assert "branch by branch" in engine.notes["large_asks"]
+
+
+@pytest.fixture
+def restless_threads():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless_threads")
+def test_two_threads_do_not_get_each_others_tokens(onevision: tuple[Any, Any]):
+    # On the plain path prompts are encoded while another thread cuts the next batch's asks into pieces.
+    prompter = Prompter(onevision[1], lambda image: image)
+    piece = "It says <image>.<|im_end|>"
+    prompts = [prompter.render(question(number, num_images=0).messages) for number in range(3)]
+    nothing: list[list[Any]] = [[], [], []]
+    alone = prompter.tokenise(piece), prompter.encode(prompts, nothing)["input_ids"].tolist()
+    with ThreadPoolExecutor(1) as beside:
+        pieces = beside.submit(lambda: [prompter.tokenise(piece) for _ in range(4000)])
+        while not pieces.done():
+            assert prompter.encode(prompts, nothing)["input_ids"].tolist() == alone[1]
+        assert all(tokens == alone[0] for tokens in pieces.result())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -307,6 +308,40 @@ def test_running_out_of_memory_halves_the_batch_and_every_question_is_answered_o
     assert engine.notes["out_of_memory"].startswith("2 times")
 
 
+def test_what_ran_out_of_memory_is_let_go_before_the_next_try(
+    onevision: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+):
+    held: list[weakref.ref] = []
+
+    class Watching(budget_module.Budget):
+        def retreat(self, num_items: int) -> None:
+            gone.append(held[-1]() is None)
+            super().retreat(num_items)
+
+    def limited(model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if len(inputs["input_ids"]) > 1:
+            cache = torch.zeros(1)
+            held.append(weakref.ref(cache))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample_behind(model, inputs, *args, **kwargs)
+
+    gone: list[bool] = []
+    monkeypatch.setattr(local, "sample_behind", limited)
+    engine = LocalEngine(*onevision)
+    engine.budget = Watching(engine.model, 2)
+    assert len(collect(engine, [question(i) for i in range(2)], WARM)) == 2
+    assert gone == [True]
+
+
+@pytest.mark.parametrize("shared_prefix", ["auto", "off"])
+def test_logits_that_are_no_numbers_are_an_error_and_no_samples(shared_prefix: str):
+    model = text_model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    with pytest.raises(UserError, match="not numbers"):
+        collect(LocalEngine(model, text_tokenizer(), shared_prefix=shared_prefix), [question(0, num_images=0)], WARM)
+
+
 def test_one_question_too_large_for_memory_is_an_error_that_says_so(
     onevision: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ):
@@ -314,7 +349,7 @@ def test_one_question_too_large_for_memory_is_an_error_that_says_so(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(local, "sample_behind", never)
-    with pytest.raises(MemoryError, match="single question"):
+    with pytest.raises(UserError, match="single question"):
         collect(LocalEngine(*onevision), [question(0)], WARM)
 
 

@@ -113,6 +113,12 @@ BROKEN = {
     "not JSON": Reply(b"Hello there."),
     "no choices": Reply({"object": "chat.completion", "choices": []}),
     "no messages": Reply({"choices": [{"index": 0}]}),
+    "messages that are words": Reply({"choices": ["hello", "there"]}),
+    "content that is no text": Reply(
+        {"choices": [{"index": 0, "message": {"content": [{"type": "text", "text": "a"}]}}]}
+    ),
+    "log-probabilities in a list": Reply(completion(["half of"], logprobs=[-0.5])),
+    "usage in a list": Reply(completion(["half of"]) | {"usage": [7, 7]}),
     "an error with status 200": Reply({"error": {"message": "oops"}}),
     "aborted": Reply(completion(["half of"], finish_reason="abort")),
     "dropped connection": Reply(None, drop=True),
@@ -159,6 +165,21 @@ def test_retry_after_is_waited_for(serve):
 
     collect(engine_on(serve(behave=busy_once)), [ask_for(1)], SETTINGS)
     assert times[1] - times[0] >= 1.0
+
+
+def test_a_rest_that_outlasts_its_work_ends_in_the_next(serve):
+    busy_first = serve(behave=lambda body, count: Reply({}, 429, {"Retry-After": "1"}) if count == 1 else None)
+    engine = engine_on(busy_first, tries=1)
+    ask = Ask((), None, "Judge.", (("a",),), "", ())
+    answers = []
+
+    def judge_twice():
+        answers.extend(engine.generate([ask], max_new_tokens=4)[0] for _ in range(2))
+
+    work = threading.Thread(target=judge_twice, daemon=True)
+    work.start()
+    work.join(timeout=20)
+    assert answers == [[None], ["Judge.a -> 0"]]
 
 
 def test_tries_are_bounded_and_the_question_and_its_fault_are_named_while_others_are_kept(serve):
@@ -425,6 +446,22 @@ def test_without_httpx_the_extra_that_brings_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(UserError, match=r"valley-align\[servers\]"):
         engine_on("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HTTP_PROXY", f"http://me:{KEY}/@proxy:1"), ("ALL_PROXY", "ftp://proxy"), ("SSL_CERT_FILE", "/nowhere.pem")],
+)
+def test_a_proxy_or_certificate_that_cannot_be_used_is_the_users_error(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=name) as failure:
+        engine_on("http://127.0.0.1:9")
+    assert KEY not in str(failure.value)
+
+
+def test_an_address_that_is_none_is_the_users_error():
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:port"):
+        engine_on("http://127.0.0.1:port")
 
 
 def test_an_ask_goes_out_as_system_images_and_text(serve):

@@ -7,7 +7,7 @@ import torch
 
 from align.prefix import rows
 from align.prefix.layout import Layout, Segment
-from align.prefix.proof import prove
+from align.prefix.proof import prove, tolerance_for
 from tests.prefix.prefix_models import SUPPORTED, gemma3_sliding, make, mamba
 
 
@@ -69,3 +69,17 @@ def test_dropout_is_off_during_the_proof_and_training_mode_comes_back():
         layer.self_attn.attention_dropout = 0.5
     assert prove(model, inputs, layout_for(inputs)).exact
     assert model.training
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_coarser_products_of_tf32_are_allowed_for():
+    model, _ = make(next(iter(SUPPORTED.values())))
+    model.to("cuda")
+    before = torch.backends.fp32_precision
+    assert tolerance_for(model).largest == 1e-4
+    try:
+        torch.backends.fp32_precision = "tf32"
+        assert tolerance_for(model).largest > 1e-3
+    finally:
+        torch.backends.fp32_precision = before

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from align.plan.shapes import ModelShape, Stack
 from align.prefix.token_stats import CHUNK_SIZE
-from align.shapes import ModelShape, Stack
 
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 # fp32 arrays of (tokens of a chunk, vocabulary) that the statistics of the head hold at a time, going backward:

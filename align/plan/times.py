@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from align.engines.budget import CPU_TOKENS, GPU_TOKENS, MEMORY_SHARE
-from align.prefix.plans import GROUPING_PAYS
-from align.prompt_sizes import PromptSize
-from align.speed import (
+from align.plan.prompt_sizes import PromptSize
+from align.plan.speed import (
     BACKWARD_START,
     FORWARD,
     GRADIENT_PASSES,
@@ -26,6 +25,7 @@ from align.speed import (
     Pass,
     Speed,
 )
+from align.prefix.plans import GROUPING_PAYS
 
 # Until an engine knows how large its items are (`align.engines.local.PROOF_ITEMS`).
 FIRST_BATCH = 2

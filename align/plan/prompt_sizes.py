@@ -14,7 +14,7 @@ from PIL import Image
 
 from align.dpo.texts import encode_prompts, encode_responses, render_pair, structured
 from align.images import ImageStore
-from align.memory import StepBatch
+from align.plan.memory import StepBatch
 from align.records import Pair
 
 

@@ -1,6 +1,6 @@
 """Progress of a long stage: a bar with rate, time left and memory on a terminal, a plain line now and then elsewhere.
 
-The same numbers stand in the round's folder (`align.beat`), for `align status` from another terminal.
+The same numbers stand in the round's folder (`align.watch.beat`), for `align status` from another terminal.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from align.beat import Work, current
-from align.footprint import footprint
-from align.quantities import duration, rate
 from align.ranks import is_main_process
+from align.watch.beat import Work, current
+from align.watch.footprint import footprint
+from align.watch.quantities import duration, rate
 
 log = logging.getLogger("align")
 

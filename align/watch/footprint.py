@@ -6,7 +6,7 @@ import resource
 import sys
 from dataclasses import dataclass
 
-from align.quantities import size
+from align.watch.quantities import size
 
 
 @dataclass(frozen=True)

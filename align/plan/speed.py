@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from align.memory import GIB
-from align.shapes import ModelShape, Stack
+from align.plan.memory import GIB
+from align.plan.shapes import ModelShape, Stack
 
 # What an H100 achieves in bfloat16 in practice, of its 989 dense TFLOP/s; bytes a second of its memory; microseconds of
 # Python for one layer of transformers; bytes a second that a GPU sends to others in its machine, and to other machines.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from align.engines.prompts import AskTree, Prompter
-from align.stage_times import AskSize
+from align.plan.times import AskSize
 from reward.ask import Ask
 
 

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from align.ask_sizes import CountingAsker, CountingScorer
 from align.config import Config
 from align.engines.critics import MemberModel, plan_critic
 from align.engines.prompts import Prompter
 from align.errors import UserError, reward_faults
 from align.images import ImageStore
-from align.memory import How, Memory, inference_memory
-from align.prompt_sizes import PromptMeter, PromptSize, patch_size
-from align.records import Question, read_questions
-from align.shapes import model_shape
-from align.speed import Cost, Speed, sent_bytes
-from align.stage_times import (
+from align.plan.ask_sizes import CountingAsker, CountingScorer
+from align.plan.memory import How, Memory, inference_memory
+from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
+from align.plan.shapes import model_shape
+from align.plan.speed import Cost, Speed, sent_bytes
+from align.plan.times import (
     Training,
     judging,
     reading,
@@ -25,6 +24,7 @@ from align.stage_times import (
     sampling,
     training_steps,
 )
+from align.records import Question, read_questions
 from align.win_rate import has_judge
 from reward.critics import Item, make_critic
 
@@ -243,7 +243,7 @@ class StagePlanner:
 
     @property
     def _patch_px(self) -> int:
-        from align.info import empty_model
+        from align.models.empty import empty_model
 
         return patch_size(empty_model(self.config.policy))
 
@@ -260,7 +260,8 @@ class StagePlanner:
         return list(by_name.values())
 
     def _judge(self, model: MemberModel) -> Judge:
-        from align.info import empty_model, expected_shared_prefix
+        from align.info import expected_shared_prefix
+        from align.models.empty import empty_model
         from align.models.load import load_processor
 
         store = ImageStore(self.config.question_images, self.config.max_image_pixels)

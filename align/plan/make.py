@@ -2,7 +2,7 @@
 fit out.
 
 Works from config.json, the model's shapes on torch's meta device and the headers of images: no weight is loaded, no
-picture decoded. The memory model is `align.memory`, the model of time `align.speed` and `align.stage_times`.
+picture decoded. The memory model is `align.plan.memory`, the model of time `align.plan.speed` and `align.plan.times`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from align.dpo.parts import freeze_parts
 from align.dpo.quantised import is_quantised
 from align.errors import UserError
 from align.images import ImageStore
-from align.memory import STRATEGIES, How, Memory, StepBatch, in_pieces, inference_memory, training_memory
-from align.plan_stages import Lengths, StageCost, StagePlanner
-from align.prompt_sizes import PromptMeter, PromptSize, patch_size
+from align.models.empty import with_adapter
+from align.plan.memory import STRATEGIES, How, Memory, StepBatch, in_pieces, inference_memory, training_memory
+from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
+from align.plan.shapes import ModelShape, model_shape
+from align.plan.speed import USABLE, Machine, Speed
+from align.plan.stages import Lengths, StageCost, StagePlanner
 from align.records import Pair, read_jsonl, read_questions
-from align.shapes import ModelShape, model_shape, with_adapter
-from align.speed import USABLE, Machine, Speed
 
 RESPONSE_TOKENS = 200
 # What is proposed where nothing else fits.
@@ -160,7 +161,7 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
 def shaped_model(config: Config) -> Any:
     """The policy without storage, with its adapter or with its frozen parts."""
     from align.dpo.train import lora_config
-    from align.info import empty_model
+    from align.models.empty import empty_model
 
     model = empty_model(config.policy)
     adapter = lora_config(config.dpo.lora, config.dpo.freeze)
@@ -275,7 +276,7 @@ def one_row(batch: StepBatch) -> StepBatch:
 
 
 def _frozen(config: Config, parts: list[str]) -> ModelShape:
-    from align.info import empty_model
+    from align.models.empty import empty_model
 
     model = empty_model(config.policy)
     freeze_parts(model, parts)
@@ -285,7 +286,7 @@ def _frozen(config: Config, parts: list[str]) -> ModelShape:
 def _adapted(config: Config) -> ModelShape:
     from peft import LoraConfig
 
-    from align.info import empty_model
+    from align.models.empty import empty_model
 
     given = {key: value for key, value in (config.dpo.lora or ADAPTER).items() if key != "quantize"}
     return model_shape(with_adapter(empty_model(config.policy), LoraConfig(**given)))

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from align.footprint import footprint
 from align.ranks import is_main_process, rank
 from align.rundir import write_text
+from align.watch.footprint import footprint
 
 BEAT_S = 2.0
 # Steps that the speed is taken from: old enough ones, such as those before the model was loaded, count no more.

@@ -10,9 +10,8 @@ counted as if they were of that kind; `Stack.other_layers` says how many there a
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -107,28 +106,6 @@ class ModelShape:
     def active_weights(self) -> float:
         """Weights that a token of text passes: of its experts only, and of the head."""
         return self.text.num_layers * self.text.active_weights + self.embedding_weights
-
-
-def with_adapter(model: Any, config: Any) -> Any:
-    """The model with peft's adapters in it, all else frozen; `config` is peft's LoraConfig.
-
-    Raises:
-        UserError: no layer of the model is meant, or peft does not know where adapters of this family belong.
-    """
-    from peft import get_peft_model
-
-    # Other ways to begin compute with the weights, which are not there; the shapes are the same.
-    plain = replace(config, init_lora_weights=True)
-    try:
-        with warnings.catch_warnings():
-            # peft asks transformers for gradient checkpointing by its old name.
-            warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(model, plain).get_base_model()
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"dpo.lora: {str(error).splitlines()[0]}",
-            fix="set dpo.lora.target_modules, e.g. [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
-        ) from None
 
 
 def model_shape(model: Any) -> ModelShape:

@@ -55,6 +55,7 @@ def gathered_as_needed(model: Any) -> Iterator[None]:
         yield
         return
     import deepspeed
+
     _run.add(model)
     engine, *_ = deepspeed.initialize(model=model, config=_config(next(model.parameters()).dtype))
     # A weight that another module than its own computes with (torch's fused attention does) is gathered only by who says

@@ -61,6 +61,7 @@ def run_pairs(config: Config, number: int) -> None:
         pairs, balanced = balance(pairs, config.pairs.balance_lengths, lengths)
         counts = _with_dropped(counts, balanced.pop(LOPSIDED, 0)) | balanced
         if not pairs:
+            this.manifest.note(STAGE, counts=counts)
             raise _nothing_left(config, this, counts)
         mixed = mix(pairs, earlier, config)
         counts |= {"pairs": len(pairs) + len(mixed)} | ({"earlier_pairs": len(mixed)} if earlier else {})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from align.card import write_model_card
 from align.config import Config
+from align.errors import UserError
 from align.launch import run_stage_command, wants_processes
 from align.ranks import barrier, is_main_process
 from align.rundir import Round, RunDir
@@ -73,12 +74,24 @@ def run_stage(config: Config, stage: str, number: int, *, redo: bool = False) ->
         with (
             beating(this.path, stage),
             metered(this.path, stage) if fresh else contextlib.nullcontext(),
+            _remembering_refusal(this, stage),
         ):
             _call(config, stage, number)
         if fresh and is_main_process():
             track_stage(config, number, stage_numbers(this, stage))
     if is_main_process() and number and stage in ("dpo", "evaluate"):
         write_model_card(config, number)
+
+
+@contextlib.contextmanager
+def _remembering_refusal(this: Round, stage: str) -> Iterator[None]:
+    """What a stage says when it will not go on stands in its manifest, for the report and `align status`."""
+    try:
+        yield
+    except UserError as error:
+        if is_main_process():
+            this.manifest.note(stage, refused=str(error))
+        raise
 
 
 def _run_or_launch(config: Config, stage: str, number: int, config_args: list[str]) -> None:

@@ -262,7 +262,15 @@ class Manifest:
                 where=str(self.path.parent),
                 fix=f"run it again from the start with --redo (this discards the round from {name} on), or give the run another name",
             )
+        if entry.pop("refused", None) is not None:
+            self._put(name, entry)
         return entry["status"] != "complete"
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Add facts to a stage that has begun and is not complete: `counts` so far, why it `refused` to go on."""
+        entry = self.stage(name)
+        if entry is not None and entry["status"] != "complete":
+            self._put(name, entry | facts)
 
     def finish(
         self, name: str, *, outputs: Iterable[Path], counts: dict[str, Any], seconds: float = 0.0, **more: Any

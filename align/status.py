@@ -122,6 +122,8 @@ class RunWatch:
         if not detail and name in PARTS:
             detail = f"{num_lines(parts(this, PARTS[name]))} questions finished"
         detail = ", ".join(filter(None, [detail, losses]))
+        if entry is not None and not running and entry.get("refused"):
+            warnings.append(f"round {this.number} {name}: {entry['refused']}")
         return StageStatus(this.number, name, "running" if running else "stopped", detail)
 
     def _so_far(self, this: Round, name: str) -> dict[str, Any]:

@@ -289,3 +289,11 @@ def test_a_critic_that_cannot_judge_is_said_and_nothing_is_lost(project, fresh, 
     assert message in result.stderr
     assert (target / "samples.jsonl").read_text() == (source / "samples.jsonl").read_text()
     assert not (target / "pairs.jsonl").exists()
+    if message.startswith("no pair is left"):
+        refused = json.loads((target / "manifest.json").read_text())["stages"]["pairs"]
+        assert refused["status"] == "running"
+        assert message in refused["refused"]
+        assert sum(refused["counts"]["questions_without_pair"].values()) == 4
+        assert message in align(fresh, "status", "runs/run").stdout.replace("\n", " ")
+        assert align(fresh, "report", "runs/run").returncode == 0
+        assert message in (fresh / "runs/run/report.html").read_text()

@@ -249,9 +249,9 @@ def _unfinished(data: RoundData) -> Iterator[Alarm]:
     for stage in data.stages.values():
         if not stage.complete:
             done = f"; {stage.progress:,} questions are finished" if stage.progress else ""
-            if stage.name == "pairs":
-                # It takes a moment; where it has not ended it has most likely refused.
-                done = "; it refuses where no pair is left, and says why"
+            if stage.refused is not None:
+                yield Alarm("Refused", f"{stage.name}{done}: {stage.refused}", number=data.number, serious=True)
+                continue
             yield Alarm(
                 "Not finished",
                 f"{stage.name} has begun and not ended{done}.",

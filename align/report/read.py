@@ -28,7 +28,8 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a round as its manifest tells it; `progress` counts finished questions of one that is running."""
+    """A stage of a round as its manifest tells it; `progress` counts finished questions of one that is
+    not complete, `refused` is what it said when it ended there."""
 
     name: str
     status: str
@@ -40,6 +41,7 @@ class Stage:
     versions: dict[str, str] = field(default_factory=dict)
     written: str | None = None
     progress: int | None = None
+    refused: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -254,6 +256,7 @@ def _stage(this: Round, name: str, entry: JSON) -> Stage:
         versions=part("versions"),
         written=_when(entry.get("finished") or entry.get("started")),
         progress=_finished_questions(this, name) if running else None,
+        refused=str(entry["refused"]) if running and entry.get("refused") else None,
     )
 
 

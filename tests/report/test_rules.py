@@ -508,8 +508,9 @@ def test_a_run_with_rounds_to_come_is_better_only_so_far():
     assert verdict(a_run(*rounds, rounds=1)).title.startswith("Better: ")
 
 
-def test_pairs_that_were_refused_are_not_called_work_in_progress():
+def test_a_stage_that_refused_says_why():
     data = one_round(1)
-    data.stages["pairs"] = Stage("pairs", "running")
+    data.stages["pairs"] = Stage("pairs", "running", refused="no pair is left of 4 questions: tie (4)")
     (alarm,) = find_alarms(a_run(data), history(a_run(data)), {})
-    assert alarm.findings == [(1, "pairs has begun and not ended; it refuses where no pair is left, and says why.")]
+    assert (alarm.title, alarm.serious) == ("Refused", True)
+    assert alarm.findings == [(1, "pairs: no pair is left of 4 questions: tie (4)")]

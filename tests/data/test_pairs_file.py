@@ -19,7 +19,10 @@ def pair(name, chosen="yes", rejected="no", images=("0.png",), parts=1):
         return [{"role": role, "content": list(content)}]
 
     prompt = message("user", *[{"type": "image"}] * parts, {"type": "text", "text": "Is it?"})
-    answers = {side: message("assistant", {"type": "text", "text": text}) for side, text in (("chosen", chosen), ("rejected", rejected))}  # fmt: skip
+    answers = {
+        side: message("assistant", {"type": "text", "text": text})
+        for side, text in (("chosen", chosen), ("rejected", rejected))
+    }
     return {"id": name, "images": list(images), "prompt": prompt} | answers
 
 
@@ -39,7 +42,7 @@ BAD = [
     (
         pair("video", images=(), parts=0) | {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
         "a message without a role or text",
-    ),  # fmt: skip
+    ),
 ]
 
 

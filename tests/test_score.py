@@ -207,6 +207,22 @@ def test_a_reward_model_scores_a_dialogue_alike_alone_and_in_a_batch(reward_mode
     assert scorer(dialogues) == pytest.approx([scorer([dialogue])[0] for dialogue in dialogues], abs=1e-5)
 
 
+def test_a_reward_is_read_at_the_end_of_a_dialogue_also_where_padding_is_the_end_token(reward_model):
+    from align.config import ModelSettings
+    from align.engines.scorer import open_scorer
+    from reward.critics.scalar import Dialogue
+
+    scorer = open_scorer(str(reward_model), ModelSettings(dtype="float32"), open_image=lambda image: image)
+    end = scorer.tokenizer.eos_token
+    assert scorer.tokenizer.pad_token_id is not None
+    scorer.tokenizer.pad_token = end
+    dialogues = [Dialogue((), "What is it?", text + end) for text in TEXTS]
+    texts = [scorer._render(dialogue) for dialogue in dialogues]
+    ids = [scorer.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] for text in texts]
+    hidden = [scorer.model.model(row).last_hidden_state[0, -1] for row in ids]
+    assert scorer(dialogues) == pytest.approx([scorer.model.score(last).item() for last in hidden], abs=1e-5)
+
+
 def test_a_reward_model_with_two_outputs_is_refused(folder, tmp_path):
     config = LlamaConfig(
         vocab_size=264, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=2

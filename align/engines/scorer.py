@@ -7,10 +7,12 @@ A model with a processor of images and text sees the images. One that has only a
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer
 
 from align.config import ModelSettings
@@ -78,10 +80,6 @@ class LocalScorer:
             log.warning("the reward model reads text only: it never sees an image")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if model.config.get_text_config().pad_token_id is None:
-            # Without it the model does not know where a row of a batch ends.
-            model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-            model.config.pad_token_id = self.tokenizer.pad_token_id
 
     def __call__(self, dialogues: Sequence[Dialogue]) -> list[float | None]:
         """One number a dialogue, in order."""
@@ -104,8 +102,20 @@ class LocalScorer:
         inputs = reader(**arguments, padding=True, return_tensors="pt", add_special_tokens=False)
         inputs = to_device(dict(inputs), self.model.device, self.model.dtype)
         inputs.pop("token_type_ids", None)
+        self._mark_padding(inputs["input_ids"], inputs["attention_mask"])
         count_tokens(read=inputs["attention_mask"].sum().item())
         return self.model(**inputs).logits[:, 0].float().tolist()
+
+    def _mark_padding(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Pad with a token that no dialogue of the batch has: transformers reads the score before the last padding token.
+
+        With the end token for padding it would be read before the end of the dialogue.
+        """
+        used = set(input_ids[attention_mask.bool()].tolist())
+        unused = next(token for token in itertools.count() if token not in used)
+        input_ids.masked_fill_(~attention_mask.bool(), unused)
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.pad_token_id = unused
 
     def _render(self, dialogue: Dialogue) -> str:
         """The dialogue as the chat template writes it; plain text where the model has none."""

@@ -1,6 +1,7 @@
 """Scoring a round: which critic is made of which settings, what is measured of it, and gates that stop."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -207,15 +208,16 @@ def test_a_reward_model_scores_a_dialogue_alike_alone_and_in_a_batch(reward_mode
     assert scorer(dialogues) == pytest.approx([scorer([dialogue])[0] for dialogue in dialogues], abs=1e-5)
 
 
-def test_a_reward_is_read_at_the_end_of_a_dialogue_also_where_padding_is_the_end_token(reward_model):
+def test_a_reward_is_read_at_the_end_of_a_dialogue_also_without_a_padding_token(reward_model, tmp_path):
     from align.config import ModelSettings
     from align.engines.scorer import open_scorer
     from reward.critics.scalar import Dialogue
 
-    scorer = open_scorer(str(reward_model), ModelSettings(dtype="float32"), open_image=lambda image: image)
-    end = scorer.tokenizer.eos_token
-    assert scorer.tokenizer.pad_token_id is not None
-    scorer.tokenizer.pad_token = end
+    shutil.copytree(reward_model, tmp_path, dirs_exist_ok=True)
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token, end = None, tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    scorer = open_scorer(str(tmp_path), ModelSettings(dtype="float32"), open_image=lambda image: image)
     dialogues = [Dialogue((), "What is it?", text + end) for text in TEXTS]
     texts = [scorer._render(dialogue) for dialogue in dialogues]
     ids = [scorer.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] for text in texts]

@@ -29,6 +29,7 @@ from reward.trust import check_gates as check_gate_names
 
 STAGE = "score"
 DEFAULT_BATCH = 16
+PROMPTS = ("prompt", "split_prompt")
 
 OpenCritic = Callable[[], tuple[Critic, Callable[[], dict[str, str]]]]
 
@@ -138,28 +139,31 @@ def _scores(id_: str, judgement: Judgement) -> Scores:
 
 def _settings(config: Config) -> dict[str, Any]:
     # Gates judge what was measured and change nothing of it, so they may change without judging again.
+    # Models and prompts count by content, among the inputs: a run may be moved.
     critic = config.critic.model_dump(exclude={"model", "batch_size", "prompt", "gates", "servers"})
+    critic["options"] = _without_places(critic["options"])
     members = critic["options"].get("critics")
     if isinstance(members, dict):
-        # Their models and prompts count by content, among the inputs: a run may be moved.
-        kept = {name: _without_places(member) for name, member in members.items()}
-        critic["options"] = critic["options"] | {"critics": kept}
+        critic["options"]["critics"] = {name: _without_places(member) for name, member in members.items()}
     return {"critic": critic, "seed": config.seed}
 
 
 def _without_places(member: Any) -> Any:
     if not isinstance(member, dict):
         return member
-    return {key: value for key, value in member.items() if key not in ("model", "prompt")}
+    return {key: value for key, value in member.items() if key not in ("model", *PROMPTS)}
 
 
 def _inputs(config: Config, plan: CriticPlan, samples: Path) -> dict[str, str]:
     inputs = {"samples": content_hash(samples)}
     inputs |= plan.identities()
-    prompts = {"prompt": config.critic.prompt}
-    members = config.critic.options.get("critics")
+    options = config.critic.options
+    prompts = {key: options.get(key) for key in PROMPTS}
+    if config.critic.prompt is not None:
+        prompts["prompt"] = config.critic.prompt
+    members = options.get("critics")
     if isinstance(members, dict):
-        prompts |= {f"prompt {name}": member.get("prompt") for name, member in members.items()}
+        prompts |= {f"{key} {name}": member.get(key) for name, member in members.items() for key in PROMPTS}
     return inputs | {name: _prompt_hash(prompt) for name, prompt in prompts.items() if prompt}
 
 

@@ -17,10 +17,10 @@ from align.errors import UserError, reward_faults
 from align.images import ImageStore
 from align.records import Samples, Scores, VerdictRecord
 from align.rundir import Round
-from align.statistics import bootstrap_mean
+from align.statistics import bootstrap_ratio
 from reward.critics import Item, Judgement, Verdict
 from reward.critics.verifier import VerifierCritic
-from reward.ranking import consistency, position_bias, tie_rate
+from reward.ranking import both_orders, consistency, position_bias, tie_rate
 from reward.trust import (
     ImageDependence,
     agreement,
@@ -178,6 +178,9 @@ def _intervals(
     def of_verdicts(measure: Callable[[list[list[Verdict]]], float | None]) -> PerQuestion:
         return lambda i: (measure([judgements[i].verdicts]), len(judgements[i].verdicts))
 
+    def of_pairs(measure: Callable[[list[list[Verdict]]], float | None]) -> PerQuestion:
+        return lambda i: (measure([judgements[i].verdicts]), len(list(both_orders([judgements[i].verdicts]))))
+
     def of_control(name: str) -> PerQuestion:
         def look(i: int) -> tuple[float | None, int]:
             found = image_dependence([real[name][i]], [shown[name][i]])
@@ -191,8 +194,8 @@ def _intervals(
         return found.rate, found.num_pairs
 
     measures: dict[str, tuple[PerQuestion, int]] = {
-        "consistency": (of_verdicts(consistency), len(judgements)),
-        "position_bias": (of_verdicts(position_bias), len(judgements)),
+        "consistency": (of_pairs(consistency), len(judgements)),
+        "position_bias": (of_pairs(position_bias), len(judgements)),
         "tie_rate": (of_verdicts(tie_rate), len(judgements)),
         "image_dependence_blank": (of_control(BLANK), len(shown[BLANK])),
         "image_dependence_shuffled": (of_control(SHUFFLED), len(shown[SHUFFLED])),
@@ -204,9 +207,8 @@ def _intervals(
 
 
 def _interval(look: PerQuestion, number: int) -> dict[str, float] | None:
-    found = [look(i) for i in range(number)]
-    values = [[share] * weight for share, weight in found if share is not None and weight]
-    if not values:
+    found = [(share * weight, weight) for share, weight in map(look, range(number)) if share is not None and weight]
+    if not found:
         return None
-    interval = bootstrap_mean(values)
+    interval = bootstrap_ratio(*zip(*found, strict=True))
     return {"low": round(interval.low, 4), "high": round(interval.high, 4), "questions": interval.count}

@@ -145,7 +145,7 @@ def consistency(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None:
     >>> consistency([[Verdict(0, 1, 1, 0, winner=0), Verdict(1, 0, 1, 0, winner=1)]])
     0.0
     """
-    same = [forth.winner == back.winner for forth, back in _both_orders(verdicts_by_item)]
+    same = [forth.winner == back.winner for forth, back in both_orders(verdicts_by_item)]
     return sum(same) / len(same) if same else None
 
 
@@ -154,7 +154,7 @@ def position_bias(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None
 
     0 is what a critic without bias gives, whatever the responses; 1 always prefers the first. None without any pair.
     """
-    both = list(_both_orders(verdicts_by_item))
+    both = list(both_orders(verdicts_by_item))
     return sum(credit(forth) + credit(back) for forth, back in both) / (2 * len(both)) if both else None
 
 
@@ -164,7 +164,8 @@ def tie_rate(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None:
     return sum(ties) / len(ties) if ties else None
 
 
-def _both_orders(verdicts_by_item: Iterable[Sequence[Verdict]]) -> Iterable[tuple[Verdict, Verdict]]:
+def both_orders(verdicts_by_item: Iterable[Sequence[Verdict]]) -> Iterable[tuple[Verdict, Verdict]]:
+    """The two verdicts of every pair that was judged in both orders, smaller index first in the first one."""
     for verdicts in verdicts_by_item:
         table = {(verdict.first, verdict.second): verdict for verdict in verdicts}
         for (first, second), verdict in table.items():

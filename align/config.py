@@ -165,7 +165,7 @@ class PairSettings(Section):
     balance_lengths: float | None = Field(
         None,
         ge=0,
-        description="drop the most lopsided pairs until the mean log(chosen/rejected length) is within +- this; empty: keep all",
+        description="drop the most lopsided pairs until the mean log(chosen/rejected length) is within +- this (or the next would tip it over); empty: keep all",
     )
     mix_earlier: float = Field(
         0.0, ge=0, lt=1, description="share of a round's pairs that comes from earlier rounds (0.2: a fifth)"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 _SPACE = re.compile(r"\s+")
+_SIGN = re.compile(r"[^\w\s]|_")
 _GRAM = 3
 # A question's responses are compared two by two: each is taken apart once.
 _REMEMBERED = 1024
@@ -27,8 +28,8 @@ def normalise(text: str) -> str:
     '-1.50 %'
     """
     text = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
-    kept = [char if _carries_meaning(text, place) else " " for place, char in enumerate(text)]
-    return _SPACE.sub(" ", "".join(kept)).strip()
+    kept = _SIGN.sub(lambda sign: sign.group() if _carries_meaning(text, sign.start()) else " ", text)
+    return _SPACE.sub(" ", kept).strip()
 
 
 def _carries_meaning(text: str, place: int) -> bool:

@@ -186,6 +186,7 @@ LOSSES = {
     "empty": "responses without text",
     "unscored": "responses unscored",
     "dropped_too_long": "pairs dropped: too long",
+    "dropped": "pairs dropped",
     "unjudged_initial": "comparisons with the first policy not judged",
     "unjudged_parent": "comparisons with the round before not judged",
 }

@@ -6,7 +6,7 @@ that does not fit before training starts, by counting tokens without running the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -102,6 +102,22 @@ def encode_responses(rendered: RenderedPair, processor: Any, where: str) -> Pair
             raise UserError(f"the {name} response contains an image placeholder", where=where, fix="remove this pair")
         encoded.append(ids)
     return PairTokens(*encoded)
+
+
+def spelling_placeholders(pairs: Iterable[Pair], processor: Any) -> set[str]:
+    """The ids of pairs in which a response spells the placeholder of an image, as a policy now and then does.
+
+    Read again, the response would ask for an image that there is not.
+    """
+    ids = {getattr(processor, name, None) for name in PLACEHOLDER_ATTRIBUTES} - {None}
+    # Ids beyond the tokenizer's own have no spelling, and no text leads to them.
+    spelt = [token for token in processor.tokenizer.convert_ids_to_tokens(list(ids)) if token]
+    return {pair.id for pair in pairs if any(token in text for token in spelt for text in _response_texts(pair))}
+
+
+def _response_texts(pair: Pair) -> Iterator[str]:
+    for message in structured([*pair.chosen, *pair.rejected]):
+        yield from (part.get("text") or "" for part in message["content"])
 
 
 def encode_prompts(processor: Any, prompts: list[str], pictures: Sequence[Sequence[Any]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from align.dpo.quantised import is_quantised, peft_fields, quantization
 from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.settings import training_arguments
 from align.dpo.strategies import check_distribution, chosen_strategy, strategy_fields, whole_models
-from align.dpo.texts import PairLength, check_lengths, pair_lengths
+from align.dpo.texts import PairLength, check_lengths, pair_lengths, spelling_placeholders
 from align.dpo.trainer import PairTrainer, check_projector, pair_dataset
 from align.dpo.whole import gather_weights, merge_adapter
 from align.engines.prompts import check_prompts
@@ -54,6 +54,7 @@ from align.watch.meter import count_tokens, save_spent
 from align.watch.progress import log
 
 STAGE = "dpo"
+PLACEHOLDER = "a response spells the placeholder of an image"
 
 
 def run_dpo(config: Config, number: int) -> None:
@@ -168,9 +169,10 @@ class DpoStage:
         images = ImageStore(self.config.question_images, self.config.max_image_pixels)
         processor = load_processor(self.policy, **self.config.model.processor)
         check_prompts(processor, self.policy)
-        lengths = pair_lengths(given, processor, images)
+        usable = self._without_placeholders(given, processor)
+        lengths = pair_lengths(usable, processor, images)
         max_length = self.config.dpo.max_length or position_limit(read_config(self.policy))
-        pairs = self._that_fit(given, lengths, max_length)
+        pairs = self._that_fit(usable, lengths, max_length)
         collator = PairCollator(processor, images, "shared", max_length)
         # Processes that exchange weights or gradients module by module must all run the same modules. Alone as well,
         # so that it makes no difference: Adam moves on with a gradient of 0, but not without one.
@@ -196,7 +198,9 @@ class DpoStage:
         self._train(trainer)
         self._save(trainer, processor)
         if trainer.is_world_process_zero():
-            counts = _counts(given, pairs, trainer)
+            counts = _counts(pairs, trainer) | {"dropped_too_long": len(usable) - len(pairs)}
+            if len(usable) < len(given):
+                counts["dropped"] = {PLACEHOLDER: len(given) - len(usable)}
             # Of all processes and of earlier attempts; what the reference reads comes on top.
             count_tokens(read=counts["tokens"])
             self.this.manifest.finish(
@@ -240,6 +244,14 @@ class DpoStage:
         # While it loads, DeepSpeed asks its own layer how many processes there are, not torch's.
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
         return True
+
+    def _without_placeholders(self, pairs: list[Pair], processor: Any) -> list[Pair]:
+        spelling = spelling_placeholders(pairs, processor)
+        if len(spelling) == len(pairs):
+            raise UserError(f"in every pair {PLACEHOLDER}", where=str(self.this.pairs), fix="look at the responses")
+        if spelling:
+            log.warning("%d of %d pairs are dropped: %s", len(spelling), len(pairs), PLACEHOLDER)
+        return [pair for pair in pairs if pair.id not in spelling]
 
     def _that_fit(self, pairs: list[Pair], lengths: list[PairLength], max_length: int | None) -> list[Pair]:
         if max_length is None:
@@ -471,12 +483,11 @@ def _inputs(config: Config, this: Round, policy: str) -> dict[str, str]:
     return inputs
 
 
-def _counts(given: list[Pair], pairs: list[Pair], trainer: PairTrainer) -> dict[str, Any]:
+def _counts(pairs: list[Pair], trainer: PairTrainer) -> dict[str, Any]:
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     last = steps[-1] if steps else {}
     return {
         "pairs": len(pairs),
-        "dropped_too_long": len(given) - len(pairs),
         "steps": trainer.state.global_step,
         "tokens": int(last.get("num_tokens", 0)),
         "loss": last.get("loss"),

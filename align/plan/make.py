@@ -304,10 +304,12 @@ def _prompts(config: Config, meter: PromptMeter, response_tokens: int) -> tuple[
         longest = config.sample.max_new_tokens
         mean = min(response_tokens, longest)
         return sizes, Lengths(mean, mean, [longest] * len(sizes), [longest] * len(sizes))
-    from align.dpo.texts import encode_responses, render_pair
+    from align.dpo.texts import encode_responses, render_pair, spelling_placeholders
 
     assert config.pairs_file is not None
-    pairs = read_jsonl(config.pairs_file, Pair)
+    given = read_jsonl(config.pairs_file, Pair)
+    spelling = spelling_placeholders(given, meter.processor)
+    pairs = [pair for pair in given if pair.id not in spelling]
     if not pairs:
         raise UserError("no pairs in the file", where=str(config.pairs_file))
     tokens = [

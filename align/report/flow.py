@@ -62,7 +62,7 @@ _SHOWN = {
     "score": {"questions", "responses", "scored", "unscored", "verdicts", "pairs", "dropped", "dropped_responses",
               "dropped_pairs", "questions_without_pair", "critic"},
     "pairs": {"questions", "pairs", "dropped", "dropped_responses", "dropped_pairs", "questions_without_pair"},
-    "dpo": {"pairs", "tokens", "dropped_too_long", "loss", "reward_accuracy", "reward_margin"},
+    "dpo": {"pairs", "tokens", "dropped", "dropped_too_long", "loss", "reward_accuracy", "reward_margin"},
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from align.dpo import train
 from align.dpo.train import DpoStage, run_dpo
 from align.errors import UserError
 from align.models.load import load_model, load_processor
-from align.records import Pair, write_jsonl
+from align.records import Pair, read_jsonl, write_jsonl
 from align.rundir import Round, RunDir
 from tests import tiny_models
 from tests.dpo.conftest import make_pairs
@@ -166,6 +166,19 @@ def test_a_pair_that_does_not_fit_is_refused_with_its_token_counts(tmp_path):
     assert (counts["pairs"], counts["dropped_too_long"]) == (2, 4)
 
 
+def test_a_pair_whose_response_asks_for_an_image_is_dropped_and_counted(tmp_path):
+    config = make_run(tmp_path)
+    this = round_1(config)
+    pairs = read_jsonl(this.pairs, Pair)
+    pairs[1].rejected = [{"role": "assistant", "content": "look: <image>"}]
+    write_jsonl(this.pairs, pairs)
+    run_dpo(config, 1)
+    counts = this.manifest.stage("dpo")["counts"]
+    assert counts["pairs"] == len(pairs) - 1
+    assert counts["dropped"] == {"a response spells the placeholder of an image": 1}
+    assert counts["dropped_too_long"] == 0
+
+
 @pytest.mark.parametrize(
     ("dpo", "message"),
     [
@@ -199,7 +212,7 @@ def test_pairs_that_cannot_be_used_are_refused(tmp_path):
         this.pairs,
         [Pair(id="x", prompt=pairs[0].prompt, images=pairs[0].images, chosen=answer, rejected=pairs[0].chosen)],
     )
-    with pytest.raises(UserError, match="pair x: the chosen response contains an image placeholder"):
+    with pytest.raises(UserError, match="pairs.jsonl: in every pair a response spells the placeholder of an image"):
         run_dpo(config, 1)
     this.pairs.unlink()
     with pytest.raises(UserError, match="there are no pairs"):

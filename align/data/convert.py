@@ -58,6 +58,8 @@ class Converted:
 
     def drop(self, where: str, reason: str, detail: str) -> None:
         self.dropped[reason] += 1
+        # Half a character is told as it is escaped: no log and no file could hold it.
+        where, detail = (text.encode("utf-8", "backslashreplace").decode() for text in (where, detail))
         if self.dropped.total() <= SHOWN:
             log.warning("%s: left out: %s", where, detail)
         if len(self.faults) < KEPT_FAULTS:

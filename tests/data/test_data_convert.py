@@ -124,7 +124,7 @@ def test_a_text_that_is_no_path_is_an_image_that_cannot_be_read(tmp_path):
     done = imported(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out", "plain")
     assert (done.counts.written, done.counts.dropped) == (1, {"image cannot be read": 3})
     counts = json.loads((tmp_path / "out/import.json").read_text())
-    assert counts["faults"][1].endswith("/\ud83d.png")
+    assert counts["faults"][1].endswith(r"/\ud83d.png")
     assert all(len(fault) < 600 for fault in counts["faults"])
 
 

@@ -212,7 +212,7 @@ def test_pairs_that_cannot_be_used_are_refused(tmp_path):
         this.pairs,
         [Pair(id="x", prompt=pairs[0].prompt, images=pairs[0].images, chosen=answer, rejected=pairs[0].chosen)],
     )
-    with pytest.raises(UserError, match="pairs.jsonl: in every pair a response spells the placeholder of an image"):
+    with pytest.raises(UserError, match=r"pairs\.jsonl: in every pair a response spells the placeholder of an image"):
         run_dpo(config, 1)
     this.pairs.unlink()
     with pytest.raises(UserError, match="there are no pairs"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import re
 import runpy
 import subprocess
@@ -144,7 +145,10 @@ class Player:
 
     def make(self, arguments: list[str], folder: Path) -> tuple[int, str]:
         """Any target must be there; of what is not in the table the last line is run."""
-        made = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
+        # Without what a `make test` around this says to a make within it, which would tell of folders it enters.
+        alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        command = ["make", "-n", "--no-print-directory", *arguments]
+        made = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
         if made.returncode or self._is_left_out("make " + " ".join(arguments)):
             return made.returncode, made.stderr
         program, *rest = made.stdout.strip().splitlines()[-1].split()

@@ -109,7 +109,7 @@ def convert(
                 found.written += 1
     _check(found, store, settings)
     temporary.replace(target)
-    # A file name that is half a character stays as \\ud83d, which is JSON too.
+    # Faults are escaped already; a reason may name a column that holds half a character.
     counts = json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n"
     (store.out / "import.json").write_text(counts, encoding="utf-8", errors="backslashreplace")
     if found.dropped.total() > SHOWN:

@@ -2,10 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tests run side by side; each process computes on one thread.
 WORKERS ?= 2
+# What the tests want installed, and the file that pins all of it.
+EXTRAS := demo report servers deepspeed video sentencepiece web wandb mlflow lmms-eval lmms-eval-core docs dev
+LOCK := locks/dev.txt
+UV = $(BIN)/uv
+COMPILE = $(UV) pip compile --quiet --config-file locks/uv.toml --custom-compile-command 'make lock'
 
-.PHONY: demo test lint types tests docs clean
+.PHONY: demo test lint types tests test-oldest test-newest docs lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/align demo --folder demo-run
@@ -20,28 +26,42 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 # The pages and the reference, in build/site.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-$(VENV)/.torch: constraints.txt
+# The suite with the oldest and with the newest of everything that pyproject.toml admits, each in an environment of its own.
+test-oldest:
+	$(MAKE) tests VENV=.venv-oldest LOCK=locks/oldest.txt PYTEST="-m 'not locked'"
+
+test-newest: $(VENV)/.dev
+	mkdir -p build
+	$(COMPILE) --upgrade --python $(BIN)/python pyproject.toml $(EXTRAS:%=--extra %) -o build/newest.txt
+	$(MAKE) tests VENV=.venv-newest LOCK=build/newest.txt PYTEST="-m 'not locked'"
+
+# All packages to the newest versions that pyproject.toml and locks/held.txt admit, for every Python and system.
+lock: $(VENV)/.dev
+	$(COMPILE) --upgrade --universal -c locks/held.txt --overrides locks/overrides.txt pyproject.toml $(EXTRAS:%=--extra %) -o locks/dev.txt
+	$(COMPILE) --upgrade --universal -c locks/dev.txt --overrides locks/overrides.txt pyproject.toml --extra demo -o locks/demo.txt
+	$(COMPILE) --upgrade --universal -c locks/dev.txt locks/install.in -o locks/install.txt
+	$(COMPILE) --upgrade --python-version 3.11 --resolution lowest-direct pyproject.toml $(EXTRAS:%=--extra %) -o locks/oldest.txt
+
+# torch before the rest and alone with what its build requires: CUDA's libraries on most systems, nothing for a CPU build.
+$(VENV)/.torch: locks/install.txt $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	$(PIP) install --quiet -r locks/install.txt
+	$(PIP) install --quiet -c $(LOCK) torch
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+$(VENV)/.demo: $(VENV)/.torch locks/demo.txt pyproject.toml
+	$(PIP) install --quiet --no-deps --no-build-isolation -r locks/demo.txt -e .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,report,servers,deepspeed,video,sentencepiece,web,wandb,mlflow,lmms-eval-core,docs,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps 'lmms-eval>=0.7.3,<0.8'
-# Gradio 6 asks for Pillow below 13 and works with 13. The goldens were made with 13, which scales some pictures otherwise.
-	$(BIN)/python -m pip install --quiet --no-deps pillow==13.0.0
+$(VENV)/.dev: $(VENV)/.torch $(LOCK) pyproject.toml
+	$(PIP) install --quiet --no-deps --no-build-isolation -r $(LOCK) -e .
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run build dist *.egg-info
+	rm -rf .venv .venv-* demo-run build dist *.egg-info

@@ -25,16 +25,16 @@ from align.config import (
     find_config,
     load_config,
 )
+from align.distributed.launch import adopt_slurm, is_started_by_align, run_stage_command, wants_processes
+from align.distributed.ranks import is_main_process, world_size
+from align.distributed.worker_errors import Fault, fault_of, is_told_of, tell
 from align.errors import UserError
-from align.faults import Fault, fault_of, is_told_of, tell
-from align.launch import adopt_slurm, is_started_by_align, run_stage_command, wants_processes
-from align.ranks import is_main_process, world_size
-from align.rundir import RunDir
-from align.watch.progress import log
-from align.watch.quantities import size
+from align.log import log
+from align.monitoring.format import size
+from align.run.folder import RunDir
 
 if TYPE_CHECKING:
-    from align.status import RunStatus, RunWatch
+    from align.status.run_status import RunStatus, RunWatch
 
 app = typer.Typer(
     name="align",
@@ -181,12 +181,12 @@ def check(
 
     Then the data's images: tiny ones, repeats, and what is near to evaluation images.
     """
-    from align.check import report_text, run_check, save_report
+    from align.check.contamination import report_text, run_check, save_report
     from align.data.pictures import UNREADABLE
 
     loaded = load_config(find_config(config), set_)
     if not data_only:
-        from align.preflight import run_preflight
+        from align.check.preflight import run_preflight
 
         before = run_preflight(loaded, decode=decode)
         if before.problems:
@@ -321,8 +321,8 @@ def evaluate(
         raise UserError("--checkpoint, --limit, --out and --lmms-eval-tasks go with --lmms-eval", fix="name its tasks")
     counts = _stage("evaluate", round_, config, set_, redo=redo, num_processes=num_processes)
     if is_main_process() and not is_started_by_align():
-        from align.rounds import warning_of
-        from align.summary import print_table
+        from align.evaluation.table import print_table
+        from align.loop import warning_of
 
         loaded = _load(config, set_ or [])
         print_table({loaded.name: loaded.run_dir})
@@ -337,9 +337,9 @@ def run(
     set_: SetOption = None,
 ) -> None:
     """All of it: every round, evaluation and the report. The same command goes on after an interruption."""
+    from align.evaluation.table import print_table
+    from align.loop import run_rounds
     from align.report import write_report
-    from align.rounds import run_rounds
-    from align.summary import print_table
 
     set_ = [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])]
     loaded = _load(config, set_)
@@ -410,7 +410,7 @@ def status(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 5.0,
 ) -> None:
     """Where a run stands: stages, progress, speed, time left, last losses, warnings."""
-    from align.status import RunWatch, find_run
+    from align.status.run_status import RunWatch, find_run
 
     watched = RunWatch(find_run(run))
     seen = _watch(watched, every) if watch else watched.look()
@@ -443,7 +443,7 @@ def compare(
     other: Annotated[Path, typer.Argument(help="Another run's folder.")],
 ) -> None:
     """Two runs side by side, and their paired difference on the same held-out questions."""
-    from align.compare import print_comparison
+    from align.evaluation.compare import print_comparison
 
     print_comparison(one, other)
 
@@ -454,7 +454,7 @@ def info(
     image: Annotated[Path | None, typer.Option(help="Count the visual tokens of this image.")] = None,
 ) -> None:
     """What a checkpoint is: family, sizes, visual tokens, trainable parts, licence, shared prefix."""
-    from align.info import inspect_checkpoint
+    from align.models.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(checkpoint, image)
     rows = {
@@ -484,7 +484,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and upload nothing.")] = False,
 ) -> None:
     """Upload a checkpoint to the Hugging Face Hub, private unless said otherwise."""
-    from align.push import push as upload
+    from align.hub.push import push as upload
 
     done = upload(checkpoint, repo, public=public, dry_run=dry_run)
     for name, num_bytes in done.files.items():
@@ -590,7 +590,7 @@ def _stage(
     num_processes: int | None,
 ) -> dict[str, Any]:
     """Run one stage here, or in the processes that the configuration asks for; returns its counts."""
-    from align.rounds import run_stage
+    from align.loop import run_stage
 
     overrides = [*(overrides or []), *_processes(num_processes)]
     loaded = _load(config, overrides)
@@ -604,7 +604,7 @@ def _stage(
 
 def _benchmarks(wishes: dict[str, Any], number: int, config: Path | None, overrides: list[str]) -> None:
     """Tasks of lmms-eval on a checkpoint, or on that of a round; here, or in several processes."""
-    from align.card import write_model_card
+    from align.hub.model_card import write_model_card
     from align.lmms_eval import Wishes, list_tasks, run_benchmarks
     from align.lmms_eval.table import print_benchmarks
 

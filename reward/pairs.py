@@ -2,7 +2,7 @@
 
 A response is left out because it was excluded, unscored, or repeats another one; of the remaining `n` every one of
 the `n (n - 1) / 2` pairs is either chosen or dropped for a reason. Nothing is drawn at random. What concerns all
-questions together (length balance, pairs of earlier rounds) is in `reward.mixing`.
+questions together (length balance, pairs of earlier rounds) is in `reward.replay`.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from typing import Any
 
 import yaml
 
-from reward.ask import Ask
 from reward.errors import RewardError
+from reward.judge_model import Ask
 
 _FOLDER = Path(__file__).parent / "prompts"
 _SLOT = re.compile(r"\{\{([a-z_]+)\}\}|\{([a-z_]+)\}")

@@ -37,7 +37,7 @@ from trl import DPOConfig, DPOTrainer
 from valley_size import SIZES, build_valley, peak_flops, prompt_of_one_image, work_of
 
 from align.dpo.collator import plain_batch, shared_batch
-from align.dpo.shared import log_prob_head
+from align.dpo.shared_forward import log_prob_head
 from align.dpo.trainer import PairTrainer, pair_dataset
 from align.records import Pair
 

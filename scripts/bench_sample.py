@@ -16,7 +16,7 @@ from bench_common import Comparison, arguments, compare_in_turn, finish, growth,
 
 from align.engines.base import SamplingSettings
 from align.engines.sampling import SeededChooser, uniforms
-from align.engines.shared import sample_behind
+from align.engines.shared_path import sample_behind
 from align.prefix.attention import stop_shared_prefix, use_shared_prefix
 
 NEW_TOKENS = 64

@@ -25,7 +25,7 @@ from bench_common import (
 )
 
 from align.engines.prompts import AskTree
-from align.engines.shared import shared_ask_log_probs
+from align.engines.shared_path import shared_ask_log_probs
 from align.prefix.attention import stop_shared_prefix, use_shared_prefix
 from align.prefix.layout import Segment
 

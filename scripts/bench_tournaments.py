@@ -22,7 +22,7 @@ from align.config import ModelSettings
 from align.demo.data import CRITIC, CRITIC_PROMPT, POLICY, demo_settings, make_questions
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.open import open_engine
-from align.images import ImageStore
+from align.media.images import ImageStore
 from align.records import Question
 from align.statistics import wilson
 from reward.critics.pairwise import PairwiseCritic

@@ -25,11 +25,11 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from align.dpo.collator import PairCollator
-from align.dpo.parts import freeze_parts
-from align.dpo.texts import pair_lengths
+from align.dpo.tokenize import pair_lengths
 from align.dpo.trainer import PairTrainer, pair_dataset
-from align.images import ImageStore
-from align.models.empty import with_adapter
+from align.media.images import ImageStore
+from align.models.meta import with_adapter
+from align.models.modules import freeze_parts
 from align.plan.memory import How, Memory, training_memory
 from align.plan.prompt_sizes import patch_size, step_batch
 from align.plan.shapes import model_shape

@@ -36,12 +36,12 @@ sys.path.insert(0, str(ROOT))
 STAGES = ("sample", "score", "pairs", "dpo", "evaluate")
 MODULES = (
     "align.cli",
-    "align.rounds",
-    "align.sample",
-    "align.score",
-    "align.pairs",
+    "align.loop",
+    "align.stages.sample",
+    "align.stages.score",
+    "align.stages.pairs",
     "align.dpo.train",
-    "align.evaluate",
+    "align.evaluation.evaluate",
     "align.engines.local",
     "align.models.load",
     "tests.stage_runs",

@@ -17,12 +17,12 @@ import torch
 from accelerate import PartialState
 
 from align.dpo.collator import PairCollator
-from align.dpo.parts import freeze_parts
 from align.dpo.reference import ReferenceKey, reference_log_probs
 from align.dpo.trainer import PairTrainer, pair_dataset
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.local import LocalEngine
-from align.images import ImageStore
+from align.media.images import ImageStore
+from align.models.modules import freeze_parts
 from align.plan.ask_sizes import CountingAsker
 from align.plan.prompt_sizes import PromptMeter, PromptSize
 from align.plan.shapes import model_shape

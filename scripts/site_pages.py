@@ -1,7 +1,7 @@
 """Pages of the site that are made, not written: the start from README.md, two more from the root, the reference.
 
-mkdocs calls `on_config` and `on_files`; griffe, which reads the docstrings, calls `Doctests`. The reference has a page for each group of modules, in the order of README's "The house"; what
-stands in no group is listed with the stages, so that a new module cannot be forgotten.
+mkdocs calls `on_config` and `on_files`; griffe, which reads the docstrings, calls `Doctests`. The reference has a page for each group of modules, in the order of
+README's "Architecture"; what stands in no group is listed with the stages, so that a new module cannot be forgotten.
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ REST = "stages"
 # Page -> its title and the modules (and packages, with all that is in them) on it.
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     REST: ("Stages and commands", ()),
-    "prefix": ("align.prefix: one row a question", ("align.prefix",)),
+    "prefix": ("align.prefix: one row per question", ("align.prefix",)),
     "engines": ("align.engines: sampling and scoring", ("align.engines",)),
     "models": ("align.models: families and checkpoints", ("align.models",)),
     "dpo": ("align.dpo: training", ("align.dpo",)),
     "data": ("align.data: public formats", ("align.data",)),
     "report": ("align.report: one HTML page", ("align.report",)),
     "plan": ("align.plan: memory and time before they are paid for", ("align.plan",)),
-    "watch": ("align.watch: progress and costs", ("align.watch",)),
+    "monitoring": (
+        "align.monitoring, tracking, status: progress and costs",
+        ("align.monitoring", "align.tracking", "align.status"),
+    ),
     "chat": ("align.chat: talking to a checkpoint", ("align.chat",)),
     "lmms_eval": ("align.lmms_eval: public benchmarks", ("align.lmms_eval",)),
-    "floor": (
-        "Records, folders, configuration",
-        ("align.config", "align.records", "align.rundir", "align.images", "align.video", "align.errors"),
+    "evaluation": ("align.evaluation: held-out metrics", ("align.evaluation",)),
+    "run": ("align.run, align.distributed: folders and processes", ("align.run", "align.distributed")),
+    "base": (
+        "Records, configuration, media",
+        ("align.config", "align.records", "align.media", "align.errors", "align.files", "align.statistics"),
     ),
     "reward": ("reward: critics, rankings, pairs", ("reward",)),
 }

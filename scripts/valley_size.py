@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from align.dpo.parts import freeze_parts
 from align.models.load import load_processor, read_config
+from align.models.modules import freeze_parts
 from align.models.valley_eagle import ValleyEagleConfig, ValleyQwen2ForCausalLM
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "valley_eagle_tiny"

@@ -11,8 +11,8 @@ import yaml
 
 from align.config import Config, load_config
 from align.records import Question, Response, Samples, Scores, read_jsonl, write_jsonl
-from align.rundir import RunDir
-from align.score import run_score
+from align.run.folder import RunDir
+from align.stages.score import run_score
 from tests.tiny_models import byte_tokenizer, llava_onevision, llava_onevision_processor, random_image
 
 NUM_QUESTIONS = 4

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from align.card import lineage_of
 from align.chat.answers import Chat, Exchange
 from align.chat.terminal import chat_in_terminal
 from align.chat.web import Address, chat_on_page
@@ -29,6 +28,7 @@ from align.demo.data import POLICY
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.open import open_engine
 from align.errors import UserError
+from align.hub.model_card import lineage_of
 from tests.test_video import write_video
 
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=24)

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from align.check import report_text, run_check
+from align.check.contamination import report_text, run_check
 from align.errors import UserError
 from align.records import Question, read_jsonl
 from tests.critic_runs import config_of

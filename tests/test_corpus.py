@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.check import run_check
+from align.check.contamination import run_check
+from align.check.preflight import needed_bytes, run_preflight
 from align.config import Config, find_config, load_config
+from align.distributed.launch import launch_command
 from align.errors import UserError
-from align.launch import launch_command
-from align.preflight import needed_bytes, run_preflight
+from align.loop import run_stage
 from align.records import Question, Response, Samples, read_jsonl, write_jsonl
-from align.rounds import run_stage
-from align.rundir import RunDir
+from align.run.folder import RunDir
 from tests.bad_cases import CASES, Bad, pair
 from tests.stage_runs import SETTINGS, align, make_project
 

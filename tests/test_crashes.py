@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from align.cli import app
 from align.config import build_config
 from align.records import write_jsonl
-from align.score import _settings
+from align.stages.score import _settings
 from tests import tiny_models
 from tests.distributed.launches import ROOT, add_run
 from tests.dpo.conftest import make_pairs

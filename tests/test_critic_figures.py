@@ -4,8 +4,8 @@ import pytest
 
 from align.errors import UserError
 from align.records import Question, Response, Samples, Scores, VerdictRecord
-from align.score import run_score
-from align.trust import critic_figures
+from align.stages.critic_metrics import critic_figures
+from align.stages.score import run_score
 from tests.critic_runs import config_of, save_blind, write_round
 
 

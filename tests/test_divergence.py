@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from align.config import ModelSettings, load_config
-from align.divergence import OneModel, divergence
 from align.engines.base import Continuations
 from align.engines.open import open_engine
-from align.evaluate import run_evaluate
+from align.evaluation.evaluate import run_evaluate
+from align.evaluation.kl import OneModel, divergence
+from align.monitoring.cost import metered
 from align.records import Evaluation, ResponseLogProbs, read_jsonl
-from align.rundir import RunDir
-from align.watch.meter import metered
+from align.run.folder import RunDir
 from tests.engines.stub_server import StubServer
 from tests.stage_runs import make_project, write_lines
 from tests.tiny_models import llava_onevision_processor

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from align.cli import app
-from align.dpo.texts import structured
-from align.images import ImageStore
+from align.dpo.tokenize import structured
+from align.media.images import ImageStore
 from align.models.families import FAMILIES
 from align.models.load import load_model, load_processor, read_config
 from align.models.weights import tensor_table

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from align.config import LaunchSettings
+from align.distributed.launch import launch_command, run_processes, speak_for
+from align.distributed.worker_errors import LOST, Fault, causes, fault_of, leave, read_faults
 from align.errors import UserError
-from align.faults import LOST, Fault, causes, fault_of, leave, read_faults
-from align.launch import launch_command, run_processes, speak_for
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from align.errors import UserError
-from align.images import ImageStore
+from align.media.images import ImageStore
+from align.media.video import evenly, frame_references, read_frames
 from align.models.open_image import is_frame
 from align.records import Question
-from align.video import evenly, frame_references, read_frames
 from tests.stage_runs import align, make_project, write_lines
 from tests.test_video import write_video
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from align.errors import UserError
-from align.images import ImageStore
+from align.media.images import ImageStore
 
 
 @pytest.fixture

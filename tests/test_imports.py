@@ -1,6 +1,7 @@
-"""Imports run one way (README, "The house"): a walk over the source that holds the rule."""
+"""Imports run one way (README, "Architecture"): every allowed arrow between folders stands here, and there is no circle."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,69 +9,177 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOOR = {
-    "errors": 0,
-    "statistics": 0,
-    "records": 1,
-    "images": 1,
-    "video": 1,
-    "video_file": 1,
-    "rundir": 2,
-    "seen_images": 3,
-    "config": 1,
-    "ranks": 0,
-    "watch": 2,
-    "faults": 1,
-    "questionwise": 3,
+
+# What each folder (or module beside them) may import, lazily or not. `align` is the package itself; what stands in
+# BASE may be imported from everywhere.
+BASE = {"errors", "log", "records", "config", "files", "statistics", "secrets", "reward", "align"}
+ALLOWED: dict[str, set[str]] = {
+    "reward": set(),
+    "align": {"config", "engines", "loop", "report", "run"},
+    "errors": {"reward"},
+    "log": set(),
+    "secrets": set(),
+    "statistics": set(),
+    "files": {"errors", "log"},
+    "records": {"errors", "reward"},
+    "config": {"errors", "reward"},
+    # What stands below every stage.
+    "media": {"errors"},
+    "distributed": BASE,
+    "monitoring": BASE | {"distributed"},
+    "run": BASE | {"distributed", "media", "monitoring"},
+    "recipes": BASE,
+    # What answers for a model.
+    "prefix": set(),
+    "models": BASE | {"media", "prefix"},
+    "data": BASE | {"media", "monitoring"},
+    "tracking": BASE | {"run"},
+    "engines": BASE | {"models", "monitoring", "prefix", "run"},
+    # The stages, and what looks at them.
+    "stages": BASE | {"data", "distributed", "engines", "media", "models", "monitoring", "run"},
+    "dpo": BASE | {"distributed", "engines", "media", "models", "monitoring", "prefix", "run", "tracking"},
+    "evaluation": BASE | {"distributed", "engines", "media", "models", "monitoring", "run"},
+    "lmms_eval": BASE | {"distributed", "engines", "evaluation", "media", "models", "monitoring", "run"},
+    "hub": BASE | {"evaluation", "models", "monitoring", "run"},
+    "report": BASE | {"evaluation", "media", "monitoring", "run"},
+    "status": BASE | {"monitoring", "report", "run"},
+    "plan": BASE | {"dpo", "engines", "evaluation", "media", "models", "prefix"},
+    "check": BASE
+    | {"data", "distributed", "dpo", "engines", "evaluation", "media", "models", "monitoring", "plan", "run", "stages"},
+    "chat": BASE | {"engines", "hub", "media", "models"},
+    # What runs the stages.
+    "loop": BASE | {"check", "distributed", "dpo", "evaluation", "hub", "monitoring", "run", "stages", "tracking"},
+    "demo": BASE | {"evaluation", "loop", "report", "run"},
+    "cli": BASE
+    | {"chat", "check", "data", "demo", "distributed", "engines", "evaluation", "hub", "lmms_eval", "loop", "models"}
+    | {"monitoring", "plan", "recipes", "report", "run", "status"},
 }
-LAYERS = {"models": 3, "prefix": 3, "engines": 4, "data": 3}
-STAGES = {"sample", "score", "pairs", "dpo", "evaluate", "lmms_eval", "report", "summary", "card", "reference", "check"}
-# These look at all stages.
-TOP = {"rounds", "launch", "demo", "cli", "preflight", "plan"}
 
 
 def _imports(path: Path) -> set[str]:
+    """The dotted names that a file imports, at its top or within a function; relative ones are within their folder."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("align", "reward")}
+
+
+def _files(root: Path) -> dict[str, Path]:
+    """Every module of both packages by its dotted name."""
+    found = {}
+    for package in ("align", "reward"):
+        for path in (root / package).rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def _room(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+def _folder(module: str) -> str:
+    """
+    >>> _folder("align.dpo.train"), _folder("align.config"), _folder("align"), _folder("reward.critics")
+    ('dpo', 'config', 'align', 'reward')
+    """
+    package, _, rest = module.partition(".")
+    return package if package == "reward" or not rest else rest.split(".")[0]
 
 
-def _rooms_used(path: Path) -> set[str]:
-    return {_room(name) for name in _imports(path) if name.startswith("align.")}
+def _modules_of(name: str, files: dict[str, Path]) -> str | None:
+    """The module that an imported name stands in: the name itself, or what it is an attribute of."""
+    while name and name not in files:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
-FILES = sorted((ROOT / "align").rglob("*.py"))
+def broken_rules(root: Path) -> list[str]:
+    """Every import that the table does not allow, every module without a place, every circle of modules or folders."""
+    files = _files(root)
+    arrows: dict[str, set[str]] = {}
+    for module, path in files.items():
+        used = {_modules_of(name, files) for name in _imports(path)} - {None, module}
+        arrows[module] = {name for name in used if name is not None}
+    broken = [f"{module} has no place in the table" for module in files if _folder(module) not in ALLOWED]
+    folders: dict[str, set[str]] = {}
+    for module, used in arrows.items():
+        here = _folder(module)
+        for name in used:
+            there = _folder(name)
+            if there == here or name == "align":
+                continue
+            folders.setdefault(here, set()).add(there)
+            if there not in ALLOWED.get(here, set()):
+                broken.append(f"{module} imports {name}: {here} may not import {there}")
+    broken += [f"circle of modules: {' -> '.join(circle)}" for circle in _circles(arrows)]
+    broken += [f"circle of folders: {' -> '.join(circle)}" for circle in _circles(folders)]
+    return sorted(broken)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path):
-    room = path.relative_to(ROOT / "align").parts[0].removesuffix(".py")
-    used = _rooms_used(path) - {room, "__version__"}
-    if room in STAGES:
-        assert not used & (STAGES | TOP) - {"summary"}, f"a stage imports a stage: {used}"
-    elif room in LAYERS:
-        assert not used & (STAGES | TOP)
-        assert all(LAYERS.get(other, 0) <= LAYERS[room] for other in used)
-    elif room in FLOOR:
-        assert used <= set(FLOOR)
+def _circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """One circle for each starting point that lies on one.
+
+    >>> _circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
+    [['a', 'b', 'c', 'a'], ['b', 'c', 'a', 'b'], ['c', 'a', 'b', 'c']]
+    """
+    found = []
+    for start in sorted(arrows):
+        came_from, queue = {start: ""}, [start]
+        while queue:
+            here = queue.pop(0)
+            if start in arrows.get(here, ()):
+                path = [here]
+                while path[0] != start:
+                    path.insert(0, came_from[path[0]])
+                found.append([*path, start])
+                break
+            for there in sorted(arrows.get(here, ())):
+                if there not in came_from:
+                    came_from[there] = here
+                    queue.append(there)
+    return found
 
 
-def test_reward_imports_nothing_of_align():
-    for path in (ROOT / "reward").rglob("*.py"):
-        assert not {name for name in _imports(path) if name == "align" or name.startswith("align.")}, path
+def test_imports_run_one_way():
+    assert broken_rules(ROOT) == []
+
+
+def test_the_table_names_only_what_there_is():
+    assert set(ALLOWED) == {_folder(module) for module in _files(ROOT)}
+
+
+FORBIDDEN = [
+    ("align/stages/critic_metrics.py", "from align.loop import run_stage", "stages may not import loop"),
+    ("align/statistics.py", "import align.run.folder", "statistics may not import run"),
+    ("align/stages/sample.py", "from align.dpo.train import run_dpo", "stages may not import dpo"),
+    ("align/prefix/layout.py", "def f():\n    from align.engines import local", "prefix may not import engines"),
+    ("align/media/images.py", "from align.media.video import read_frames", "circle of modules: align.media.images"),
+    ("reward/pairs.py", "from align import config", "reward may not import config"),
+    ("align/surprise.py", "import json", "align.surprise has no place in the table"),
+    ("align/unknown/new.py", "import json", "align.unknown.new has no place in the table"),
+]
+
+
+def test_the_rule_sees_forbidden_imports(tmp_path):
+    for package in ("align", "reward"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=lambda _, names: [n for n in names if _skip(n)])
+    for module, line, _ in FORBIDDEN:
+        path = tmp_path / module
+        path.parent.mkdir(exist_ok=True)
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        path.write_text(f"{before}\n\n{line}\n", encoding="utf-8")
+    broken = broken_rules(tmp_path)
+    for module, _, complaint in FORBIDDEN:
+        assert any(complaint in line for line in broken), module
+
+
+def _skip(name: str) -> bool:
+    return "." in name and not name.endswith(".py")
 
 
 @pytest.mark.parametrize(
     "module",
-    ["align.cli", "align.records", "align.rundir", "align.config", "reward.ranking", "reward.pairs", "align.report"],
+    ["align", "align.cli", "align.records", "align.run.folder", "align.config", "reward.pairs", "align.report"],
 )
 def test_light_modules_do_not_load_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from align.config import LaunchSettings, build_config
-from align.dpo.strategies import (
+from align.distributed.launch import adopt_slurm, launch_command, wants_processes
+from align.dpo.sharding.strategies import (
     FROM_ACCELERATE,
     check_distribution,
     chosen_strategy,
@@ -18,7 +19,6 @@ from align.dpo.strategies import (
     whole_models,
 )
 from align.errors import UserError
-from align.launch import adopt_slurm, launch_command, wants_processes
 from tests import tiny_models, tiny_vlms
 
 CPU = torch.device("cpu")

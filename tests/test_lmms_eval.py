@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from align.card import write_model_card
 from align.config import build_config
 from align.demo.data import POLICY
 from align.errors import UserError
+from align.hub.model_card import write_model_card
 from align.lmms_eval.instances import generation_request, numbered
 from align.lmms_eval.results import counts_of
 from align.lmms_eval.tasks import require_lmms_eval
 from align.lmms_eval.visuals import Unaskable, dialogue_of
+from align.media.video import evenly
 from align.report import write_report
-from align.rundir import RunDir
-from align.video import evenly
+from align.run.folder import RunDir
 from tests.lmms_tasks import CHOICES, Stock, write_tasks
 from tests.report.fake_run import FakeRun
 from tests.stage_runs import align

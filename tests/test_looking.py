@@ -5,12 +5,12 @@ import os
 
 import pytest
 
-from align.compare import compare_runs
 from align.errors import UserError
-from align.info import inspect_checkpoint
+from align.evaluation.compare import compare_runs
+from align.models.inspect import inspect_checkpoint
 from align.records import Evaluated, Evaluation, Question, write_jsonl
-from align.rundir import RunDir
-from align.status import run_status
+from align.run.folder import RunDir
+from align.status.run_status import run_status
 from tests.stage_runs import align, make_project
 
 GOLDEN = "tests/golden/valley_eagle_tiny"

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from align.rundir import RunDir
-from align.watch.meter import count_tokens, device_in_use, metered, spent_on
+from align.monitoring.cost import count_tokens, device_in_use, metered, spent_on
+from align.run.folder import RunDir
 
 
 def test_what_was_spent_before_an_interruption_counts(tmp_path):
@@ -54,7 +54,7 @@ def test_gpu_seconds_and_tokens_are_added_over_processes_and_the_time_is_the_mai
 
 def test_a_killed_process_has_left_its_last_beat(tmp_path):
     code = (
-        "import time, sys; from pathlib import Path; from align.watch import meter; meter.EVERY_S = 0.02\n"
+        "import time, sys; from pathlib import Path; from align.monitoring import meter; meter.EVERY_S = 0.02\n"
         "with meter.metered(Path(sys.argv[1]), 'score'): meter.count_tokens(read=3); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from align.errors import UserError
-from align.pairs import make_pairs, run_pairs
 from align.records import Pair, Question, Response, Samples, Scores, read_jsonl, write_jsonl
-from align.rundir import RunDir
+from align.run.folder import RunDir
+from align.stages.pairs import make_pairs, run_pairs
 from reward.pairs import PairSettings
 from tests.critic_runs import config_of
 

@@ -10,11 +10,11 @@ from peft import LoraConfig
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from align.config import Config, load_config
-from align.dpo.texts import pair_lengths
+from align.dpo.tokenize import pair_lengths
 from align.engines.open import open_engine
 from align.errors import UserError
-from align.images import ImageStore
-from align.models.empty import with_adapter
+from align.media.images import ImageStore
+from align.models.meta import with_adapter
 from align.plan.make import Changes, Machine, make_plan, sharing
 from align.plan.memory import FOUR_BIT_BYTES, GIB, How, StepBatch, text_tokens, training_memory, weight_bytes
 from align.plan.prompt_sizes import PromptMeter, PromptSize

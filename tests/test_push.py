@@ -3,8 +3,8 @@
 import pytest
 
 from align.errors import UserError
-from align.push import push
-from align.rundir import Manifest
+from align.hub.push import push
+from align.run.manifest import Manifest
 from tests.tiny_models import save_llava_onevision
 
 

@@ -16,13 +16,13 @@ from align.config import CONFIG_NAME, load_config
 from align.demo.data import demo_settings
 from align.dpo.settings import training_arguments
 from align.dpo.train import run_dpo
-from align.engines.critics import plan_critic
+from align.engines.judge import plan_critic
 from align.errors import UserError
-from align.pairs import run_pairs
 from align.plan.make import Machine, make_plan
 from align.plan.text import plan_text
 from align.recipes import HERE, recipe_names, recipe_text
-from align.rundir import RunDir
+from align.run.folder import RunDir
+from align.stages.pairs import run_pairs
 from tests.stage_runs import align, make_project
 from tests.test_tour import fault_of
 

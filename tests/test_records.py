@@ -15,7 +15,7 @@ from align.records import (
     read_questions,
     write_jsonl,
 )
-from align.rundir import PartialFile
+from align.run.resumable import PartialFile
 
 
 def test_images_without_tags_stand_before_the_first_user_turn():

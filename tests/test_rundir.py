@@ -5,7 +5,10 @@ import pytest
 
 from align.errors import UserError
 from align.records import Question
-from align.rundir import Manifest, PartialFile, RunDir, content_hash
+from align.run.folder import RunDir
+from align.run.hashes import content_hash
+from align.run.manifest import Manifest
+from align.run.resumable import PartialFile
 
 
 def question(number):

@@ -8,10 +8,10 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from align.errors import UserError
-from align.pairs import run_pairs
 from align.records import Scores, read_jsonl
-from align.rundir import RunDir
-from align.score import run_score
+from align.run.folder import RunDir
+from align.stages.pairs import run_pairs
+from align.stages.score import run_score
 from tests.critic_runs import (
     NUM_QUESTIONS,
     TEXTS,
@@ -200,7 +200,7 @@ def test_a_text_only_reward_model_scores_and_says_that_it_sees_nothing(folder, r
 
 def test_a_reward_model_scores_a_dialogue_alike_alone_and_in_a_batch(reward_model):
     from align.config import ModelSettings
-    from align.engines.scorer import open_scorer
+    from align.engines.reward_model import open_scorer
     from reward.critics.scalar import Dialogue
 
     scorer = open_scorer(str(reward_model), ModelSettings(dtype="float32"), open_image=lambda image: image)
@@ -210,7 +210,7 @@ def test_a_reward_model_scores_a_dialogue_alike_alone_and_in_a_batch(reward_mode
 
 def test_a_reward_is_read_at_the_end_of_a_dialogue_also_without_a_padding_token(reward_model, tmp_path):
     from align.config import ModelSettings
-    from align.engines.scorer import open_scorer
+    from align.engines.reward_model import open_scorer
     from reward.critics.scalar import Dialogue
 
     shutil.copytree(reward_model, tmp_path, dirs_exist_ok=True)

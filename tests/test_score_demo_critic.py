@@ -11,7 +11,7 @@ from align.demo.canvas import draw
 from align.demo.data import demo_settings
 from align.demo.questions import Task, say
 from align.records import Question, Response, Samples, write_jsonl
-from align.rundir import RunDir
+from align.run.folder import RunDir
 from tests.critic_runs import score, score_lines
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from align.records import Question, Response, Samples, write_jsonl
-from align.rundir import RunDir
+from align.run.folder import RunDir
 from tests.critic_runs import score, score_lines
 from tests.engines.stub_server import MODEL, StubServer, completion, is_probe
 

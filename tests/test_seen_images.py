@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from align.errors import UserError
-from align.images import ImageStore
+from align.media.images import ImageStore
 from align.records import Question
-from align.seen_images import hold_images
+from align.run.image_hashes import hold_images
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import time
 import psutil
 import pytest
 
-from align.rundir import RunDir
-from align.status import RunWatch, find_run, run_status
-from align.watch.beat import beating, clear_beats, current
-from align.watch.footprint import footprint
-from align.watch.progress import progress
+from align.monitoring.heartbeat import beating, clear_beats, current
+from align.monitoring.memory import footprint
+from align.monitoring.progress import progress
+from align.run.folder import RunDir
+from align.status.run_status import RunWatch, find_run, run_status
 from tests.stage_runs import align, make_project, write_lines
 
 

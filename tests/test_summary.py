@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from align.card import write_model_card
-from align.compare import compare_runs, print_comparison
 from align.config import build_config
+from align.evaluation.compare import compare_runs, print_comparison
+from align.evaluation.table import print_table
+from align.hub.model_card import write_model_card
 from align.records import Evaluated, Evaluation, Question, ResponseLogProbs, write_jsonl
-from align.rundir import RunDir
-from align.summary import print_table
+from align.run.folder import RunDir
 
 
 def interval(mean, width=0.1):

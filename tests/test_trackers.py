@@ -8,15 +8,15 @@ import struct
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from align import trackers as module
+from align.check.preflight import run_preflight
 from align.config import build_config, load_config
 from align.errors import UserError
-from align.preflight import run_preflight
-from align.rounds import run_stage
-from align.rundir import RunDir
+from align.loop import run_stage
+from align.run.folder import RunDir
 from align.secrets import without_secrets
-from align.stage_numbers import stage_numbers
-from align.trackers import OF_TRANSFORMERS, PACKAGES, check_trackers, tracker_names, tracking
+from align.tracking import trackers as module
+from align.tracking.stage_metrics import stage_numbers
+from align.tracking.trackers import OF_TRANSFORMERS, PACKAGES, check_trackers, tracker_names, tracking
 from tests.stage_runs import SETTINGS, make_project
 
 KEY = "0123456789abcdef0123456789abcdef01234567"

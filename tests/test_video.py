@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from align.errors import UserError
+from align.media.video import evenly, every, picker_of, read_frames
+from align.media.video_decoding import FRAME_KEY, _from_keyframes, file_index, read_frame
 from align.models import open_image
 from align.models.load import load_processor
-from align.video import evenly, every, picker_of, read_frame, read_frames
-from align.video_file import FRAME_KEY, _from_keyframes, file_index
 
 WIDTH, HEIGHT = 64, 48
 

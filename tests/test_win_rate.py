@@ -1,10 +1,10 @@
 import json
 
 from align.config import load_config
-from align.evaluate import worse_than_parent
+from align.evaluation.evaluate import worse_than_parent
+from align.evaluation.win_rate import _item, has_judge, summarise, win_rates
 from align.records import Evaluated, Evaluation, Question, Turn, write_jsonl
-from align.rundir import RunDir
-from align.win_rate import _item, has_judge, summarise, win_rates
+from align.run.folder import RunDir
 from tests.stage_runs import align, make_project
 
 

@@ -43,7 +43,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from align.models.image_only import without_video
+from align.models.no_torchvision import without_video
 from align.models.pixtral_pil import PixtralProcessor
 from tests import tiny_models
 

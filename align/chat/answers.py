@@ -1,7 +1,7 @@
 """A checkpoint and a conversation with pictures in, its next answers out while they are written.
 
 The terminal (`align.chat.terminal`) and the page (`align.chat.web`) both talk through this. Pictures are checked as those of a
-run are, by `align.images`, and opened once.
+run are, by `align.media.images`, and opened once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL.Image import Image
 from align.config import ModelSettings
 from align.engines.base import SampleRequest, SampleResult, SamplingSettings
 from align.engines.open import open_engine
-from align.engines.watch import Stopped
-from align.images import ImageStore
-from align.video import picker_of, read_frames
+from align.engines.streaming import Stopped
+from align.media.images import ImageStore
+from align.media.video import picker_of, read_frames
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm")
 

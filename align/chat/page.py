@@ -17,12 +17,13 @@ from typing import Any
 
 import gradio as gr
 
-from align.card import licence_of, lineage_of
 from align.chat.answers import VIDEO_SUFFIXES, Answers, Chat, Exchange
 from align.engines.base import SamplingSettings
 from align.errors import UserError
+from align.hub.model_card import lineage_of
+from align.log import log
+from align.models.inspect import licence_of
 from align.models.load import read_config
-from align.watch.progress import log
 
 MAX_ANSWERS = 4
 MAX_FILES = 16

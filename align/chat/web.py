@@ -22,7 +22,7 @@ from align.chat.answers import Chat
 from align.chat.guard import Guard
 from align.engines.base import SamplingSettings
 from align.errors import UserError
-from align.watch.progress import log
+from align.log import log
 
 MAX_FILE_SIZE = "200mb"
 # Of the system: the page fetches no font.

@@ -24,8 +24,9 @@ from align.data.formats import Format
 from align.data.pictures import Picture, PictureStore
 from align.data.rows import Row
 from align.errors import UserError
+from align.log import log
+from align.monitoring.progress import LINE_EVERY_S
 from align.records import Pair, Question, Record, explain
-from align.watch.progress import LINE_EVERY_S, log
 
 SHOWN = 20
 KEPT_FAULTS = 1000

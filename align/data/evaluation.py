@@ -9,7 +9,7 @@ from align.data.entry import BadRow
 from align.data.fingerprint import Fingerprints, stack
 from align.data.pictures import Picture, PictureStore
 from align.errors import UserError
-from align.images import ImageStore
+from align.media.images import ImageStore
 from align.records import read_questions
 
 

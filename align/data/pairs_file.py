@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.images import ImageStore
+from align.log import log
+from align.media.images import ImageStore
 from align.records import Pair, parse_line
-from align.watch.progress import log
 
 SHOWN = 20
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from align.data.entry import BadRow
 from align.data.fingerprint import fingerprint
-from align.images import MAX_IMAGE_PIXELS, in_short, is_file
+from align.media.images import MAX_IMAGE_PIXELS, in_short, is_file
 
 UNREADABLE = "image cannot be read"
 TOO_SMALL = "image too small"

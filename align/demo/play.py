@@ -9,11 +9,11 @@ import typer
 
 from align.config import CONFIG_NAME, Config, dump_config, load_config
 from align.demo import write_demo
+from align.evaluation.table import print_table
+from align.log import log
+from align.loop import run_rounds
 from align.report import write_report
-from align.rounds import run_rounds
-from align.rundir import RunDir
-from align.summary import print_table
-from align.watch.progress import log
+from align.run.folder import RunDir
 
 NUM_QUESTIONS = 3000
 NUM_EVAL = 500

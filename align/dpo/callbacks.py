@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.trackers import Trackers
-from align.watch.progress import Advance, progress
+from align.monitoring.progress import Advance, progress
+from align.tracking.trackers import Trackers
 
 
 class MetricsFile(TrainerCallback):

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.dpo.blank_rows import set_blank_row_apart
-from align.dpo.texts import encode_prompts, encode_responses, render_pair
+from align.dpo.sharding.dummy_batches import set_blank_row_apart
+from align.dpo.tokenize import encode_prompts, encode_responses, render_pair
 from align.errors import UserError
-from align.images import ImageStore
+from align.media.images import ImageStore
 from align.prefix.layout import Layout, Segment
 from align.records import Pair
 
@@ -40,7 +40,7 @@ class PairCollator:
     `max_length` is the limit that was checked before training; a longer row here means that the check was wrong.
     `always_images` adds, to a batch without any image, a row that has a blank image and no response: where weights are
     spread over processes, all of them must run the vision tower or wait for each other forever. In the plain layout
-    the model needs `align.dpo.blank_rows.add_blank_rows` for it.
+    the model needs `align.dpo.sharding.dummy_batches.add_blank_rows` for it.
     """
 
     processor: Any
@@ -153,7 +153,7 @@ def shared_batch(
 
     What TRL reads: `input_ids` (K n, 1 + C), the last token of the prompt and then the response, all first responses
     before all second ones; `completion_mask` of the same shape; `attention_mask` (n, P + S), of the tokens that are
-    really computed, since TRL counts with it. What the model reads instead (`align.dpo.shared`): `prompt_ids` (n, P),
+    really computed, since TRL counts with it. What the model reads instead (`align.dpo.shared_forward`): `prompt_ids` (n, P),
     whatever else the processor made of prompts and images, and the fields of the `Layout` under ``prefix_``. Prompts
     beyond those that have responses are run and give nothing.
 

@@ -32,14 +32,16 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from align.dpo.collator import PairCollator
-from align.dpo.pieces import gathered_as_needed
-from align.dpo.shared import log_prob_head
-from align.dpo.texts import PairTokens, encode_responses, render_pair
-from align.images import ImageStore
+from align.dpo.sharding.shards import gathered_as_needed
+from align.dpo.shared_forward import log_prob_head
+from align.dpo.tokenize import PairTokens, encode_responses, render_pair
+from align.files import write_text
+from align.media.images import ImageStore
+from align.monitoring.cost import count_tokens
+from align.monitoring.progress import progress
 from align.records import Pair, Record
-from align.rundir import PartialFile, text_hash, write_text
-from align.watch.meter import count_tokens
-from align.watch.progress import progress
+from align.run.hashes import text_hash
+from align.run.resumable import PartialFile
 
 log = logging.getLogger("align")
 
@@ -129,7 +131,7 @@ def reference_log_probs(
     """The stored values when they were computed for `key`; otherwise computed with the model, stored and returned.
 
     `load_model` is called only when something is to be computed; its model must be on its device, or in pieces on those
-    of all processes (`align.dpo.pieces`). Every process takes a share of the questions, `batch_size` at a time, collated
+    of all processes (`align.dpo.sharding.shards`). Every process takes a share of the questions, `batch_size` at a time, collated
     by `num_workers` of its own. What had been computed for another key is discarded, with a line in the log that names
     what has changed.
     """

@@ -17,7 +17,7 @@ from trl import DPOConfig
 
 from align.config import Config, DpoSettings
 from align.errors import UserError
-from align.trackers import OF_TRANSFORMERS, check_trackers, tracker_names
+from align.tracking.trackers import OF_TRANSFORMERS, check_trackers, tracker_names
 
 RECIPE: dict[str, Any] = {
     "num_train_epochs": 1,
@@ -89,7 +89,7 @@ def training_arguments(
     dtype: torch.dtype,
     strategy_fields: dict[str, Any] | None = None,
 ) -> DPOConfig:
-    """The arguments of a round's training on `device` with weights of `dtype`, spread as `align.dpo.strategies` says.
+    """The arguments of a round's training on `device` with weights of `dtype`, spread as `align.dpo.sharding.strategies` says.
 
     With a configuration of DeepSpeed's third stage, every model that transformers loads from now on is spread too, as
     long as the result is alive.

@@ -24,34 +24,35 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig
 
 from align.config import Config
+from align.distributed.ranks import TRY_AGAIN, world_size
+from align.dpo.auto_batch_size import is_out_of_memory, note_on_batch, remember_smaller_batch, with_batch_that_fits
 from align.dpo.callbacks import MetricsFile, StepProgress, StepTracker, StopOnSignal
 from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_inputs_of
-from align.dpo.memory import is_out_of_memory, note_on_batch, remember_smaller_batch, with_batch_that_fits
-from align.dpo.parts import count_parameters, freeze_parts
-from align.dpo.pieces import gathered_as_needed, loading_in_pieces
-from align.dpo.quantised import is_quantised, peft_fields, quantization
+from align.dpo.qlora import is_quantised, peft_fields, quantization
 from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.settings import training_arguments
-from align.dpo.strategies import check_distribution, chosen_strategy, strategy_fields, whole_models
-from align.dpo.texts import PairLength, check_lengths, pair_lengths, spelling_placeholders
+from align.dpo.sharding.gather import gather_weights, merge_adapter
+from align.dpo.sharding.shards import gathered_as_needed, loading_in_pieces
+from align.dpo.sharding.strategies import check_distribution, chosen_strategy, strategy_fields, whole_models
+from align.dpo.tokenize import PairLength, check_lengths, pair_lengths, spelling_placeholders
 from align.dpo.trainer import PairTrainer, check_projector, pair_dataset
-from align.dpo.whole import gather_weights, merge_adapter
 from align.engines.prompts import check_prompts
 from align.errors import UserError
-from align.images import ImageStore
-from align.models.empty import empty_model, with_adapter
+from align.log import log
+from align.media.images import ImageStore
+from align.models.device import DTYPES, pick_device
 from align.models.load import check_checkpoint, load_model, load_processor, read_config
-from align.models.placement import DTYPES, pick_device
+from align.models.meta import empty_model, with_adapter
+from align.models.modules import count_parameters, freeze_parts
 from align.models.save import save_checkpoint
+from align.monitoring.cost import count_tokens, save_spent
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
-from align.prefix.proof import prove
-from align.ranks import TRY_AGAIN, world_size
+from align.prefix.equivalence import prove
 from align.records import Pair, read_jsonl
-from align.rundir import Round, RunDir, checkpoint_hash, content_hash, text_hash
-from align.seen_images import hold_images
-from align.trackers import Trackers, tracking
-from align.watch.meter import count_tokens, save_spent
-from align.watch.progress import log
+from align.run.folder import Round, RunDir
+from align.run.hashes import checkpoint_hash, content_hash, text_hash
+from align.run.image_hashes import hold_images
+from align.tracking.trackers import Trackers, tracking
 
 STAGE = "dpo"
 PLACEHOLDER = "a response spells the placeholder of an image"
@@ -106,7 +107,7 @@ def _train_within_memory(
 ) -> bool:
     """Train with the batch that is known to fit; False where it did not, and half of it should be tried."""
     config = with_batch_that_fits(config, this.trainer)
-    # For everything before training models are loaded as this file says (`align.dpo.pieces`), not as accelerate would.
+    # For everything before training models are loaded as this file says (`align.dpo.sharding.shards`), not as accelerate would.
     with whole_models():
         args = training_arguments(config, this.trainer, device, dtype)
     try:

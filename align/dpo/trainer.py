@@ -4,7 +4,7 @@ Losses, metrics and the training loop are TRL's and transformers'; `_compute_los
 
 * the data set holds lines of pairs.jsonl and is left alone (`align.dpo.collator` does the work);
 * reference log-probabilities come with the batch when the data set has them, and then no second model is kept;
-* batches of the shared layout are understood (`align.dpo.shared`);
+* batches of the shared layout are understood (`align.dpo.shared_forward`);
 * the projector may have a learning rate of its own;
 * resuming loads every weight of a vision-language model;
 * a loss or gradient that is not a number stops the run at the last good state and names the pairs of the step.
@@ -24,10 +24,10 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from align.dpo.blank_rows import add_blank_rows
-from align.dpo.parts import part_names
-from align.dpo.shared import add_shared_rows
+from align.dpo.sharding.dummy_batches import add_blank_rows
+from align.dpo.shared_forward import add_shared_rows
 from align.errors import UserError
+from align.models.modules import part_names
 from align.prefix.rows import unwrap
 from align.records import Pair
 

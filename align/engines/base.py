@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from reward.ask import Asker
+from reward.judge_model import Asker
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from align.engines.ahead import ReadAhead
 from align.engines.base import Continuations, SampleRequest, SampleResult, SamplingSettings
-from align.engines.budget import Budget, is_out_of_memory
+from align.engines.batch_size import Budget, is_out_of_memory
 from align.engines.decoding import Chooser
-from align.engines.plain import path_tokens, plain_ask_generate, plain_ask_log_probs, plain_sample, plain_weigh
+from align.engines.prefetch import ReadAhead
 from align.engines.prompts import AskTree, Prompter, to_device
 from align.engines.sampling import SeededChooser, uniforms
-from align.engines.shared import (
+from align.engines.shared_path import (
     prove_asks,
     prove_growth,
     sample_behind,
@@ -30,14 +29,15 @@ from align.engines.shared import (
     shared_ask_log_probs,
     shared_weigh,
 )
-from align.engines.watch import WatchedChooser
+from align.engines.streaming import WatchedChooser
+from align.engines.unshared_path import path_tokens, plain_ask_generate, plain_ask_log_probs, plain_sample, plain_weigh
 from align.errors import UserError
+from align.monitoring.cost import count_tokens
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix, use_shared_prefix
+from align.prefix.equivalence import Proof, failed, tolerance_for
 from align.prefix.layout import Segment
-from align.prefix.proof import Proof, failed, tolerance_for
 from align.prefix.rows import placeholder_ids
-from align.watch.meter import count_tokens
-from reward.ask import Ask
+from reward.judge_model import Ask
 
 # Items of the first batch, which is computed both ways.
 PROOF_ITEMS = 2
@@ -112,7 +112,7 @@ class LocalEngine:
     ) -> SampleResult:
         """Answer one request as `sample` does; after every token `on_texts` gets what each sample says so far.
 
-        What it raises ends the answer; `Stopped` (align.engines.watch) is meant for that. An answer ends where the model's
+        What it raises ends the answer; `Stopped` (align.engines.streaming) is meant for that. An answer ends where the model's
         context does.
 
         Raises:

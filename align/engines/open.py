@@ -29,8 +29,8 @@ def open_engine(
     """
     from align.engines.local import LocalEngine
     from align.engines.prompts import check_prompts
+    from align.models.device import pick_device, pick_dtype
     from align.models.load import load_model, load_processor
-    from align.models.placement import pick_device, pick_dtype
 
     device = pick_device(settings.device)
     opened = load_processor(checkpoint, **(processor or {}))
@@ -66,8 +66,8 @@ def open_servers(
     Raises:
         UserError: no server answers, one serves another model, or a name cannot tell the rounds apart.
     """
-    from align.engines.server import ServerEngine
-    from align.engines.server_endpoint import endpoints_of
+    from align.engines.server.endpoint import endpoints_of
+    from align.engines.server.engine import ServerEngine
 
     named = named_for_round(servers, made_in_round)
     engine = ServerEngine(endpoints_of(named, checkpoint), open_image=open_image, settings=settings)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.errors import UserError
 from align.prefix.layout import Segment
-from reward.ask import Ask
+from reward.judge_model import Ask
 
 BRANCH_MARK = "[[[here the branches begin]]]"
 # What is asked of a processor before anything is loaded.
@@ -61,7 +61,7 @@ class Prompter:
         self.open_image = open_image
         self.tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
         # A fast tokenizer keeps how it pads, and whether it splits special tokens, from one call to the next: two
-        # threads (`align.engines.ahead`) would get each other's tokens.
+        # threads (`align.engines.prefetch`) would get each other's tokens.
         self._one_at_a_time = threading.Lock()
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:

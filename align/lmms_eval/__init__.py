@@ -21,16 +21,20 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from align.config import Config
+from align.distributed.ranks import barrier, is_main_process, rank, world_size
 from align.engines.open import open_engine, open_policy, served_as
 from align.errors import UserError
+from align.files import make_folder, write_text
 from align.lmms_eval.instances import Answered
 from align.lmms_eval.requests import Answerer
 from align.lmms_eval.results import counts_of, numbers_of
 from align.lmms_eval.tasks import find_tasks, load_task, require_lmms_eval, root_cause
-from align.questionwise import begin
-from align.ranks import barrier, is_main_process, rank, world_size
-from align.rundir import Manifest, PartialFile, RunDir, checkpoint_hash, make_folder, write_text
-from align.watch.progress import log
+from align.log import log
+from align.run.folder import RunDir
+from align.run.hashes import checkpoint_hash
+from align.run.manifest import Manifest
+from align.run.resumable import PartialFile
+from align.run.sharding import begin
 
 if TYPE_CHECKING:
     from align.engines.base import Engine

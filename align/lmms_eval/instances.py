@@ -14,7 +14,7 @@ from typing import Any, Literal
 from align.engines.base import SamplingSettings
 from align.errors import UserError
 from align.records import Record
-from align.rundir import text_hash
+from align.run.hashes import text_hash
 
 # What lmms-eval's own models write at most where a task does not say.
 MAX_NEW_TOKENS = 1024

@@ -12,16 +12,17 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from align.distributed.ranks import barrier
 from align.engines.base import Engine, SampleRequest, SampleResult, SamplingSettings
 from align.errors import UserError
 from align.lmms_eval.instances import Answered, Request, cut_at, generation_request, numbered, scoring_request
 from align.lmms_eval.visuals import Dialogue, Unaskable, dialogue_of
-from align.questionwise import batches
-from align.ranks import barrier
-from align.rundir import PartialFile, text_hash
-from align.video import picker_of
-from align.watch.progress import progress
-from reward.ask import Ask
+from align.media.video import picker_of
+from align.monitoring.progress import progress
+from align.run.hashes import text_hash
+from align.run.resumable import PartialFile
+from align.run.sharding import batches
+from reward.judge_model import Ask
 
 # So many questions have their pictures in memory.
 AT_A_TIME = 64

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.summary import benchmark_rows
+from align.evaluation.table import benchmark_rows
 
 REMARKS = {
     "skipped": "could not be asked, and count as empty answers",

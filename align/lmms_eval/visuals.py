@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from align.images import ImageStore
+from align.media.images import ImageStore
+from align.media.video import Picker, read_frames
 from align.records import IMAGE_TAG
-from align.video import Picker, read_frames
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 AUDIO_SUFFIXES = {".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"}

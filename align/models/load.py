@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from align.errors import UserError
-from align.models import image_only
+from align.models import no_torchvision as image_only
 from align.models.families import FAMILIES, Family, register
 from align.models.files import read_json
 from align.models.weights import has_pickle, tensor_table, weight_files

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from align.errors import UserError
 from align.models.families import Family, family_of
 from align.models.files import read_json, write_json
-from align.models.travelling_code import add_code
+from align.models.remote_code import add_code
 from align.models.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, tensor_table, weight_files
 
 # What wrappers put in front of, or into, the names of a state dict.

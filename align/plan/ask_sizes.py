@@ -14,7 +14,7 @@ import numpy as np
 
 from align.engines.prompts import AskTree, Prompter
 from align.plan.times import AskSize
-from reward.ask import Ask
+from reward.judge_model import Ask
 
 
 class CountingAsker:

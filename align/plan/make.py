@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from align.config import Config
-from align.dpo.parts import freeze_parts
-from align.dpo.quantised import is_quantised
+from align.dpo.qlora import is_quantised
 from align.errors import UserError
-from align.images import ImageStore
-from align.models.empty import with_adapter
+from align.media.images import ImageStore
+from align.models.meta import with_adapter
+from align.models.modules import freeze_parts
 from align.plan.memory import STRATEGIES, How, Memory, StepBatch, in_pieces, inference_memory, training_memory
 from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
 from align.plan.shapes import ModelShape, model_shape
@@ -161,7 +161,7 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
 def shaped_model(config: Config) -> Any:
     """The policy without storage, with its adapter or with its frozen parts."""
     from align.dpo.train import lora_config
-    from align.models.empty import empty_model
+    from align.models.meta import empty_model
 
     model = empty_model(config.policy)
     adapter = lora_config(config.dpo.lora, config.dpo.freeze)
@@ -173,7 +173,7 @@ def shaped_model(config: Config) -> Any:
 
 def sharing(config: Config, model: Any) -> tuple[bool, bool, list[str]]:
     """Whether prompts are expected to be shared in training, and elsewhere; a note where they are not, though asked for."""
-    from align.info import expected_shared_prefix
+    from align.models.inspect import expected_shared_prefix
 
     if config.shared_prefix == "off":
         return False, False, []
@@ -276,7 +276,7 @@ def one_row(batch: StepBatch) -> StepBatch:
 
 
 def _frozen(config: Config, parts: list[str]) -> ModelShape:
-    from align.models.empty import empty_model
+    from align.models.meta import empty_model
 
     model = empty_model(config.policy)
     freeze_parts(model, parts)
@@ -286,7 +286,7 @@ def _frozen(config: Config, parts: list[str]) -> ModelShape:
 def _adapted(config: Config) -> ModelShape:
     from peft import LoraConfig
 
-    from align.models.empty import empty_model
+    from align.models.meta import empty_model
 
     given = {key: value for key, value in (config.dpo.lora or ADAPTER).items() if key != "quantize"}
     return model_shape(with_adapter(empty_model(config.policy), LoraConfig(**given)))
@@ -295,7 +295,7 @@ def _adapted(config: Config) -> ModelShape:
 def _prompts(config: Config, meter: PromptMeter, response_tokens: int) -> tuple[list[PromptSize], Lengths]:
     """Every prompt of the data, and how long the responses to it are: known of pairs, else what the settings say."""
     if config.questions is not None:
-        from align.frames import pick_frames
+        from align.models.video_questions import pick_frames
 
         questions = pick_frames(
             read_questions(config.questions), meter.images, config, config.policy, served=bool(config.sample.servers)
@@ -304,7 +304,7 @@ def _prompts(config: Config, meter: PromptMeter, response_tokens: int) -> tuple[
         longest = config.sample.max_new_tokens
         mean = min(response_tokens, longest)
         return sizes, Lengths(mean, mean, [longest] * len(sizes), [longest] * len(sizes))
-    from align.dpo.texts import encode_responses, render_pair, spelling_placeholders
+    from align.dpo.tokenize import encode_responses, render_pair, spelling_placeholders
 
     assert config.pairs_file is not None
     given = read_jsonl(config.pairs_file, Pair)

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from align.dpo.texts import encode_prompts, encode_responses, render_pair, structured
-from align.images import ImageStore
+from align.dpo.tokenize import encode_prompts, encode_responses, render_pair, structured
+from align.media.images import ImageStore
 from align.plan.memory import StepBatch
 from align.records import Pair
 

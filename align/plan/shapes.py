@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from align.dpo.parts import part_names
 from align.errors import UserError
+from align.models.modules import part_names
 
 _ATTENTION = re.compile(r"attn|attention")
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")

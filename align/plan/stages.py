@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.config import Config
-from align.engines.critics import MemberModel, plan_critic
+from align.engines.judge import MemberModel, plan_critic
 from align.engines.prompts import Prompter
 from align.errors import UserError, reward_faults
-from align.images import ImageStore
+from align.evaluation.win_rate import has_judge
+from align.media.images import ImageStore
 from align.plan.ask_sizes import CountingAsker, CountingScorer
 from align.plan.memory import How, Memory, inference_memory
 from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
@@ -25,7 +26,6 @@ from align.plan.times import (
     training_steps,
 )
 from align.records import Question, read_questions
-from align.win_rate import has_judge
 from reward.critics import Item, make_critic
 
 
@@ -243,7 +243,7 @@ class StagePlanner:
 
     @property
     def _patch_px(self) -> int:
-        from align.models.empty import empty_model
+        from align.models.meta import empty_model
 
         return patch_size(empty_model(self.config.policy))
 
@@ -260,9 +260,9 @@ class StagePlanner:
         return list(by_name.values())
 
     def _judge(self, model: MemberModel) -> Judge:
-        from align.info import expected_shared_prefix
-        from align.models.empty import empty_model
+        from align.models.inspect import expected_shared_prefix
         from align.models.load import load_processor
+        from align.models.meta import empty_model
 
         store = ImageStore(self.config.question_images, self.config.max_image_pixels)
         speed, processor, shared, patch_px = self.speed, self.processor, self.shared, 14

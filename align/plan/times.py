@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from align.engines.budget import CPU_TOKENS, GPU_TOKENS, MEMORY_SHARE
+from align.engines.batch_size import CPU_TOKENS, GPU_TOKENS, MEMORY_SHARE
 from align.plan.prompt_sizes import PromptSize
 from align.plan.speed import (
     BACKWARD_START,
@@ -105,7 +105,7 @@ def sampling(
 
 
 def batch_of(speed: Speed, prompt: float, new_tokens: float) -> float:
-    """Questions at a time, as `align.engines.budget` has it."""
+    """Questions at a time, as `align.engines.batch_size` has it."""
     if speed.machine.waits:
         return max(1.0, CPU_TOKENS // prompt)
     text = speed.shape.text

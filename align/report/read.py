@@ -18,10 +18,11 @@ import yaml
 
 from align.config import load_config
 from align.errors import UserError
+from align.evaluation.table import BenchmarkRow, benchmark_rows
 from align.records import Evaluation, RecordT, parse_line
-from align.rundir import STAGES, Round, RunDir
+from align.run.folder import Round, RunDir
+from align.run.stages import STAGES
 from align.statistics import Interval
-from align.summary import BenchmarkRow, benchmark_rows
 
 JSON = dict[str, Any]
 

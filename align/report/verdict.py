@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from align.report.changes import Change, History, State, headline, history
-from align.report.lessons import find_lessons
+from align.report.critic_quality import Trust
+from align.report.diagnosis import find_lessons
 from align.report.metrics import metric
 from align.report.read import RunData, number
-from align.report.trust import Trust
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from align.errors import UserError
-from align.report import flow, metrics
-from align.report.alarms import find_alarms
-from align.report.browser import build_browser, letter, marks
+from align.files import make_folder, write_text
+from align.report import funnel as flow
+from align.report import metrics
+from align.report.by_category import find_places
 from align.report.changes import Change, history
-from align.report.courses import ENDING_KEYS, endings, held_out_figures, published_source, training_figures
+from align.report.critic_quality import measure_trust
+from align.report.critic_quality import rows as trust_rows
+from align.report.examples import build_browser, letter, marks
 from align.report.metrics import Metric
-from align.report.pictures import Pictures
-from align.report.places import find_places
 from align.report.read import RunData, read_run
-from align.report.trust import measure_trust
-from align.report.trust import rows as trust_rows
+from align.report.thumbnails import Pictures
+from align.report.training_curves import ENDING_KEYS, endings, held_out_figures, published_source, training_figures
 from align.report.verdict import judge
-from align.rundir import STAGES, RunDir, make_folder, write_text
+from align.report.warnings import find_alarms
+from align.run.folder import RunDir
+from align.run.stages import STAGES
 
 TEMPLATES = Path(__file__).with_name("templates")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from reward.ask import Asker
 from reward.critics.base import Critic, Item, Judgement, Verdict
 from reward.critics.claims import ClaimsCritic
 from reward.critics.length import LengthCritic
@@ -20,6 +19,7 @@ from reward.critics.random import RandomCritic
 from reward.critics.scalar import ScalarCritic, Scorer
 from reward.critics.verifier import VerifierCritic
 from reward.errors import RewardError
+from reward.judge_model import Asker
 
 __all__ = ["CRITICS", "Critic", "Item", "Judgement", "Verdict", "asks_model", "make_critic", "needs", "settings_of"]
 

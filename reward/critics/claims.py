@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reward.ask import Asker
 from reward.critics.base import NO_ANSWER, Item, Judgement, distinct_responses, share_rewards
 from reward.critics.reading import Reading, read_log_probs, read_text
 from reward.errors import RewardError
+from reward.judge_model import Asker
 from reward.prompt import load_prompt
 
 NO_CLAIMS = "the response makes no claim that can be checked"

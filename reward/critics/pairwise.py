@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reward.ask import Ask, Asker
 from reward.critics.base import (
     NOTHING_TO_COMPARE,
     Item,
@@ -25,6 +24,7 @@ from reward.critics.random import shuffled
 from reward.critics.reading import read_log_probs, read_text
 from reward.critics.tournament import PAIRINGS, Game, next_games
 from reward.errors import RewardError
+from reward.judge_model import Ask, Asker
 from reward.prompt import Prompt, load_prompt
 from reward.ranking import LEAST_RIDGE, bradley_terry, credit, win_minus_loss, without_failures
 

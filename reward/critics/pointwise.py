@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reward.ask import Asker
 from reward.critics.base import Item, Judgement, distinct_responses, share_rewards, why_unreadable
 from reward.critics.reading import read_log_probs
 from reward.errors import RewardError
+from reward.judge_model import Asker
 from reward.prompt import load_prompt
 
 Scale = tuple[float, float]

@@ -10,7 +10,7 @@ from PIL import Image
 from align.data.duplicates import Duplicates
 from align.data.pictures import Picture, PictureStore
 from align.errors import UserError
-from align.images import ImageStore
+from align.media.images import ImageStore
 from align.records import Pair, Question, read_jsonl
 from tests.data.sources import imported, lines, picture, png, save_pictures, write_jsonl
 

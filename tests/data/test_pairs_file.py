@@ -6,10 +6,10 @@ import pytest
 
 from align.data.pairs_file import read_pairs_file
 from align.errors import UserError
-from align.images import ImageStore
-from align.pairs import run_pairs
+from align.media.images import ImageStore
 from align.records import Pair, read_jsonl
-from align.rundir import RunDir
+from align.run.folder import RunDir
+from align.stages.pairs import run_pairs
 from tests.critic_runs import config_of
 from tests.data.sources import save_pictures, write_jsonl
 

@@ -11,9 +11,9 @@ import pytest
 
 from align.config import Config, dump_config, load_config
 from align.demo import write_demo
+from align.loop import run_stage
 from align.report import write_report
-from align.rounds import run_stage
-from align.rundir import RunDir
+from align.run.folder import RunDir
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow

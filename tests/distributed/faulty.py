@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from align.cli import app, main
+from align.distributed.ranks import rank
+from align.distributed.worker_errors import FOLDER
 from align.errors import UserError
-from align.faults import FOLDER
-from align.ranks import rank
 
 
 @app.command()

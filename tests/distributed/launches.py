@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from align.config import Config, load_config
-from align.launch import launch_command
-from align.rounds import run_stage
+from align.distributed.launch import launch_command
+from align.loop import run_stage
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {

@@ -13,7 +13,7 @@ from align.config import load_config
 from align.models.load import load_model
 from align.models.weights import tensor_table
 from align.records import write_jsonl
-from align.rundir import RunDir
+from align.run.folder import RunDir
 from tests import tiny_models, tiny_vlms
 from tests.distributed.launches import add_run, run_alone, train_in_two_processes
 from tests.dpo.conftest import make_pairs

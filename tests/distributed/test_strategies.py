@@ -15,7 +15,7 @@ from align.config import Config, load_config
 from align.models.load import load_model
 from align.models.weights import tensor_table
 from align.records import write_jsonl
-from align.rundir import RunDir
+from align.run.folder import RunDir
 from tests import tiny_models
 from tests.distributed.launches import add_run, run_alone, train_in_two_processes
 from tests.dpo.conftest import make_pairs

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from align.config import load_config
-from align.rounds import run_stage
+from align.loop import run_stage
 
 if __name__ == "__main__":
     for path in sys.argv[1:]:

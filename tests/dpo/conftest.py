@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer
 from align.dpo.collator import PairCollator
 from align.dpo.reference import Reference, ReferenceKey, reference_log_probs
 from align.dpo.trainer import PairTrainer, pair_dataset
-from align.images import ImageStore
+from align.media.images import ImageStore
 from align.records import Pair
 from tests import tiny_models
 

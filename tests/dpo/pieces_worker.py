@@ -18,10 +18,10 @@ from accelerate import PartialState
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from align.dpo.collator import PairCollator
-from align.dpo.pieces import gathered_as_needed, loading_in_pieces
 from align.dpo.reference import reference_log_probs
+from align.dpo.sharding.shards import gathered_as_needed, loading_in_pieces
 from align.dpo.train import choose_layout
-from align.images import ImageStore
+from align.media.images import ImageStore
 from align.models.load import load_model, load_processor
 from align.records import Pair, read_jsonl
 from tests.dpo.conftest import KEY

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from trl.trainer.utils import add_fused_lm_head
 
 from align.dpo.collator import PairCollator
-from align.dpo.shared import add_shared_rows
-from align.images import ImageStore
+from align.dpo.shared_forward import add_shared_rows
+from align.media.images import ImageStore
 from align.records import Pair, read_jsonl
 from tests import tiny_models
 

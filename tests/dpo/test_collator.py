@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from align.dpo.collator import PairCollator, layout_of, plain_batch, prompt_inputs_of
-from align.dpo.shared import log_prob_head
-from align.dpo.texts import PairLength, PromptCounter, check_lengths, encode_prompts, render_pair
+from align.dpo.shared_forward import log_prob_head
+from align.dpo.tokenize import PairLength, PromptCounter, check_lengths, encode_prompts, render_pair
 from align.errors import UserError
 from align.records import Pair
 from tests import tiny_models

@@ -11,8 +11,8 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from align.dpo.collator import PairCollator
-from align.dpo.parts import freeze_parts, part_of
 from align.dpo.trainer import PairTrainer, pair_dataset
+from align.models.modules import freeze_parts, part_of
 from tests.dpo.conftest import compute, losses, make_args, make_pairs, train_ours, train_trl, trl_dataset
 
 COMPARED = (

@@ -10,8 +10,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from align.dpo.parts import count_parameters, freeze_parts, parameters_of, part_names
 from align.errors import UserError
+from align.models.modules import count_parameters, freeze_parts, parameters_of, part_names
 from tests import tiny_models
 
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}

@@ -13,7 +13,7 @@ import torch
 
 from align.dpo.collator import PairCollator
 from align.dpo.reference import read_reference
-from align.images import ImageStore
+from align.media.images import ImageStore
 from align.records import write_jsonl
 from tests import tiny_models
 from tests.dpo.conftest import KEY, compute, make_pairs

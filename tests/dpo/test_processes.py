@@ -13,7 +13,7 @@ import yaml
 
 from align.config import Config
 from align.dpo.train import run_dpo
-from align.images import ImageStore
+from align.media.images import ImageStore
 from align.records import write_jsonl
 from tests.dpo.conftest import make_pairs
 from tests.dpo.spread_head import mean_loss, shared_model

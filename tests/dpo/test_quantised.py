@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from align.dpo.quantised import quantization
+from align.dpo.qlora import quantization
 from align.dpo.train import run_dpo
 from align.errors import UserError
 from align.models.load import load_model

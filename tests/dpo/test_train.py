@@ -20,7 +20,7 @@ from align.dpo.train import DpoStage, run_dpo
 from align.errors import UserError
 from align.models.load import load_model, load_processor
 from align.records import Pair, read_jsonl, write_jsonl
-from align.rundir import Round, RunDir
+from align.run.folder import Round, RunDir
 from tests import tiny_models
 from tests.dpo.conftest import make_pairs
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from align.dpo.collator import PairCollator
-from align.dpo.texts import pair_lengths
+from align.dpo.tokenize import pair_lengths
 from align.dpo.train import run_dpo
 from align.models.load import load_model, load_processor
-from align.rundir import RunDir
+from align.run.folder import RunDir
 from tests.dpo.conftest import compute, make_args, make_pairs, train_ours, train_trl
 from tests.dpo.test_equals_trl import assert_same_course
 from tests.dpo.test_train import history, make_run, weights

@@ -13,7 +13,7 @@ import torch
 from align.engines.local import LocalEngine
 from align.engines.prompts import Prompter
 from align.errors import UserError
-from reward.ask import Ask
+from reward.judge_model import Ask
 from tests import tiny_models
 from tests.engines.conftest import question, text_model, text_tokenizer
 from tests.prefix.prefix_models import gemma3_sliding, make
@@ -160,7 +160,7 @@ def test_an_ask_too_large_for_one_row_is_asked_branch_by_branch(
     onevision: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ):
     from align.engines import local
-    from align.engines.shared import shared_ask_log_probs
+    from align.engines.shared_path import shared_ask_log_probs
 
     asks = [comparison(0), comparison(1), comparison(2)]
     expected = LocalEngine(*onevision).log_probs(asks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from align.config import build_config
-from align.engines.critics import open_critic, plan_critic
+from align.engines.judge import open_critic, plan_critic
 from tests import tiny_models
 
 

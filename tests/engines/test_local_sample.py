@@ -9,12 +9,12 @@ import pytest
 import torch
 from scipy import stats
 
-from align.engines import budget as budget_module
+from align.engines import batch_size as budget_module
 from align.engines import local
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.decoding import Branches, grow, prefill
 from align.engines.local import LocalEngine
-from align.engines.shared import sample_behind
+from align.engines.shared_path import sample_behind
 from align.errors import UserError
 from align.prefix.attention import use_shared_prefix
 from tests.engines.conftest import collect, question, text_model, text_tokenizer
@@ -281,7 +281,7 @@ def test_a_model_whose_cache_is_wrong_falls_back_before_anything_is_kept(monkeyp
             layer.values.zero_()
         return cache, hidden
 
-    monkeypatch.setattr("align.engines.shared.prefill", forgetful)
+    monkeypatch.setattr("align.engines.shared_path.prefill", forgetful)
     engine = LocalEngine(model, text_tokenizer())
     assert collect(engine, requests, WARM) == expected
     assert "differ" in (engine.fallback_reason or "")

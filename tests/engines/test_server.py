@@ -17,9 +17,9 @@ from PIL import Image
 from align.config import Server, ServerSettings, build_config
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.open import named_for_round, open_servers
-from align.engines.server_chat import sample_seed
+from align.engines.server.chat import sample_seed
 from align.errors import UserError
-from reward.ask import Ask
+from reward.judge_model import Ask
 from tests.engines.conftest import collect
 from tests.engines.stub_server import KEY, MODEL, Reply, StubServer, completion, question_text, said
 

@@ -15,8 +15,8 @@ from align.config import Server, ServerSettings
 from align.engines.base import SamplingSettings
 from align.engines.local import LocalEngine
 from align.engines.open import open_servers
-from align.engines.server_options import Step, follow, read_steps
-from reward.ask import Ask
+from align.engines.server.options import Step, follow, read_steps
+from reward.judge_model import Ask
 from tests import tiny_models
 from tests.engines.conftest import collect, question
 from tests.engines.stub_server import MODEL, StubServer, completion, is_probe

@@ -13,7 +13,7 @@ from align.config import Server, ServerSettings
 from align.engines.base import SamplingSettings
 from align.engines.local import LocalEngine
 from align.engines.open import open_servers
-from reward.ask import Ask
+from reward.judge_model import Ask
 from tests import tiny_vlms
 from tests.engines.conftest import collect, question
 from tests.tiny_models import random_image

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from align.models import image_only
+from align.models import no_torchvision as image_only
 from align.models.load import load_processor
 from tests.tiny_models import random_image
 from tests.tiny_vlms import VLMS, save

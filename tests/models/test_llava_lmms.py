@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from align.dpo.texts import PromptCounter
+from align.dpo.tokenize import PromptCounter
 from align.errors import UserError
-from align.images import ImageStore
+from align.media.images import ImageStore
 from align.models.llava_lmms import LlavaQwenConfig, LlavaQwenForCausalLM, LlavaQwenProcessor
 from align.models.llava_lmms.layout import Tiling
 from align.models.llava_lmms.processing import gather_frames

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from trl.trainer.utils import disable_dropout_in_model
 
 from align.errors import UserError
+from align.media.video import picker_of, read_frames
 from align.models.families import FAMILIES
 from align.models.load import load_model, load_processor
 from align.models.open_image import FRAME_KEY
@@ -27,7 +28,6 @@ from align.models.valley1 import (
     ValleyLlamaForCausalLM,
 )
 from align.models.valley1.processing import SYSTEMS
-from align.video import picker_of, read_frames
 from tests.models.goldens import VALLEY1
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "valley_v1_tiny"

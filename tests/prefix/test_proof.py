@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from align.prefix import rows
+from align.prefix.equivalence import prove, tolerance_for
 from align.prefix.layout import Layout, Segment
-from align.prefix.proof import prove, tolerance_for
 from tests.prefix.prefix_models import SUPPORTED, gemma3_sliding, make, mamba
 
 

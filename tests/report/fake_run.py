@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from align.config import Config, build_config, dump_config
-from align.evaluate import measure
+from align.evaluation.evaluate import measure
 from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, Scores, VerdictRecord, write_jsonl
-from align.rundir import Round, RunDir
+from align.run.folder import Round, RunDir
 
 TASKS = ("count", "colour", "largest")
 COLOURS = ("red", "green", "blue")

@@ -10,7 +10,7 @@ from fake_run import FakeRun
 from test_report import read
 
 from align.report import write_report
-from align.report.flow import costs
+from align.report.funnel import costs
 from align.report.read import read_run
 
 COST = {"device": "cuda (H100)", "num_processes": 8, "gpu_seconds": 28_800.0, "cpu_seconds": 900.0}

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, Scores, VerdictRecord, write_jsonl
-from align.report.alarms import find_alarms
-from align.report.browser import MOST_PICTURES, MOST_RATIONALES, build_browser, picture
+from align.report.by_category import find_places
 from align.report.changes import history
-from align.report.flow import duration, funnels, reasons
+from align.report.critic_quality import Trust, measure_trust
+from align.report.examples import MOST_PICTURES, MOST_RATIONALES, build_browser, picture
+from align.report.funnel import duration, funnels, reasons
 from align.report.metrics import metric, percent, plain
-from align.report.pictures import Pictures
-from align.report.places import find_places
 from align.report.read import RoundData, RunData, Stage
-from align.report.trust import Trust, measure_trust
+from align.report.thumbnails import Pictures
 from align.report.verdict import judge
-from align.rundir import Round
+from align.report.warnings import find_alarms
+from align.run.folder import Round
 from align.statistics import Interval, wilson
 
 

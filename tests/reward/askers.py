@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from reward.ask import Ask
+from reward.judge_model import Ask
 
 # What stands before each response in the built-in pairwise prompts.
 FIRST, SECOND, END = "The first response: [", "]\nThe second response: [", "]"

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward.errors import RewardError
-from reward.mixing import balance_lengths, mean_log_ratio, mix_earlier
 from reward.pairs import (
     BELOW_MARGIN,
     BOTH_SAME,
@@ -29,6 +28,7 @@ from reward.pairs import (
     PairSettings,
     choose_pairs,
 )
+from reward.replay import balance_lengths, mean_log_ratio, mix_earlier
 
 TEXTS = ["red", "green", "blue", "yellow", "black"]
 

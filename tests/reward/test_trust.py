@@ -14,7 +14,7 @@ from reward.critics.random import RandomCritic
 from reward.critics.verifier import VerifierCritic
 from reward.errors import RewardError
 from reward.judgement import Item, Judgement
-from reward.trust import (
+from reward.reliability import (
     MEASURES,
     Agreement,
     agreement,

@@ -1,0 +1,69 @@
+"""Training that ran out of memory is tried again with half as many pairs at a time and twice as many times a step.
+
+The pairs of a step and their number stay the same, and the course of the losses with them. What was found is kept in
+the round's trainer folder (``batch.json``), so that a run which goes on does not try again what cannot work.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from accelerate.utils.memory import should_reduce_batch_size
+from trl import DPOConfig
+
+from align.config import Config, DpoSettings
+from align.errors import UserError
+from align.files import make_folder, write_text
+from align.log import log
+
+FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch raises on GPUs and CPUs when memory ends."""
+    return isinstance(error, Exception) and should_reduce_batch_size(error)
+
+
+def with_batch_that_fits(config: Config, trainer_folder: Path) -> Config:
+    """The configuration with the batch that earlier attempts at this round have come down to, if any."""
+    path = _path(trainer_folder)
+    if not path.is_file():
+        return config
+    found = json.loads(path.read_text(encoding="utf-8"))
+    smaller = config.model_copy()
+    smaller.dpo = DpoSettings.model_validate(config.dpo.model_dump() | {name: found[name] for name in FIELDS})
+    return smaller
+
+
+def remember_smaller_batch(trainer_folder: Path, args: DPOConfig) -> None:
+    """Note half of the batch that did not fit; with an odd one the parts of a step are one pair each.
+
+    Raises:
+        UserError: it was a single pair already.
+    """
+    before = args.per_device_train_batch_size
+    if before == 1:
+        raise UserError(
+            "out of memory with a single pair at a time",
+            fix="set dpo.gradient_checkpointing=true, spread the model (--strategy zero3), train an adapter (dpo.lora), "
+            "freeze parts (dpo.freeze), or let images have fewer tokens (model.processor)",
+        )
+    now = before // 2 if before % 2 == 0 else 1
+    steps = args.gradient_accumulation_steps * (before // now)
+    make_folder(trainer_folder)
+    write_text(_path(trainer_folder), json.dumps(dict(zip(FIELDS, (now, steps), strict=True))))
+    log.warning("out of memory with %d pairs at a time: going on with %d, and %d times a step", before, now, steps)
+
+
+def note_on_batch(trainer_folder: Path) -> dict[str, str]:
+    """What the manifest should say about it."""
+    path = _path(trainer_folder)
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {"batch": f"memory ran out: {found[FIELDS[0]]} pairs at a time, {found[FIELDS[1]]} times a step"}
+
+
+def _path(trainer_folder: Path) -> Path:
+    return trainer_folder / "batch.json"

@@ -1,0 +1,1 @@
+"""Requests in, answers of OpenAI-compatible servers (vLLM, SGLang, transformers serve) out."""

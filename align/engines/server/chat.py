@@ -1,0 +1,173 @@
+"""Questions, asks and images in, bodies of chat completions out; and an answer's choices as texts with their lengths.
+
+Images become data URIs. A server tokenises by itself: text that looks like a special token (`<image>`) may be taken for
+one there, which a model in this process never does.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from align.engines.base import SamplingSettings
+from align.engines.server.endpoint import Abilities, RetryLaterError
+from align.errors import UserError
+from reward.judge_model import Ask
+
+# Seeds that every server takes, with room for 256 samples behind each.
+SEED_RANGE = 2**31 - 256
+# Where a server reports no counts at all, a token is taken to be this long.
+BYTES_A_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One generated text; `exact` is False where the number of tokens is a guess."""
+
+    text: str
+    num_tokens: int
+    finish_reason: str
+    exact: bool = True
+
+
+def data_uri(image: Image.Image, *, max_pixels: int, image_format: str) -> tuple[str, bool]:
+    """An image as a data URI, scaled down to `max_pixels` where it has more; the second value says whether it was."""
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    smaller = scale < 1
+    if smaller:
+        size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if image_format == "jpeg":
+        image.convert("RGB").save(buffer, "JPEG", quality=95)
+    else:
+        image.save(buffer, "PNG", compress_level=1)
+    return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}", smaller
+
+
+def chat_messages(messages: Sequence[dict[str, Any]], uris: Sequence[str]) -> list[dict[str, Any]]:
+    """Messages with the images in the places of bare ``{"type": "image"}`` parts; those of text alone as strings.
+
+    >>> chat_messages([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}], ["data:,"])
+    [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'data:,'}}, {'type': 'text', 'text': '?'}]}]
+    """
+    rest = iter(uris)
+    chat = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            parts: list[dict[str, Any]] = [
+                {"type": "image_url", "image_url": {"url": next(rest)}} if part["type"] == "image" else part
+                for part in content
+            ]
+            text_only = all(part["type"] == "text" for part in parts)
+            content = "".join(part["text"] for part in parts) if text_only else parts
+        chat.append({"role": message["role"], "content": content})
+    return chat
+
+
+def ask_messages(ask: Ask, branch: int, uris: Sequence[str]) -> list[dict[str, Any]]:
+    """A branch of an ask: its images, then its text."""
+    system = [] if ask.system is None else [{"role": "system", "content": ask.system}]
+    user = [{"type": "image"} for _ in ask.images] + [{"type": "text", "text": ask.turn(branch)}]
+    return chat_messages([*system, {"role": "user", "content": user}], uris)
+
+
+def sampling_body(
+    messages: list[dict[str, Any]], settings: SamplingSettings, can: Abilities, *, seed: int, num: int
+) -> dict[str, Any]:
+    """The body that asks for `num` samples of which the first has this seed.
+
+    Raises:
+        UserError: a setting cannot be had from this server.
+    """
+    body: dict[str, Any] = {
+        "messages": messages,
+        "max_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "seed": seed,
+    }
+    if can.extras:
+        # Said even where they are off: servers take their defaults from the checkpoint's generation_config.json.
+        body |= {"top_k": settings.top_k or -1, "repetition_penalty": settings.repetition_penalty}
+    elif settings.top_k or settings.repetition_penalty != 1.0:
+        raise UserError("the server takes neither top_k nor repetition_penalty", fix="set sample.top_k to 0")
+    if num > 1:
+        body["n"] = num
+        # A server's usage is of all choices together.
+        if can.token_ids:
+            body["return_token_ids"] = True
+        elif can.token_log_probs:
+            body["logprobs"] = True
+    return body
+
+
+def greedy_body(messages: list[dict[str, Any]], can: Abilities, max_tokens: int) -> dict[str, Any]:
+    settings = SamplingSettings(temperature=0.0, max_new_tokens=max_tokens)
+    return sampling_body(messages, settings, can, seed=0, num=1)
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of a sample. vLLM gives choice i of `n` the seed of the request plus i; asked one by one, so do we."""
+    return seed % SEED_RANGE + index
+
+
+def read_choices(answer: dict[str, Any]) -> list[Choice]:
+    """The choices in the order of their indices.
+
+    Raises:
+        RetryLaterError: the answer is not in the form of a chat completion, or was broken off by the server.
+    """
+    try:
+        return _choices(answer)
+    except (KeyError, TypeError, AttributeError):
+        raise RetryLaterError("answered with choices that are not those of a chat completion") from None
+
+
+def _choices(answer: dict[str, Any]) -> list[Choice]:
+    choices = sorted(answer["choices"], key=lambda choice: choice.get("index") or 0)
+    texts = [choice["message"].get("content") or "" for choice in choices]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError
+    reasons = [choice.get("finish_reason") for choice in choices]
+    for reason in reasons:
+        if reason in ("abort", "error"):
+            raise RetryLaterError(f"broke off its answer (finish_reason {reason})")
+    counts = [_num_tokens(choice) for choice in choices]
+    if None in counts:
+        total = (answer.get("usage") or {}).get("completion_tokens")
+        counts, exact = _shares(texts, total if isinstance(total, int) else None)
+    else:
+        exact = True
+    return [
+        Choice(text, count or 0, "length" if reason == "length" else "stop", exact)
+        for text, count, reason in zip(texts, counts, reasons, strict=True)
+    ]
+
+
+def _num_tokens(choice: dict[str, Any]) -> int | None:
+    if choice.get("token_ids") is not None:
+        return len(choice["token_ids"])
+    content = (choice.get("logprobs") or {}).get("content")
+    return None if content is None else len(content)
+
+
+def _shares(texts: list[str], total: int | None) -> tuple[list[int | None], bool]:
+    """Numbers of tokens by the texts' lengths in bytes, which is exact for a single one with a total.
+
+    >>> _shares(["one"], 7), _shares(["1234", "12345678"], 6), _shares(["12345678"], None)
+    (([7], True), ([2, 4], False), ([2], False))
+    """
+    if total is not None and len(texts) == 1:
+        return [total], True
+    sizes = [len(text.encode()) for text in texts]
+    if total is None:
+        return [math.ceil(size / BYTES_A_TOKEN) for size in sizes], False
+    return [round(total * size / max(sum(sizes), 1)) for size in sizes], False

@@ -1,0 +1,279 @@
+"""Servers with an OpenAI-compatible interface as an engine: vLLM, SGLang, `transformers serve` or a paid service.
+
+Nothing is loaded in this process. A sample depends on its question's seed and its index as far as the server honours
+seeds, and not on how many requests are in flight or which endpoint answers. Greedy answers and log-probabilities are the
+server's own; they differ from those of a model in this process by its arithmetic and its image processing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from align.config import ServerSettings
+from align.engines.base import Continuations, SampleRequest, SampleResult, SamplingSettings
+from align.engines.server.chat import (
+    Choice,
+    ask_messages,
+    chat_messages,
+    data_uri,
+    greedy_body,
+    sample_seed,
+    sampling_body,
+)
+from align.engines.server.endpoint import Endpoint, RefusedError
+from align.engines.server.fleet import Answer, Fleet, UnansweredError
+from align.engines.server.options import Step, from_text, num_tokens_to_see, option_log_probs, read_steps
+from align.engines.server.probe import CONTINUE, continued
+from align.errors import UserError
+from align.log import log
+from reward.judge_model import Ask
+
+ItemT = TypeVar("ItemT")
+
+# When so many have failed one after the other, the rest is not tried; sooner where none was ever answered.
+HOPELESS = 40
+HOPELESS_FROM_THE_START = 8
+# A written verdict is read where log-probabilities are not to be had; it stands at the beginning of the answer.
+VERDICT_TOKENS = 64
+SHOWN = 5
+
+
+class ServerEngine:
+    """`Engine` behind HTTP. `open_image` opens an image handle."""
+
+    def __init__(
+        self, endpoints: Sequence[Endpoint], *, open_image: Callable[[Any], Any], settings: ServerSettings
+    ) -> None:
+        self.fleet = Fleet(endpoints, settings)
+        self.settings = settings
+        self.open_image = open_image
+        self.counts: Counter[str] = Counter()
+        self.failures: dict[str, str] = {}
+        self.num_missed_in_a_row = 0
+        self.notes: dict[str, str] = {}
+
+    def check(self) -> None:
+        """Raises UserError where the servers do not answer or have another model."""
+        self.fleet.check()
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        settings: SamplingSettings,
+        on_result: Callable[[SampleResult], None],
+    ) -> None:
+        """Answer all requests; `on_result` is called as soon as a question is finished.
+
+        Raises:
+            UserError: a question could not be answered (the others were); or no server is left, or a key is wrong.
+        """
+        before = set(self.failures)
+
+        async def one(request: SampleRequest) -> None:
+            uris = await self._uris(request.images)
+            messages = chat_messages(request.messages, uris)
+            try:
+                choices = await self._draw(messages, request, settings)
+            except (RefusedError, UnansweredError) as error:
+                self._missed(request.id, str(error))
+                return
+            self._answered()
+            on_result(_result(request.id, choices))
+
+        self._run(requests, one)
+        missed = {id_: reason for id_, reason in self.failures.items() if id_ not in before}
+        if missed:
+            raise UserError(
+                f"{len(missed)} of {len(requests)} questions got no answer from the servers:\n{_listed(missed)}",
+                fix="the others are kept: mend the server or these questions and run the same command again",
+            )
+
+    def weigh(
+        self,
+        given: Sequence[Continuations],
+        on_result: Callable[[str, list[list[float]]], None],
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        """Raises UserError: the interface has no log-probabilities of given tokens behind images."""
+        raise UserError("servers give no log-probabilities of given responses", fix="leave evaluate.servers empty")
+
+    def log_probs(self, asks: Sequence[Ask]) -> list[Any]:
+        """Per ask `(num_branches, num_options)` float64; a row of nan where a branch failed.
+
+        How far a value is the log-probability of a whole option depends on the server: `server_options`, `notes`.
+        """
+        tables = [np.full((len(ask.branches), len(ask.options)), np.nan) for ask in asks]
+
+        async def fill(index: int, branch: int, uris: list[str], prefer: Endpoint | None) -> Endpoint | None:
+            tables[index][branch], endpoint = await self._log_probs(asks[index], branch, uris, prefer)
+            return endpoint
+
+        self._answer(asks, fill)
+        return list(tables)
+
+    def generate(self, asks: Sequence[Ask], *, max_new_tokens: int) -> list[list[str | None]]:
+        """Per ask and branch the greedy answer, None where it failed."""
+        texts: list[list[str | None]] = [[None] * len(ask.branches) for ask in asks]
+
+        async def fill(index: int, branch: int, uris: list[str], prefer: Endpoint | None) -> Endpoint | None:
+            messages = ask_messages(asks[index], branch, uris)
+            answer = await self._post(lambda e: greedy_body(messages, e.abilities, max_new_tokens), prefer)
+            texts[index][branch] = answer.choices[0].text
+            return answer.endpoint
+
+        self._answer(asks, fill)
+        return texts
+
+    def _run(self, items: Iterable[ItemT], work: Callable[[ItemT], Awaitable[None]]) -> None:
+        """Work on all items; `notes` then say which servers answered how often and what had to be done without."""
+        try:
+            self.fleet.run(lambda: self.fleet.each(items, work))
+        finally:
+            servers = [
+                f"{endpoint} ({endpoint.model}): {endpoint.num_answers} answers, {endpoint.num_failures} failed tries; "
+                f"{endpoint.abilities.in_words()}"
+                for endpoint in self.fleet.endpoints
+            ]
+            counts = {what: str(count) for what, count in sorted(self.counts.items()) if count}
+            self.notes = {"servers": "; ".join(servers)} | counts
+
+    async def _draw(
+        self, messages: list[dict[str, Any]], request: SampleRequest, settings: SamplingSettings
+    ) -> list[Choice]:
+        """The samples of a question: with `n` at once, else, and for those that are missing, one by one."""
+        wanted = 1 if settings.temperature == 0 else request.num_samples
+
+        async def draw(first: int, num: int, prefer: Endpoint | None = None) -> tuple[list[Choice], Endpoint]:
+            def body(endpoint: Endpoint) -> dict[str, Any]:
+                many = num if endpoint.abilities.several else 1
+                seed = sample_seed(request.seed, first)
+                return sampling_body(messages, settings, endpoint.abilities, seed=seed, num=many)
+
+            answer = await self._post(body, prefer)
+            choices = answer.choices
+            if answer.endpoint.abilities.several and len(choices) < num:
+                answer.endpoint.abilities.several = False
+                log.info("asked one by one: %s gave %d choices instead of %d", answer.endpoint, len(choices), num)
+            return choices[:num], answer.endpoint
+
+        choices, endpoint = await draw(0, wanted)
+        rest = await asyncio.gather(*(draw(index, 1, endpoint) for index in range(len(choices), wanted)))
+        choices = [*choices, *(choice for (choice,), _ in rest)]
+        if settings.temperature == 0:
+            choices = choices * request.num_samples
+        self.counts["token counts guessed from lengths"] += sum(not choice.exact for choice in choices)
+        return choices
+
+    def _answer(self, asks: Sequence[Ask], fill: Callable[[int, int, list[str], Endpoint | None], Any]) -> None:
+        """Fill every branch: an ask's first one alone, so that the server has its prompt in the cache for the others."""
+
+        async def guarded(index: int, branch: int, uris: list[str], prefer: Endpoint | None) -> Endpoint | None:
+            try:
+                endpoint = await fill(index, branch, uris, prefer)
+            except (RefusedError, UnansweredError) as error:
+                self.counts["judgements without an answer"] += 1
+                self._missed(f"the judgement on ...{asks[index].head.strip()[-60:]!r}", str(error))
+                return None
+            self._answered()
+            return endpoint
+
+        async def one(index: int) -> None:
+            uris = await self._uris(asks[index].images)
+            first = await guarded(index, 0, uris, None)
+            others = range(1, len(asks[index].branches))
+            await asyncio.gather(*(guarded(index, branch, uris, first) for branch in others))
+
+        self._run(range(len(asks)), one)
+
+    async def _log_probs(
+        self, ask: Ask, branch: int, uris: list[str], prefer: Endpoint | None
+    ) -> tuple[np.ndarray, Endpoint]:
+        messages = ask_messages(ask, branch, uris)
+        to_see = num_tokens_to_see(ask.options)
+        first = await self._post(lambda e: _options_body(messages, e, to_see), prefer)
+        written = read_steps(first.data["choices"][0])
+        if written is None:
+            self.counts["verdicts read from text, for want of log-probabilities"] += 1
+            return from_text(ask.options, first.choices[0].text), first.endpoint
+
+        async def after(begun: bytes) -> list[Step] | None:
+            if not begun:
+                return written
+            answer = await self.fleet.post(lambda e: _continued_body(messages, e, begun, to_see), prefer=first.endpoint)
+            return None if answer is None else read_steps(answer.data["choices"][0])
+
+        values, whole = await option_log_probs(ask.options, after)
+        self.counts["options judged by their first tokens alone"] += not whole
+        return values, first.endpoint
+
+    async def _post(self, build: Callable[[Endpoint], dict[str, Any]], prefer: Endpoint | None) -> Answer:
+        answer = await self.fleet.post(build, prefer=prefer)
+        assert answer is not None, "every endpoint takes this body"
+        return answer
+
+    async def _uris(self, images: Sequence[Any]) -> list[str]:
+        made = [await asyncio.to_thread(self._uri, image) for image in images]
+        self.counts["images scaled down"] += sum(smaller for _, smaller in made)
+        return [uri for uri, _ in made]
+
+    def _uri(self, image: Any) -> tuple[str, bool]:
+        settings = self.settings
+        return data_uri(
+            self.open_image(image), max_pixels=settings.max_image_pixels, image_format=settings.image_format
+        )
+
+    def _answered(self) -> None:
+        self.counts["answered by servers"] += 1
+        self.num_missed_in_a_row = 0
+
+    def _missed(self, what: str, reason: str) -> None:
+        """Remember a failure; raise UserError where nothing but failures is seen."""
+        if reason not in self.failures.values():
+            log.warning("no answer to %s: %s", what, reason)
+        self.failures[what] = reason
+        self.num_missed_in_a_row += 1
+        if self.num_missed_in_a_row >= (HOPELESS if self.counts["answered by servers"] else HOPELESS_FROM_THE_START):
+            raise UserError(
+                f"the servers answered none of the last {self.num_missed_in_a_row} questions:\n{_listed(self.failures)}",
+                fix="mend what they say, then run the same command again: what was answered is kept",
+            )
+
+
+def _options_body(messages: list[dict[str, Any]], endpoint: Endpoint, max_tokens: int) -> dict[str, Any]:
+    can = endpoint.abilities
+    if not can.top_log_probs:
+        return greedy_body(messages, can, VERDICT_TOKENS)
+    return greedy_body(messages, can, max_tokens) | {"logprobs": True, "top_logprobs": can.top_log_probs}
+
+
+def _continued_body(
+    messages: list[dict[str, Any]], endpoint: Endpoint, begun: bytes, max_tokens: int
+) -> dict[str, Any] | None:
+    """None where the endpoint does not go on with answers, or this one ends within a character."""
+    try:
+        text = begun.decode()
+    except UnicodeDecodeError:
+        return None
+    if not endpoint.abilities.continues:
+        return None
+    return _options_body(continued(messages, text), endpoint, max_tokens) | CONTINUE
+
+
+def _result(request_id: str, choices: Sequence[Choice]) -> SampleResult:
+    return SampleResult(
+        id=request_id,
+        texts=tuple(choice.text for choice in choices),
+        num_tokens=tuple(choice.num_tokens for choice in choices),
+        finish_reasons=tuple(choice.finish_reason for choice in choices),
+    )
+
+
+def _listed(failures: dict[str, str]) -> str:
+    lines = [f"  - {what}: {reason}" for what, reason in list(failures.items())[-SHOWN:]]
+    return "\n".join([*lines, *([f"  ... and {len(failures) - SHOWN} more"] if len(failures) > SHOWN else [])])

@@ -1,0 +1,1 @@
+"""A checkpoint and held-out questions in, metrics with intervals out: accuracy, win rates, KL, tables, comparisons."""

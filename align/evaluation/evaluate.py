@@ -1,0 +1,288 @@
+"""Checkpoint in, held-out numbers out: evaluation.json with intervals and evaluation.jsonl with every response.
+
+Asks every held-out question once greedily and `num_samples` times at a temperature. Round 0 is the first policy. Where
+the configured critic is a model, it also compares the greedy responses with those of the first policy and of the round
+before. How far a round has moved from the first policy is estimated on its sampled responses (align.evaluation.kl).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from align.config import Config
+from align.distributed.ranks import is_main_process
+from align.engines.judge import plan_critic
+from align.engines.open import open_policy, served_as
+from align.errors import UserError, reward_faults
+from align.evaluation.kl import SERVED, OneModel, divergence, is_measured, log_probs_of_both
+from align.evaluation.win_rate import WinRate, has_judge, win_rates
+from align.files import write_text
+from align.log import log
+from align.media.images import ImageStore
+from align.models.video_questions import pick_frames
+from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions
+from align.run.folder import Round, RunDir
+from align.run.hashes import checkpoint_hash, content_hash, text_hash
+from align.run.sharding import Keep, batches, begin, finish, work_through
+from align.statistics import (
+    Interval,
+    bootstrap_mean,
+    distinct_n,
+    is_refusal,
+    paired_difference,
+    repetition,
+    words,
+)
+from reward.critics.verifier import grade
+
+if TYPE_CHECKING:
+    from align.engines.base import Engine, SampleRequest, SampleResult
+
+STAGE = "evaluate"
+# Between greedy and sampled passes, so that an interruption loses little.
+QUESTIONS_AT_A_TIME = 256
+
+
+def run_evaluate(config: Config, number: int) -> None:
+    """Evaluate a round's checkpoint (0: the first policy); does nothing when that has been done.
+
+    Raises:
+        UserError: no held-out questions are named, the round has no checkpoint yet, or a question or image is bad.
+    """
+    if config.evaluate.questions is None:
+        raise UserError("no held-out questions are named", fix="set evaluate.questions to a JSONL file")
+    run = RunDir(config.run_dir)
+    this = run.round(number)
+    checkpoint = run.policy(number + 1, config.policy)
+    questions = read_questions(config.evaluate.questions)[: config.evaluate.limit]
+    images = ImageStore(config.evaluation_images, config.max_image_pixels)
+    check_overlap(config, questions)
+    questions = pick_frames(questions, images, config, checkpoint, served=bool(config.evaluate.servers))
+    settings = {
+        "evaluate": config.evaluate.model_dump(exclude={"questions", "image_root", "servers", "stop_if_worse"}),
+        "seed": config.seed,
+    }
+    inputs = {"questions": content_hash(config.evaluate.questions), "checkpoint": checkpoint_hash(checkpoint)}
+    inputs |= served_as(config.evaluate.servers, number)
+    if is_measured(config, number):
+        inputs["first policy"] = checkpoint_hash(config.policy)
+    if number and has_judge(config):
+        inputs |= plan_critic(config).identities()
+    if not begin(this.manifest, STAGE, settings=settings, inputs=inputs):
+        log.info("round %d is evaluated already: %s", number, this.evaluation)
+        return
+
+    def open_engine(name: str) -> Engine:
+        return open_policy(config, name, config.evaluate.servers, made_in_round=number, open_image=images.open)
+
+    models = OneModel(open_engine)
+
+    def work(todo: list[Question], keep: Keep) -> dict[str, str]:
+        return _answer(config, models.get(checkpoint), todo, keep, keep_tokens=is_measured(config, number))
+
+    done = work_through(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
+    moved, notes = _moved(config, this, checkpoint, done.records, models)
+    models.close()
+    counts = {"questions": len(questions)}
+    if is_main_process():
+        intervals = measure(done.records) | moved
+        judged = _against_others(config, run, number, done.records)
+        intervals |= {f"win_rate_{name}": won.rate for name, won in judged.items() if won.rate is not None}
+        metrics = {name: interval.as_dict() for name, interval in intervals.items()}
+        numbers = {"round": number, "questions": len(questions), "metrics": metrics}
+        write_text(this.evaluation, json.dumps(numbers, indent=2) + "\n")
+        counts |= {f"ties_{name}": won.num_ties for name, won in judged.items()}
+        counts |= {f"unjudged_{name}": won.num_unjudged for name, won in judged.items()}
+    outputs = [this.evaluation, this.evaluation_lines]
+    if is_measured(config, number):
+        outputs += [this.own_log_probs, this.first_log_probs]
+    finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=done.notes | notes)
+
+
+def _moved(
+    config: Config, this: Round, checkpoint: str, lines: list[Evaluation], models: OneModel
+) -> tuple[dict[str, Interval], dict[str, str]]:
+    """The KL divergence from the first policy, where it can be estimated, and what the manifest should say of it."""
+    if not is_measured(config, this.number):
+        served = config.evaluate.kl and config.evaluate.servers and this.number
+        return {}, {"kl": SERVED} if served else {}
+    own, first, notes = log_probs_of_both(config, this, checkpoint, lines, models)
+    at = f"both policies at temperature {config.evaluate.temperature:g}, on the checkpoint's own samples"
+    return divergence(own, first), notes | {"kl": at}
+
+
+def _against_others(config: Config, run: RunDir, number: int, lines: list[Evaluation]) -> dict[str, WinRate]:
+    """How often the critic prefers this round to the first policy and to the round before, where it can be asked."""
+    earlier = {"initial": 0} | ({"parent": number - 1} if number > 1 else {})
+    opponents = {
+        name: read_jsonl(run.round(before).evaluation_lines, Evaluation)
+        for name, before in earlier.items()
+        if run.round(before).evaluation_lines.is_file()
+    }
+    if not number or not opponents or not has_judge(config):
+        return {}
+    return win_rates(config, lines, opponents)
+
+
+def worse_than_parent(run: RunDir, number: int) -> str | None:
+    """Says so when a round's held-out number lies below its parent's by more than chance; None otherwise.
+
+    The number is the accuracy of the sampled responses; where there are no reference answers, the critic's win rate
+    against the parent; where no critic was asked, hallucination. Differences are paired over questions.
+    """
+    now, before = run.round(number), run.round(number - 1)
+    if not (now.evaluation_lines.is_file() and before.evaluation_lines.is_file()):
+        return None
+    parent = {line.id: line for line in read_jsonl(before.evaluation_lines, Evaluation)}
+    lines = read_jsonl(now.evaluation_lines, Evaluation)
+    pairs = [(parent[line.id], line) for line in lines if line.id in parent]
+    answered = [pair for pair in pairs if pair[0].greedy.correct is not None]
+    with_absent = [pair for pair in pairs if pair[0].question.absent]
+    won = _win_rate_against_parent(now)
+    if answered:
+        change = _paired(answered, _is_right)
+        worse, text = change.high < 0, f"right answers {_points(change)}"
+    elif won is not None:
+        worse, text = won["high"] < 0.5, f"win rate {won['mean']:.1%} [{won['low']:.1%}, {won['high']:.1%}]"
+    elif with_absent:
+        change = _paired(with_absent, _hallucinates)
+        worse, text = change.low > 0, f"responses that name what is not there {_points(change)}"
+    else:
+        return None
+    return (
+        f"round {number} is worse than {'the first policy' if number == 1 else f'round {number - 1}'}: {text}"
+        if worse
+        else None
+    )
+
+
+def _win_rate_against_parent(this: Round) -> dict[str, float] | None:
+    metrics = json.loads(this.evaluation.read_text(encoding="utf-8"))["metrics"] if this.evaluation.is_file() else {}
+    return metrics.get("win_rate_initial" if this.number == 1 else "win_rate_parent")
+
+
+def _paired(pairs: list[tuple[Evaluation, Evaluation]], value: Callable[[Evaluated], float]) -> Interval:
+    before, now = (
+        [[value(response) for response in line.sampled] for line in side] for side in zip(*pairs, strict=True)
+    )
+    return paired_difference(before, now)
+
+
+def _points(change: Interval) -> str:
+    """
+    >>> _points(Interval(-0.12, -0.2, -0.04, 60))
+    '-12.0 points [-20.0, -4.0]'
+    """
+    return f"{100 * change.mean:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+
+
+def _is_right(response: Evaluated) -> float:
+    return float(bool(response.correct))
+
+
+def _hallucinates(response: Evaluated) -> float:
+    return float(bool(response.absent_named))
+
+
+def measure(lines: list[Evaluation]) -> dict[str, Interval]:
+    """The held-out numbers, each with its 95 % interval from resampling questions."""
+    metrics = {}
+    answered = [line for line in lines if line.greedy.correct is not None]
+    if answered:
+        metrics["greedy_accuracy"] = bootstrap_mean([float(bool(line.greedy.correct)) for line in answered])
+        metrics["sampled_accuracy"] = _over_samples(answered, _is_right)
+    with_absent = [line for line in lines if line.question.absent]
+    if with_absent:
+        metrics["hallucination"] = _over_samples(with_absent, _hallucinates)
+    metrics["response_tokens"] = _over_samples(lines, lambda response: float(response.num_tokens))
+    metrics["truncated"] = _over_samples(lines, lambda response: float(response.finish_reason == "length"))
+    metrics["repetition"] = _over_samples(lines, lambda response: repetition(response.text))
+    metrics["refusals"] = _over_samples(lines, lambda response: float(is_refusal(response.text)))
+    texts = [response.text for line in lines for response in line.sampled]
+    share = distinct_n(texts, 2)
+    metrics["distinct_2"] = Interval(share, share, share, len(texts))
+    return metrics
+
+
+def _over_samples(lines: list[Evaluation], value: Callable[[Evaluated], float]) -> Interval:
+    return bootstrap_mean([[value(response) for response in line.sampled] for line in lines])
+
+
+def _answer(config: Config, engine: Engine, todo: list[Question], keep: Keep, *, keep_tokens: bool) -> dict[str, str]:
+    from align.engines.base import SampleRequest, SamplingSettings
+
+    def requests(some: list[Question], num_samples: int) -> list[SampleRequest]:
+        return [
+            SampleRequest(
+                id=question.id,
+                messages=question.messages(),
+                images=tuple(question.images),
+                num_samples=num_samples,
+                # The same seed in every round: rounds are compared on common random numbers.
+                seed=int(text_hash("evaluate", str(config.seed), question.id)[:15], 16),
+            )
+            for question in some
+        ]
+
+    by_id = {question.id: question for question in todo}
+    greedy: dict[str, Evaluated] = {}
+
+    def keep_greedy(result: SampleResult) -> None:
+        (greedy[result.id],) = _evaluated(result, by_id[result.id])
+
+    def keep_sampled(result: SampleResult) -> None:
+        question = by_id[result.id]
+        sampled = _evaluated(result, question)
+        if keep_tokens:
+            for response, token_ids in zip(sampled, result.token_ids, strict=True):
+                response.token_ids = list(token_ids)
+        keep(Evaluation(id=result.id, question=question, greedy=greedy[result.id], sampled=sampled))
+
+    longest = config.evaluate.max_new_tokens
+    settings = SamplingSettings(temperature=config.evaluate.temperature, max_new_tokens=longest)
+    for some in batches(todo, QUESTIONS_AT_A_TIME):
+        engine.sample(requests(some, 1), SamplingSettings(temperature=0.0, max_new_tokens=longest), keep_greedy)
+        engine.sample(requests(some, config.evaluate.num_samples), settings, keep_sampled)
+    return engine.notes
+
+
+def _evaluated(result: SampleResult, question: Question) -> list[Evaluated]:
+    return [
+        Evaluated(
+            text=text,
+            num_tokens=num_tokens,
+            finish_reason=reason,
+            correct=_correct(text, question),
+            absent_named=[word for word in question.absent if word in set(words(text))],
+        )
+        for text, num_tokens, reason in zip(result.texts, result.num_tokens, result.finish_reasons, strict=True)
+    ]
+
+
+def _correct(text: str, question: Question) -> bool | None:
+    if question.answer is None:
+        return None
+    with reward_faults():
+        found = grade(text, question.answer, question=question.question, kind=question.answer_kind)
+    return None if found is None else found.correct
+
+
+def check_overlap(config: Config, questions: list[Question]) -> None:
+    """Refuse to evaluate on questions that are trained on."""
+    if config.questions is None:
+        return
+    trained = {(question.question, tuple(question.images)) for question in read_questions(config.questions)}
+    same_root = config.evaluation_images.resolve() == config.question_images.resolve()
+    both = [
+        question.id
+        for question in questions
+        if question.images and (question.question, tuple(question.images)) in trained
+    ]
+    if both and same_root:
+        raise UserError(
+            f"{len(both)} held-out questions are also trained on ({', '.join(both[:5])}, ...)",
+            where=str(config.evaluate.questions),
+            fix="take them out of one of the two files",
+        )

@@ -1,0 +1,144 @@
+"""A round's sampled held-out responses in, the KL divergence of its checkpoint from the first policy out.
+
+With y drawn from the checkpoint, log p(y) - log p_first(y) is an unbiased estimate of KL(p || p_first) (k1 in Schulman,
+"Approximating KL divergence", 2020, http://joschu.net/blog/kl-approx.html), provided that p is what y was drawn from. So both policies
+are taken at the temperature of the evaluation: at another one the difference would be the estimate of no divergence,
+and might well be negative. The tokens are those that were drawn, not the text cut into tokens anew.
+
+Its low-variance relative k3 adds p_first(y)/p(y) - 1, which has mean zero but hardly ever shows it: where training has
+taught the checkpoint to avoid a token that the first policy liked, the ratio is huge in draws that are never seen, and
+what is seen lies far too low. k1 has light tails there. The exact divergence per token needs the whole distributions of
+both models at once: two models in memory, or a vocabulary's worth of numbers a token on disk.
+
+One model is in memory at a time; what is finished is kept, as in every stage.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.config import Config
+from align.log import log
+from align.records import Evaluation, ResponseLogProbs
+from align.run.folder import Round
+from align.run.sharding import Keep, batches, work_through
+from align.statistics import Interval, bootstrap_mean, bootstrap_ratio
+
+if TYPE_CHECKING:
+    from align.engines.base import Engine
+
+QUESTIONS_AT_A_TIME = 256
+SERVED = "left out: servers give no log-probabilities of given responses (evaluate.servers)"
+# More digits would say how the responses were put into batches.
+DIGITS = 5
+
+
+class OneModel:
+    """The engine that this process has open: another checkpoint takes its place, and never stands beside it."""
+
+    def __init__(self, open_engine: Callable[[str], Engine]) -> None:
+        self._open_engine = open_engine
+        self._checkpoint: str | None = None
+        self._engine: Engine | None = None
+
+    def get(self, checkpoint: str) -> Engine:
+        if self._engine is None or self._checkpoint != checkpoint:
+            self.close()
+            self._engine, self._checkpoint = self._open_engine(checkpoint), checkpoint
+        return self._engine
+
+    def close(self) -> None:
+        """Give back the model's memory."""
+        self._engine = self._checkpoint = None
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def is_measured(config: Config, number: int) -> bool:
+    """Whether the KL of a round is estimated: not that of the first policy from itself, and not on servers."""
+    return config.evaluate.kl and number > 0 and not config.evaluate.servers
+
+
+def log_probs_of_both(
+    config: Config, this: Round, checkpoint: str, lines: Sequence[Evaluation], models: OneModel
+) -> tuple[list[ResponseLogProbs], list[ResponseLogProbs], dict[str, str]]:
+    """The sampled responses of `lines` under the checkpoint that gave them and under the first policy, and notes."""
+    own, _ = _weighed(config, this.own_log_probs, checkpoint, lines, models, f"round {this.number}: log-probabilities")
+    first, notes = _weighed(
+        config, this.first_log_probs, config.policy, lines, models, f"round {this.number}: under the first policy"
+    )
+    return own, first, {f"{name} of the first policy": text for name, text in notes.items()}
+
+
+def _weighed(
+    config: Config, final: Path, checkpoint: str, lines: Sequence[Evaluation], models: OneModel, label: str
+) -> tuple[list[ResponseLogProbs], dict[str, str]]:
+    from align.engines.base import Continuations
+
+    def work(todo: list[Evaluation], keep: Keep) -> dict[str, str]:
+        engine = models.get(checkpoint)
+
+        def on_result(id_: str, rows: list[list[float]]) -> None:
+            sums = [round(math.fsum(row), DIGITS) for row in rows]
+            keep(ResponseLogProbs(id=id_, log_probs=sums, num_tokens=[len(row) for row in rows]))
+
+        for some in batches(todo, QUESTIONS_AT_A_TIME):
+            given = [
+                Continuations(
+                    id=line.id,
+                    messages=line.question.messages(),
+                    images=tuple(line.question.images),
+                    token_ids=tuple(tuple(response.token_ids) for response in line.sampled),
+                )
+                for line in some
+            ]
+            engine.weigh(given, on_result, temperature=config.evaluate.temperature)
+        return engine.notes
+
+    done = work_through(final, ResponseLogProbs, lines, work, label=label)
+    return done.records, done.notes
+
+
+def divergence(own: Sequence[ResponseLogProbs], first: Sequence[ResponseLogProbs]) -> dict[str, Interval]:
+    """`kl` in nats a response and `kl_per_token`, with 95 % intervals over questions; nothing where no number is finite.
+
+    Responses that one of the two finds impossible (a logarithm that is not finite) are left out.
+    """
+    nats = [_differences(*both) for both in zip(own, first, strict=True)]
+    kept = [[pair for pair in pairs if math.isfinite(pair[0])] for pairs in nats]
+    left_out = sum(map(len, nats)) - sum(map(len, kept))
+    if left_out:
+        log.warning("KL: %d responses have no finite log-probability and are left out", left_out)
+    if not any(kept):
+        return {}
+    found = {"kl": bootstrap_mean([[value for value, _ in pairs] for pairs in kept])}
+    sums, sizes = ([float(sum(pair[i] for pair in pairs)) for pairs in kept] for i in (0, 1))
+    return found | ({"kl_per_token": bootstrap_ratio(sums, sizes)} if any(sizes) else {})
+
+
+def _differences(own: ResponseLogProbs, first: ResponseLogProbs) -> list[tuple[float, int]]:
+    """Nats and tokens of every response to a question."""
+    assert own.id == first.id
+    pairs = zip(own.log_probs, first.log_probs, own.num_tokens, strict=True)
+    return [(mine - theirs, num_tokens) for mine, theirs, num_tokens in pairs]
+
+
+def kl_of_questions(this: Round) -> dict[str, list[float]]:
+    """Per held-out question the nats of its responses, as far as they lie on disk."""
+    from align.records import read_jsonl
+
+    if not (this.own_log_probs.is_file() and this.first_log_probs.is_file()):
+        return {}
+    own, first = (read_jsonl(path, ResponseLogProbs) for path in (this.own_log_probs, this.first_log_probs))
+    return {
+        mine.id: [nats for nats, _ in _differences(mine, theirs)]
+        for mine, theirs in zip(own, first, strict=True)
+        if all(math.isfinite(nats) for nats, _ in _differences(mine, theirs))
+    }

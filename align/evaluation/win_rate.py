@@ -1,0 +1,97 @@
+"""Held-out responses of two checkpoints in, how often the critic prefers the one to the other out.
+
+The greedy responses to the same questions are compared in both orders; a tie (identical texts, or both orders summing to
+nothing) counts as half. What the critic could not judge is left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from align.config import Config
+from align.engines.judge import open_critic, plan_critic
+from align.errors import reward_faults
+from align.media.images import ImageStore
+from align.monitoring.progress import progress
+from align.records import Evaluation
+from align.run.sharding import batches
+from align.statistics import Interval, bootstrap_mean
+from reward.critics import Item, Judgement
+
+BATCH = 64
+NAMES = {"initial": "the first policy", "parent": "the round before"}
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """The share of questions on which the first is preferred, ties as half; and how many were tied or not judged."""
+
+    rate: Interval | None
+    num_ties: int
+    num_unjudged: int
+
+
+def has_judge(config: Config) -> bool:
+    """Whether a critic model is named that can be asked; rules and random controls judge no win rate."""
+    named = config.critic.model is not None or bool(config.critic.servers)
+    return config.evaluate.win_rate and named and plan_critic(config).looks
+
+
+def win_rates(
+    config: Config, lines: Sequence[Evaluation], opponents: Mapping[str, Sequence[Evaluation]]
+) -> dict[str, WinRate]:
+    """The win rates of `lines` against each opponent's responses to the same questions.
+
+    Raises:
+        UserError: the critic cannot be opened.
+    """
+    images = ImageStore(config.evaluation_images, config.max_image_pixels)
+    critic, _ = open_critic(plan_critic(config), config, images.open)
+    found = {}
+    for name, others in opponents.items():
+        by_id = {line.id: line for line in others}
+        pairs = [(line, by_id[line.id]) for line in lines if line.id in by_id]
+        judgements: list[Judgement] = []
+        with progress(f"win rate against {NAMES.get(name, name)}", total=len(pairs)) as advance:
+            for some in batches([_item(*pair) for pair in pairs], BATCH):
+                with reward_faults():
+                    judgements += critic.judge(some)
+                advance(len(some))
+        found[name] = summarise([_outcome(*pair, found) for pair, found in zip(pairs, judgements, strict=True)])
+    return found
+
+
+def summarise(outcomes: Sequence[float | None]) -> WinRate:
+    """1 is a win, 0 a loss, 0.5 a tie, None not judged.
+
+    >>> summarise([1.0, 0.5, None, 1.0]).num_ties
+    1
+    """
+    judged = [outcome for outcome in outcomes if outcome is not None]
+    return WinRate(
+        rate=bootstrap_mean(judged) if judged else None,
+        num_ties=sum(outcome == 0.5 for outcome in judged),
+        num_unjudged=len(outcomes) - len(judged),
+    )
+
+
+def _outcome(mine: Evaluation, other: Evaluation, judgement: Judgement) -> float | None:
+    if mine.greedy.text.strip() == other.greedy.text.strip():
+        return 0.5
+    first, second = judgement.rewards
+    if first is None or second is None:
+        return None
+    return 0.5 if first == second else float(first > second)
+
+
+def _item(mine: Evaluation, other: Evaluation) -> Item:
+    question = mine.question
+    return Item(
+        id=mine.id,
+        question=question.as_text(),
+        images=tuple(question.images),
+        responses=(mine.greedy.text, other.greedy.text),
+        answer=question.answer,
+        answer_kind=question.answer_kind,
+    )

@@ -1,0 +1,145 @@
+"""A round's manifests and evaluations in, the model card of its checkpoint out (README.md in its folder)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.config import Config
+from align.evaluation.table import COLUMNS, benchmark_rows, columns_of, metrics_by_round, with_interval
+from align.files import write_text
+from align.models.inspect import licence_of
+from align.monitoring.cost import Spent
+from align.monitoring.format import duration
+from align.run.folder import RunDir
+
+
+def write_model_card(config: Config, number: int) -> Path:
+    """Write the card of round `number`'s checkpoint from what the run directory says; called again when more is known."""
+    run = RunDir(config.run_dir)
+    parent = run.policy(number, config.policy)
+    path = run.round(number).checkpoint / "README.md"
+    stages = run.round(number).manifest.read()["stages"]
+    heading = yaml.safe_dump(_heading(config, parent), sort_keys=False).strip()
+    sections = [
+        f"# {config.name}, round {number}",
+        "A vision-language model aligned by iterative DPO: the policy answered image questions several times, a critic "
+        "judged the answers, and DPO trained the full model on the resulting preference pairs.",
+        _lineage(config, run, number),
+        _data(stages),
+        _training(config, stages),
+        _results(run, number),
+        _cost(run, number),
+        _benchmarks(run.round(number).benchmarks),
+        "## Use\n\nThis folder opens where its parent opened. Intended for research on preference alignment; it inherits "
+        "its parent's licence, biases and limits, and what its critic prefers is not a guarantee of truth.",
+    ]
+    write_text(path, f"---\n{heading}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def _heading(config: Config, parent: str) -> dict[str, Any]:
+    heading: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    licence = licence_of(parent)
+    if licence:
+        heading["license"] = licence
+    if not Path(config.policy).exists():
+        heading["base_model"] = config.policy
+    return heading | {"tags": ["dpo", "valley-align", "trl"]}
+
+
+def lineage_of(checkpoint: str | Path) -> str | None:
+    """What the checkpoint's own card says of its lineage, as Markdown without the heading; None where it says nothing."""
+    card = Path(checkpoint) / "README.md"
+    if not card.is_file():
+        return None
+    _, heading, rest = card.read_text(encoding="utf-8", errors="replace").partition("\n## Lineage\n")
+    return rest.split("\n## ")[0].strip() if heading else None
+
+
+def _lineage(config: Config, run: RunDir, number: int) -> str:
+    rows = ["## Lineage", "", "| round | parent (sha256) | questions | pairs | seed |", "|---|---|---|---|---|"]
+    for earlier in range(1, number + 1):
+        stages = run.round(earlier).manifest.read()["stages"]
+        sample, pairs = stages.get("sample", {}), stages.get("pairs", {})
+        parent = sample.get("inputs", {}).get("policy", "")[:16]
+        counts = [sample.get("counts", {}).get("questions", ""), pairs.get("counts", {}).get("pairs", "")]
+        rows.append(f"| {earlier} | `{parent}` | {counts[0]} | {counts[1]} | {config.seed} |")
+    name = config.policy if not Path(config.policy).exists() else Path(config.policy).name
+    return "\n".join([*rows, "", f"First policy: `{name}`."])
+
+
+def _data(stages: dict[str, Any]) -> str:
+    lines = ["## Data and critic", ""]
+    for stage in ("sample", "score"):
+        for name, digest in stages.get(stage, {}).get("inputs", {}).items():
+            lines.append(f"* {name}: sha256 `{digest[:16]}`")
+    settings = stages.get("score", {}).get("settings", {}).get("critic")
+    if settings:
+        lines.append(f"* critic: {json.dumps(settings)}")
+    figures = stages.get("score", {}).get("counts", {}).get("critic")
+    if figures:
+        lines.append(f"* critic's figures: {json.dumps(figures)}")
+    return "\n".join(lines)
+
+
+def _training(config: Config, stages: dict[str, Any]) -> str:
+    entry = stages.get("dpo", {})
+    settings = entry.get("settings", config.dpo.model_dump(mode="json"))
+    lines = ["## Training", "", "```json", json.dumps(settings, indent=2, default=str), "```"]
+    versions = entry.get("versions", {})
+    if versions:
+        lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+    return "\n".join(lines)
+
+
+def _results(run: RunDir, number: int) -> str:
+    rounds = {key: value for key, value in metrics_by_round(run.path).items() if key <= number}
+    names = columns_of(rounds.values())
+    if not rounds or not names:
+        return ""
+    rows = ["## Results on held-out questions (95 % intervals)", ""]
+    rows += ["| round | " + " | ".join(COLUMNS[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for key, metrics in rounds.items():
+        cells = [with_interval(name, metrics.get(name)) for name in names]
+        rows.append(f"| {key} | " + " | ".join(cells) + " |")
+    note = run.round(number).manifest.read()["stages"].get("evaluate", {}).get("notes", {}).get("kl")
+    return "\n".join([*rows, *(["", f"KL divergence from the first policy: {note}."] if note else [])])
+
+
+def _cost(run: RunDir, number: int) -> str:
+    """What every stage up to this round took, all processes and attempts together."""
+    rows, total = [], Spent()
+    for this in run.rounds():
+        for stage, entry in this.manifest.read()["stages"].items():
+            cost = entry.get("cost") or {}
+            if this.number > number or "device" not in cost:
+                continue
+            spent = Spent.of(cost | {"seconds": entry["seconds"]})
+            total += spent
+            device = f"{cost['num_processes']} x {cost['device']}"
+            device += ", and servers" if "servers" in entry.get("notes", {}) else ""
+            rows.append(f"| {this.number} | {stage} | {_spent(spent)} | {device} |")
+    if not rows:
+        return ""
+    names = ["round", "stage", "time", "tokens read", "tokens written", "GPU hours", "CPU hours", "on"]
+    head = ["## Cost", "", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    return "\n".join([*head, *rows, f"| | all | {_spent(total)} | |"])
+
+
+def _spent(spent: Spent) -> str:
+    tokens = [f"{spent.tokens_read:,}", f"{spent.tokens_written:,}"]
+    hours = [f"{seconds / 3600:,.3f}" for seconds in (spent.gpu_seconds, spent.cpu_seconds)]
+    return " | ".join([duration(spent.seconds), *tokens, *hours])
+
+
+def _benchmarks(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    rows = ["## Benchmarks (lmms-eval)", "", "| task | metric | value | standard error | documents |", "|---" * 5 + "|"]
+    for row in benchmark_rows(json.loads(path.read_text(encoding="utf-8"))):
+        rows.append(f"| {row.task} | {row.metric} | {row.value} | {row.stderr} | {row.documents} |")
+    return "\n".join(rows)

@@ -1,0 +1,5 @@
+"""The one logger of the package; the command line gives it a handler."""
+
+import logging
+
+log = logging.getLogger("align")

@@ -1,0 +1,1 @@
+"""References in, verified pictures and video frames out; imports only errors."""

@@ -1,0 +1,152 @@
+"""Image references in, verified PIL images out: inside the image root, readable, within the pixel limit.
+
+A reference is a path, or a frame of a video file: `clips/dog.mp4#frame=12` (counted from 0), or an image file that is a frame
+of a video: `clips/dog/12.png#frame`. URLs are not fetched here; a reference that is one is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from align.errors import UserError
+from align.media.video_decoding import read_frame
+
+MAX_IMAGE_PIXELS = 100_000_000
+_FRAME = re.compile(r"(?P<video>.+)#frame=(?P<index>\d+)")
+FRAME_MARK = "#frame"
+# Set in `info` of a picture that is an image file and a frame of a video: some models look at frames otherwise.
+FRAME_FILE_KEY = "frame_file"
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """Opens the images of a run.
+
+    `root` is the folder that every image must lie in; `max_pixels` refuses decompression bombs by the size that the
+    file's header claims, before a pixel is decoded.
+    """
+
+    root: Path
+    max_pixels: int = MAX_IMAGE_PIXELS
+
+    def path(self, reference: str) -> Path:
+        """The file of a reference (of a frame: its video); UserError when it is a URL, leaves the root, or is not there."""
+        frame = _FRAME.fullmatch(reference)
+        reference = frame["video"] if frame else reference.removesuffix(FRAME_MARK)
+        if "://" in reference or reference.startswith("data:"):
+            raise UserError(
+                f"the image {reference[:80]!r} is not a file",
+                fix="download it and name it by its path inside the image root",
+            )
+        root = self.root.resolve()
+        path = (root / reference).resolve()
+        if not path.is_relative_to(root):
+            raise UserError(
+                f"the image {reference!r} lies outside the image root {root}", fix="move it, or set image_root"
+            )
+        if not is_file(path):
+            raise UserError(
+                f"there is no image {in_short(reference)!r} in {root}", fix="check the path, or set image_root"
+            )
+        return path
+
+    def size(self, reference: str) -> tuple[int, int]:
+        """(width, height) in pixels, from the header alone."""
+        frame = _FRAME.fullmatch(reference)
+        if frame:
+            return self._frame(reference, int(frame["index"])).size
+        with self._header(reference) as image:
+            return image.size
+
+    def open(self, reference: str | Image.Image) -> Image.Image:
+        """The image as RGB, fully decoded; the first frame of an animation. A picture in memory is handed back."""
+        if isinstance(reference, Image.Image):
+            return reference
+        frame = _FRAME.fullmatch(reference)
+        if frame:
+            return self._frame(reference, int(frame["index"]))
+        with self._header(reference) as image:
+            try:
+                picture = image.convert("RGB")
+            except (OSError, SyntaxError, ValueError) as error:
+                raise UserError(
+                    f"the image {reference!r} cannot be decoded ({error})", fix="replace or remove it"
+                ) from None
+        if self.is_frame(reference):
+            picture.info[FRAME_FILE_KEY] = True
+        return picture
+
+    @staticmethod
+    def is_frame(reference: str) -> bool:
+        """Whether a reference says that its picture is a frame of a video."""
+        return reference.endswith(FRAME_MARK) or _FRAME.fullmatch(reference) is not None
+
+    def file_hashes(self, references: Iterable[str]) -> dict[str, str]:
+        """sha256 of every file that the references name, by its path inside the root; of a frame, of its video."""
+        files = {self.path(reference) for reference in dict.fromkeys(references)}
+        root = self.root.resolve()
+        return {path.relative_to(root).as_posix(): _file_hash(path) for path in sorted(files)}
+
+    def sha256(self, reference: str) -> str:
+        """Of the file's bytes; of a frame, of its video's hash and its number."""
+        frame = _FRAME.fullmatch(reference)
+        digest = _file_hash(self.path(reference))
+        return hashlib.sha256(f"{digest}#{frame['index']}".encode()).hexdigest() if frame else digest
+
+    def _frame(self, reference: str, index: int) -> Image.Image:
+        return read_frame(self.path(reference), index, max_pixels=self.max_pixels)
+
+    def _header(self, reference: str) -> Image.Image:
+        path = self.path(reference)
+        try:
+            with warnings.catch_warnings():
+                # Our own limit decides; PIL's warning at a third of it would only be noise.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise UserError(f"the image {reference!r} is too large ({error})", fix="scale it down") from None
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise UserError(
+                f"the file {reference!r} is not a readable image ({error})", fix="replace or remove it"
+            ) from None
+        width, height = image.size
+        if width * height > self.max_pixels:
+            image.close()
+            raise UserError(
+                f"the image {reference!r} has {width}x{height} pixels, more than {self.max_pixels}",
+                fix="scale it down, or raise max_image_pixels",
+            )
+        return image
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; no for a text that is too long to be a path, as an image in base64 is."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def in_short(text: str) -> str:
+    """A path as a message shows it, whatever was given for one."""
+    return text if len(text) <= 300 else f"{text[:200]}... ({len(text)} characters)"
+
+
+def _file_hash(path: Path) -> str:
+    """sha256 of a file; read once a process as long as nothing has touched it."""
+    now = path.stat()
+    return _hash_of(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@lru_cache(maxsize=1_000_000)
+def _hash_of(path: Path, *file_and_age: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,42 @@
+"""Questions about videos in, the same questions about their picked frames out; questions about images stay as they are."""
+
+from __future__ import annotations
+
+from align.config import Config
+from align.errors import UserError
+from align.media.images import ImageStore
+from align.records import Question
+
+
+def pick_frames(
+    questions: list[Question], images: ImageStore, config: Config, checkpoint: str, *, served: bool
+) -> list[Question]:
+    """Every video becomes the frames that the policy's family looks at, as references to images.
+
+    `served`: the policy is behind a server, so its processor is not here: `model.video_frames` (or 8) evenly then.
+
+    Raises:
+        UserError: a video cannot be read; all of them are named.
+    """
+    if not any(question.video for question in questions):
+        return questions
+    from align.media.video import frame_references, picker_of
+
+    processor = None
+    if not served and config.model.video_frames is None:
+        from align.models.load import load_processor
+
+        processor = load_processor(checkpoint, **config.model.processor)
+    picker = picker_of(processor, config.model.video_frames)
+    picked, problems = [], []
+    for question in questions:
+        if question.video is None:
+            picked.append(question)
+            continue
+        try:
+            picked.append(question.with_frames(frame_references(images, question.video, picker)))
+        except UserError as error:
+            problems.append(f"  - question {question.id!r}: {error}")
+    if problems:
+        raise UserError(f"{len(problems)} videos cannot be used:\n" + "\n".join(problems[:20]))
+    return picked

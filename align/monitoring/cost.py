@@ -1,0 +1,151 @@
+"""What a stage takes, counted while it runs: seconds, seconds of GPUs and of processors, tokens read and written.
+
+Every process of a stage keeps its own file in the round's folder and rewrites it every few seconds, so that what was
+spent before an interruption counts: `spent_on` adds up all of them, and the manifest keeps the sum. Whoever runs a model
+calls `count_tokens`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from align.distributed.ranks import rank, world_size
+
+EVERY_S = 10.0
+
+
+@dataclass
+class Spent:
+    """`seconds` of the main process, `gpu_seconds` of all processes that held a GPU, `cpu_seconds` of processor time;
+    tokens that went into models (prompts with their images, given texts) and that models wrote."""
+
+    seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    tokens_read: int = 0
+    tokens_written: int = 0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    @classmethod
+    def of(cls, data: Any) -> Spent:
+        """From a file or a manifest, whose other keys are left out; nothing where there is none."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known}) if isinstance(data, dict) else cls()
+
+
+_tokens = Spent()
+_running: list[_Meter] = []
+
+
+def count_tokens(*, read: int = 0, written: int = 0) -> None:
+    """Count tokens that a model of this process, or a server on its behalf, has read or written."""
+    _tokens.tokens_read += read
+    _tokens.tokens_written += written
+
+
+@contextlib.contextmanager
+def metered(folder: Path, stage: str) -> Iterator[None]:
+    """Count what this process spends on a stage meanwhile, on top of what earlier attempts have spent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meter = _Meter(_file(folder, stage, rank()))
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(EVERY_S):
+            meter.save()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    _running.append(meter)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        _running.remove(meter)
+        meter.save()
+
+
+def save_spent() -> None:
+    """Write down what this process has spent until now: before the main process adds up."""
+    for meter in _running:
+        meter.save()
+
+
+def spent_on(folder: Path, stage: str) -> dict[str, Any] | None:
+    """All that was spent on a stage so far, for its manifest; None where nobody counted."""
+    save_spent()
+    files = sorted(folder.glob(_file(folder, stage, "*").name))
+    if not files:
+        return None
+    entries = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    total = Spent()
+    for entry in entries:
+        total += Spent.of(entry)
+    main = next((entry for entry in entries if entry["rank"] == 0), entries[0])
+    numbers = asdict(total) | {"seconds": main["seconds"]}
+    rounded = {name: round(value, 3) for name, value in numbers.items()}
+    return {"device": main["device"], "num_processes": world_size()} | rounded
+
+
+def forget_spent(folder: Path, stage: str) -> None:
+    """Begin to count a stage anew."""
+    for path in folder.glob(_file(folder, stage, "*").name):
+        path.unlink()
+
+
+class _Meter:
+    """What this process has spent since the meter was made, and before, as its file says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = Spent.of(_read(path))
+        self.started, self.busy = time.monotonic(), time.process_time()
+        self.tokens = Spent(tokens_read=_tokens.tokens_read, tokens_written=_tokens.tokens_written)
+        self._writing = threading.Lock()
+
+    def save(self) -> None:
+        seconds, device = time.monotonic() - self.started, device_in_use()
+        now = Spent(
+            seconds,
+            seconds if device.startswith("cuda") else 0.0,
+            time.process_time() - self.busy,
+            _tokens.tokens_read - self.tokens.tokens_read,
+            _tokens.tokens_written - self.tokens.tokens_written,
+        )
+        text = json.dumps({"rank": rank(), "device": device} | asdict(self.before + now))
+        with self._writing, contextlib.suppress(OSError):
+            # A full disk stops the stage where it writes what matters.
+            temporary = self.path.with_name(f"{self.path.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.path)
+
+
+def device_in_use() -> str:
+    """`cuda (its name)` once this process has begun to use a GPU, which it then holds, else `cpu`."""
+    # Looked up like this, for a beat may come while torch is being imported.
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if not getattr(cuda, "is_initialized", bool)():
+        return "cpu"
+    return f"cuda ({cuda.get_device_name()})"  # type: ignore[union-attr]
+
+
+def _file(folder: Path, stage: str, which: int | str) -> Path:
+    return folder / f".spent-{stage}-{which}.json"
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None

@@ -1,0 +1,264 @@
+"""A run in, the questions that the report embeds out: images, responses of every round, verdicts.
+
+Held-out questions are picked evenly from the four ways a question can go (gained, lost, stayed right, stayed wrong), so
+that every filter shows something; training questions are spread evenly over the rounds and their files. The report
+says how many of how many it shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from align.media.images import ImageStore
+from align.records import Evaluated, Evaluation, Pair, Question, Samples, Scores, VerdictRecord
+from align.report.critic_quality import grade_response
+from align.report.read import RoundData, RunData, find_records, list_ids
+from align.report.thumbnails import Pictures
+
+KINDS = ("gained", "lost", "stayed wrong", "stayed right", "open")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+WIDEST_TABLE = 8
+ROLES = ("chosen", "rejected", "")
+MOST_RATIONALES = 24
+MOST_PICTURES = 6
+
+
+@dataclass(frozen=True)
+class Picture:
+    reference: str
+    uri: str | None
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """Some of a question's images; `about` says which, where they are not all, or frames of a video."""
+
+    shown: list[Picture]
+    about: str = ""
+    frames: bool = False
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out question with each round's responses; `kind` tells how the greedy response went, first to last."""
+
+    question: Question
+    kind: str
+    rounds: list[tuple[int, Evaluation]]
+    pictures: Pictured
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One response to a training question and what became of it; `role` is chosen, rejected or empty."""
+
+    letter: str
+    text: str
+    num_tokens: int
+    truncated: bool
+    correct: bool | None
+    reward: float | None
+    role: str
+    unscored: str | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training question in one round.
+
+    `table` holds the verdicts by (shown first, shown second) when it fits; `rationales` are some of the verdicts that
+    have one, those about chosen and rejected first, of `num_rationales`. Where the candidates are too many for a table,
+    chosen and rejected come first, the others by reward.
+    """
+
+    question: Question
+    number: int
+    candidates: list[Candidate]
+    table: list[list[VerdictRecord | None]]
+    rationales: list[VerdictRecord]
+    num_rationales: int
+    num_verdicts: int
+    pictures: Pictured
+    margin: float | None = None
+
+
+@dataclass
+class Browser:
+    """`totals` and `shown` count held-out questions by kind; `num_training` all sampled questions of all rounds."""
+
+    held_out: list[HeldOut] = field(default_factory=list)
+    training: list[Trained] = field(default_factory=list)
+    totals: dict[str, int] = field(default_factory=dict)
+    shown: dict[str, int] = field(default_factory=dict)
+    num_held_out: int = 0
+    num_training: int = 0
+    missing: list[str] = field(default_factory=list)
+
+
+def build_browser(
+    run: RunData, *, question_images: Pictures, evaluation_images: Pictures, max_held_out: int, max_training: int
+) -> Browser:
+    browser = Browser()
+    _add_held_out(browser, run, evaluation_images, max_held_out)
+    _add_training(browser, run, question_images, max_training)
+    for pictures in (evaluation_images, question_images):
+        browser.missing += [f"{count} × {reason}" for reason, count in pictures.missing.most_common()]
+    return browser
+
+
+def _add_held_out(browser: Browser, run: RunData, pictures: Pictures, most: int) -> None:
+    rounds = [data for data in run.rounds if data.lines]
+    if not rounds:
+        return
+    tables = [(data.number, {line.id: line for line in data.lines}) for data in rounds]
+    ids = list(dict.fromkeys(line.id for data in rounds for line in data.lines))
+    by_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for id_ in ids:
+        by_kind[_kind([table[id_] for _, table in tables if id_ in table])].append(id_)
+    picked = set(share_out(by_kind, most))
+    browser.num_held_out = len(ids)
+    browser.totals = {kind: len(members) for kind, members in by_kind.items() if members}
+    browser.shown = {kind: sum(id_ in picked for id_ in members) for kind, members in by_kind.items() if members}
+    kinds = {id_: kind for kind, members in by_kind.items() for id_ in members}
+    for id_ in ids:
+        if id_ in picked:
+            lines = [(number, table[id_]) for number, table in tables if id_ in table]
+            question = lines[-1][1].question
+            browser.held_out.append(HeldOut(question, kinds[id_], lines, picture(question, pictures)))
+
+
+def _kind(lines: Sequence[Evaluation]) -> str:
+    first, last = lines[0].greedy.correct, lines[-1].greedy.correct
+    if first is None or last is None:
+        return "open"
+    if first == last:
+        return "stayed right" if last else "stayed wrong"
+    return "gained" if last else "lost"
+
+
+def share_out(groups: dict[str, list[str]], most: int) -> list[str]:
+    """At most `most` members, taken in turn from every group in order, so that small groups come whole.
+
+    >>> share_out({"a": ["1", "2", "3", "4"], "b": ["5"]}, 3)
+    ['1', '5', '2']
+    """
+    picked: list[str] = []
+    longest = max((len(members) for members in groups.values()), default=0)
+    for place in range(longest):
+        picked += [members[place] for members in groups.values() if place < len(members)]
+    return picked[:most]
+
+
+def spread(items: Sequence[str], most: int) -> list[str]:
+    """At most `most` items, evenly spaced.
+
+    >>> spread(["a", "b", "c", "d", "e", "f"], 3)
+    ['a', 'c', 'e']
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[index * len(items) // most] for index in range(most)]
+
+
+def _add_training(browser: Browser, run: RunData, pictures: Pictures, most: int) -> None:
+    rounds = [data for data in run.trained if data.folder.samples.is_file()]
+    left = most
+    for place, data in enumerate(rounds):
+        ids = list_ids(data.folder.samples)
+        browser.num_training += len(ids)
+        quota = left // (len(rounds) - place)
+        wanted = spread(ids, quota)
+        left -= len(wanted)
+        browser.training += _trained(data, wanted, pictures, run.problems)
+
+
+def _trained(data: RoundData, ids: list[str], pictures: Pictures, problems: list[str]) -> list[Trained]:
+    wanted = set(ids)
+    if not wanted:
+        return []
+    samples = {line.id: line for line in find_records(data.folder.samples, Samples, wanted, problems)}
+    scores = {line.id: line for line in find_records(data.folder.scores, Scores, wanted, problems)}
+    pairs: dict[str, list[Pair]] = {}
+    for pair in find_records(data.folder.pairs, Pair, wanted, problems, key="question_id"):
+        pairs.setdefault(pair.question_id or pair.id, []).append(pair)
+    return [
+        _join(data.number, samples[id_], scores.get(id_), pairs.get(id_, []), pictures) for id_ in ids if id_ in samples
+    ]
+
+
+def _join(number: int, line: Samples, scores: Scores | None, pairs: list[Pair], pictures: Pictures) -> Trained:
+    roles = {}
+    for pair in pairs:
+        for role in ("rejected", "chosen"):
+            if role in pair.responses:
+                roles[pair.responses[role]] = role
+    candidates = []
+    for index, response in enumerate(line.responses):
+        rewards = scores.rewards if scores else []
+        candidates.append(
+            Candidate(
+                letter=letter(index),
+                text=response.text,
+                num_tokens=response.num_tokens,
+                truncated=response.finish_reason == "length",
+                correct=grade_response(response.text, line.question),
+                reward=rewards[index] if index < len(rewards) else None,
+                role=roles.get(index, ""),
+                unscored=scores.unscored.get(index) if scores else None,
+            )
+        )
+    verdicts = scores.verdicts if scores else []
+    spoken = [verdict for verdict in verdicts if verdict.rationale]
+    table = verdict_table(len(candidates), verdicts)
+    if len(candidates) > WIDEST_TABLE:
+        candidates.sort(key=lambda candidate: (ROLES.index(candidate.role), -(candidate.reward or 0.0)))
+    return Trained(
+        question=line.question,
+        number=number,
+        candidates=candidates,
+        table=table,
+        rationales=sorted(spoken, key=lambda verdict: -(verdict.first in roles) - (verdict.second in roles))[
+            :MOST_RATIONALES
+        ],
+        num_rationales=len(spoken),
+        num_verdicts=len(verdicts),
+        pictures=picture(line.question, pictures),
+        margin=pairs[0].margin if pairs else None,
+    )
+
+
+def letter(index: int) -> str:
+    return LETTERS[index] if index < len(LETTERS) else str(index + 1)
+
+
+def verdict_table(size: int, verdicts: Iterable[VerdictRecord]) -> list[list[VerdictRecord | None]]:
+    """Verdicts by (shown first, shown second); empty when there are none or too many responses for a table."""
+    table: list[list[VerdictRecord | None]] = [[None] * size for _ in range(size)]
+    any_verdict = False
+    for verdict in verdicts:
+        if 0 <= verdict.first < size and 0 <= verdict.second < size:
+            table[verdict.first][verdict.second] = verdict
+            any_verdict = True
+    return table if any_verdict and size <= WIDEST_TABLE else []
+
+
+def marks(responses: Sequence[Evaluated]) -> str:
+    """How many of the responses are right, in words; empty where there is no reference answer."""
+    known = [response.correct for response in responses if response.correct is not None]
+    return f"{sum(known)} of {len(known)} right" if known else ""
+
+
+def picture(question: Question, pictures: Pictures) -> Pictured:
+    """The first few of a question's images; of a video's frames some from its first to its last."""
+    references, video = question.images, question.meta.get("video")
+    frames = len(references) > 1 and all(ImageStore.is_frame(reference) for reference in references)
+    if frames and len(references) > MOST_PICTURES:
+        references = [references[round(i * (len(references) - 1) / (MOST_PICTURES - 1))] for i in range(MOST_PICTURES)]
+    shown = [Picture(reference, pictures.uri(reference)) for reference in references[:MOST_PICTURES]]
+    about = f"{len(shown)} of {len(question.images)} " if len(shown) < len(question.images) else ""
+    if frames:
+        about = f"{about or len(shown)} frames".replace("  ", " ") + (f" of {video}" if isinstance(video, str) else "")
+    elif about:
+        about += "images"
+    return Pictured(shown, about, frames)

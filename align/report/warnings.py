@@ -1,0 +1,281 @@
+"""A run in, the warnings out: what looks wrong, by which rule, and where to look.
+
+Each rule states its threshold in its own words, so that a reader can disagree with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from align.report.changes import Change, History
+from align.report.critic_quality import (
+    LEAST_AGREEMENT,
+    LEAST_CONSISTENCY,
+    LEAST_IMAGE_DEPENDENCE,
+    LEAST_OPTION_MASS,
+    MOST_LENGTH_CORRELATION,
+    MOST_POSITION_BIAS,
+    Trust,
+)
+from align.report.metrics import percent, plain
+from align.report.read import RoundData, RunData, iter_objects, number
+from align.report.training_curves import end_of
+from reward.critics.base import NOTHING_TO_COMPARE
+
+CHOSEN_FALL, WEAK_ACCURACY = 0.25, 0.55
+LESS_VARIED, MOST_TRUNCATED, MOST_UNSCORED, LEAST_PAIRS = 0.2, 0.05, 0.05, 0.2
+LEAST_DECIDED = 20
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """`finding` is what was seen in one round (None: in the run as a whole), `advice` what it means in general.
+
+    Serious ones say that the model is worse or that a number may be wrong; the others say where to look.
+    """
+
+    title: str
+    finding: str
+    advice: str = ""
+    number: int | None = None
+    serious: bool = False
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Alarms of one title, in the order of rounds."""
+
+    title: str
+    advice: str
+    serious: bool
+    findings: list[tuple[int | None, str]]
+
+
+def find_alarms(run: RunData, history: History, trust: dict[int, Trust]) -> list[Warned]:
+    """All warnings, serious ones first, otherwise in the order of the run; `trust` holds the critic's by round."""
+    found = [*_worse_rounds(history), *_evaluation(history)]
+    for data in run.trained:
+        found += [*_training(data), *_critic(data.number, trust.get(data.number, Trust())), *_losses(data)]
+    if run.setting("shared_prefix") != "off":
+        found += [alarm for data in run.rounds for alarm in _fallbacks(data)]
+    found += [alarm for data in run.rounds for alarm in _unfinished(data)]
+    found += _leaks(run)
+    return sorted(_by_title(found), key=lambda item: not item.serious)
+
+
+def _by_title(alarms: list[Alarm]) -> list[Warned]:
+    groups: dict[str, list[Alarm]] = {}
+    for alarm in alarms:
+        groups.setdefault(alarm.title, []).append(alarm)
+    return [
+        Warned(title, group[0].advice, any(a.serious for a in group), [(a.number, a.finding) for a in group])
+        for title, group in groups.items()
+    ]
+
+
+def _worse_rounds(history: History) -> Iterator[Alarm]:
+    for name, steps in history.steps.items():
+        for step in steps:
+            if step.state == "worse":
+                yield Alarm(
+                    f"Worse than the round before: {step.metric.label.lower()}",
+                    _how_worse(step),
+                    number=step.last_round,
+                    serious=name.endswith("accuracy") or name.startswith("win_rate"),
+                )
+
+
+def _how_worse(step: Change) -> str:
+    show, span = step.metric.show, f"{step.span} {step.metric.unit}"
+    if step.metric.against == "before":
+        return f"It wins {show(step.last)} of the comparisons, {span} from the half that is no change (95 % interval)."
+    return (
+        f"{show(step.first)} in round {step.first_round}, {show(step.last)} in round {step.last_round}; the 95 % interval "
+        f"of the change is {span}."
+    )
+
+
+def _evaluation(history: History) -> Iterator[Alarm]:
+    length = history.length_drift
+    if length is not None:
+        yield Alarm(
+            f"Responses became {'longer' if length.last > length.first else 'shorter'}",
+            f"{plain(length.first)} tokens a response at first, {plain(length.last)} at last "
+            f"({percent(length.last / length.first - 1, 0)}).",
+            "A quarter more or less suggests that length itself was rewarded.",
+        )
+    variety = history.overall.get("distinct_2")
+    if variety and variety.first > 0 and variety.last < (1 - LESS_VARIED) * variety.first:
+        yield Alarm(
+            "Wording became less varied",
+            f"Distinct bigrams fell from {percent(variety.first)} to {percent(variety.last)}.",
+            "Responses to different questions resemble one another more than they did.",
+        )
+
+
+def _training(data: RoundData) -> Iterator[Alarm]:
+    chosen, margin = end_of(data, "rewards/chosen"), end_of(data, "rewards/margins")
+    if chosen is not None and margin is not None and -chosen > max(0.05, CHOSEN_FALL * margin):
+        yield Alarm(
+            "The chosen reward fell",
+            f"{plain(chosen)} at the end of training, at a margin of {plain(margin)}.",
+            f"Chosen responses became less likely than under the reference, by more than {percent(CHOSEN_FALL, 0)} of the "
+            "margin. An SFT term on the chosen response or a smaller learning rate holds them.",
+            data.number,
+        )
+    accuracy = end_of(data, "rewards/accuracies")
+    if accuracy is not None and accuracy < WEAK_ACCURACY:
+        yield Alarm(
+            "The pairs taught hardly anything",
+            f"{percent(accuracy)} of pairs are ranked as wanted at the end of training.",
+            "A coin gives 50 %. The preferences may be random, or the learning rate too small.",
+            data.number,
+        )
+
+
+def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
+    figures = trust.figures
+    consistency, bias = figures.get("consistency"), figures.get("position_bias")
+    length, agreement = figures.get("reward_length_correlation"), trust.agreement
+    if consistency is not None and consistency < LEAST_CONSISTENCY:
+        yield Alarm(
+            "The critic contradicts itself",
+            f"It says the same in both orders for {percent(consistency)} of pairs.",
+            f"Below {percent(LEAST_CONSISTENCY, 0)} much of what it says is noise.",
+            round_,
+            serious=consistency < 0.5,
+        )
+    if bias is not None and abs(bias) > MOST_POSITION_BIAS:
+        yield Alarm(
+            f"The critic prefers the response shown {'first' if bias > 0 else 'second'}",
+            f"Position bias {plain(bias)}.",
+            "0 is none, 1 always the first. Judging both orders cancels it, at the price of ties.",
+            round_,
+        )
+    looks = [x for name in ("blank", "shuffled") if (x := figures.get(f"image_dependence_{name}")) is not None]
+    if looks and min(looks) < LEAST_IMAGE_DEPENDENCE:
+        yield Alarm(
+            "The critic hardly looks at the image",
+            f"With another image in its place, {percent(min(looks))} of its preferences change.",
+            "A critic that knows nothing without the image changes about half of them.",
+            round_,
+            serious=min(looks) < 0.02,
+        )
+    mass = figures.get("mean_option_mass")
+    if mass is not None and mass < LEAST_OPTION_MASS:
+        yield Alarm(
+            "The critic wants to say something else",
+            f"The answers it is offered have {percent(mass)} of its probability.",
+            "Its prompt may not fit it: see critic.prompt.",
+            round_,
+            serious=mass < 0.05,
+        )
+    if length is not None and abs(length) > MOST_LENGTH_CORRELATION:
+        yield Alarm(
+            f"The critic likes {'longer' if length > 0 else 'shorter'} responses",
+            f"Among comparable responses to a question, reward and length correlate by {plain(length)}.",
+            f"Beyond {plain(MOST_LENGTH_CORRELATION)} length may be what is learned.",
+            round_,
+        )
+    if agreement is not None and agreement.count >= LEAST_DECIDED and agreement.mean < LEAST_AGREEMENT:
+        yield Alarm(
+            "The critic does not know the right answers",
+            f"Where a right response met a wrong one, it chose the right one in {percent(agreement.mean)} of "
+            f"{agreement.count:,} pairs ({percent(agreement.low)} to {percent(agreement.high)}).",
+            f"A coin gives 50 %; below {percent(LEAST_AGREEMENT, 0)} the pairs teach little that is true.",
+            round_,
+            serious=agreement.high < 0.5,
+        )
+
+
+def _losses(data: RoundData) -> Iterator[Alarm]:
+    sample, judged = data.counts("sample"), data.judged
+    responses, truncated = number(sample.get("responses")), number(sample.get("truncated"))
+    if responses and truncated and truncated / responses > MOST_TRUNCATED:
+        yield Alarm(
+            "Many responses were cut off",
+            f"{truncated:,.0f} of {responses:,.0f} ran into sample.max_new_tokens.",
+            "What is cut off is judged unfairly, and is left out of pairs unless pairs.keep_truncated is set.",
+            data.number,
+        )
+    unscored = total(_failures(judged.get("unscored")))
+    if responses and unscored / responses > MOST_UNSCORED:
+        yield Alarm(
+            "The critic could not score much",
+            f"{unscored:,.0f} of {responses:,.0f} responses have no reward though there was something to judge.",
+            "The reasons stand under Data.",
+            data.number,
+            serious=True,
+        )
+    questions, pairs = number(sample.get("questions")), number(judged.get("pairs"))
+    if questions and pairs is not None and pairs / questions < LEAST_PAIRS:
+        yield Alarm(
+            "Few questions gave a pair",
+            f"{pairs:,.0f} pairs from {questions:,.0f} questions.",
+            "More responses a question or a higher temperature gives more.",
+            data.number,
+        )
+
+
+def _failures(unscored: Any) -> Any:
+    """Without the responses that the critic had nothing to compare with: all of their question's were the same."""
+    if not isinstance(unscored, dict):
+        return unscored
+    return {reason: count for reason, count in unscored.items() if reason != NOTHING_TO_COMPARE}
+
+
+def total(value: Any) -> float:
+    """A count that is a number or a table by reason, added up."""
+    if isinstance(value, dict):
+        return sum(total(item) for item in value.values())
+    return number(value) or 0.0
+
+
+def _fallbacks(data: RoundData) -> Iterator[Alarm]:
+    for stage in data.stages.values():
+        note = str(stage.notes.get("shared_prefix", ""))
+        if note.startswith(("not used", "plain")):
+            yield Alarm(
+                "The shared prefix was not used",
+                f"{stage.name}: {note}.",
+                "Results are the same; it takes longer, since every question is encoded again for every response.",
+                data.number,
+            )
+
+
+def _unfinished(data: RoundData) -> Iterator[Alarm]:
+    for stage in data.stages.values():
+        if not stage.complete:
+            done = f"; {stage.progress:,} questions are finished" if stage.progress else ""
+            if stage.refused is not None:
+                yield Alarm("Refused", f"{stage.name}{done}: {stage.refused}", number=data.number, serious=True)
+                continue
+            yield Alarm(
+                "Not finished",
+                f"{stage.name} has begun and not ended{done}.",
+                "The same command goes on where it stopped.",
+                data.number,
+            )
+
+
+def _leaks(run: RunData) -> Iterator[Alarm]:
+    """Held-out images that were also trained on; only told apart where both lie in one folder."""
+    if run.question_images is None or run.question_images != run.evaluation_images:
+        return
+    held_out = {image for data in run.evaluated for line in data.lines for image in line.question.images}
+    trained = {image for data in run.trained for image in _trained_images(data, run)}
+    shared = held_out & trained
+    if shared:
+        yield Alarm(
+            "Held-out images were trained on",
+            f"{len(shared):,} of {len(held_out):,} held-out images also belong to training questions.",
+            "The held-out numbers flatter the model.",
+            serious=True,
+        )
+
+
+def _trained_images(data: RoundData, run: RunData) -> set[str]:
+    pairs = iter_objects(data.folder.pairs, run.problems)
+    return {str(image) for pair in pairs for image in pair.get("images") or []}

@@ -1,0 +1,211 @@
+"""A run's folder: the paths of its rounds, and the lock that lets one process at a time work on a round.
+
+    runs/NAME/align.yaml, report.html
+    runs/NAME/round-N/{samples,scores,pairs}.jsonl, reference.*, trainer/, checkpoint/, evaluation.json, manifest.json
+
+A stage is complete when the round's manifest says so; everything a stage writes before that is either append-only (and
+continued by the same command) or temporary. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from align.errors import UserError
+from align.files import make_folder, write_text
+from align.monitoring.cost import forget_spent
+from align.run.manifest import Manifest, now
+from align.run.stages import STAGES
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run's folder. Round 0 stands for the first policy: it has an evaluation and nothing else."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "align.yaml"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def round(self, number: int) -> Round:
+        return Round(self.path / f"round-{number}", number)
+
+    def rounds(self) -> list[Round]:
+        """The rounds that have begun, in order, round 0 included when it has been evaluated."""
+        numbers = [
+            int(folder.name.removeprefix("round-")) for folder in self.path.glob("round-*") if folder.name[6:].isdigit()
+        ]
+        return [self.round(number) for number in sorted(numbers)]
+
+    def policy(self, number: int, first_policy: str) -> str:
+        """The checkpoint that a round starts from: the first policy, or the complete checkpoint of the round before."""
+        if number < 1:
+            raise UserError(f"there is no round {number}", fix="rounds count from 1")
+        if number == 1:
+            return first_policy
+        before = self.round(number - 1)
+        before.need("dpo", f"round {number} starts from it", f"align dpo --round {number - 1}")
+        return str(before.checkpoint)
+
+    def remember_config(self, text: str) -> None:
+        """Keep the configuration as resolved when the first stage began; later changes show in the manifests."""
+        if not any(self.path.glob("round-*/manifest.json")):
+            make_folder(self.path)
+            write_text(self.config, text)
+
+
+@dataclass(frozen=True)
+class Round:
+    path: Path
+    number: int
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.jsonl"
+
+    @property
+    def controls(self) -> Path:
+        """What the critic says of a few questions with other images than theirs."""
+        return self.path / "controls.jsonl"
+
+    @property
+    def pairs(self) -> Path:
+        return self.path / "pairs.jsonl"
+
+    @property
+    def reference(self) -> Path:
+        return self.path / "reference.safetensors"
+
+    @property
+    def trainer(self) -> Path:
+        return self.path / "trainer"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_lines(self) -> Path:
+        return self.path / "evaluation.jsonl"
+
+    @property
+    def own_log_probs(self) -> Path:
+        """Log-probabilities of the evaluation's sampled responses under the checkpoint that gave them."""
+        return self.path / "log-probs-own.jsonl"
+
+    @property
+    def first_log_probs(self) -> Path:
+        """The same responses under the first policy."""
+        return self.path / "log-probs-first.jsonl"
+
+    @property
+    def benchmarks(self) -> Path:
+        """Numbers of lmms-eval's tasks; their responses lie in the folder beside it that has its name."""
+        return self.path / "lmms-eval.json"
+
+    @property
+    def image_hashes(self) -> Path:
+        """What images the round has worked with: hashes of their files."""
+        return self.path / "images.json"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest(self.manifest_path)
+
+    def need(self, stage: str, why: str, command: str) -> None:
+        """Raise UserError unless a stage of this round is complete."""
+        if not self.manifest.complete(stage):
+            raise UserError(
+                f"round {self.number} has no complete {stage} stage, and {why}",
+                where=str(self.path),
+                fix=f"run `{command}` first",
+            )
+
+    def discard(self, stage: str) -> None:
+        """Take back a stage and all later ones of this round: their files and their entries in the manifest."""
+        files = {
+            "sample": [self.samples],
+            "score": [self.scores, self.controls],
+            "pairs": [self.pairs],
+            "dpo": [self.reference, self.reference.with_suffix(".json")],
+            "evaluate": [self.evaluation, self.evaluation_lines, self.own_log_probs, self.first_log_probs],
+        }
+        for later in STAGES[STAGES.index(stage) :]:
+            forget_spent(self.path, later)
+            for file in files[later]:
+                file.unlink(missing_ok=True)
+                for part in self.path.glob(f"{file.stem}.part-*{file.suffix}"):
+                    part.unlink()
+        if stage != "evaluate":
+            self.benchmarks.unlink(missing_ok=True)
+            for folder in (self.trainer, self.checkpoint, self.benchmarks.with_suffix("")):
+                if folder.exists():
+                    shutil.rmtree(folder)
+        if self.manifest_path.exists():
+            self.manifest.forget(stage)
+        if not any(self.manifest.stage(earlier) for earlier in ("sample", "score", "dpo")):
+            self.image_hashes.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the round; raises UserError naming the holder when another process has it."""
+        make_folder(self.path)
+        holder = self.path / ".holder.json"
+        lock = FileLock(str(self.path / ".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"round {self.number} is in use by {_holder(holder)}",
+                where=str(self.path),
+                fix="wait for it, or stop it",
+            ) from None
+        try:
+            for unfinished in self.path.glob(".*.tmp"):
+                # A process was killed right before it would have put the file in place.
+                unfinished.unlink()
+            write_text(
+                holder,
+                json.dumps(
+                    {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "command": " ".join(sys.argv)}
+                ),
+            )
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
+    except (OSError, json.JSONDecodeError, KeyError):
+        return "another process"

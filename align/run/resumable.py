@@ -1,0 +1,65 @@
+"""Records in as they are finished, a JSON Lines file in order out; what was finished before a kill is not done again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from align.records import Record, RecordT, parse_line, write_jsonl
+
+
+class PartialFile:
+    """An append-only JSONL file of records in the order they finish, beside the file it will become.
+
+    Each process appends to a part of its own; `merge` puts all parts in the wanted order and writes the final file at once;
+    `finish` also removes the parts. A torn last line (the process was killed while writing) is cut off and its record done again.
+    """
+
+    def __init__(self, final: Path, kind: type[RecordT], rank: int = 0) -> None:
+        self.final = final
+        self.kind = kind
+        self.path = final.with_name(f"{final.stem}.part-{rank}{final.suffix}")
+
+    def read(self) -> dict[str, Any]:
+        """The finished records of all parts by id."""
+        records = {}
+        for path in self._parts():
+            _cut_torn_line(path)
+            with path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, start=1):
+                    record = parse_line(line, self.kind, f"{path}:{number}")
+                    records[record.id] = record  # type: ignore[attr-defined]
+        return records
+
+    def append(self, record: Record) -> None:
+        """Add a record and hand it to the operating system, so that a killed process loses nothing it finished."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(record.to_line() + "\n")
+
+    def merge(self, order: Iterable[str]) -> list[Any]:
+        """Write the final file in the order of ids and return its records; every id must be there."""
+        records = self.read()
+        ordered = [records[id_] for id_ in order]
+        write_jsonl(self.final, ordered)
+        return ordered
+
+    def finish(self, order: Iterable[str]) -> list[Any]:
+        """As `merge`, where nothing is left to do that needs the parts."""
+        ordered = self.merge(order)
+        self.discard()
+        return ordered
+
+    def discard(self) -> None:
+        for path in self._parts():
+            path.unlink()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.final.parent.glob(f"{self.final.stem}.part-*{self.final.suffix}"))
+
+
+def _cut_torn_line(path: Path) -> None:
+    with path.open("rb+") as file:
+        data = file.read()
+        if data and not data.endswith(b"\n"):
+            file.truncate(data.rfind(b"\n") + 1)

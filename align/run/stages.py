@@ -1,0 +1,3 @@
+"""The stages of a round, in order."""
+
+STAGES = ("sample", "score", "pairs", "dpo", "evaluate")

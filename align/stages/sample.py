@@ -1,0 +1,169 @@
+"""Stage 1: questions in, samples.jsonl out: K responses of the round's policy to every image question.
+
+A question's responses depend on the run's seed, the round and the question's id alone, not on the order of questions,
+the batch or the number of processes. Finished questions are kept when the stage is interrupted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.config import Config
+from align.distributed.ranks import is_main_process
+from align.engines.open import open_policy, served_as
+from align.errors import UserError
+from align.log import log
+from align.media.images import ImageStore
+from align.models.video_questions import pick_frames
+from align.records import Question, Response, Samples, read_questions
+from align.run.folder import RunDir
+from align.run.hashes import checkpoint_hash, content_hash, text_hash
+from align.run.image_hashes import hold_images
+from align.run.sharding import Keep, begin, finish, work_through
+
+if TYPE_CHECKING:
+    from align.engines.base import SampleResult
+
+STAGE = "sample"
+
+
+def run_sample(config: Config, number: int) -> None:
+    """Sample a round; does nothing when the round has been sampled already.
+
+    Raises:
+        UserError: the round before is not complete; a question or an image is bad (checked before weights are loaded).
+    """
+    run = RunDir(config.run_dir)
+    this = run.round(number)
+    policy = run.policy(number, config.policy)
+    check_settings(config)
+    assert config.questions is not None
+    questions = round_questions(read_questions(config.questions), number, config.sample.questions_per_round)
+    images = ImageStore(config.question_images, config.max_image_pixels)
+    questions = pick_frames(questions, images, config, policy, served=bool(config.sample.servers))
+    check_images(questions, images)
+    inputs = _inputs(config.questions, policy) | served_as(config.sample.servers, number - 1)
+    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs):
+        log.info("round %d is sampled already: %s", number, this.samples)
+        return
+    if is_main_process():
+        hold_images(this.image_hashes, images, questions)
+
+    def work(todo: list[Question], keep: Keep) -> dict[str, str]:
+        return _sample(config, policy, todo, images, number, keep)
+
+    done = work_through(this.samples, Samples, questions, work, label=f"round {number}: sample")
+    finish(this.manifest, STAGE, outputs=[this.samples], counts=_counts(done.records), notes=done.notes)
+
+
+def check_settings(config: Config) -> None:
+    """Raise UserError for settings that leave nothing to sample, or no two responses to prefer between."""
+    if config.questions is None:
+        raise UserError("there are no questions to sample", fix="set questions, or train on pairs_file: align dpo")
+    if config.sample.num_responses < 2:
+        raise UserError(
+            "sample.num_responses is 1: a preference needs two responses", fix="set it to 2 or more (5 is usual)"
+        )
+    if config.sample.temperature == 0:
+        raise UserError(
+            "sample.temperature is 0: all responses to a question would be the same, and none is preferred",
+            fix="set it above 0 (0.7 is usual)",
+        )
+
+
+def round_questions(questions: list[Question], number: int, per_round: int | None) -> list[Question]:
+    """The questions of a round: the next `per_round` in file order, starting over when all are used.
+
+    >>> questions = [Question(id=str(i), question="?") for i in range(5)]
+    >>> [[q.id for q in round_questions(questions, n, 2)] for n in (1, 2, 3)]
+    [['0', '1'], ['2', '3'], ['4', '0']]
+    """
+    if per_round is None or per_round >= len(questions):
+        return questions
+    start = (number - 1) * per_round
+    return [questions[(start + index) % len(questions)] for index in range(per_round)]
+
+
+def check_images(questions: list[Question], images: ImageStore) -> None:
+    """Look at every image's header; raises one UserError that lists all that cannot be used."""
+    problems = []
+    for question in questions:
+        for reference in question.images:
+            try:
+                images.size(reference)
+            except UserError as error:
+                problems.append(f"  - question {question.id!r}: {error}")
+    if problems:
+        shown = problems[:20] + ([f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise UserError(f"{len(problems)} images cannot be used:\n" + "\n".join(shown))
+
+
+def question_seed(seed: int, number: int, question_id: str) -> int:
+    return int(text_hash(str(seed), str(number), question_id)[:15], 16)
+
+
+def _sample(
+    config: Config, policy: str, todo: list[Question], images: ImageStore, number: int, keep: Keep
+) -> dict[str, str]:
+    from align.engines.base import SampleRequest, SamplingSettings
+
+    engine = open_policy(config, policy, config.sample.servers, made_in_round=number - 1, open_image=images.open)
+    requests = [
+        SampleRequest(
+            id=question.id,
+            messages=question.messages(),
+            images=tuple(question.images),
+            num_samples=config.sample.num_responses,
+            seed=question_seed(config.seed, number, question.id),
+        )
+        for question in todo
+    ]
+    by_id = {question.id: (question, request.seed) for question, request in zip(todo, requests, strict=True)}
+    settings = SamplingSettings(
+        temperature=config.sample.temperature,
+        top_p=config.sample.top_p,
+        top_k=config.sample.top_k,
+        max_new_tokens=config.sample.max_new_tokens,
+    )
+
+    def on_result(result: SampleResult) -> None:
+        question, seed = by_id[result.id]
+        keep(Samples(id=result.id, question=question, responses=responses_of(result), seed=seed))
+
+    engine.sample(requests, settings, on_result)
+    return engine.notes
+
+
+def responses_of(result: SampleResult) -> list[Response]:
+    return [
+        Response(text=text, num_tokens=num_tokens, finish_reason=reason)
+        for text, num_tokens, reason in zip(result.texts, result.num_tokens, result.finish_reasons, strict=True)
+    ]
+
+
+def _counts(samples: list[Samples]) -> dict[str, int]:
+    counts: Counter[str] = Counter(questions=len(samples))
+    for line in samples:
+        counts["responses"] += len(line.responses)
+        counts["tokens"] += sum(response.num_tokens for response in line.responses)
+        counts["truncated"] += sum(response.finish_reason == "length" for response in line.responses)
+        counts["undecodable"] += sum("\ufffd" in response.text for response in line.responses)
+        counts["empty"] += sum(not response.text.strip() for response in line.responses)
+        counts["identical"] += len(line.responses) - len({response.text for response in line.responses})
+    return dict(counts)
+
+
+def _settings(config: Config) -> dict[str, object]:
+    sample = config.sample.model_dump(exclude={"batch_size", "servers"})
+    return {
+        "sample": sample,
+        "seed": config.seed,
+        "processor": config.model.processor,
+        "video_frames": config.model.video_frames,
+    }
+
+
+def _inputs(questions: Path, policy: str) -> dict[str, str]:
+    return {"questions": content_hash(questions), "policy": checkpoint_hash(policy)}

@@ -1,0 +1,172 @@
+"""Stage 2: samples in, scores.jsonl out: a critic judges the responses of every question.
+
+What the critic could not judge is unscored with its reason and never 0. Finished questions are kept when the stage is
+interrupted. A few questions are judged again with other images (controls.jsonl), to see how far the critic can be
+trusted; a gate that does not hold stops here, with the scores kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from align.config import Config
+from align.distributed.ranks import is_main_process
+from align.engines.judge import CriticPlan, open_critic, plan_critic
+from align.errors import UserError, reward_faults
+from align.log import log
+from align.media.images import ImageStore
+from align.records import Samples, Scores, VerdictRecord, read_jsonl
+from align.run.folder import Round, RunDir
+from align.run.hashes import content_hash
+from align.run.image_hashes import hold_images
+from align.run.sharding import Done, Keep, batches, begin, finish, work_through
+from align.stages.critic_metrics import check_gates, control_items, critic_figures, doubts, item_of
+from reward.critics import Critic, Item, Judgement
+from reward.reliability import check_gates as check_gate_names
+
+STAGE = "score"
+DEFAULT_BATCH = 16
+PROMPTS = ("prompt", "split_prompt")
+
+OpenCritic = Callable[[], tuple[Critic, Callable[[], dict[str, str]]]]
+
+
+def run_score(config: Config, number: int) -> None:
+    """Score a round; does nothing when that has been done.
+
+    Raises:
+        UserError: the round is not sampled, the critic's settings are wrong, nothing could be scored, or the critic
+            does not pass its gates.
+    """
+    this = RunDir(config.run_dir).round(number)
+    this.need("sample", "scores are made from its samples", f"align sample --round {number}")
+    samples = read_jsonl(this.samples, Samples)
+    images = ImageStore(config.question_images, config.max_image_pixels)
+    plan = plan_critic(config)
+    with reward_faults():
+        check_gate_names(config.critic.gates)
+    if begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config, plan, this.samples)):
+        if is_main_process():
+            hold_images(this.image_hashes, images, [line.question for line in samples])
+        _score_round(config, plan, this, samples, images)
+    else:
+        log.info("round %d is scored already: %s", number, this.scores)
+    check_gates(this, config.critic.gates)
+
+
+def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Samples], images: ImageStore) -> None:
+    @cache
+    def opened() -> tuple[Critic, Callable[[], dict[str, str]]]:
+        return open_critic(plan, config, images.open)
+
+    size = config.critic.batch_size or DEFAULT_BATCH
+    label = f"round {this.number}: score"
+    work = _judge(opened, item_of, size)
+    done = work_through(this.scores, Scores, samples, work, label=label)
+    counts = _counts(done.records)
+    if not counts["scored"]:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in counts["unscored"].items())
+        raise UserError(
+            f"the critic could score none of {len(samples)} questions: {reasons}",
+            where=str(this.scores),
+            fix="check critic.kind, critic.model and its prompt, then run with --redo",
+        )
+    outputs, controls = [this.scores], Done([], {})
+    if plan.looks and config.critic.trust_sample:
+        items = control_items(
+            [item_of(line) for line in samples], images, number=config.critic.trust_sample, seed=config.seed
+        )
+        if items:
+            work = _judge(opened, lambda control: control.item, size)
+            controls = work_through(this.controls, Scores, items, work, label=f"{label}, other images")
+            outputs = [*outputs, this.controls]
+    counts["critic"] = critic_figures(samples, done.records, controls.records)
+    for doubt in doubts(counts["critic"]):
+        log.warning("%s", doubt)
+    finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=done.notes | controls.notes)
+
+
+def _judge(opened: OpenCritic, item: Callable[[Any], Item], size: int) -> Callable[[list[Any], Keep], dict[str, str]]:
+    """What `work_through` calls: judge things that have an id, `size` at a time."""
+
+    def work(todo: list[Any], keep: Keep) -> dict[str, str]:
+        critic, notes = opened()
+        for things in batches(todo, size):
+            with reward_faults():
+                judgements = critic.judge([item(thing) for thing in things])
+            for thing, judgement in zip(things, judgements, strict=True):
+                keep(_scores(thing.id, judgement))
+        return notes()
+
+    return work
+
+
+def _counts(scores: Sequence[Scores]) -> dict[str, Any]:
+    return {
+        "questions": len(scores),
+        "scored": sum(reward is not None for score in scores for reward in score.rewards),
+        "unscored": dict(Counter(reason for score in scores for reason in score.unscored.values())),
+        "verdicts": sum(len(score.verdicts) for score in scores),
+    }
+
+
+def _scores(id_: str, judgement: Judgement) -> Scores:
+    verdicts = [
+        VerdictRecord(
+            first=verdict.first,
+            second=verdict.second,
+            p_first=round(verdict.p_first, 6),
+            p_second=round(verdict.p_second, 6),
+            p_tie=None if verdict.p_tie is None else round(verdict.p_tie, 6),
+            winner=verdict.winner,
+            rationale=verdict.rationale,
+        )
+        for verdict in judgement.verdicts
+    ]
+    ratings = judgement.ratings if any(rating is not None for rating in judgement.ratings) else []
+    return Scores(
+        id=id_,
+        rewards=judgement.rewards,
+        verdicts=verdicts,
+        ratings=ratings,
+        unscored=judgement.unscored,
+        evidence=judgement.evidence,
+    )
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    # Gates judge what was measured and change nothing of it, so they may change without judging again.
+    # Models and prompts count by content, among the inputs: a run may be moved.
+    critic = config.critic.model_dump(exclude={"model", "batch_size", "prompt", "gates", "servers"})
+    critic["options"] = _without_places(critic["options"])
+    members = critic["options"].get("critics")
+    if isinstance(members, dict):
+        critic["options"]["critics"] = {name: _without_places(member) for name, member in members.items()}
+    return {"critic": critic, "seed": config.seed}
+
+
+def _without_places(member: Any) -> Any:
+    if not isinstance(member, dict):
+        return member
+    return {key: value for key, value in member.items() if key not in ("model", *PROMPTS)}
+
+
+def _inputs(config: Config, plan: CriticPlan, samples: Path) -> dict[str, str]:
+    inputs = {"samples": content_hash(samples)}
+    inputs |= plan.identities()
+    options = config.critic.options
+    prompts = {key: options.get(key) for key in PROMPTS}
+    if config.critic.prompt is not None:
+        prompts["prompt"] = config.critic.prompt
+    members = options.get("critics")
+    if isinstance(members, dict):
+        prompts |= {f"{key} {name}": member.get(key) for name, member in members.items() for key in PROMPTS}
+    return inputs | {name: _prompt_hash(prompt) for name, prompt in prompts.items() if prompt}
+
+
+def _prompt_hash(prompt: str) -> str:
+    return content_hash(Path(prompt)) if Path(prompt).is_file() else prompt

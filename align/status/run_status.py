@@ -1,0 +1,274 @@
+"""A run directory in, where it stands out: stages, progress, speed, losses, warnings; read-only, from any terminal.
+
+A running stage is told from three sources: the round's manifest (which stages have begun and which are complete), the
+process that holds the round (is it still there?), and what its processes write every two seconds (`align.monitoring.heartbeat`).
+Finished questions are counted in the files themselves, so the number also holds after a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from align.config import CONFIG_NAME, find_config, load_config
+from align.errors import UserError
+from align.monitoring.format import duration
+from align.monitoring.progress import figure_texts
+from align.report.changes import history
+from align.report.critic_quality import measure_trust
+from align.report.read import RunData, read_run
+from align.report.warnings import find_alarms
+from align.run.folder import Round, RunDir
+from align.run.stages import STAGES
+from align.status.stage_progress import AtWork, Course, doubts, num_lines, parts
+
+PARTS = {"sample": "samples", "score": "scores", "evaluate": "evaluation"}
+# Training curves say nothing before so many steps.
+LEAST_STEPS = 20
+NUM_LOSSES = 5
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage of one round: state is running, stopped or complete; `detail` is for a person."""
+
+    round: int
+    stage: str
+    state: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """`working` says which process is at work, empty where none is; `next_command` what goes on, None while one is."""
+
+    path: Path
+    stages: list[StageStatus]
+    warnings: list[str]
+    working: str
+    complete: bool
+    next_command: str | None
+
+    @property
+    def text(self) -> str:
+        """What a person reads, a line a stage."""
+        lines = [f"{self.path}: {self.working or ('complete' if self.complete else 'nothing is running')}"]
+        lines += [f"  round {s.round}  {s.stage:<8}  {s.state:<8}  {s.detail}".rstrip() for s in self.stages]
+        return "\n".join([*lines, *(f"WARNING: {warning}" for warning in self.warnings)])
+
+
+def find_run(path: Path | None) -> Path:
+    """The run's folder: the one named, or the one that the align.yaml there (or in the current folder) leads to."""
+    if path is None:
+        return load_config(find_config(None)).run_dir
+    is_run = any(path.glob("round-*"))
+    return path if is_run or not (path / CONFIG_NAME).is_file() else load_config(path / CONFIG_NAME).run_dir
+
+
+class RunWatch:
+    """Looks at a run again and again; what it has read of growing files it does not read again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tallies: dict[Path, _Tally] = {}
+        self._alarms: tuple[Any, list[str]] = (None, [])
+
+    def look(self) -> RunStatus:
+        """The stages that have begun, in order; raises UserError where the folder is no run."""
+        rounds = RunDir(self.path).rounds()
+        if not rounds:
+            raise UserError(
+                "no round has begun here", where=str(self.path), fix="name a run's folder, such as runs/run"
+            )
+        stages: list[StageStatus] = []
+        warnings: list[str] = []
+        working = ""
+        for this in rounds:
+            at_work = AtWork.of(this)
+            working = working or (at_work.text if at_work.alive else "")
+            for name in STAGES:
+                found = self._stage(this, name, at_work, warnings)
+                stages += [found] if found else []
+        warnings += self._known_alarms(rounds, stages)
+        complete = _is_complete(self.path, rounds)
+        command = None if working else "align report" if complete else "align run"
+        return RunStatus(self.path, stages, warnings, working, complete and not working, command)
+
+    def _stage(self, this: Round, name: str, at_work: AtWork, warnings: list[str]) -> StageStatus | None:
+        entry = this.manifest.stage(name)
+        here = at_work.stage == name
+        if entry is None and not (here and at_work.alive):
+            return None
+        if entry is not None and entry["status"] == "complete":
+            warnings += _lost(this.number, name, entry["counts"], so_far=False)
+            warnings += [f"round {this.number} {name}: {note}" for note in _fallbacks(entry.get("notes", {}))]
+            return StageStatus(
+                this.number, name, "complete", f"{duration(entry['seconds'])}, {_counts(entry['counts'])}"
+            )
+        running = here and at_work.alive
+        beats = at_work.beats if here else []
+        warnings += _lost(this.number, name, self._so_far(this, name), so_far=True)
+        warnings += [f"round {this.number} {name}: {doubt}" for doubt in (doubts(beats) if running else [])]
+        course, losses = Course.of(this, beats), ""
+        if name == "dpo" and (logged := _logged(this)):
+            # Written with every step, and so ahead of what stands in the course.
+            losses = _losses(logged[-NUM_LOSSES:])
+            if course.steps:
+                course = replace(course, done=max(course.done, logged[-1]["step"]), figures={})
+        detail = course.text(name, running=running)
+        if not detail and name in PARTS:
+            detail = f"{num_lines(parts(this, PARTS[name]))} questions finished"
+        detail = ", ".join(filter(None, [detail, losses]))
+        if entry is not None and not running and entry.get("refused"):
+            warnings.append(f"round {this.number} {name}: {entry['refused']}")
+        return StageStatus(this.number, name, "running" if running else "stopped", detail)
+
+    def _so_far(self, this: Round, name: str) -> dict[str, Any]:
+        """What has been lost of a stage that is not complete, counted from its parts."""
+        final = {"sample": this.samples, "score": this.scores}.get(name)
+        if final is None:
+            return {}
+        counts: Counter[str] = Counter()
+        unscored: Counter[str] = Counter()
+        for path in parts(this, final.stem):
+            tally = self._tallies.setdefault(path, _Tally(path))
+            tally.read_on()
+            counts, unscored = counts + tally.counts, unscored + tally.unscored
+        return dict(counts) | {"unscored": dict(unscored)}
+
+    def _known_alarms(self, rounds: list[Round], stages: list[StageStatus]) -> list[str]:
+        """The report's warnings that can be told by now; worked out again when a stage or a training has moved."""
+        key = [(stage.round, stage.stage, stage.state) for stage in stages], [_num_logged(this) for this in rounds]
+        if self._alarms[0] != key:
+            self._alarms = (key, _alarms(read_run(self.path)))
+        return self._alarms[1]
+
+
+def run_status(path: Path) -> RunStatus:
+    """Where a run stands now; raises UserError where the folder is no run."""
+    return RunWatch(path).look()
+
+
+class _Tally:
+    """What is lost in a growing file of samples or scores, read on from where it was read to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self.unscored: Counter[str] = Counter()
+        self._offset = 0
+
+    def read_on(self) -> None:
+        whole = b""
+        # The file goes when its stage is complete.
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(self._offset)
+            # The last line may not be whole yet.
+            whole = file.read().rpartition(b"\n")[0]
+        for line in whole.splitlines():
+            self._add(json.loads(line))
+        self._offset += len(whole) + (1 if whole else 0)
+
+    def _add(self, record: dict[str, Any]) -> None:
+        for response in record.get("responses", []):
+            self.counts["responses"] += 1
+            self.counts["truncated"] += response.get("finish_reason") == "length"
+            self.counts["empty"] += not response.get("text", "").strip()
+        self.unscored.update(record.get("unscored", {}).values())
+
+
+# Counts of what a stage has lost, and what it is called; of a complete stage the first two stand beside its counts.
+LOSSES = {
+    "truncated": "responses cut off at the longest length",
+    "empty": "responses without text",
+    "unscored": "responses unscored",
+    "dropped_too_long": "pairs dropped: too long",
+    "dropped": "pairs dropped",
+    "unjudged_initial": "comparisons with the first policy not judged",
+    "unjudged_parent": "comparisons with the round before not judged",
+}
+
+
+def _lost(number: int, stage: str, counts: dict[str, Any], *, so_far: bool) -> list[str]:
+    found = []
+    for name, words in LOSSES.items():
+        count = _total(counts.get(name))
+        if count and (so_far or name not in ("truncated", "empty")):
+            reasons = counts[name] if isinstance(counts[name], dict) else {}
+            why = (
+                ": " + ", ".join(f"{reason} ({n})" for reason, n in Counter(reasons).most_common(3)) if reasons else ""
+            )
+            found.append(f"round {number} {stage}: {count} {words}{' so far' if so_far else ''}{why}")
+    return found
+
+
+def _total(value: Any) -> int:
+    """A count, or counts by reason added up; 0 for anything else.
+
+    >>> _total(3), _total({"no answer": 2, "torn": 1}), _total({"bias": 0.5}), _total(None)
+    (3, 3, 0, 0)
+    """
+    if isinstance(value, dict):
+        return sum(value.values()) if all(type(count) is int for count in value.values()) else 0
+    return value if type(value) is int else 0
+
+
+def _fallbacks(notes: dict[str, Any]) -> list[str]:
+    """What did not go the usual way, as the stage noted it."""
+    return [str(notes["batch"])] if "batch" in notes else []
+
+
+def _losses(lines: list[dict[str, Any]]) -> str:
+    """The last losses of a training, and the numbers beside the very last one."""
+    last = lines[-1]
+    texts = ["last losses " + " ".join(f"{line['loss']:.4f}" for line in lines)]
+    names = {"rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+    return ", ".join([*texts, *figure_texts({ours: last[trls] for trls, ours in names.items() if trls in last})])
+
+
+def _logged(this: Round) -> list[dict[str, Any]]:
+    path = this.trainer / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _num_logged(this: Round) -> int:
+    path = this.trainer / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def _alarms(run: RunData) -> list[str]:
+    """The report's warnings but for those about a training that has hardly begun, and that something is not finished."""
+    training = {data.number for data in run.trained if "dpo" in data.stages and not data.stages["dpo"].complete}
+    for data in run.trained:
+        if data.number in training and len(data.log) < LEAST_STEPS:
+            data.log = []
+    trust = {data.number: measure_trust(data, run.problems) for data in run.trained}
+    found = [warned for warned in find_alarms(run, history(run), trust) if warned.title != "Not finished"]
+    return [
+        (f"round {number}: " if number is not None else "")
+        + f"{warned.title}. {finding.replace('at the end of training', 'by now') if number in training else finding}"
+        for warned in found
+        for number, finding in warned.findings
+    ]
+
+
+def _is_complete(path: Path, rounds: list[Round]) -> bool:
+    """Whether the last round that the run's configuration asks for has been trained, and evaluated where asked for."""
+    try:
+        config = load_config(path / CONFIG_NAME)
+    except UserError:
+        return False
+    last = next((this for this in rounds if this.number == config.rounds), None)
+    stage = "dpo" if config.evaluate.questions is None else "evaluate"
+    return last is not None and last.manifest.complete(stage)
+
+
+def _counts(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{total} {name.replace('_', ' ')}" for name, value in counts.items() if (total := _total(value)))

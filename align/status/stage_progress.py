@@ -1,0 +1,166 @@
+"""Who is at work on a round and how far they have come, from what the processes themselves write (`align.monitoring.heartbeat`).
+
+Finished questions are counted in the files that hold them, so the number is exact, also after a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from align.monitoring.format import duration, rate, size
+from align.monitoring.progress import figure_texts
+from align.run.folder import Round
+
+# A process writes every two seconds; after so long without a sign it is gone, or its machine is.
+SILENT_S = 60.0
+# Without any step for so long, and for so many times as long as a step takes, something may hang.
+STALE_S, STALE_STEPS = 300.0, 5.0
+# Before the first step weights are loaded and the first batch is done.
+FIRST_STEP_S = 900.0
+
+
+@dataclass(frozen=True)
+class AtWork:
+    """Who holds a round, as it says itself, and whether it is still there; `beats` are what its processes wrote last."""
+
+    stage: str | None
+    alive: bool
+    text: str
+    since: str
+    beats: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, this: Round) -> AtWork:
+        beats = [data for path in sorted(this.path.glob(".progress-*.json")) if (data := _read(path)) is not None]
+        holder = _read(this.path / ".holder.json")
+        main = next((beat for beat in beats if beat.get("work")), beats[0] if beats else None)
+        stage = main["stage"] if main else None
+        if holder is None:
+            return cls(stage, False, "", "", beats)
+        # A beat of an earlier holder, which was killed, says nothing of this one.
+        beats = [beat for beat in beats if beat["alive"] >= _timestamp(holder["since"]) - 1]
+        if beats:
+            stage = beats[0]["stage"]
+        elif stage is None:
+            # It has the round, and waits for the processes beside it.
+            begun = this.manifest.read()["stages"]
+            stage = next((name for name, entry in begun.items() if entry["status"] != "complete"), None)
+        count = f"{len(beats)} processes, " if len(beats) > 1 else ""
+        age = duration(max(time.time() - _timestamp(holder["since"]), 0))
+        text = f"round {this.number} {stage or ''} is running ({count}process {holder['pid']} on {holder['host']}, for {age})"
+        return cls(stage, _is_alive(holder, beats), text.replace("  ", " "), f"since {holder['since']}", beats)
+
+
+def _is_alive(holder: dict[str, Any], beats: list[dict[str, Any]]) -> bool:
+    """Whether the process is there; on another machine it is believed as long as it writes."""
+    if holder["host"] != socket.gethostname():
+        return not beats or time.time() - max(beat["alive"] for beat in beats) < SILENT_S
+    import psutil
+
+    try:
+        # A number may have been given to another process since.
+        return psutil.Process(holder["pid"]).create_time() <= _timestamp(holder["since"]) + 2
+    except psutil.NoSuchProcess:
+        return False
+
+
+@dataclass(frozen=True)
+class Course:
+    """How far all processes of a stage have come together with what they are doing now."""
+
+    label: str = ""
+    done: int = 0
+    total: int = 0
+    speed: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
+    memory: str = ""
+    steps: bool = False
+
+    @classmethod
+    def of(cls, this: Round, beats: list[dict[str, Any]]) -> Course:
+        works = [beat["work"] for beat in beats if beat.get("work")]
+        if not works:
+            return cls(memory=_memory(beats))
+        first = works[0]
+        together = works[:1] if first["scope"] == "same" else works
+        own = sum(work["own"] for work in together)
+        if first["scope"] == "own":
+            done, total = own + sum(work["before"] for work in works), sum(work["total"] for work in works)
+        else:
+            done, total = first["before"] + own, first["total"]
+        files = parts(this, first["parts"]) if first["parts"] else []
+        if files:
+            done = num_lines(files)
+        speed = sum(work["speed"] for work in together)
+        return cls(
+            first["label"], min(done, total), total, speed, first["figures"], _memory(beats), first["scope"] == "same"
+        )
+
+    def text(self, stage: str, *, running: bool) -> str:
+        if not self.label:
+            return f"starting, {self.memory}" if running and self.memory else ""
+        what = self.label.partition(": ")[2] or self.label
+        what = "step " if self.steps else "" if what == stage else f"{what} "
+        texts = [f"{what}{self.done} of {self.total} ({100 * self.done // max(self.total, 1)} %)"]
+        if running and self.speed and self.done < self.total:
+            texts += [rate(self.speed), f"{duration((self.total - self.done) / self.speed)} left"]
+        return ", ".join(filter(None, [*texts, *figure_texts(self.figures), self.memory if running else ""]))
+
+
+def doubts(beats: list[dict[str, Any]]) -> list[str]:
+    """Whether a process has fallen silent, or all of them make no progress."""
+    now = time.time()
+    found = [
+        f"process {number} has not been heard of for {duration(now - beat['alive'])}"
+        for number, beat in enumerate(beats)
+        if now - beat["alive"] > SILENT_S
+    ]
+    works = [beat["work"] for beat in beats if beat.get("work")]
+    moved = [work["moved"] for work in works if work["moved"] is not None]
+    if moved:
+        idle, speed = now - max(moved), sum(work["speed"] for work in works)
+        if idle > max(STALE_S, STALE_STEPS / max(speed, 1e-9)):
+            found.append(f"no progress for {duration(idle)}, where {rate(speed)} was usual")
+    elif beats and now - min(beat["started"] for beat in beats) > FIRST_STEP_S:
+        found.append(f"nothing is finished after {duration(now - min(beat['started'] for beat in beats))}")
+    return found
+
+
+def parts(this: Round, stem: str) -> list[Path]:
+    return sorted(this.path.glob(f"{stem}.part-*.jsonl"))
+
+
+def num_lines(paths: list[Path]) -> int:
+    """Whole lines in files, some of which may vanish meanwhile."""
+    count = 0
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            count += path.read_bytes().count(b"\n")
+    return count
+
+
+def _memory(beats: list[dict[str, Any]]) -> str:
+    """Of the process that takes most."""
+    if not beats:
+        return ""
+    most = max((beat["memory"] for beat in beats), key=lambda memory: memory["peak"])
+    each = " in the largest process" if len(beats) > 1 else ""
+    return f"memory {size(most['used'])} (peak {size(most['peak'])}){each}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _timestamp(text: str) -> float:
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()

@@ -1,0 +1,1 @@
+"""A stage's metrics in, TensorBoard, Weights & Biases or MLflow out."""

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from align.dpo.gradient_checkpointing import start_gradients_where_trained
 from align.dpo.sharding.dummy_batches import add_blank_rows
 from align.dpo.shared_forward import add_shared_rows
 from align.errors import UserError
@@ -82,6 +83,7 @@ class PairTrainer(DPOTrainer):
         args.remove_unused_columns = False
         # With this TRL loads no reference model; `_precompute_ref_logps` then finds that there is nothing to compute.
         args.precompute_ref_log_probs = cached
+        start_gradients_where_trained(model)
         super().__init__(
             model=model,
             ref_model=None if cached else ref_model,

@@ -1,0 +1,84 @@
+"""Steps of the real trainer for every family on a CUDA device that only seems to be there."""
+
+import pytest
+
+from tests import tiny_vlms
+from tests.test_family_rounds import SETTINGS
+
+FAMILIES = (*SETTINGS, *tiny_vlms.VLMS)
+# Its image tokens see one another, so that it has no shared prefix.
+SEPARATE = ("gemma3",)
+# The heads of its tiny model are twelve wide, where a fused kernel wants a multiple of eight (the real ones have 128).
+NARROW = ("valley_v1_tiny",)
+ONE_STEP = {"steps": 1}
+VALLEY = "valley_eagle_tiny"
+VARIANTS = {
+    "separate rows": {"layout": "plain"},
+    "without checkpointing": {"checkpointing": False},
+    "an adapter": {"lora": True},
+    "an adapter, its base as the reference": {"lora": True, "live": True},
+    "a reference beside it": {"live": True},
+    "bf16 weights": {"dtype": "bfloat16"},
+    "everything trained": {"freeze": []},
+}
+SCENARIOS = {
+    **{name: {"family": name, "layout": "plain" if name in SEPARATE else "shared"} for name in FAMILIES},
+    **{name: {"family": VALLEY, **options} for name, options in VARIANTS.items()},
+}
+# Where the host may wait for the device in a step. Every wait lets the device run empty, so a new one needs a reason.
+WAITS = {
+    # Two checks that a step is finite, and the ids of its pairs for when it is not.
+    "align/dpo/trainer.py:_stop_unless_finite",
+    "align/dpo/trainer.py:compute_loss",
+    # Lengths and masks of a row, which came from the host.
+    "align/dpo/shared_forward.py:<listcomp>",
+    "align/prefix/log_probs.py:hidden_to_stats",
+    "align/prefix/plans.py:<genexpr>",
+    "align/prefix/plans.py:plan_of",
+    # Numbers of images and patches, which transformers' models read as numbers of Python.
+    "align/models/",
+    "transformers/models/",
+    "transformers/vision_utils.py:",
+    "transformers/utils/import_utils.py:torch_compilable_check",
+    # Metrics.
+    "transformers/trainer.py:_run_epoch",
+    "trl/trainer/dpo_trainer.py:_compute_loss",
+    "autograd (boolean index)",
+}
+
+
+@pytest.fixture(scope="module")
+def steps(rehearse):
+    found = rehearse([("train", ONE_STEP | options) for options in SCENARIOS.values()])
+    return dict(zip(SCENARIOS, found, strict=True))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_step_finds_every_tensor_on_its_device(steps, name):
+    assert "error" not in steps[name], steps[name].get("error")
+    assert steps[name]["flops"]["backward"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "everything trained"])
+def test_frozen_towers_are_not_gone_through_backward(steps, name):
+    assert steps[name]["frozen_with_gradients"] == []
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_host_waits_only_where_it_must(steps, name):
+    assert [wait for wait in steps[name]["waits"] if not wait.startswith(tuple(WAITS))] == []
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in NARROW])
+def test_attention_is_always_fused(steps, name):
+    assert {call[0] for call in steps[name]["attention"]} <= {"flash", "efficient", "cudnn"}
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in (*SEPARATE, *NARROW, "separate rows")])
+def test_no_tensor_has_the_square_of_a_row_or_the_vocabulary_for_all_of_it(steps, name):
+    row, vocabulary = steps[name]["row_tokens"], steps[name]["vocabulary"]
+    responses = steps[name]["response_tokens"]
+    prompt = row - responses
+    for shape, operation, place, _ in steps[name]["shapes"]:
+        assert sum(size >= prompt > 200 for size in shape[-2:]) < 2, (shape, operation, place)
+        assert not (vocabulary in shape and shape[0] > responses), (shape, operation, place)

@@ -1,0 +1,43 @@
+"""Scenarios as JSON on standard input, what they found as JSON lines on standard output: one process for many of them.
+
+echo '[["train", {"family": "qwen2_vl"}]]' | python -m tests.cuda_rehearsal.worker
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+import warnings
+
+
+def main() -> None:
+    from tests.cuda_rehearsal import fake_cuda
+
+    fake_cuda.load(fake_cuda.compile_guard())
+    results, sys.stdout = sys.stdout, sys.stderr
+    warnings.simplefilter("ignore")
+    for name, options in json.load(sys.stdin):
+        started = time.process_time()
+        try:
+            found = scenario(name)(**options)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        found["seconds"] = round(time.process_time() - started, 1)
+        print(json.dumps(found, default=str), file=results, flush=True)
+
+
+def scenario(name: str):
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if name == "train":
+        from tests.cuda_rehearsal.training import train
+
+        return train
+    raise KeyError(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Critic prompts: a data file in; a checked template that makes asks out.
+"""Critic prompts: a data file in; a checked template that makes prompts out.
 
 A prompt file is text with named slots under a YAML heading:
 
@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from reward.errors import RewardError
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 
 _FOLDER = Path(__file__).parent / "prompts"
 _SLOT = re.compile(r"\{\{([a-z_]+)\}\}|\{([a-z_]+)\}")
@@ -69,8 +69,8 @@ class Prompt:
     scale: tuple[float, float]
     digest: str
 
-    def ask(self, images: tuple[Any, ...], question: str, branches: Sequence[tuple[str, ...]]) -> Ask:
-        """Make one ask whose branches fill the varying slots in their order.
+    def fill(self, images: tuple[Any, ...], question: str, branches: Sequence[tuple[str, ...]]) -> BranchedPrompt:
+        """One prompt whose branches fill the varying slots in their order.
 
         All that stands before the first varying slot becomes the head; each piece carries one varying text and what
         follows it, so that branches with the same first response share it; the rest is the tail.
@@ -79,7 +79,7 @@ class Prompt:
         head = "".join(literal + question for literal in self.literals[:start]) + self.literals[start]
         between = (*self.literals[start + 1 : -1], "")
         pieces = tuple(tuple(text + after for text, after in zip(b, between, strict=True)) for b in branches)
-        return Ask(images, self.system, head, pieces, self.literals[-1], tuple(self.options.values()))
+        return BranchedPrompt(images, self.system, head, pieces, self.literals[-1], tuple(self.options.values()))
 
 
 def load_prompt(name: str | Path, kind: str) -> Prompt:
@@ -118,7 +118,7 @@ def parse_prompt(source: str, kind: str, *, where: str = "prompt") -> Prompt:
     """Check a prompt file's text and take it apart.
 
     >>> text = "Q: {question} A: {response} Right?"
-    >>> parse_prompt(text, "pointwise").ask((), "Why?", [("So.",), ("No.",)]).branches
+    >>> parse_prompt(text, "pointwise").fill((), "Why?", [("So.",), ("No.",)]).branches
     (('So.',), ('No.',))
     """
     if kind not in KINDS:

@@ -14,13 +14,13 @@ import numpy as np
 
 from reward.judgement import Verdict
 
-LEAST_RIDGE = 1e-9
+MIN_RIDGE = 1e-9
 
 
-def credit(verdict: Verdict, *, soft: bool = False) -> float:
+def score_of(verdict: Verdict, *, soft: bool = False) -> float:
     """What the response shown first gains (and the second loses) by a verdict, -1 to 1.
 
-    >>> credit(Verdict(0, 1, 0.7, 0.3, winner=0)), round(credit(Verdict(0, 1, 0.7, 0.3, winner=0), soft=True), 2)
+    >>> score_of(Verdict(0, 1, 0.7, 0.3, winner=0)), round(score_of(Verdict(0, 1, 0.7, 0.3, winner=0), soft=True), 2)
     (1.0, 0.4)
     """
     if soft:
@@ -44,7 +44,7 @@ def win_minus_loss(
     """
     sums, counts = [0.0] * num_responses, [0] * num_responses
     for verdict in verdicts:
-        gain = credit(verdict, soft=soft)
+        gain = score_of(verdict, soft=soft)
         sums[verdict.first] += gain
         sums[verdict.second] -= gain
         counts[verdict.first] += 1
@@ -79,14 +79,14 @@ def bradley_terry(
     error.
 
     Raises:
-        ValueError: `ridge` is below `LEAST_RIDGE`, where the equations cannot be solved in floating point.
+        ValueError: `ridge` is below `MIN_RIDGE`, where the equations cannot be solved in floating point.
 
     >>> table = [Verdict(0, 1, 1, 0, winner=0), Verdict(1, 0, 0, 1, winner=0)]
     >>> bradley_terry(2, table).strengths[0] > 0
     True
     """
-    if not LEAST_RIDGE <= ridge < math.inf:
-        raise ValueError(f"ridge must be a finite number from {LEAST_RIDGE:g} on, found {ridge}")
+    if not MIN_RIDGE <= ridge < math.inf:
+        raise ValueError(f"ridge must be a finite number from {MIN_RIDGE:g} on, found {ridge}")
     wins = _win_table(num_responses, verdicts, soft=soft)
     strengths = np.zeros(num_responses)
     for _ in range(max_steps):
@@ -106,7 +106,7 @@ def bradley_terry(
 def _win_table(num_responses: int, verdicts: Iterable[Verdict], *, soft: bool) -> np.ndarray:
     wins = np.zeros((num_responses, num_responses))
     for verdict in verdicts:
-        share = (1.0 + credit(verdict, soft=soft)) / 2.0
+        share = (1.0 + score_of(verdict, soft=soft)) / 2.0
         wins[verdict.first, verdict.second] += share
         wins[verdict.second, verdict.first] += 1.0 - share
     return wins
@@ -115,9 +115,9 @@ def _win_table(num_responses: int, verdicts: Iterable[Verdict], *, soft: bool) -
 def _slopes(wins: np.ndarray, strengths: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
     """Gradient `(n,)` and negative Hessian `(n, n)` of the penalised log-likelihood."""
     odds = 1.0 / (1.0 + np.exp(-(strengths[:, None] - strengths[None, :])))
-    games = wins + wins.T
-    gradient = (wins - games * odds).sum(axis=1) - ridge * strengths
-    weights = games * odds * (1.0 - odds)
+    matches = wins + wins.T
+    gradient = (wins - matches * odds).sum(axis=1) - ridge * strengths
+    weights = matches * odds * (1.0 - odds)
     return gradient, np.diag(weights.sum(axis=1) + ridge) - weights
 
 
@@ -155,7 +155,7 @@ def position_bias(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None
     0 is what a critic without bias gives, whatever the responses; 1 always prefers the first. None without any pair.
     """
     both = list(both_orders(verdicts_by_item))
-    return sum(credit(forth) + credit(back) for forth, back in both) / (2 * len(both)) if both else None
+    return sum(score_of(forth) + score_of(back) for forth, back in both) / (2 * len(both)) if both else None
 
 
 def tie_rate(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None:

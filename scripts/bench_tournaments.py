@@ -84,12 +84,12 @@ def sampled(questions: list[Question], images: ImageStore, number: int) -> list[
     return [Item(q.id, q.as_text(), tuple(q.images), distinct[q.id], q.answer, q.answer_kind) for q in questions]
 
 
-def compare(items: list[Item], asker: object, repeats: int) -> dict[str, Outcome]:
+def compare(items: list[Item], judge_model: object, repeats: int) -> dict[str, Outcome]:
     """Every pairing in turn, `repeats` times after one round that is not counted."""
     outcomes = {pairing: Outcome() for pairing in PAIRINGS}
     for repeat in range(repeats + 1):
         for pairing, outcome in outcomes.items():
-            critic = PairwiseCritic(asker, prompt=CRITIC_PROMPT, pairing=pairing, **OPTIONS)  # type: ignore[arg-type]
+            critic = PairwiseCritic(judge_model, prompt=CRITIC_PROMPT, pairing=pairing, **OPTIONS)  # type: ignore[arg-type]
             started = time.perf_counter()
             judgements = critic.judge(items)
             if repeat:

@@ -23,7 +23,7 @@ from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.local import LocalEngine
 from align.media.images import ImageStore
 from align.models.modules import freeze_parts
-from align.plan.ask_sizes import CountingAsker
+from align.plan.ask_sizes import CountingModel
 from align.plan.prompt_sizes import PromptMeter, PromptSize
 from align.plan.shapes import model_shape
 from align.plan.speed import Machine, Speed
@@ -163,7 +163,7 @@ class Bench:
         self.engine.sample(self.requests(samples), settings, lambda result: None)
 
     def score(self) -> None:
-        make_critic("pairwise", {}, asker=self.engine).judge(self.items())
+        make_critic("pairwise", {}, judge_model=self.engine).judge(self.items())
 
     def evaluate(self) -> None:
         self.sample(1, temperature=0.0)
@@ -210,8 +210,8 @@ class Bench:
     def planned(self, machine: Machine) -> dict[str, float]:
         timed, sizes = self.timed, self.sizes()
         speed = Speed(model_shape(self.model), machine, 4)
-        asker = CountingAsker(self.engine.prompter, timed.response)
-        make_critic("pairwise", {}, asker=asker).judge(self.items()[:1])
+        judge_model = CountingModel(self.engine.prompter, timed.response)
+        make_critic("pairwise", {}, judge_model=judge_model).judge(self.items()[:1])
         training = Training(
             pairs=1,
             chosen=timed.response,
@@ -226,7 +226,7 @@ class Bench:
         greedy = sampling(speed, sizes, 1, timed.response, greedy=True)
         costs = {
             "sample": sampling(speed, sizes, timed.samples, timed.response),
-            "score": judging(speed, sizes, asker.asked[0]),
+            "score": judging(speed, sizes, judge_model.asked[0]),
             "reference": referencing(speed, sizes, training),
             "dpo": training_steps(speed, sizes, training),
             "evaluate": greedy + sampling(speed, sizes, 2, timed.response),

@@ -173,7 +173,7 @@ def test_a_critic_is_counted_by_asking_it(tmp_path):
         Item(id=q.id, question=q.as_text(), images=tuple(q.images), responses=responses)
         for q in read_questions(folder / "questions.jsonl")
     ]
-    make_critic("pairwise", {}, asker=engine).judge(items)
+    make_critic("pairwise", {}, judge_model=engine).judge(items)
     tokens = 0
     for ask in asked:
         tree = engine.prompter.tree_of(ask)

@@ -20,7 +20,7 @@ from align.config import Config
 from align.errors import UserError, reward_faults
 from align.media.images import ImageStore
 from align.records import Pair, Question, Record, parse_line, read_questions
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 
 SHOWN_LINES = 20
 # So many questions, with the most text and images, are held against the limit of tokens.
@@ -238,7 +238,9 @@ def _critic(config: Config, found: Preflight) -> None:
             processor = load_processor(model.checkpoint, **model.processor)
             check_prompts(processor, model.checkpoint)
             # As every critic asks: a text with branches, cut where they begin.
-            Prompter(processor, images.open).tree_of(Ask((None,), None, "Which? ", (("a",), ("b",)), " Say.", ()))
+            Prompter(processor, images.open).tree_of(
+                BranchedPrompt((None,), None, "Which? ", (("a",), ("b",)), " Say.", ())
+            )
     _check_answers(config)
     found.facts.append(f"critic {plan.kind}" + (f", {config.critic.model}" if config.critic.model else ""))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from reward.judge_model import Asker
+from reward.judge_model import JudgeModel
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Continuations:
     token_ids: tuple[tuple[int, ...], ...]
 
 
-class Engine(Asker, Protocol):
-    """`Asker` (log_probs, generate: what critics need) and sampling."""
+class Engine(JudgeModel, Protocol):
+    """`JudgeModel` (log_probs, generate: what critics need) and sampling."""
 
     notes: dict[str, str]
     """What the manifest and the report should say, e.g. {"shared_prefix": "exact, max error 1e-6"} or the reason for

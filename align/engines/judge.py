@@ -13,12 +13,12 @@ from typing import Any
 from align.config import Config, Server
 from align.errors import UserError, reward_faults
 from align.run.hashes import checkpoint_hash
-from reward.critics import Critic, asks_model, make_critic, needs, settings_of
+from reward.critics import Critic, make_critic, needs, settings_of, uses_judge_model
 
 
 @dataclass(frozen=True)
 class MemberModel:
-    """A checkpoint that a critic needs: what it is for (`asker` or `scorer`), and its processor's settings.
+    """A checkpoint that a critic needs: what it is for (`judge_model` or `scorer`), and its processor's settings.
 
     Where there are `servers`, they have it, and `checkpoint` is at most the name of the model.
     """
@@ -68,9 +68,9 @@ def plan_critic(config: Config) -> CriticPlan:
         own: dict[str, MemberModel] = {}
         if kind == "panel":
             options, own, wanted = _members(options)
-        needed = sorted({need for need in wanted.values() if need in ("asker", "scorer")})
+        needed = sorted({need for need in wanted.values() if need in ("judge_model", "scorer")})
         servers = tuple(config.critic.servers)
-        served = {"asker"} if servers else set()
+        served = {"judge_model"} if servers else set()
         if set(needed) - served and config.critic.model is None:
             who = [f"member {name}" for name, need in wanted.items() if name and need in needed]
             raise UserError(
@@ -83,7 +83,7 @@ def plan_critic(config: Config) -> CriticPlan:
         ]
         plan = CriticPlan(kind, options, shared, own)
         nobody = _Nobody()
-        make_critic(kind, options, asker=nobody, scorer=nobody)
+        make_critic(kind, options, judge_model=nobody, scorer=nobody)
     return plan
 
 
@@ -91,12 +91,12 @@ def _members(
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, MemberModel], dict[str | None, str | None]]:
     """A panel's options without its members' models, those models, and what members without one need."""
-    asks_model("panel", options)  # raises where the members are not settings by name
+    uses_judge_model("panel", options)  # raises where the members are not settings by name
     members, own, wanted = {}, {}, {}
     for name, member in options["critics"].items():
         rest = {key: value for key, value in member.items() if key not in ("model", "processor")}
         need = needs(rest["kind"])
-        if member.get("model") and need in ("asker", "scorer"):
+        if member.get("model") and need in ("judge_model", "scorer"):
             own[str(name)] = MemberModel(need, str(member["model"]), dict(member.get("processor") or {}))
         else:
             wanted[str(name)] = need
@@ -122,9 +122,9 @@ def open_critic(
         critic = make_critic(
             plan.kind,
             plan.options,
-            asker=shared.get("asker"),
+            judge_model=shared.get("judge_model"),
             scorer=shared.get("scorer"),
-            askers={name: model for name, model in own.items() if plan.own[name].need == "asker"},
+            judge_models={name: model for name, model in own.items() if plan.own[name].need == "judge_model"},
             scorers={name: model for name, model in own.items() if plan.own[name].need == "scorer"},
         )
     return critic, lambda: _notes(opened)

@@ -37,7 +37,7 @@ from align.prefix.attention import PrefixUnsupported, stop_shared_prefix, use_sh
 from align.prefix.equivalence import Proof, failed, tolerance_for
 from align.prefix.layout import Segment
 from align.prefix.rows import placeholder_ids
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 
 # Items of the first batch, which is computed both ways.
 PROOF_ITEMS = 2
@@ -140,7 +140,7 @@ class LocalEngine:
             self._on_step = None
         return results[0]
 
-    def log_probs(self, asks: Sequence[Ask]) -> list[Any]:
+    def log_probs(self, asks: Sequence[BranchedPrompt]) -> list[Any]:
         """Per ask `(num_branches, num_options)` float64: log-probability of each option as the answer's beginning."""
 
         def shared(inputs: dict[str, Any], trees: list[AskTree]) -> list[np.ndarray]:
@@ -185,7 +185,7 @@ class LocalEngine:
             on_value=lambda i, value: on_result(given[places[i]].id, value),
         )
 
-    def generate(self, asks: Sequence[Ask], *, max_new_tokens: int) -> list[list[str | None]]:
+    def generate(self, asks: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
         """Per ask and branch the greedy answer."""
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": self.eos_token_ids}
 
@@ -262,7 +262,7 @@ class LocalEngine:
         choose = SeededChooser(settings, numbers.to(self.device), inputs["input_ids"])
         return choose if self._on_step is None else WatchedChooser(choose, self.eos_token_ids, self._on_step)
 
-    def _trees_of(self, asks: Sequence[Ask]) -> Callable[[int], AskTree]:
+    def _trees_of(self, asks: Sequence[BranchedPrompt]) -> Callable[[int], AskTree]:
         return lambda i: self.prompter.tree_of(asks[i])
 
     def _answer(

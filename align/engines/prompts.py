@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.errors import UserError
 from align.prefix.layout import Segment
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 
 BRANCH_MARK = "[[[here the branches begin]]]"
 # What is asked of a processor before anything is loaded.
@@ -90,7 +90,7 @@ class Prompter:
         with self._one_at_a_time:
             return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def tree_of(self, ask: Ask) -> AskTree:
+    def tree_of(self, ask: BranchedPrompt) -> AskTree:
         """Cut an ask into what is shared and what branches.
 
         Pieces that several branches begin with become one segment; from where a branch is alone, its pieces, the
@@ -173,7 +173,7 @@ def _shared_length(branch: tuple[str, ...], branches: Sequence[tuple[str, ...]])
     )
 
 
-def _messages(ask: Ask) -> list[dict[str, Any]]:
+def _messages(ask: BranchedPrompt) -> list[dict[str, Any]]:
     user = [{"type": "image"} for _ in ask.images] + [{"type": "text", "text": ask.head + BRANCH_MARK}]
     system = [] if ask.system is None else [{"role": "system", "content": [{"type": "text", "text": ask.system}]}]
     return [*system, {"role": "user", "content": user}]

@@ -22,7 +22,7 @@ from align.monitoring.progress import progress
 from align.run.hashes import text_hash
 from align.run.resumable import PartialFile
 from align.run.sharding import batches
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 
 # So many questions have their pictures in memory.
 AT_A_TIME = 64
@@ -161,7 +161,7 @@ class Answerer:
                 assert dialogue is not None, "what cannot be asked has ended the task"
                 same[:] = [replace(request, note=dialogue.note) for request in same]
                 options = tuple(request.continuation or "" for request in same)
-                asks.append(Ask(tuple(dialogue.images), None, dialogue.text, ((),), "", options))
+                asks.append(BranchedPrompt(tuple(dialogue.images), None, dialogue.text, ((),), "", options))
             lengths = [[len(self._tokens(option)) for option in ask.options] for ask in asks]
             tables = self.engine.log_probs(asks)
             begun = self.engine.generate(asks, max_new_tokens=max(map(max, lengths)))

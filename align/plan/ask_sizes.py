@@ -14,10 +14,10 @@ import numpy as np
 
 from align.engines.prompts import AskTree, Prompter
 from align.plan.times import AskSize
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 
 
-class CountingAsker:
+class CountingModel:
     """Answers every ask, and keeps its size. `written_tokens`: how long an answer is, where one is written."""
 
     def __init__(self, prompter: Prompter, written_tokens: int) -> None:
@@ -25,16 +25,16 @@ class CountingAsker:
         self.written_tokens = written_tokens
         self.asked: list[AskSize] = []
 
-    def log_probs(self, asks: Sequence[Ask]) -> list[Any]:
+    def log_probs(self, asks: Sequence[BranchedPrompt]) -> list[Any]:
         self.asked += [self._size(ask, 0) for ask in asks]
         return [np.full((len(ask.branches), len(ask.options)), math.log(1 / len(ask.options))) for ask in asks]
 
-    def generate(self, asks: Sequence[Ask], *, max_new_tokens: int) -> list[list[str | None]]:
+    def generate(self, asks: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
         written = min(self.written_tokens, max_new_tokens)
         self.asked += [self._size(ask, written) for ask in asks]
         return [["- one claim\n- another claim"] * len(ask.branches) for ask in asks]
 
-    def _size(self, ask: Ask, new_tokens: int) -> AskSize:
+    def _size(self, ask: BranchedPrompt, new_tokens: int) -> AskSize:
         tree = self.prompter.tree_of(ask)
         prompt = len(self.prompter.tokenizer(tree.prompt, add_special_tokens=False)["input_ids"])
         groups = _group_lengths(tree)

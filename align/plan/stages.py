@@ -12,7 +12,7 @@ from align.engines.prompts import Prompter
 from align.errors import UserError, reward_faults
 from align.evaluation.win_rate import has_judge
 from align.media.images import ImageStore
-from align.plan.ask_sizes import CountingAsker, CountingScorer
+from align.plan.ask_sizes import CountingModel, CountingScorer
 from align.plan.memory import How, Memory, inference_memory
 from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
 from align.plan.shapes import model_shape
@@ -58,7 +58,7 @@ class Judge:
     checkpoint: str
     speed: Speed
     meter: PromptMeter
-    asker: CountingAsker
+    judge_model: CountingModel
     scorer: CountingScorer
     served: bool
     shared: bool = True
@@ -100,11 +100,11 @@ class StagePlanner:
         """The critic's models on one GPU, where they are loaded here."""
         found = {}
         for judge in self.judges:
-            if judge.served or not judge.asker.asked:
+            if judge.served or not judge.judge_model.asked:
                 continue
             tokens = max(
                 ask.prompt_tokens + ask.segment_tokens + s.visual_tokens
-                for ask in judge.asker.asked
+                for ask in judge.judge_model.asked
                 for s in judge.sizes
             )
             found["critic"] = inference_memory(
@@ -153,12 +153,12 @@ class StagePlanner:
         if not self.judges:
             return Cost(), 0, 0
         for judge in self.judges:
-            judge.asker.asked.clear()
+            judge.judge_model.asked.clear()
             judge.scorer.scored = 0
         self._ask(responses)
         cost, read, written = Cost(), 0, 0
         for judge in self.judges:
-            for ask in judge.asker.asked:
+            for ask in judge.judge_model.asked:
                 cost += judging(
                     judge.speed, judge.sizes, ask, fixed_batch=self.config.critic.batch_size, shared=judge.shared
                 )
@@ -279,8 +279,8 @@ class StagePlanner:
                 speed, processor = self.speed, self.processor
         meter = PromptMeter(processor, store, patch_px)
         prompter = Prompter(processor, store.open)
-        asker = CountingAsker(prompter, round(self.lengths.chosen))
-        judge = Judge(model.checkpoint, speed, meter, asker, CountingScorer(), bool(model.servers), shared)
+        judge_model = CountingModel(prompter, round(self.lengths.chosen))
+        judge = Judge(model.checkpoint, speed, meter, judge_model, CountingScorer(), bool(model.servers), shared)
         judge.sizes = self.sizes if processor is self.processor else self._measured(meter)
         return judge
 
@@ -300,9 +300,9 @@ class StagePlanner:
             critic = make_critic(
                 self._plan.kind,
                 self._plan.options,
-                asker=shared["asker"].asker if "asker" in shared else None,
+                judge_model=shared["judge_model"].judge_model if "judge_model" in shared else None,
                 scorer=shared["scorer"].scorer if "scorer" in shared else None,
-                askers={name: judge.asker for name, judge in own.items() if kinds[name] == "asker"},
+                judge_models={name: judge.judge_model for name, judge in own.items() if kinds[name] == "judge_model"},
                 scorers={name: judge.scorer for name, judge in own.items() if kinds[name] == "scorer"},
             )
             critic.judge(

@@ -19,9 +19,19 @@ from reward.critics.random import RandomCritic
 from reward.critics.scalar import ScalarCritic, Scorer
 from reward.critics.verifier import VerifierCritic
 from reward.errors import RewardError
-from reward.judge_model import Asker
+from reward.judge_model import JudgeModel
 
-__all__ = ["CRITICS", "Critic", "Item", "Judgement", "Verdict", "asks_model", "make_critic", "needs", "settings_of"]
+__all__ = [
+    "CRITICS",
+    "Critic",
+    "Item",
+    "Judgement",
+    "Verdict",
+    "make_critic",
+    "needs",
+    "settings_of",
+    "uses_judge_model",
+]
 
 CRITICS: dict[str, type] = {
     "pairwise": PairwiseCritic,
@@ -34,57 +44,60 @@ CRITICS: dict[str, type] = {
     "length": LengthCritic,
 }
 
-_NEEDS = {"asker": "a model to ask", "scorer": "a reward model"}
+_NEEDS = {"judge_model": "a model to ask", "scorer": "a reward model"}
 
 
 def needs(kind: str) -> str | None:
-    """What must be handed to a critic of this kind: `asker`, `scorer`, `critics`, or None.
+    """What must be handed to a critic of this kind: `judge_model`, `scorer`, `critics`, or None.
 
     >>> needs("pairwise"), needs("verifier")
-    ('asker', None)
+    ('judge_model', None)
     """
     first = next(iter(inspect.signature(_class_of(kind)).parameters.values()), None)
     return first.name if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else None
 
 
-def asks_model(kind: str, settings: Mapping[str, Any] | None = None) -> bool:
+def uses_judge_model(kind: str, settings: Mapping[str, Any] | None = None) -> bool:
     """Whether a critic with these settings, or a member of its panel, asks a model.
 
-    >>> asks_model("panel", {"critics": {"a": {"kind": "verifier"}, "b": {"kind": "pointwise"}}})
+    >>> uses_judge_model("panel", {"critics": {"a": {"kind": "verifier"}, "b": {"kind": "pointwise"}}})
     True
     """
     if kind != "panel":
-        return needs(kind) == "asker"
-    return any(asks_model(member, options) for member, options in _members(settings or {}).values())
+        return needs(kind) == "judge_model"
+    return any(uses_judge_model(member, options) for member, options in _members(settings or {}).values())
 
 
 def make_critic(
     kind: str,
     settings: Mapping[str, Any] | None = None,
     *,
-    asker: Asker | None = None,
+    judge_model: JudgeModel | None = None,
     scorer: Scorer | None = None,
-    askers: Mapping[str, Asker] | None = None,
+    judge_models: Mapping[str, JudgeModel] | None = None,
     scorers: Mapping[str, Scorer] | None = None,
 ) -> Critic:
     """A critic of this kind with these settings and what it needs; RewardError says what is unknown or missing.
 
-    `asker` is for the kinds that ask a model, `scorer` for `scalar`. A panel takes its members from
-    `settings["critics"]`, name -> `{"kind": ..., further settings}`; `askers` and `scorers` give members models of
+    `judge_model` is for the kinds that ask a model, `scorer` for `scalar`. A panel takes its members from
+    `settings["critics"]`, name -> `{"kind": ..., further settings}`; `judge_models` and `scorers` give members models of
     their own.
 
     >>> make_critic("random", {"sead": 3})
     Traceback (most recent call last):
     reward.errors.RewardError: critic random has no setting 'sead' (did you mean seed?); it has: seed
     """
-    given: dict[str, Any] = {"asker": asker, "scorer": scorer}
+    given: dict[str, Any] = {"judge_model": judge_model, "scorer": scorer}
     options = dict(settings or {})
     if kind == "panel":
         members = _members(options)
         options.pop("critics")
         given["critics"] = {
             name: _make_member(
-                name, *member, asker=(askers or {}).get(name, asker), scorer=(scorers or {}).get(name, scorer)
+                name,
+                *member,
+                judge_model=(judge_models or {}).get(name, judge_model),
+                scorer=(scorers or {}).get(name, scorer),
             )
             for name, member in members.items()
         }
@@ -98,10 +111,10 @@ def make_critic(
 
 
 def _make_member(
-    name: str, kind: str, settings: dict[str, Any], *, asker: Asker | None, scorer: Scorer | None
+    name: str, kind: str, settings: dict[str, Any], *, judge_model: JudgeModel | None, scorer: Scorer | None
 ) -> Critic:
     try:
-        return make_critic(kind, settings, asker=asker, scorer=scorer)
+        return make_critic(kind, settings, judge_model=judge_model, scorer=scorer)
     except RewardError as error:
         raise RewardError(f"panel, member {name}: {error}") from None
 

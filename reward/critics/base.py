@@ -21,8 +21,8 @@ __all__ = [
     "Item",
     "Judgement",
     "Verdict",
+    "broadcast_to_duplicates",
     "distinct_responses",
-    "share_rewards",
     "why_unreadable",
 ]
 
@@ -55,7 +55,7 @@ def distinct_responses(item: Item) -> list[int]:
     return sorted(set(first_occurrences(item.responses)))
 
 
-def share_rewards(
+def broadcast_to_duplicates(
     item: Item, values: Mapping[int, float], unscored: Mapping[int, str]
 ) -> tuple[list[float | None], dict[int, str]]:
     """Spread what was found for distinct responses over their identical twins.

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reward.critics.base import NO_ANSWER, Item, Judgement, distinct_responses, share_rewards
+from reward.critics.base import NO_ANSWER, Item, Judgement, broadcast_to_duplicates, distinct_responses
 from reward.critics.reading import Reading, read_log_probs, read_text
 from reward.errors import RewardError
-from reward.judge_model import Asker
+from reward.judge_model import JudgeModel
 from reward.prompt import load_prompt
 
 NO_CLAIMS = "the response makes no claim that can be checked"
@@ -34,7 +34,7 @@ class ClaimsCritic:
 
     def __init__(
         self,
-        asker: Asker,
+        judge_model: JudgeModel,
         *,
         prompt: str | Path = "claims",
         split: str = "sentences",
@@ -52,7 +52,7 @@ class ClaimsCritic:
         ]
         if faults:
             raise RewardError("claims critic: " + "; ".join(faults))
-        self.asker, self.split, self.score, self.read = asker, split, score, read
+        self.judge_model, self.split, self.score, self.read = judge_model, split, score, read
         self.min_option_mass, self.max_new_tokens = min_option_mass, max_new_tokens
         self.prompt = load_prompt(prompt, "claims")
         self.split_prompt = load_prompt(split_prompt, "split") if split == "ask" else None
@@ -77,12 +77,12 @@ class ClaimsCritic:
             ]
         else:
             prompt = self.split_prompt
-            asks = [
+            prompts = [
                 # Splitting is a matter of text: without the image it cannot slip into correcting the answer.
-                prompt.ask((), item.question, [(item.responses[index],) for index in indices])
+                prompt.fill((), item.question, [(item.responses[index],) for index in indices])
                 for item, indices in zip(items, responses, strict=True)
             ]
-            texts = self.asker.generate(asks, max_new_tokens=self.max_new_tokens)
+            texts = self.judge_model.generate(prompts, max_new_tokens=self.max_new_tokens)
         claims: list[dict[int, list[str]]] = [{} for _ in items]
         unscored: list[dict[int, str]] = [{} for _ in items]
         for row, (indices, found) in enumerate(zip(responses, texts, strict=True)):
@@ -97,15 +97,17 @@ class ClaimsCritic:
     def _check(self, items: Sequence[Item], asked: list[list[str]]) -> list[dict[str, Reading]]:
         """Per item what the critic says to each claim."""
         places = [row for row, claims in enumerate(asked) if claims]
-        asks = [
-            self.prompt.ask(items[row].images, items[row].question, [(claim,) for claim in asked[row]])
+        prompts = [
+            self.prompt.fill(items[row].images, items[row].question, [(claim,) for claim in asked[row]])
             for row in places
         ]
         readings: list[dict[str, Reading]] = [{} for _ in items]
         if self.read == "text":
-            answers: Sequence[Any] = self.asker.generate(asks, max_new_tokens=self.max_new_tokens) if asks else []
+            answers: Sequence[Any] = (
+                self.judge_model.generate(prompts, max_new_tokens=self.max_new_tokens) if prompts else []
+            )
         else:
-            answers = self.asker.log_probs(asks) if asks else []
+            answers = self.judge_model.log_probs(prompts) if prompts else []
         for row, rows in zip(places, answers, strict=True):
             readings[row] = {claim: self._read(answer) for claim, answer in zip(asked[row], rows, strict=True)}
         return readings
@@ -130,7 +132,7 @@ class ClaimsCritic:
         masses = [reading.mass for reading in readings.values() if reading.mass is not None]
         if masses:
             evidence["mean_option_mass"] = sum(masses) / len(masses)
-        rewards, reasons = share_rewards(item, values, unscored)
+        rewards, reasons = broadcast_to_duplicates(item, values, unscored)
         return Judgement(rewards, unscored=reasons, evidence=evidence)
 
     def _score(self, p_wrong: list[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from reward.critics.base import NOTHING_TO_COMPARE, Item, Judgement, distinct_responses, share_rewards
+from reward.critics.base import NOTHING_TO_COMPARE, Item, Judgement, broadcast_to_duplicates, distinct_responses
 
 
 class LengthCritic:
@@ -20,11 +20,11 @@ class LengthCritic:
     def _judge_one(self, item: Item) -> Judgement:
         responses = distinct_responses(item)
         if len(responses) < 2:
-            rewards, unscored = share_rewards(item, {}, dict.fromkeys(responses, NOTHING_TO_COMPARE))
+            rewards, unscored = broadcast_to_duplicates(item, {}, dict.fromkeys(responses, NOTHING_TO_COMPARE))
             return Judgement(rewards, unscored=unscored)
         lengths = {index: len(item.responses[index].strip()) for index in responses}
         wins = {index: _wins(length, lengths.values()) for index, length in lengths.items()}
-        rewards, unscored = share_rewards(item, wins, {})
+        rewards, unscored = broadcast_to_duplicates(item, wins, {})
         return Judgement(rewards, unscored=unscored)
 
 

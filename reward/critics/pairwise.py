@@ -1,7 +1,7 @@
 """Comparison by a critic model: items in; verdicts on pairs of responses, in both orders, and rewards out.
 
-All ordered pairs of an item are branches of one ask, so an engine encodes image and question once. With a tournament
-there is one ask an item and round.
+All ordered pairs of an item are branches of one prompt, so an engine encodes image and question once. With a tournament
+there is one prompt per item and round.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from reward.critics.base import (
     Item,
     Judgement,
     Verdict,
+    broadcast_to_duplicates,
     distinct_responses,
-    share_rewards,
 )
 from reward.critics.random import shuffled
 from reward.critics.reading import read_log_probs, read_text
-from reward.critics.tournament import PAIRINGS, Game, next_games
+from reward.critics.tournament import PAIRINGS, Match, next_matches
 from reward.errors import RewardError
-from reward.judge_model import Ask, Asker
+from reward.judge_model import BranchedPrompt, JudgeModel
 from reward.prompt import Prompt, load_prompt
-from reward.ranking import LEAST_RIDGE, bradley_terry, credit, win_minus_loss, without_failures
+from reward.ranking import MIN_RIDGE, bradley_terry, score_of, win_minus_loss, without_failures
 
 Order = tuple[int, int]
 
 
 @dataclass
-class _Contest:
+class _Tournament:
     """An item's comparisons so far; keys are (shown first, shown second)."""
 
     item: Item
@@ -42,13 +42,13 @@ class _Contest:
     failed: dict[Order, str] = field(default_factory=dict)
     masses: list[float] = field(default_factory=list)
 
-    def results(self, *, soft: bool) -> dict[Game, float | None]:
-        """Per game played what the smaller index gained in both orders, None if either failed."""
-        results: dict[Game, float | None] = {}
+    def results(self, *, soft: bool) -> dict[Match, float | None]:
+        """Per match played what the smaller index gained in both orders, None if either failed."""
+        results: dict[Match, float | None] = {}
         for one, other in {(min(pair), max(pair)) for pair in (*self.verdicts, *self.failed)}:
             forth, back = self.verdicts.get((one, other)), self.verdicts.get((other, one))
             complete = forth is not None and back is not None
-            results[one, other] = credit(forth, soft=soft) - credit(back, soft=soft) if complete else None  # type: ignore[arg-type]
+            results[one, other] = score_of(forth, soft=soft) - score_of(back, soft=soft) if complete else None  # type: ignore[arg-type]
         return results
 
 
@@ -68,7 +68,7 @@ class PairwiseCritic:
 
     def __init__(
         self,
-        asker: Asker,
+        judge_model: JudgeModel,
         *,
         prompt: str | Path = "pairwise",
         read: str = "log_probs",
@@ -84,69 +84,73 @@ class PairwiseCritic:
         seed: int = 0,
     ) -> None:
         _check(read=read, pairing=pairing, reward=reward, tie_threshold=tie_threshold, ridge=ridge, rounds=rounds)
-        self.asker = asker
+        self.judge_model = judge_model
         self.prompt = _offered(load_prompt(prompt, "pairwise"), use_tie_option=use_tie_option)
         self.read, self.soft, self.tie_threshold = read, soft, tie_threshold
         self.min_option_mass, self.max_new_tokens = min_option_mass, max_new_tokens
         self.pairing, self.rounds, self.reward, self.ridge, self.seed = pairing, rounds, reward, ridge, seed
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
-        contests = [self._contest(item) for item in items]
-        open_games = [(contest, games) for contest in contests if (games := self._games(contest))]
-        while open_games:
-            self._play(open_games)
-            open_games = [(contest, games) for contest, _ in open_games if (games := self._games(contest))]
-        return [self._judgement(contest) for contest in contests]
+        tournaments = [self._tournament(item) for item in items]
+        open_matches = [(tournament, matches) for tournament in tournaments if (matches := self._matches(tournament))]
+        while open_matches:
+            self._play(open_matches)
+            open_matches = [
+                (tournament, matches) for tournament, _ in open_matches if (matches := self._matches(tournament))
+            ]
+        return [self._judgement(tournament) for tournament in tournaments]
 
-    def _contest(self, item: Item) -> _Contest:
+    def _tournament(self, item: Item) -> _Tournament:
         responses = distinct_responses(item)
-        return _Contest(item, responses, shuffled(responses, f"{self.seed}:{item.id}"))
+        return _Tournament(item, responses, shuffled(responses, f"{self.seed}:{item.id}"))
 
-    def _games(self, contest: _Contest) -> list[Game]:
-        results = contest.results(soft=self.soft)
-        return next_games(self.pairing, contest.order, results, rounds=self.rounds)
+    def _matches(self, tournament: _Tournament) -> list[Match]:
+        results = tournament.results(soft=self.soft)
+        return next_matches(self.pairing, tournament.order, results, rounds=self.rounds)
 
-    def _play(self, open_games: Sequence[tuple[_Contest, list[Game]]]) -> None:
-        # Sorted by the response shown first: neighbours in an ask then share their leading piece.
-        orders = [sorted([*games, *((other, one) for one, other in games)]) for _, games in open_games]
-        asks = [self._ask(contest.item, pairs) for (contest, _), pairs in zip(open_games, orders, strict=True)]
-        for (contest, _), pairs, answers in zip(open_games, orders, self._answers(asks), strict=True):
+    def _play(self, open_matches: Sequence[tuple[_Tournament, list[Match]]]) -> None:
+        # Sorted by the response shown first: neighbours in a prompt then share their leading piece.
+        orders = [sorted([*matches, *((other, one) for one, other in matches)]) for _, matches in open_matches]
+        prompts = [
+            self._prompt(tournament.item, pairs) for (tournament, _), pairs in zip(open_matches, orders, strict=True)
+        ]
+        for (tournament, _), pairs, answers in zip(open_matches, orders, self._answers(prompts), strict=True):
             for pair, answer in zip(pairs, answers, strict=True):
-                self._record(contest, pair, answer)
+                self._record(tournament, pair, answer)
 
-    def _ask(self, item: Item, pairs: Sequence[Order]) -> Ask:
+    def _prompt(self, item: Item, pairs: Sequence[Order]) -> BranchedPrompt:
         branches = [(item.responses[first], item.responses[second]) for first, second in pairs]
-        return self.prompt.ask(item.images, item.question, branches)
+        return self.prompt.fill(item.images, item.question, branches)
 
-    def _answers(self, asks: list[Ask]) -> Sequence[Sequence[Any]]:
+    def _answers(self, prompts: list[BranchedPrompt]) -> Sequence[Sequence[Any]]:
         if self.read == "text":
-            return self.asker.generate(asks, max_new_tokens=self.max_new_tokens)
-        return self.asker.log_probs(asks)
+            return self.judge_model.generate(prompts, max_new_tokens=self.max_new_tokens)
+        return self.judge_model.log_probs(prompts)
 
-    def _record(self, contest: _Contest, pair: Order, answer: Any) -> None:
+    def _record(self, tournament: _Tournament, pair: Order, answer: Any) -> None:
         if self.read == "text":
             reading = read_text(answer, self.prompt.options)
         else:
             reading = read_log_probs(answer, self.prompt.options, min_mass=self.min_option_mass)
         if reading.mass is not None:
-            contest.masses.append(reading.mass)
+            tournament.masses.append(reading.mass)
         if reading.probabilities is None:
-            contest.failed[pair] = reading.reason
+            tournament.failed[pair] = reading.reason
         else:
             rationale = answer if self.read == "text" else None
-            contest.verdicts[pair] = make_verdict(*pair, reading.probabilities, self.tie_threshold, rationale)
+            tournament.verdicts[pair] = make_verdict(*pair, reading.probabilities, self.tie_threshold, rationale)
 
-    def _judgement(self, contest: _Contest) -> Judgement:
-        unscored = without_failures(contest.responses, contest.failed)
-        left = [index for index in contest.responses if index not in unscored]
+    def _judgement(self, tournament: _Tournament) -> Judgement:
+        unscored = without_failures(tournament.responses, tournament.failed)
+        left = [index for index in tournament.responses if index not in unscored]
         if len(left) < 2:
             unscored |= dict.fromkeys(left, NOTHING_TO_COMPARE)
             left = []
-        valid = [v for v in contest.verdicts.values() if v.first in left and v.second in left]
-        evidence = self._evidence(contest)
-        values = self._rewards(contest.item, left, valid, evidence) if left else {}
-        rewards, reasons = share_rewards(contest.item, values, unscored)
-        return Judgement(rewards, list(contest.verdicts.values()), unscored=reasons, evidence=evidence)
+        valid = [v for v in tournament.verdicts.values() if v.first in left and v.second in left]
+        evidence = self._evidence(tournament)
+        values = self._rewards(tournament.item, left, valid, evidence) if left else {}
+        rewards, reasons = broadcast_to_duplicates(tournament.item, values, unscored)
+        return Judgement(rewards, list(tournament.verdicts.values()), unscored=reasons, evidence=evidence)
 
     def _rewards(
         self, item: Item, left: list[int], verdicts: list[Verdict], evidence: dict[str, Any]
@@ -161,12 +165,12 @@ class PairwiseCritic:
         evidence["standard_errors"] = {str(index): fit.standard_errors[place[index]] for index in left}
         return {index: fit.strengths[place[index]] for index in left}
 
-    def _evidence(self, contest: _Contest) -> dict[str, Any]:
-        evidence: dict[str, Any] = {"num_comparisons": len(contest.verdicts) + len(contest.failed)}
-        if contest.masses:
-            evidence["mean_option_mass"] = sum(contest.masses) / len(contest.masses)
-        if contest.failed:
-            evidence["failed"] = [[first, second, why] for (first, second), why in contest.failed.items()]
+    def _evidence(self, tournament: _Tournament) -> dict[str, Any]:
+        evidence: dict[str, Any] = {"num_comparisons": len(tournament.verdicts) + len(tournament.failed)}
+        if tournament.masses:
+            evidence["mean_option_mass"] = sum(tournament.masses) / len(tournament.masses)
+        if tournament.failed:
+            evidence["failed"] = [[first, second, why] for (first, second), why in tournament.failed.items()]
         return evidence
 
 
@@ -210,8 +214,8 @@ def _check(*, read: str, pairing: str, reward: str, tie_threshold: float, ridge:
     ]
     if not 0 <= tie_threshold < 1:
         faults.append(f"tie_threshold must be at least 0 and below 1, found {tie_threshold}")
-    if not LEAST_RIDGE <= ridge < math.inf:
-        faults.append(f"ridge must be a finite number from {LEAST_RIDGE:g} on, found {ridge}")
+    if not MIN_RIDGE <= ridge < math.inf:
+        faults.append(f"ridge must be a finite number from {MIN_RIDGE:g} on, found {ridge}")
     if rounds is not None and rounds < 1:
         faults.append(f"rounds must be at least 1, found {rounds}")
     if faults:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reward.critics.base import Item, Judgement, distinct_responses, share_rewards, why_unreadable
+from reward.critics.base import Item, Judgement, broadcast_to_duplicates, distinct_responses, why_unreadable
 from reward.critics.reading import read_log_probs
 from reward.errors import RewardError
-from reward.judge_model import Asker
+from reward.judge_model import JudgeModel
 from reward.prompt import load_prompt
 
 Scale = tuple[float, float]
@@ -29,7 +29,7 @@ class PointwiseCritic:
 
     def __init__(
         self,
-        asker: Asker,
+        judge_model: JudgeModel,
         *,
         prompt: str | Path = "pointwise",
         read: str = "log_probs",
@@ -38,7 +38,7 @@ class PointwiseCritic:
     ) -> None:
         if read not in ("log_probs", "text"):
             raise RewardError(f"pointwise critic: read must be log_probs or text, found {read!r}")
-        self.asker, self.read, self.max_new_tokens = asker, read, max_new_tokens
+        self.judge_model, self.read, self.max_new_tokens = judge_model, read, max_new_tokens
         self.min_option_mass = min_option_mass
         self.prompt = load_prompt(prompt, "pointwise")
         if read == "log_probs" and len(self.prompt.options) < 2:
@@ -48,14 +48,14 @@ class PointwiseCritic:
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
         responses = [distinct_responses(item) for item in items]
-        asks = [
-            self.prompt.ask(item.images, item.question, [(item.responses[index],) for index in indices])
+        prompts = [
+            self.prompt.fill(item.images, item.question, [(item.responses[index],) for index in indices])
             for item, indices in zip(items, responses, strict=True)
         ]
         if self.read == "text":
-            texts = self.asker.generate(asks, max_new_tokens=self.max_new_tokens)
+            texts = self.judge_model.generate(prompts, max_new_tokens=self.max_new_tokens)
             return [self._from_texts(*one) for one in zip(items, responses, texts, strict=True)]
-        tables = self.asker.log_probs(asks)
+        tables = self.judge_model.log_probs(prompts)
         return [self._from_log_probs(*one) for one in zip(items, responses, tables, strict=True)]
 
     def _from_log_probs(self, item: Item, responses: list[int], table: Any) -> Judgement:
@@ -86,7 +86,7 @@ class PointwiseCritic:
 
 
 def _judgement(item: Item, ratings: dict[int, float], unscored: dict[int, str], evidence: dict[str, Any]) -> Judgement:
-    rewards, reasons = share_rewards(item, ratings, unscored)
+    rewards, reasons = broadcast_to_duplicates(item, ratings, unscored)
     return Judgement(rewards, ratings=list(rewards), unscored=reasons, evidence=evidence)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 
-from reward.critics.base import NOTHING_TO_COMPARE, Item, Judgement, distinct_responses, share_rewards
+from reward.critics.base import NOTHING_TO_COMPARE, Item, Judgement, broadcast_to_duplicates, distinct_responses
 
 
 class RandomCritic:
@@ -25,11 +25,13 @@ class RandomCritic:
     def _judge_one(self, item: Item) -> Judgement:
         responses = distinct_responses(item)
         if len(responses) < 2:
-            rewards, unscored = share_rewards(item, {}, dict.fromkeys(responses, NOTHING_TO_COMPARE))
+            rewards, unscored = broadcast_to_duplicates(item, {}, dict.fromkeys(responses, NOTHING_TO_COMPARE))
             return Judgement(rewards, unscored=unscored)
         order = shuffled(responses, f"{self.seed}:{item.id}")
         top = len(order) - 1
-        rewards, unscored = share_rewards(item, {index: 2.0 * (top - 2 * rank) for rank, index in enumerate(order)}, {})
+        rewards, unscored = broadcast_to_duplicates(
+            item, {index: 2.0 * (top - 2 * rank) for rank, index in enumerate(order)}, {}
+        )
         return Judgement(rewards, unscored=unscored)
 
 

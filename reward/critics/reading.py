@@ -33,7 +33,7 @@ def read_log_probs(row: Any, options: dict[str, str], *, min_mass: float) -> Rea
     (0.75, 0.4)
     """
     log_probs = np.asarray(row, dtype=np.float64)
-    assert log_probs.shape == (len(options),), f"{len(options)} options, but the asker gave {log_probs.shape}"
+    assert log_probs.shape == (len(options),), f"{len(options)} options, but the judge_model gave {log_probs.shape}"
     mass = float(np.exp(log_probs).sum())
     if not math.isfinite(mass):
         return Reading(None, NO_ANSWER)

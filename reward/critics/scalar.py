@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from reward.critics.base import NO_ANSWER, Item, Judgement, distinct_responses, share_rewards
+from reward.critics.base import NO_ANSWER, Item, Judgement, broadcast_to_duplicates, distinct_responses
 
 NOT_FINITE = "the reward model gave no finite number"
 
@@ -60,5 +60,5 @@ def _judgement(item: Item, numbers: dict[int, float | None]) -> Judgement:
             unscored[index] = NOT_FINITE
         else:
             values[index] = float(number)
-    rewards, reasons = share_rewards(item, values, unscored)
+    rewards, reasons = broadcast_to_duplicates(item, values, unscored)
     return Judgement(rewards, unscored=reasons)

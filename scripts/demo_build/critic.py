@@ -159,7 +159,7 @@ class Comparisons(IterableDataset):
 
     def _branch(self, task: Task, responses: tuple[str, str], verdict: str) -> Branch:
         """The critic's prompt and its verdict; the right response inside the prompt is learned too."""
-        asked = self.prompt.ask((), task.question, [responses])
+        asked = self.prompt.fill((), task.question, [responses])
         ids, learned = self.maker.encode(asked.head), [False] * len(self.maker.encode(asked.head))
         for piece, response in zip(asked.branches[0], responses, strict=True):
             tokens = self.maker.encode(piece)
@@ -224,7 +224,7 @@ def prefers_first(model: Any, maker: RowMaker, prompt: Prompt, rows: Sequence[tu
         here = rows[at : at + 100]
         branches = []
         for _, question, first, second in here:
-            asked = prompt.ask((), question, [(first, second)])
+            asked = prompt.fill((), question, [(first, second)])
             pieces = [asked.head, *asked.branches[0], asked.tail, TURN]
             ids = tuple(token for piece in pieces for token in maker.encode(piece))
             branches.append([Branch(ids, (False,) * len(ids))])

@@ -20,7 +20,7 @@ def test_members_with_one_model_and_other_processors_look_at_images_of_their_own
     }
     config = build_config(data, base=tmp_path)
     panel, _ = open_critic(plan_critic(config), config, lambda image: image)
-    engines = {name: critic.asker for name, critic in panel.critics.items()}
+    engines = {name: critic.judge_model for name, critic in panel.critics.items()}
     rescales = {name: engine.prompter.processor.image_processor.do_rescale for name, engine in engines.items()}
     assert rescales == {"near": True, "far": False, "too": True}
     assert engines["near"] is engines["too"]

@@ -19,7 +19,7 @@ from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.open import named_for_round, open_servers
 from align.engines.server.chat import sample_seed
 from align.errors import UserError
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 from tests.engines.conftest import collect
 from tests.engines.stub_server import KEY, MODEL, Reply, StubServer, completion, question_text, said
 
@@ -170,7 +170,7 @@ def test_retry_after_is_waited_for(serve):
 def test_a_rest_that_outlasts_its_work_ends_in_the_next(serve):
     busy_first = serve(behave=lambda body, count: Reply({}, 429, {"Retry-After": "1"}) if count == 1 else None)
     engine = engine_on(busy_first, tries=1)
-    ask = Ask((), None, "Judge.", (("a",),), "", ())
+    ask = BranchedPrompt((), None, "Judge.", (("a",),), "", ())
     answers = []
 
     def judge_twice():
@@ -430,14 +430,17 @@ def test_generated_judgements_that_are_refused_are_none_and_the_others_are_kept(
         return Reply({"error": {"message": "too long"}}, 400) if "bad" in question_text(body) else None
 
     engine = engine_on(serve(behave=refuse))
-    asks = [Ask((), "Judge.", "Say: ", (("good",), ("bad",)), "!", ()), Ask((), None, "Or: ", (("fine",),), "", ())]
+    asks = [
+        BranchedPrompt((), "Judge.", "Say: ", (("good",), ("bad",)), "!", ()),
+        BranchedPrompt((), None, "Or: ", (("fine",),), "", ()),
+    ]
     assert engine.generate(asks, max_new_tokens=9) == [["Say: good! -> 0", None], ["Or: fine -> 0"]]
     assert engine.notes["judgements without an answer"] == "1"
 
 
 def test_a_critic_that_refuses_all_judgements_stops_the_stage_with_its_words(serve):
     engine = engine_on(serve(behave=lambda body, count: Reply({"error": {"message": "no images"}}, 400)))
-    asks = [Ask((), None, "The same instruction for all: ", (("a",),), "", ()) for _ in range(50)]
+    asks = [BranchedPrompt((), None, "The same instruction for all: ", (("a",),), "", ()) for _ in range(50)]
     with pytest.raises(UserError, match="no images"):
         engine.generate(asks, max_new_tokens=4)
 
@@ -466,7 +469,7 @@ def test_an_address_that_is_none_is_the_users_error():
 
 def test_an_ask_goes_out_as_system_images_and_text(serve):
     server = serve()
-    ask = Ask((Image.new("RGB", (4, 4)),), "Judge.", "Say: ", (("a", "b"),), "!", ())
+    ask = BranchedPrompt((Image.new("RGB", (4, 4)),), "Judge.", "Say: ", (("a", "b"),), "!", ())
     engine_on(server).generate([ask], max_new_tokens=9)
     system, user = server.asked[0]["messages"]
     assert system == {"role": "system", "content": "Judge."}

@@ -16,7 +16,7 @@ from align.engines.base import SamplingSettings
 from align.engines.local import LocalEngine
 from align.engines.open import open_servers
 from align.engines.server.options import Step, follow, read_steps
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 from tests import tiny_models
 from tests.engines.conftest import collect, question
 from tests.engines.stub_server import MODEL, StubServer, completion, is_probe
@@ -111,7 +111,7 @@ def engine_on(server, **changes):
 
 def an_ask(options=OPTIONS, num_images=1):
     images = tuple(tiny_models.random_image(index, 40, 30) for index in range(num_images))
-    return Ask(images, "Judge.", "Is it ", (("red",), ("a dog",)), "?", options)
+    return BranchedPrompt(images, "Judge.", "Is it ", (("red",), ("a dog",)), "?", options)
 
 
 def test_log_probs_of_options_of_many_tokens_equal_the_local_engines(serve_model, onevision):

@@ -13,7 +13,7 @@ from align.config import Server, ServerSettings
 from align.engines.base import SamplingSettings
 from align.engines.local import LocalEngine
 from align.engines.open import open_servers
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 from tests import tiny_vlms
 from tests.engines.conftest import collect, question
 from tests.tiny_models import random_image
@@ -64,6 +64,6 @@ def test_transformers_serve_gives_the_local_engines_greedy_texts(served):
         id_: result.num_tokens for id_, result in theirs.items()
     }
     assert any(text for result in mine.values() for text in result.texts)
-    ask = Ask((random_image(3, 40, 30),), None, "Is it ", (("red",), ("blue",)), "?", ())
+    ask = BranchedPrompt((random_image(3, 40, 30),), None, "Is it ", (("red",), ("blue",)), "?", ())
     assert engine.generate([ask], max_new_tokens=8) == local.generate([ask], max_new_tokens=8)
     assert "one sample a request" in engine.notes["servers"]

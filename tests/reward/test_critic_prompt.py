@@ -31,28 +31,28 @@ def test_every_built_in_prompt_passes_its_own_check():
 
 def test_the_pairwise_prompts_keep_the_published_structure():
     for name in ("pairwise", "pairwise_short"):
-        turn = load_prompt(name, "pairwise").ask((), "What?", [("a cat", "a dog")]).turn(0)
+        turn = load_prompt(name, "pairwise").fill((), "What?", [("a cat", "a dog")]).turn(0)
         assert "Question: [What?]\nThe first response: [a cat]\nThe second response: [a dog]" in turn
 
 
 def test_what_all_branches_share_stands_in_the_head_and_a_first_response_in_the_first_piece():
-    ask = parse_prompt(GOOD, "pairwise").ask(("picture",), "What?", [("x", "y"), ("x", "z")])
-    assert ask.images == ("picture",)
-    assert ask.head == "Q [What?] A ["
-    assert ask.branches == (("x] B [", "y"), ("x] B [", "z"))
-    assert ask.tail == "] Which?"
-    assert ask.options == ("one", "two")
-    assert ask.turn(1) == "Q [What?] A [x] B [z] Which?"
+    prompt = parse_prompt(GOOD, "pairwise").fill(("picture",), "What?", [("x", "y"), ("x", "z")])
+    assert prompt.images == ("picture",)
+    assert prompt.head == "Q [What?] A ["
+    assert prompt.branches == (("x] B [", "y"), ("x] B [", "z"))
+    assert prompt.tail == "] Which?"
+    assert prompt.options == ("one", "two")
+    assert prompt.turn(1) == "Q [What?] A [x] B [z] Which?"
 
 
 def test_slots_and_braces_inside_questions_and_responses_stay_text():
-    ask = parse_prompt(GOOD, "pairwise").ask((), "{first}?", [("{second}", "{question} {}")])
-    assert ask.turn(0) == "Q [{first}?] A [{second}] B [{question} {}] Which?"
+    prompt = parse_prompt(GOOD, "pairwise").fill((), "{first}?", [("{second}", "{question} {}")])
+    assert prompt.turn(0) == "Q [{first}?] A [{second}] B [{question} {}] Which?"
 
 
 def test_doubled_braces_and_json_are_text():
     prompt = parse_prompt('Write {"score": 1} or {{first}}: {question} {response}', "pointwise")
-    assert prompt.ask((), "q", [("r",)]).turn(0) == 'Write {"score": 1} or {first}: q r'
+    assert prompt.fill((), "q", [("r",)]).turn(0) == 'Write {"score": 1} or {first}: q r'
 
 
 def test_a_persons_own_file_is_found_by_its_path(tmp_path):
@@ -60,7 +60,7 @@ def test_a_persons_own_file_is_found_by_its_path(tmp_path):
     path.write_text(GOOD.replace("\n", "\r\n"), encoding="utf-8")
     prompt = load_prompt(path, "pairwise")
     assert prompt.options == {"first": "one", "second": "two"}
-    assert "\r" not in prompt.ask((), "q", [("a", "b")]).turn(0)
+    assert "\r" not in prompt.fill((), "q", [("a", "b")]).turn(0)
 
 
 def test_an_unknown_name_says_what_there_is(tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from reward.critics import asks_model, make_critic, needs
+from reward.critics import make_critic, needs, uses_judge_model
 from reward.critics.base import NO_ANSWER, NO_REFERENCE, OUTSIDE_OPTIONS, REFUSED, UNPARSEABLE
 from reward.critics.claims import NO_CLAIMS, ClaimsCritic, listed_claims, sentences
 from reward.critics.length import LengthCritic
@@ -22,7 +22,7 @@ from reward.critics.verifier import VerifierCritic
 from reward.errors import RewardError
 from reward.judgement import Item, Judgement
 from reward.pairs import NO_CORRECTNESS, PairSettings, choose_pairs
-from tests.reward.askers import FunctionAsker
+from tests.reward.judge_models import FunctionModel
 
 ITEM = Item("q1", "Which letters?", ("abcd",), ("ab", "abcd", "x", "abc", "ab"))
 ORDER = [1, 3, 0, 2]
@@ -45,7 +45,7 @@ def rating_row(turn: str) -> list[float]:
 
 
 def test_a_rating_is_the_mean_over_the_probabilities():
-    [judgement] = PointwiseCritic(FunctionAsker(row=rating_row)).judge([ITEM])
+    [judgement] = PointwiseCritic(FunctionModel(row=rating_row)).judge([ITEM])
     # 0.75 * r + 0.25 * (r + 10) = r + 2.5
     assert judgement.rewards == pytest.approx([42.5, 82.5, 2.5, 62.5, 42.5])
     assert judgement.ratings == judgement.rewards
@@ -56,9 +56,14 @@ def test_a_rating_is_the_mean_over_the_probabilities():
 
 
 def test_ratings_of_one_item_are_one_ask_without_repeats():
-    asker = FunctionAsker(row=rating_row)
-    PointwiseCritic(asker).judge([ITEM])
-    assert [branch for ask in asker.asks for branch in ask.branches] == [("ab",), ("abcd",), ("x",), ("abc",)]
+    judge_model = FunctionModel(row=rating_row)
+    PointwiseCritic(judge_model).judge([ITEM])
+    assert [branch for prompt in judge_model.prompts for branch in prompt.branches] == [
+        ("ab",),
+        ("abcd",),
+        ("x",),
+        ("abc",),
+    ]
 
 
 def test_a_scale_of_its_own_is_brought_to_a_hundred(tmp_path):
@@ -66,11 +71,11 @@ def test_a_scale_of_its_own_is_brought_to_a_hundred(tmp_path):
     path.write_text(
         "---\nscale: [1, 5]\noptions: {1: one, 3: three, 5: five}\n---\n{question} The response: [{response}]"
     )
-    critic = PointwiseCritic(FunctionAsker(row=lambda turn: [math.log(0.5), math.log(0.5), -math.inf]), prompt=path)
+    critic = PointwiseCritic(FunctionModel(row=lambda turn: [math.log(0.5), math.log(0.5), -math.inf]), prompt=path)
     assert critic.judge([ITEM])[0].rewards == pytest.approx([25.0] * 5)
     path.write_text("{question} {response}")
     with pytest.raises(RewardError, match="at least two ratings"):
-        PointwiseCritic(FunctionAsker(), prompt=path)
+        PointwiseCritic(FunctionModel(), prompt=path)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,7 @@ def test_written_ratings_are_read_where_they_are_clear(text, rating):
 
 def test_written_ratings_rank_and_failures_are_unscored():
     answers = {"ab": "Score: 40/100", "abcd": "Score: 90/100", "x": "I'm sorry, I can't help.", "abc": "fine", "": None}
-    critic = PointwiseCritic(FunctionAsker(text=lambda turn: answers[shown(turn)]), read="text")
+    critic = PointwiseCritic(FunctionModel(text=lambda turn: answers[shown(turn)]), read="text")
     [judgement] = critic.judge([replace(ITEM, responses=("ab", "abcd", "x", "abc", ""))])
     assert judgement.rewards == [40.0, 90.0, None, None, None]
     assert judgement.unscored == {2: REFUSED, 3: UNPARSEABLE, 4: NO_ANSWER}
@@ -110,12 +115,12 @@ def test_written_ratings_rank_and_failures_are_unscored():
 
 def test_a_rating_that_failed_is_unscored_not_zero():
     row = lambda turn: [math.nan] * 11 if shown(turn) == "x" else rating_row(turn)  # noqa: E731
-    [judgement] = PointwiseCritic(FunctionAsker(row=row)).judge([ITEM])
+    [judgement] = PointwiseCritic(FunctionModel(row=row)).judge([ITEM])
     assert judgement.unscored == {2: NO_ANSWER}
-    [low] = PointwiseCritic(FunctionAsker(row=lambda turn: [-50.0] * 11), min_option_mass=0.1).judge([ITEM])
+    [low] = PointwiseCritic(FunctionModel(row=lambda turn: [-50.0] * 11), min_option_mass=0.1).judge([ITEM])
     assert set(low.unscored.values()) == {OUTSIDE_OPTIONS}
     with pytest.raises(RewardError, match="read"):
-        PointwiseCritic(FunctionAsker(), read="tea leaves")
+        PointwiseCritic(FunctionModel(), read="tea leaves")
 
 
 TRUE = {"There is a cat.", "It is black.", "It sits."}
@@ -134,22 +139,22 @@ def claim_row(turn: str) -> list[float]:
 
 
 def test_a_response_loses_one_for_every_wrong_claim():
-    asker = FunctionAsker(row=claim_row)
-    [judgement] = ClaimsCritic(asker).judge([STATED])
+    judge_model = FunctionModel(row=claim_row)
+    [judgement] = ClaimsCritic(judge_model).judge([STATED])
     assert judgement.rewards == [0.0, -2.0, -1.0, None]
     assert judgement.unscored == {3: NO_CLAIMS}
     claims = judgement.evidence["claims"]["1"]
     assert [claim for claim, _ in claims] == ["There is a dog.", "It is red.", "It sits."]
     assert [p for _, p in claims] == pytest.approx([0.2, 0.2, 0.9])
     # Five different claims; "There is a cat." and "It is red." are made twice and asked once.
-    assert len(asker.asks[0].branches) == 5
-    assert asker.asks[0].images == ("picture",)
+    assert len(judge_model.prompts[0].branches) == 5
+    assert judge_model.prompts[0].images == ("picture",)
 
 
 def test_shares_and_soft_scores_of_claims():
-    share = ClaimsCritic(FunctionAsker(row=claim_row), score="share").judge([STATED])[0].rewards
+    share = ClaimsCritic(FunctionModel(row=claim_row), score="share").judge([STATED])[0].rewards
     assert share[:3] == pytest.approx([0.0, -2 / 3, -1 / 2])
-    soft = ClaimsCritic(FunctionAsker(row=claim_row), score="soft").judge([STATED])[0].rewards
+    soft = ClaimsCritic(FunctionModel(row=claim_row), score="soft").judge([STATED])[0].rewards
     assert soft[:3] == pytest.approx([-0.2, -1.7, -0.9])
 
 
@@ -160,16 +165,16 @@ def test_claims_can_be_listed_and_checked_in_writing():
             return None if answer == "!!" else "\n".join(f"- {claim}" for claim in sentences(answer))
         return "Yes, it is." if re.search(r"from the answer: \[(.*?)\]", turn).group(1) in TRUE else "No."
 
-    asker = FunctionAsker(text=text)
-    [judgement] = ClaimsCritic(asker, split="ask", read="text").judge([STATED])
+    judge_model = FunctionModel(text=text)
+    [judgement] = ClaimsCritic(judge_model, split="ask", read="text").judge([STATED])
     assert judgement.rewards == [0.0, -2.0, -1.0, None]
     assert judgement.unscored == {3: NO_ANSWER}
-    assert asker.asks[0].images == ()
+    assert judge_model.prompts[0].images == ()
 
 
 def test_a_claim_that_could_not_be_checked_unscores_who_made_it():
     row = lambda turn: [math.nan] * 2 if "It is red." in turn else claim_row(turn)  # noqa: E731
-    [judgement] = ClaimsCritic(FunctionAsker(row=row)).judge([STATED])
+    [judgement] = ClaimsCritic(FunctionModel(row=row)).judge([STATED])
     assert judgement.rewards == [0.0, None, None, None]
     assert judgement.unscored == {1: NO_ANSWER, 2: NO_ANSWER, 3: NO_CLAIMS}
 
@@ -191,7 +196,7 @@ def test_a_text_full_of_points_is_cut_in_no_time():
     [("The cat wears no collar, as the statement says.", None), ("I say: Yes", True), ("No cat is there.", False)],
 )
 def test_a_no_inside_a_sentence_is_no_verdict_on_a_claim(text, correct):
-    critic = ClaimsCritic(FunctionAsker(text=lambda turn: text), read="text")
+    critic = ClaimsCritic(FunctionModel(text=lambda turn: text), read="text")
     [judgement] = critic.judge([replace(STATED, responses=("There is a cat.",))])
     assert judgement.rewards == [{None: None, True: 0.0, False: -1.0}[correct]]
 
@@ -204,17 +209,17 @@ def test_the_same_claims_in_another_order_have_the_same_reward():
         return [math.log(p), math.log(1 - p)]
 
     item = replace(STATED, responses=("B cat. C cat. D cat.", "D cat. C cat. B cat.", "C cat. D cat. B cat."))
-    assert len(set(ClaimsCritic(FunctionAsker(row=row), score="soft").judge([item])[0].rewards)) == 1
+    assert len(set(ClaimsCritic(FunctionModel(row=row), score="soft").judge([item])[0].rewards)) == 1
 
 
 def test_no_item_with_claims_asks_nothing():
-    [judgement] = ClaimsCritic(FunctionAsker(row=claim_row)).judge([replace(STATED, responses=("...",))])
+    [judgement] = ClaimsCritic(FunctionModel(row=claim_row)).judge([replace(STATED, responses=("...",))])
     assert judgement.unscored == {0: NO_CLAIMS}
 
 
 def test_faulty_claims_settings_are_all_named():
     with pytest.raises(RewardError, match=r"split.*score.*read"):
-        ClaimsCritic(FunctionAsker(), split="x", score="y", read="z")
+        ClaimsCritic(FunctionModel(), split="x", score="y", read="z")
 
 
 def test_a_reward_models_numbers_are_taken_as_they_are():
@@ -317,7 +322,7 @@ def test_a_panel_in_which_nobody_could_score_is_unscored():
 
 
 def test_a_panel_keeps_the_verdicts_and_ratings_of_its_members():
-    critics = {"random": RandomCritic(), "rating": PointwiseCritic(FunctionAsker(row=rating_row))}
+    critics = {"random": RandomCritic(), "rating": PointwiseCritic(FunctionModel(row=rating_row))}
     [judgement] = PanelCritic(critics).judge([ITEM])
     assert judgement.ratings == pytest.approx([42.5, 82.5, 2.5, 62.5, 42.5])
 
@@ -330,7 +335,7 @@ def test_a_panels_evidence_survives_being_written_down_and_tells_what_is_correct
 
 
 def test_a_panel_is_made_from_settings_and_each_member_asks_its_own_model():
-    low, high = (FunctionAsker(row=lambda turn, p=p: [math.log(p), math.log(1 - p)]) for p in (0.2, 0.9))
+    low, high = (FunctionModel(row=lambda turn, p=p: [math.log(p), math.log(1 - p)]) for p in (0.2, 0.9))
     settings = {
         "normalise": "none",
         "weights": {"rule": 2.0},
@@ -340,9 +345,9 @@ def test_a_panel_is_made_from_settings_and_each_member_asks_its_own_model():
             "other": {"kind": "claims", "score": "soft"},
         },
     }
-    assert asks_model("panel", settings)
-    assert not asks_model("panel", {"critics": {"rule": {"kind": "verifier"}}})
-    panel = make_critic("panel", settings, asker=low, askers={"other": high})
+    assert uses_judge_model("panel", settings)
+    assert not uses_judge_model("panel", {"critics": {"rule": {"kind": "verifier"}}})
+    panel = make_critic("panel", settings, judge_model=low, judge_models={"other": high})
     [judgement] = panel.judge([Item("q", "?", (), ("3",), answer="3")])
     # (2 * 1 - 0.8 - 0.1) / 4
     assert judgement.rewards == pytest.approx([0.275])

@@ -14,8 +14,8 @@ from reward.judgement import Verdict
 from reward.ranking import (
     bradley_terry,
     consistency,
-    credit,
     position_bias,
+    score_of,
     tie_rate,
     win_minus_loss,
     without_failures,
@@ -188,5 +188,5 @@ def test_failures_cost_as_few_responses_as_possible():
 
 
 def test_credit_of_a_tie_is_nothing_unless_soft():
-    assert credit(verdict(0, 1, None, 0.6)) == 0.0
-    assert credit(verdict(0, 1, None, 0.6), soft=True) == pytest.approx(0.2)
+    assert score_of(verdict(0, 1, None, 0.6)) == 0.0
+    assert score_of(verdict(0, 1, None, 0.6), soft=True) == pytest.approx(0.2)

@@ -12,7 +12,7 @@ from reward.critics import CRITICS, make_critic, needs, settings_of
 from reward.critics.random import RandomCritic
 from reward.errors import RewardError
 from reward.judgement import Item
-from tests.reward.askers import FunctionAsker
+from tests.reward.judge_models import FunctionModel
 
 
 def test_reward_imports_neither_torch_nor_align_nor_transformers():
@@ -27,11 +27,11 @@ def test_reward_imports_neither_torch_nor_align_nor_transformers():
 
 
 def test_every_critic_can_be_made_by_its_name():
-    asker, scorer = FunctionAsker(row=lambda turn: [-0.1, -0.2]), lambda dialogues: [0.0] * len(dialogues)
+    judge_model, scorer = FunctionModel(row=lambda turn: [-0.1, -0.2]), lambda dialogues: [0.0] * len(dialogues)
     for kind, made in CRITICS.items():
         settings = {"critics": {"only": {"kind": "random"}}} if kind == "panel" else {}
-        assert isinstance(make_critic(kind, settings, asker=asker, scorer=scorer), made)
-        assert needs(kind) in (None, "asker", "scorer", "critics")
+        assert isinstance(make_critic(kind, settings, judge_model=judge_model, scorer=scorer), made)
+        assert needs(kind) in (None, "judge_model", "scorer", "critics")
 
 
 def test_an_unknown_critic_or_setting_is_named_with_its_neighbour():
@@ -39,8 +39,8 @@ def test_an_unknown_critic_or_setting_is_named_with_its_neighbour():
         make_critic("pairwse")
     with pytest.raises(RewardError, match=r"no setting 'tolerence' \(did you mean tolerance\?\)"):
         make_critic("verifier", {"tolerence": 0.1})
-    with pytest.raises(RewardError, match="no setting 'asker'"):
-        make_critic("pairwise", {"asker": 1})
+    with pytest.raises(RewardError, match="no setting 'judge_model'"):
+        make_critic("pairwise", {"judge_model": 1})
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_an_unknown_critic_or_setting_is_named_with_its_neighbour():
 )
 def test_a_setting_of_the_wrong_type_is_told_before_anything_runs(kind, settings, message):
     with pytest.raises(RewardError, match=re.escape(message)):
-        make_critic(kind, settings, asker=FunctionAsker())
+        make_critic(kind, settings, judge_model=FunctionModel())
 
 
 def test_whole_numbers_do_for_numbers():

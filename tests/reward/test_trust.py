@@ -27,7 +27,7 @@ from reward.reliability import (
     panel_agreement,
     shuffle_images,
 )
-from tests.reward.askers import FunctionAsker, QualityAsker
+from tests.reward.judge_models import FunctionModel, QualityModel
 
 # Pictures are words; a response is good as far as its letters are in the picture.
 PICTURES = ["abcd", "efgh", "ijkl", "mnop"]
@@ -39,13 +39,13 @@ def seen(image: str, response: str) -> float:
     return float(sum(letter in image for letter in response))
 
 
-def judged(asker, items):
-    return PairwiseCritic(asker, prompt="pairwise_short").judge(items)
+def judged(judge_model, items):
+    return PairwiseCritic(judge_model, prompt="pairwise_short").judge(items)
 
 
-def dependence(asker, control):
-    real = judged(asker, ITEMS)
-    return image_dependence([real[place] for place in control.places], judged(asker, control.items))
+def dependence(judge_model, control):
+    real = judged(judge_model, ITEMS)
+    return image_dependence([real[place] for place in control.places], judged(judge_model, control.items))
 
 
 BLANK = blank_images(ITEMS, lambda image: "")
@@ -54,13 +54,13 @@ SHUFFLED = shuffle_images(ITEMS)
 
 def test_a_critic_that_looks_changes_its_mind_without_the_image():
     for control in (BLANK, SHUFFLED):
-        found = dependence(QualityAsker(seen), control)
+        found = dependence(QualityModel(seen), control)
         assert found.num_compared == 4 * 20
         assert found.changed > 0.3
 
 
 def test_a_critic_that_ignores_the_image_is_caught_by_both_controls():
-    blind = QualityAsker(lambda image, response: float(len(response)))
+    blind = QualityModel(lambda image, response: float(len(response)))
     for control in (BLANK, SHUFFLED):
         assert dependence(blind, control).changed == 0.0
     measures = measure_trust(judged(blind, ITEMS), blank=dependence(blind, BLANK), shuffled=dependence(blind, SHUFFLED))
@@ -72,7 +72,7 @@ def test_a_critic_that_ignores_the_image_is_caught_by_both_controls():
 
 
 def test_a_critic_that_always_prefers_the_first_is_caught_by_its_bias_and_by_the_controls():
-    first = QualityAsker(lambda image, response: 0.0, lean=3.0)
+    first = QualityModel(lambda image, response: 0.0, lean=3.0)
     measures = measure_trust(judged(first, ITEMS), blank=dependence(first, BLANK))
     assert measures["position_bias"] == 1.0
     assert measures["consistency"] == 0.0
@@ -81,10 +81,10 @@ def test_a_critic_that_always_prefers_the_first_is_caught_by_its_bias_and_by_the
 
 
 def test_controls_work_on_ratings_too():
-    def row(turn: str, asker=None) -> list[float]:
+    def row(turn: str, judge_model=None) -> list[float]:
         return [math.log(0.5)] * 2 + [-math.inf] * 9
 
-    flat = PointwiseCritic(FunctionAsker(row=row)).judge(ITEMS)
+    flat = PointwiseCritic(FunctionModel(row=row)).judge(ITEMS)
     assert image_dependence(flat, flat) is None
     one = [Judgement([3.0, 2.0, 1.0])]
     # Of the pairs 0-1, 0-2, 1-2 the control turns the first round, keeps the second and ties the third.

@@ -18,7 +18,7 @@ from PIL import Image
 from align.engines.base import SamplingSettings
 from align.engines.server.endpoint import Abilities, RetryLaterError
 from align.errors import UserError
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 
 # Seeds that every server takes, with room for 256 samples behind each.
 SEED_RANGE = 2**31 - 256
@@ -72,7 +72,7 @@ def chat_messages(messages: Sequence[dict[str, Any]], uris: Sequence[str]) -> li
     return chat
 
 
-def ask_messages(ask: Ask, branch: int, uris: Sequence[str]) -> list[dict[str, Any]]:
+def ask_messages(ask: BranchedPrompt, branch: int, uris: Sequence[str]) -> list[dict[str, Any]]:
     """A branch of an ask: its images, then its text."""
     system = [] if ask.system is None else [{"role": "system", "content": ask.system}]
     user = [{"type": "image"} for _ in ask.images] + [{"type": "text", "text": ask.turn(branch)}]

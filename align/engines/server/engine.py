@@ -31,7 +31,7 @@ from align.engines.server.options import Step, from_text, num_tokens_to_see, opt
 from align.engines.server.probe import CONTINUE, continued
 from align.errors import UserError
 from align.log import log
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 
 ItemT = TypeVar("ItemT")
 
@@ -103,7 +103,7 @@ class ServerEngine:
         """Raises UserError: the interface has no log-probabilities of given tokens behind images."""
         raise UserError("servers give no log-probabilities of given responses", fix="leave evaluate.servers empty")
 
-    def log_probs(self, asks: Sequence[Ask]) -> list[Any]:
+    def log_probs(self, asks: Sequence[BranchedPrompt]) -> list[Any]:
         """Per ask `(num_branches, num_options)` float64; a row of nan where a branch failed.
 
         How far a value is the log-probability of a whole option depends on the server: `server_options`, `notes`.
@@ -117,7 +117,7 @@ class ServerEngine:
         self._answer(asks, fill)
         return list(tables)
 
-    def generate(self, asks: Sequence[Ask], *, max_new_tokens: int) -> list[list[str | None]]:
+    def generate(self, asks: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
         """Per ask and branch the greedy answer, None where it failed."""
         texts: list[list[str | None]] = [[None] * len(ask.branches) for ask in asks]
 
@@ -170,7 +170,9 @@ class ServerEngine:
         self.counts["token counts guessed from lengths"] += sum(not choice.exact for choice in choices)
         return choices
 
-    def _answer(self, asks: Sequence[Ask], fill: Callable[[int, int, list[str], Endpoint | None], Any]) -> None:
+    def _answer(
+        self, asks: Sequence[BranchedPrompt], fill: Callable[[int, int, list[str], Endpoint | None], Any]
+    ) -> None:
         """Fill every branch: an ask's first one alone, so that the server has its prompt in the cache for the others."""
 
         async def guarded(index: int, branch: int, uris: list[str], prefer: Endpoint | None) -> Endpoint | None:
@@ -192,7 +194,7 @@ class ServerEngine:
         self._run(range(len(asks)), one)
 
     async def _log_probs(
-        self, ask: Ask, branch: int, uris: list[str], prefer: Endpoint | None
+        self, ask: BranchedPrompt, branch: int, uris: list[str], prefer: Endpoint | None
     ) -> tuple[np.ndarray, Endpoint]:
         messages = ask_messages(ask, branch, uris)
         to_see = num_tokens_to_see(ask.options)

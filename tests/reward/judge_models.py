@@ -1,4 +1,4 @@
-"""Askers that answer from a rule: real implementations of the protocol, small enough to know what must come out."""
+"""Judge models that answer from a rule: real implementations of the protocol, small enough to know what must come out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from reward.judge_model import Ask
+from reward.judge_model import BranchedPrompt
 
 # What stands before each response in the built-in pairwise prompts.
 FIRST, SECOND, END = "The first response: [", "]\nThe second response: [", "]"
@@ -20,7 +20,7 @@ def two_responses(turn: str) -> tuple[str, str]:
     return first, rest.split(END, 1)[0]
 
 
-class QualityAsker:
+class QualityModel:
     """Prefers the response with the higher quality; the probability is the logistic of the difference.
 
     `quality(image, response)`; `lean` is added in favour of whatever stands first. Options are in the prompts'
@@ -33,43 +33,45 @@ class QualityAsker:
         self.quality, self.lean, self.tie_below, self.mass = quality, lean, tie_below, mass
         self.num_branches = 0
 
-    def log_probs(self, asks: Sequence[Ask]) -> list[Any]:
-        return [np.array([self._row(ask, branch) for branch in range(len(ask.branches))]) for ask in asks]
+    def log_probs(self, prompts: Sequence[BranchedPrompt]) -> list[Any]:
+        return [np.array([self._row(prompt, branch) for branch in range(len(prompt.branches))]) for prompt in prompts]
 
-    def generate(self, asks: Sequence[Ask], *, max_new_tokens: int) -> list[list[str | None]]:
+    def generate(self, prompts: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
         return [
-            [ask.options[int(np.argmax(row))] + ", because it is so." for row in table]
-            for ask, table in zip(asks, self.log_probs(asks), strict=True)
+            [prompt.options[int(np.argmax(row))] + ", because it is so." for row in table]
+            for prompt, table in zip(prompts, self.log_probs(prompts), strict=True)
         ]
 
-    def _row(self, ask: Ask, branch: int) -> list[float]:
+    def _row(self, prompt: BranchedPrompt, branch: int) -> list[float]:
         self.num_branches += 1
-        image = ask.images[0] if ask.images else None
-        first, second = two_responses(ask.turn(branch))
+        image = prompt.images[0] if prompt.images else None
+        first, second = two_responses(prompt.turn(branch))
         difference = self.quality(image, first) - self.quality(image, second) + self.lean
         p_first = 1 / (1 + math.exp(-difference))
         shares = [p_first, 1 - p_first]
-        if len(ask.options) == 3:
+        if len(prompt.options) == 3:
             tie = 0.9 if abs(difference) < self.tie_below else 0.01
             shares = [share * (1 - tie) for share in shares] + [tie]
         return [math.log(share * self.mass) if share else -math.inf for share in shares]
 
 
-class FunctionAsker:
+class FunctionModel:
     """Answers every branch from a function of its turn: a row of log-probabilities, or a text."""
 
     def __init__(
         self, row: Callable[[str], Sequence[float]] | None = None, text: Callable[[str], str | None] | None = None
     ) -> None:
         self.row, self.text = row, text
-        self.asks: list[Ask] = []
+        self.prompts: list[BranchedPrompt] = []
 
-    def log_probs(self, asks: Sequence[Ask]) -> list[Any]:
+    def log_probs(self, prompts: Sequence[BranchedPrompt]) -> list[Any]:
         assert self.row is not None
-        self.asks += asks
-        return [np.array([self.row(ask.turn(branch)) for branch in range(len(ask.branches))]) for ask in asks]
+        self.prompts += prompts
+        return [
+            np.array([self.row(prompt.turn(branch)) for branch in range(len(prompt.branches))]) for prompt in prompts
+        ]
 
-    def generate(self, asks: Sequence[Ask], *, max_new_tokens: int) -> list[list[str | None]]:
+    def generate(self, prompts: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
         assert self.text is not None
-        self.asks += asks
-        return [[self.text(ask.turn(branch)) for branch in range(len(ask.branches))] for ask in asks]
+        self.prompts += prompts
+        return [[self.text(prompt.turn(branch)) for branch in range(len(prompt.branches))] for prompt in prompts]

@@ -11,7 +11,7 @@ LOCK := locks/dev.txt
 UV = $(BIN)/uv
 COMPILE = $(UV) pip compile --quiet --config-file locks/uv.toml --custom-compile-command 'make lock'
 
-.PHONY: demo test lint types tests test-oldest test-newest docs lock clean
+.PHONY: demo test lint types tests test-oldest test-newest test-vllm docs lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/align demo --folder demo-run
@@ -41,12 +41,18 @@ test-newest: $(VENV)/.dev
 	$(COMPILE) --upgrade --python $(BIN)/python pyproject.toml $(EXTRAS:%=--extra %) -o build/newest.txt
 	$(MAKE) tests VENV=.venv-newest LOCK=build/newest.txt PYTEST="-m 'not locked'"
 
+# The plugin and the engine against vLLM itself, with the transformers that vLLM wants.
+test-vllm:
+	$(MAKE) .venv-vllm/.dev VENV=.venv-vllm LOCK=locks/vllm.txt
+	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest tests/vllm
+
 # All packages to the newest versions that pyproject.toml and locks/held.txt admit, for every Python and system.
 lock: $(VENV)/.dev
 	$(COMPILE) --upgrade --universal -c locks/held.txt --overrides locks/overrides.txt pyproject.toml $(EXTRAS:%=--extra %) -o locks/dev.txt
 	$(COMPILE) --upgrade --universal -c locks/dev.txt --overrides locks/overrides.txt pyproject.toml --extra demo -o locks/demo.txt
 	$(COMPILE) --upgrade --universal -c locks/dev.txt locks/install.in -o locks/install.txt
 	$(COMPILE) --upgrade --python-version 3.11 --resolution lowest-direct pyproject.toml $(EXTRAS:%=--extra %) -o locks/oldest.txt
+	$(COMPILE) --upgrade --python-version 3.11 --overrides locks/vllm-overrides.txt pyproject.toml --extra servers --extra sentencepiece locks/vllm.in -o locks/vllm.txt
 
 # torch before the rest and alone with what its build requires: CUDA's libraries on most systems, nothing for a CPU build.
 $(VENV)/.torch: locks/install.txt $(LOCK)

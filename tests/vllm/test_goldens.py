@@ -9,7 +9,8 @@ from align.models.load import load_processor
 from tests.models.goldens import GOLDENS, VL360
 from tests.vllm.conftest import opened, with_images
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+# Not `vllm`: this folder would pass for it.
+sampling_params = pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed")
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, "logprobs": 20}
 
@@ -18,7 +19,8 @@ GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, "logprobs": 20
 def served(request):
     golden = request.param
     limit = {"image": 1 if golden is VL360 else 8}
-    with opened(golden.folder, limit_mm_per_prompt=limit) as llm:
+    most = min(8192, golden.model.config.max_position_embeddings)
+    with opened(golden.folder, limit_mm_per_prompt=limit, max_model_len=most) as llm:
         yield golden, llm
 
 
@@ -42,11 +44,13 @@ def images_of(golden, name):
 
 
 def answers(golden, llm, *names):
-    conversations = [with_images(golden.ask(golden.cases[name])["conversation"], images_of(golden, name)) for name in names]
+    conversations = [
+        with_images(golden.ask(golden.cases[name])["conversation"], images_of(golden, name)) for name in names
+    ]
     settings = settings_of(golden, names[0])
     return llm.chat(
         conversations,
-        vllm.SamplingParams(**GREEDY),
+        sampling_params.SamplingParams(**GREEDY),
         chat_template=chat_template(load_processor(golden.folder, **settings)),
         chat_template_content_format="openai",
         add_generation_prompt=conversations[0][-1]["role"] != "assistant",
@@ -76,7 +80,7 @@ def test_every_case_equals_the_original_one_by_one(served):
 def test_cases_that_are_asked_together_equal_the_original(served):
     golden, llm = served
     batches = [[name for name in names if name in names_of(golden)] for names in golden.batches(3000)]
-    assert batches
-    for names in batches:
+    assert any(len(names) > 1 for names in batches)
+    for names in filter(None, batches):
         for name, answer in zip(names, answers(golden, llm, *names), strict=True):
             check(golden, name, answer)

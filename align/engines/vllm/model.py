@@ -39,10 +39,11 @@ class VisualModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         self.config = vllm_config.model_config.hf_config
         self.family = FAMILIES[self.config.architectures[0]]
         self.narrow = NarrowHeads.of(self.config, self.text_architecture)
-        self.configure_mm_token_handling(self.config.vocab_size, self.placeholder_ids())
-        with self._mark_tower_model(vllm_config, "image"):
+        # These come from vLLM's interfaces, which mypy does not see behind nn.Module.
+        self.configure_mm_token_handling(self.config.vocab_size, self.placeholder_ids())  # type: ignore[operator]
+        with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
             self.visual = encoders_of(self.family, self.config, vllm_config.model_config.dtype)
-        with self._mark_language_model(vllm_config):
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model = init_vllm_registered_model(
                 vllm_config,
                 hf_config=self.narrow.config,
@@ -108,7 +109,7 @@ class VisualModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
     def _is_unused(self, name: str, stored: str) -> bool:
         """Whether a tensor is stored and never read: an unused module, or a buffer that transformers 4 stored."""
         unused = self.family.model.unused_modules
-        prefixes = unused.fget(self) if isinstance(unused, property) else unused
+        prefixes = unused.__get__(self) if isinstance(unused, property) else unused
         disk_prefixes = tuple(_on_disk(f"{prefix}.", self.family) for prefix in prefixes)
         is_buffer = any(re.search(pattern, name) for pattern in self.family.stored_buffers)
         return is_buffer or stored.startswith(disk_prefixes)

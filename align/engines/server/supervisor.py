@@ -1,0 +1,106 @@
+"""Runs one server and ends it with whoever started it: a command line in, a server that is restarted when it dies.
+
+Started as a program of its own, without the toolkit's imports:
+
+    python supervisor.py MAX_RESTARTS STOP_S COMMAND...
+
+Standard input is a pipe that the starting process holds and never writes to. It closes however that process ends, also by
+SIGKILL; the server is then asked to stop (SIGTERM), and after STOP_S seconds it and all that it started are killed. On
+Linux what the server leaves behind is adopted by this process, and the server dies with this process too. Exits with 0
+when it was told to stop, with 1 when the server has died once more than it may be restarted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+LOOK_EVERY_S = 0.2
+PAUSE_S = 1.0
+
+
+def main(arguments: list[str]) -> int:
+    max_restarts, stop_s, command = int(arguments[0]), float(arguments[1]), arguments[2:]
+    started_by = os.getppid()
+    told: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: told.append(number))
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    for restart in range(max_restarts + 1):
+        server = _start(command)
+        while server.poll() is None:
+            if told or _is_closed(sys.stdin.fileno(), LOOK_EVERY_S) or os.getppid() != started_by:
+                _stop(server, stop_s)
+                return 0
+        _kill_descendants()
+        left = max_restarts - restart
+        _say(f"the server ended with code {server.returncode}; {left} restarts left")
+        if left:
+            time.sleep(PAUSE_S)
+    return 1
+
+
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
+    _say(f"starting: {' '.join(command)}")
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+    )
+
+
+def _stop(server: subprocess.Popen[bytes], stop_s: float) -> None:
+    server.terminate()
+    try:
+        server.wait(stop_s)
+    except subprocess.TimeoutExpired:
+        _say(f"the server did not stop within {stop_s:g} s and is killed")
+    _kill_descendants()
+
+
+def _kill_descendants() -> None:
+    """Until none is left: one may start another while it is killed."""
+    while found := psutil.Process().children(recursive=True):
+        for process in found:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(found, timeout=5)
+        _reap()
+
+
+def _reap() -> None:
+    """Takes note of adopted processes that have ended; they would stay as zombies."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+def _is_closed(pipe: int, wait_s: float) -> bool:
+    ready, _, _ = select.select([pipe], [], [], wait_s)
+    return bool(ready) and not os.read(pipe, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _say(text: str) -> None:
+    print(f"[align {time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

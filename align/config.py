@@ -81,7 +81,7 @@ class ModelSettings(Section):
         "auto",
         description="type of the weights; auto: bfloat16 on a GPU that has it, else float32; float32 where they are trained",
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", description="auto, cpu, cuda, mps, xpu or npu; one of several: cuda:N")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention outside the shared prefix"
     )

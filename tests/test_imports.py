@@ -12,13 +12,27 @@ ROOT = Path(__file__).parent.parent
 
 # What each folder (or module beside them) may import, lazily or not. `align` is the package itself; what stands in
 # BASE may be imported from everywhere.
-BASE = {"errors", "log", "records", "config", "files", "statistics", "secrets", "reward", "align"}
+BASE = {
+    "accelerator",
+    "versions",
+    "errors",
+    "log",
+    "records",
+    "config",
+    "files",
+    "statistics",
+    "secrets",
+    "reward",
+    "align",
+}
 ALLOWED: dict[str, set[str]] = {
     "reward": set(),
     "align": {"config", "engines", "loop", "report", "run"},
+    "accelerator": set(),
     "errors": {"reward"},
     "log": set(),
     "secrets": set(),
+    "versions": {"errors"},
     "statistics": set(),
     "files": {"errors", "log"},
     "records": {"errors", "reward"},

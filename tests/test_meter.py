@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from align.monitoring.cost import count_tokens, device_in_use, metered, spent_on
+from align.accelerator import name_in_use
+from align.monitoring.cost import count_tokens, metered, spent_on
 from align.run.folder import RunDir
 
 
@@ -54,7 +55,7 @@ def test_gpu_seconds_and_tokens_are_added_over_processes_and_the_time_is_the_mai
 
 def test_a_killed_process_has_left_its_last_beat(tmp_path):
     code = (
-        "import time, sys; from pathlib import Path; from align.monitoring import meter; meter.EVERY_S = 0.02\n"
+        "import time, sys; from pathlib import Path; from align.monitoring import cost as meter; meter.EVERY_S = 0.02\n"
         "with meter.metered(Path(sys.argv[1]), 'score'): meter.count_tokens(read=3); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
@@ -93,5 +94,5 @@ def test_a_process_that_uses_a_gpu_says_so_and_its_seconds_are_gpu_seconds(tmp_p
     with metered(tmp_path, "evaluate"):
         torch.zeros(1, device="cuda")
         time.sleep(0.05)
-    assert device_in_use().startswith("cuda (")
+    assert name_in_use().startswith("cuda (")
     assert spent_on(tmp_path, "evaluate")["gpu_seconds"] >= 0.05

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align import accelerator
 from align.config import Config
 from align.errors import UserError, reward_faults
 from align.media.images import ImageStore
@@ -317,9 +318,9 @@ def _launch(config: Config, found: Preflight) -> None:
             f"launch.machine_rank is {launch.machine_rank} of {launch.num_machines} machines",
             fix="ranks count from 0 to launch.num_machines - 1",
         )
-    gpus = torch.cuda.device_count()
-    device = torch.device("cuda" if gpus and config.model.device != "cpu" else "cpu")
-    if device.type == "cuda" and launch.num_processes > gpus:
+    gpus = accelerator.count()
+    device = torch.device(accelerator.kind() if config.model.device != "cpu" else "cpu")
+    if device.type != "cpu" and launch.num_processes > gpus:
         raise UserError(
             f"launch.num_processes is {launch.num_processes}, but {gpus} GPUs are visible",
             fix="set it to the number of GPUs, or check CUDA_VISIBLE_DEVICES",

@@ -122,3 +122,11 @@ def demo(
     from align.demo.play import play_demo
 
     play_demo(folder, rounds=rounds, seed=seed, control=control)
+
+
+@app.command(epilog="Example:  align env > env.txt   (for a bug report)")
+def env() -> None:
+    """Print versions, devices, strategies and what is missing: what a bug report needs, nothing private."""
+    from align.check.environment import environment
+
+    typer.echo(environment())

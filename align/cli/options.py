@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import align
 from align.config import CONFIG_NAME
 
 app = typer.Typer(
@@ -14,11 +15,25 @@ app = typer.Typer(
     help="Iterative DPO for vision-language models: sample, score, dpo, round after round.",
     epilog="Start with `align demo` (offline, on a CPU) or `align init`.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"valley-align {align.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What `align` takes without a command."""
 
 
 ConfigOption = Annotated[

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
+from align import accelerator
+
 # One rank may be given much longer questions than another; the default of ten minutes would end the run.
 PATIENCE = timedelta(hours=12)
 # Exit code of a process of a launch that wants all of them to be started again (EX_TEMPFAIL of sysexits.h).
@@ -28,7 +30,6 @@ def barrier() -> None:
     """Wait until every process of the launch is here."""
     if world_size() == 1:
         return
-    import torch
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).wait_for_everyone()
+    PartialState(cpu=accelerator.kind() == "cpu", timeout=PATIENCE).wait_for_everyone()

@@ -76,7 +76,7 @@ def fault_of(error: Exception) -> Fault:
 def killed_by(number: int, rank: int) -> Fault:
     """A process that a signal ended, so that it could leave nothing itself."""
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    hint = ": the machine's memory may have run out" if number == signal.SIGKILL else ""
+    hint = ": the machine's memory may have run out" if name == "SIGKILL" else ""
     # Launchers end the neighbours of a dead process with SIGTERM, and some libraries abort themselves.
     kind: Kind = "neighbour" if number in (signal.SIGTERM, signal.SIGABRT) else "ours"
     return Fault(f"ended by {name}{hint}", OUR_FAULT, kind, rank=rank)
@@ -150,10 +150,15 @@ def _folder_of_launch() -> Path:
 
     launcher = psutil.Process(os.getppid())
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    name = f"align-{os.getuid()}-{launcher.pid}-{launcher.create_time():.2f}-{attempt}"
+    name = f"align-{_user()}-{launcher.pid}-{launcher.create_time():.2f}-{attempt}"
     folder = Path(tempfile.gettempdir()) / name
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def _user() -> int:
+    """Tells users of one temporary folder apart; on Windows each has a folder of their own."""
+    return os.getuid() if hasattr(os, "getuid") else 0
 
 
 def _is_first(fault: Fault, folder: Path) -> bool:

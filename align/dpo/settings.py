@@ -15,6 +15,7 @@ import torch
 from transformers.integrations import integration_utils
 from trl import DPOConfig
 
+from align import accelerator
 from align.config import Config, DpoSettings
 from align.errors import UserError
 from align.tracking.trackers import OF_TRANSFORMERS, check_trackers, tracker_names
@@ -102,11 +103,11 @@ def training_arguments(
     """
     check_fields(config.dpo)
     others = trackers_of_transformers(config)
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type != "cpu"
     fields = RECIPE | {
-        "bf16": on_gpu and dtype != torch.float16 and torch.cuda.is_bf16_supported(),
+        "bf16": dtype != torch.float16 and accelerator.has_bfloat16(device),
         "gradient_checkpointing": on_gpu,
-        "dataloader_pin_memory": on_gpu,
+        "dataloader_pin_memory": on_gpu and device.type not in accelerator.ALONE,
         # Images are opened and cut up while the GPU computes.
         "dataloader_num_workers": 4 if on_gpu else 0,
         "seed": config.seed,

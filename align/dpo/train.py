@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig
 
+from align import accelerator
 from align.config import Config
 from align.distributed.ranks import TRY_AGAIN, world_size
 from align.dpo.auto_batch_size import is_out_of_memory, note_on_batch, remember_smaller_batch, with_batch_that_fits
@@ -92,7 +93,7 @@ def run_dpo(config: Config, number: int) -> None:
     ):
         while not _train_within_memory(config, this, policy, device, dtype, strategy, pairs, trackers):
             gc.collect()
-            torch.cuda.empty_cache()
+            accelerator.empty_cache()
 
 
 def _train_within_memory(
@@ -191,7 +192,7 @@ class DpoStage:
             # Freed here, where its last name is: there may not be room for it and the pieces.
             del model
             gc.collect()
-            torch.cuda.empty_cache()
+            accelerator.empty_cache()
             model = self.load(self.policy)
         trainer = self._trainer(model, pairs, lengths, collator, reference)
         check_distribution(self.strategy, trainer.accelerator.distributed_type)

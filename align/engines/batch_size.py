@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from align import accelerator
 from align.errors import UserError
 
 # More does not make a CPU faster, and needs memory.
@@ -50,15 +51,13 @@ class Budget:
         self.num_retreats += 1
         self._limit = num_items // 2
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        accelerator.empty_cache()
 
     def _by_memory(self, prompt_tokens: int, new_tokens: int) -> int:
         device = next(self.model.parameters()).device
-        if device.type != "cuda":
+        free = accelerator.free_memory(device)
+        if free is None:
             return CPU_TOKENS // prompt_tokens
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         cached, working = token_bytes(self.model)
         needed = prompt_tokens * (cached + working) + new_tokens * cached
         return min(GPU_TOKENS // prompt_tokens, int(free * MEMORY_SHARE) // needed)

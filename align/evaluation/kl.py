@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from align import accelerator
 from align.config import Config
 from align.log import log
 from align.records import Evaluation, ResponseLogProbs
@@ -56,9 +56,7 @@ class OneModel:
         """Give back the model's memory."""
         self._engine = self._checkpoint = None
         gc.collect()
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        accelerator.empty_cache()
 
 
 def is_measured(config: Config, number: int) -> bool:

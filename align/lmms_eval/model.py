@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from align import accelerator
 from align.errors import UserError
 from align.lmms_eval.instances import Answered
 from align.lmms_eval.requests import Answerer
@@ -12,7 +13,6 @@ from align.lmms_eval.requests import Answerer
 
 def as_model(answerer: Answerer) -> Any:
     """A `lmms_eval.api.model.lmms` that answers through `answerer`, whose `datasets` lmms-eval fills."""
-    import torch
     from accelerate import Accelerator
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
@@ -21,7 +21,7 @@ def as_model(answerer: Answerer) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.task_dict = answerer.datasets
-            self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            self.accelerator = Accelerator(cpu=accelerator.kind() == "cpu")
             self.device = self.accelerator.device
 
         def generate_until(self, requests: list[Any]) -> list[str]:

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
 
+from align import accelerator
 from align.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(setting: str) -> torch.device:
-    """The device of this process: its own GPU under a launcher, else the first one, else the CPU."""
+    """The device of this process: its own GPU under a launcher, else the first one, else the CPU.
+
+    Raises:
+        UserError: the setting is no device, or one that torch does not see.
+    """
+    there = accelerator.kind()
     if setting == "auto":
-        return (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            if torch.cuda.is_available()
-            else torch.device("cpu")
+        return torch.device(there, int(os.environ.get("LOCAL_RANK", "0"))) if there != "cpu" else torch.device("cpu")
+    kind = setting.partition(":")[0]
+    device = None
+    if kind in accelerator.KINDS:
+        # torch knows the name `npu` only where torch_npu is.
+        with contextlib.suppress(RuntimeError):
+            device = torch.device(setting)
+    elif kind not in accelerator.KINDS:
+        kinds = ", ".join(accelerator.KINDS)
+        raise UserError(
+            f"model.device {setting!r} is no device", fix=f"use auto, {kinds}, or one with a number: cuda:1"
         )
-    try:
-        device = torch.device(setting)
-    except RuntimeError:
-        raise UserError(f"model.device {setting!r} is no device", fix="use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"model.device is {setting!r}, but no GPU is visible", fix="set model.device=auto")
+    if device is None or device.type not in ("cpu", there):
+        raise UserError(
+            f"model.device is {setting!r}, but torch sees " + ("no accelerator" if there == "cpu" else f"only {there}"),
+            fix="set model.device=auto, or install the torch build for that device (`align env` says what is there)",
+        )
     return device
 
 
 def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """float32 on a CPU, bfloat16 on a GPU that has it, unless the setting names another."""
+    """float32 on a CPU, bfloat16 on an accelerator that has it, unless the setting names another."""
     if setting != "auto":
         return DTYPES[setting]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if accelerator.has_bfloat16(device) else torch.float32

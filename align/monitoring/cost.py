@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from align import accelerator
 from align.distributed.ranks import rank, world_size
 
 EVERY_S = 10.0
@@ -115,10 +115,10 @@ class _Meter:
         self._writing = threading.Lock()
 
     def save(self) -> None:
-        seconds, device = time.monotonic() - self.started, device_in_use()
+        seconds, device = time.monotonic() - self.started, accelerator.name_in_use()
         now = Spent(
             seconds,
-            seconds if device.startswith("cuda") else 0.0,
+            0.0 if device == "cpu" else seconds,
             time.process_time() - self.busy,
             _tokens.tokens_read - self.tokens.tokens_read,
             _tokens.tokens_written - self.tokens.tokens_written,
@@ -129,15 +129,6 @@ class _Meter:
             temporary = self.path.with_name(f"{self.path.name}.tmp")
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(self.path)
-
-
-def device_in_use() -> str:
-    """`cuda (its name)` once this process has begun to use a GPU, which it then holds, else `cpu`."""
-    # Looked up like this, for a beat may come while torch is being imported.
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    if not getattr(cuda, "is_initialized", bool)():
-        return "cpu"
-    return f"cuda ({cuda.get_device_name()})"  # type: ignore[union-attr]
 
 
 def _file(folder: Path, stage: str, which: int | str) -> Path:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from dataclasses import dataclass
+from typing import Any
 
+from align import accelerator
 from align.monitoring.format import size
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes in use and their peak since the process began; `device` is `cuda` or `cpu`.
+    """Bytes in use and their peak since the process began; `device` is `cpu`, `cuda` or another accelerator.
 
     On a GPU these are what torch has allocated, on a CPU what the process holds in memory (RSS).
     """
@@ -41,13 +42,21 @@ class Footprint:
 
 def footprint() -> Footprint:
     """Of this process, now; torch is asked only where this process has begun to use a GPU."""
-    # Looked up like this, for a thread may look while torch is being imported.
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    if getattr(cuda, "is_initialized", bool)():
-        return Footprint(cuda.memory_allocated(), cuda.max_memory_allocated(), "cuda")  # type: ignore[union-attr]
+    module = accelerator.in_use()
+    if module is not None and hasattr(module, "max_memory_allocated"):
+        return Footprint(module.memory_allocated(), module.max_memory_allocated(), accelerator.name_of(module))
     import psutil
 
-    used = psutil.Process().memory_info().rss
+    memory = psutil.Process().memory_info()
+    return Footprint(memory.rss, max(memory.rss, _peak(memory)), "cpu")
+
+
+def _peak(memory: Any) -> int:
+    """The most bytes this process has held so far; `memory` is psutil's `memory_info`."""
+    try:
+        import resource
+    except ImportError:
+        # Windows, where psutil knows.
+        return memory.peak_wset
     # ru_maxrss counts KiB on Linux and bytes on macOS.
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Footprint(used, max(used, most), "cpu")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from align import accelerator
 from align.config import Config
 from align.distributed.ranks import world_size
 from align.errors import UserError
@@ -85,6 +86,10 @@ def chosen_strategy(config: Config, device: torch.device) -> str:
 
 def check_strategy(strategy: str, device: torch.device) -> None:
     """Raise UserError where several processes cannot train with this strategy."""
+    if device.type in accelerator.ALONE:
+        raise UserError(
+            f"several processes cannot train on {device.type}", fix="use one process (launch.num_processes=1)"
+        )
     if strategy == "fsdp2" and device.type == "cpu":
         raise UserError(
             "launch.strategy is fsdp2, which accelerate has for accelerators only: on a CPU it would silently train as ddp",

@@ -1,4 +1,4 @@
-"""Commands about one checkpoint: what it is, other layouts, the Hub, a conversation; and the demo."""
+"""Commands about one checkpoint: what it is, other layouts, the Hub, a conversation; the demo; what is installed here."""
 
 from __future__ import annotations
 

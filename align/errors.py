@@ -1,4 +1,7 @@
-"""The one exception a user ever sees: what was expected, what was found, where, and what to do."""
+"""The one exception a user ever sees: what was expected, what was found, where, and what to do.
+
+And the predicates that tell what a library's exception means: a file that could not be written, memory that ran out.
+"""
 
 from __future__ import annotations
 
@@ -47,3 +50,30 @@ def writing_failed(error: Exception) -> str | None:
     of_safetensors = type(error).__name__ == "SafetensorError" and "I/O error" in text
     of_torch = isinstance(error, RuntimeError) and "PytorchStreamWriter" in text
     return text.splitlines()[0] if of_safetensors or of_torch else None
+
+
+# What allocators say when there is nothing left: torch on CUDA, ROCm, MPS and CPUs, and the libraries that allocate for
+# themselves. cuDNN also calls sizes "not supported" for which it has no memory (pytorch issue 4107). In lower case.
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "status_alloc_failed",
+    "statusallocfailed",
+    "cudnn_status_not_supported",
+    "fatal error :: malloc",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of a GPU or of the machine ran out: less at a time may work.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    True
+    >>> is_out_of_memory(RuntimeError("shapes do not match")), is_out_of_memory(UserError("out of memory"))
+    (False, False)
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # torch's AcceleratorError and DistBackendError are RuntimeErrors.
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)

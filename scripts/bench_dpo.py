@@ -62,7 +62,7 @@ class Batches:
         ]
         inputs = {name: torch.cat([value.cpu()] * pairs) for name, value in inputs.items()}
         twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
-        self.plain = plain_batch(twice, responses, pad_token_id=0)
+        self.unshared = plain_batch(twice, responses, pad_token_id=0)
         self.shared = shared_batch(inputs, responses, pad_token_id=0)
         self.pairs = pairs
         turn = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
@@ -127,10 +127,10 @@ def stock_step(model: Any, batches: Batches, folder: str, device: str) -> Step:
         ref_model=copy.deepcopy(model),
         args=trainer_arguments(folder, device),
         train_dataset=Dataset.from_list([row]),
-        data_collator=lambda rows: batches.plain,
+        data_collator=lambda rows: batches.unshared,
         processing_class=llava_onevision_processor(),
     )
-    return Step(trainer, dict(batches.plain))
+    return Step(trainer, dict(batches.unshared))
 
 
 class GivenBatch:

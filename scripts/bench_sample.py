@@ -15,7 +15,7 @@ import torch
 from bench_common import Comparison, arguments, compare_in_turn, finish, growth, print_growth, prompt_inputs, start
 
 from align.engines.base import SamplingSettings
-from align.engines.sampling import SeededChooser, uniforms
+from align.engines.sampling import SeededSampler, uniforms
 from align.engines.shared_path import sample_behind
 from align.prefix.attention import stop_shared_prefix, use_shared_prefix
 
@@ -32,7 +32,7 @@ def compare(
     def ours() -> Any:
         use_shared_prefix(model)
         numbers = uniforms(range(batch_size), num_samples, NEW_TOKENS).to(inputs["input_ids"].device)
-        chooser = SeededChooser(SETTINGS, numbers, inputs["input_ids"])
+        chooser = SeededSampler(SETTINGS, numbers, inputs["input_ids"])
         return sample_behind(model, inputs, chooser, num_samples=num_samples, max_new_tokens=NEW_TOKENS, eos=[])
 
     @torch.no_grad()

@@ -24,8 +24,8 @@ from bench_common import (
     start,
 )
 
-from align.engines.prompts import AskTree
-from align.engines.shared_path import shared_ask_log_probs
+from align.engines.prompts import PromptTree
+from align.engines.shared_path import shared_log_probs
 from align.prefix.attention import stop_shared_prefix, use_shared_prefix
 from align.prefix.layout import Segment
 
@@ -34,27 +34,27 @@ OPTIONS = [[11], [12]]
 TARGET = (1000, 80, 5)
 
 
-def comparison_tree(response_tokens: int, num_responses: int) -> AskTree:
+def comparison_tree(response_tokens: int, num_responses: int) -> PromptTree:
     """First responses below the prompt, second responses with the question's rest below each, as an ask is cut."""
     generator = torch.Generator().manual_seed(1)
     responses = torch.randint(20, 4000, (num_responses, response_tokens), generator=generator).tolist()
     tail = torch.randint(20, 4000, (TAIL_TOKENS,), generator=generator).tolist()
-    segments, leaves = [], []
+    segments, leaf_segments = [], []
     for first in range(num_responses):
         parent = len(segments)
         segments.append(Segment(responses[first]))
         for second in range(num_responses):
             if second != first:
-                leaves.append(len(segments))
+                leaf_segments.append(len(segments))
                 segments.append(Segment(responses[second] + tail, parent))
-    return AskTree("", segments, leaves, OPTIONS)
+    return PromptTree("", segments, leaf_segments, OPTIONS)
 
 
-def full_prompts(inputs: dict[str, Any], tree: AskTree) -> dict[str, Any]:
+def full_prompts(inputs: dict[str, Any], tree: PromptTree) -> dict[str, Any]:
     """The same comparisons as full sequences of equal length, image in each."""
     paths = [
         [*tree.segments[tree.segments[leaf].parent or 0].token_ids, *tree.segments[leaf].token_ids]
-        for leaf in tree.leaves
+        for leaf in tree.leaf_segments
     ]
     tails = torch.tensor(paths, device=inputs["input_ids"].device)
     ids = torch.cat([inputs["input_ids"].expand(len(paths), -1), tails], dim=1)
@@ -68,11 +68,11 @@ def compare(
     inputs = prompt_inputs(model, prompt)
     tree = comparison_tree(response, num_responses)
     full = full_prompts(inputs, tree)
-    count = len(tree.leaves)
+    count = len(tree.leaf_segments)
 
     def ours() -> torch.Tensor:
         use_shared_prefix(model)
-        return torch.tensor(shared_ask_log_probs(model, inputs, [tree])[0])
+        return torch.tensor(shared_log_probs(model, inputs, [tree])[0])
 
     @torch.no_grad()
     def theirs(batch_size: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.local import LocalEngine
 from align.media.images import ImageStore
 from align.models.modules import freeze_parts
-from align.plan.ask_sizes import CountingModel
+from align.plan.branched_sizes import CountingModel
 from align.plan.prompt_sizes import PromptMeter, PromptSize
 from align.plan.shapes import model_shape
 from align.plan.speed import Machine, Speed

@@ -66,7 +66,7 @@ def test_a_round_through_the_real_commands(name, tmp_path):
         if name in PLAIN:
             assert PLAIN[name] in note, note
         else:
-            assert "shared and plain log-probabilities agree" in note, note
+            assert "shared and unshared log-probabilities agree" in note, note
     assert stages["dpo"]["counts"]["steps"] == 3
     before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "policy", round_ / "checkpoint"))
     assert before.keys() == after.keys()

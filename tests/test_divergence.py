@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from align.config import ModelSettings, load_config
-from align.engines.base import Continuations
+from align.engines.base import GivenResponses
 from align.engines.open import open_engine
 from align.evaluation.evaluate import run_evaluate
 from align.evaluation.kl import OneModel, divergence
@@ -156,9 +156,9 @@ def test_one_model_is_in_memory_at_a_time(fresh):
 
     models = OneModel(opened)
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
-    given = [Continuations("q", asked, ("images/0.png",), ((5, 6), (7,)))]
+    given = [GivenResponses("q", asked, ("images/0.png",), ((5, 6), (7,)))]
     for checkpoint in (fresh / "policy", fresh / "policy", fresh / "critic"):
-        models.get(str(checkpoint)).weigh(given, lambda *_: None)
+        models.get(str(checkpoint)).loglikelihood(given, lambda *_: None)
     assert most == [0, 0]
     models.close()
     assert not alive

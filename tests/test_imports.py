@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "run": BASE | {"distributed", "media", "monitoring"},
     "recipes": BASE,
     # What answers for a model.
-    "prefix": set(),
+    "prefix": {"errors"},
     "models": BASE | {"media", "prefix"},
     "data": BASE | {"media", "monitoring"},
     "tracking": BASE | {"run"},

@@ -166,7 +166,9 @@ def test_a_critic_is_counted_by_asking_it(tmp_path):
     by_name = {stage.name: stage for stage in plan.stages}
     engine = open_engine(str(folder / "critic"), config.model, open_image=ImageStore(folder).open)
     asked = []
-    engine.log_probs = lambda asks: asked.extend(asks) or [np.zeros((len(a.branches), len(a.options))) for a in asks]
+    engine.log_probs = lambda prompts: (
+        asked.extend(prompts) or [np.zeros((len(a.branches), len(a.options))) for a in prompts]
+    )
     tokenizer = engine.prompter.tokenizer
     responses = tuple(tokenizer.decode(tokenizer.encode(f"{k} and a cat on a mat, ")[:8]) for k in range(3))
     items = [
@@ -175,11 +177,11 @@ def test_a_critic_is_counted_by_asking_it(tmp_path):
     ]
     make_critic("pairwise", {}, judge_model=engine).judge(items)
     tokens = 0
-    for ask in asked:
-        tree = engine.prompter.tree_of(ask)
-        inputs = engine.prompter.encode([tree.prompt], [ask.images])
+    for branched in asked:
+        tree = engine.prompter.build_tree(branched)
+        inputs = engine.prompter.encode([tree.prompt], [branched.images])
         tokens += inputs["input_ids"].shape[1] + sum(len(segment.token_ids) for segment in tree.segments)
-        tokens += len(tree.leaves) * sum(len(option) - 1 for option in tree.options)
+        tokens += len(tree.leaf_segments) * sum(len(option) - 1 for option in tree.options)
     # Each of the four questions twice more, with a blank and with another image.
     assert by_name["score"].read_tokens == pytest.approx(3 * tokens, rel=0.02)
     # Each round against the first policy, and the second against the first.

@@ -149,9 +149,9 @@ def _near_by_hash(pictures: Sequence[Picture], evaluation: EvaluationImages, max
 def _near_by_tower(
     pictures: Sequence[Picture], evaluation: EvaluationImages, config: Config, tower: str, min_cosine: float
 ) -> list[Near]:
-    from align.engines.image_embeddings import open_tower
+    from align.engines.image_embeddings import open_image_embedder
 
-    embed = open_tower(tower, config.model)
+    embed = open_image_embedder(tower, config.model)
     images = ImageStore(config.question_images, config.max_image_pixels)
     log.info("embedding %d and %d images", len(pictures), len(evaluation.pictures))
     ours = embed(images.open(picture.reference) for picture in pictures)

@@ -239,7 +239,7 @@ def _critic(config: Config, found: Preflight) -> None:
             processor = load_processor(model.checkpoint, **model.processor)
             check_prompts(processor, model.checkpoint)
             # As every critic asks: a text with branches, cut where they begin.
-            Prompter(processor, images.open).tree_of(
+            Prompter(processor, images.open).build_tree(
                 BranchedPrompt((None,), None, "Which? ", (("a",), ("b",)), " Say.", ())
             )
     _check_answers(config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from accelerate.utils.memory import should_reduce_batch_size
 from trl import DPOConfig
 
 from align.config import Config, DpoSettings
@@ -18,11 +17,6 @@ from align.files import make_folder, write_text
 from align.log import log
 
 FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for what torch raises on GPUs and CPUs when memory ends."""
-    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
 def with_batch_that_fits(config: Config, trainer_folder: Path) -> Config:

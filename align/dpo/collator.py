@@ -104,7 +104,7 @@ class PairCollator:
             return
         if self.layout == "shared":
             layout = layout_of(batch)
-            longest = int((layout.prompt_lengths + (layout.depth_position + layout.is_token).amax(dim=1)).max())
+            longest = int((layout.prompt_lengths + (layout.path_position + layout.is_token).amax(dim=1)).max())
         else:
             longest = int(batch["attention_mask"].sum(dim=1).max())
         if longest > self.max_length:

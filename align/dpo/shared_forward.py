@@ -65,7 +65,7 @@ def in_shape_of_labels(stats: TokenStats, layout: Layout, labels: Tensor) -> Fus
     `labels` (K n, C) holds the first responses of all rows, then the second ones, and so on; -100 is padding.
     """
     wanted = labels != IGNORED_LABEL
-    num_segments = layout.lineage.shape[1]
+    num_segments = layout.ancestors.shape[1]
     picked = [layout.segment == segment for segment in range(num_segments)]
 
     def spread(values: Tensor | None) -> Tensor | None:

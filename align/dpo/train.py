@@ -26,7 +26,7 @@ from trl import DPOConfig
 from align import accelerator
 from align.config import Config
 from align.distributed.ranks import TRY_AGAIN, world_size
-from align.dpo.auto_batch_size import is_out_of_memory, note_on_batch, remember_smaller_batch, with_batch_that_fits
+from align.dpo.auto_batch_size import note_on_batch, remember_smaller_batch, with_batch_that_fits
 from align.dpo.callbacks import MetricsFile, StepProgress, StepTracker, StopOnSignal
 from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_inputs_of
 from align.dpo.qlora import is_quantised, peft_fields, quantization
@@ -38,7 +38,7 @@ from align.dpo.sharding.strategies import check_distribution, chosen_strategy, s
 from align.dpo.tokenize import PairLength, check_lengths, pair_lengths, spelling_placeholders
 from align.dpo.trainer import PairTrainer, check_projector, pair_dataset
 from align.engines.prompts import check_prompts
-from align.errors import UserError
+from align.errors import UserError, is_out_of_memory
 from align.log import log
 from align.media.images import ImageStore
 from align.models.device import DTYPES, pick_device
@@ -48,7 +48,7 @@ from align.models.modules import count_parameters, freeze_parts
 from align.models.save import save_checkpoint
 from align.monitoring.cost import count_tokens, save_spent
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
-from align.prefix.equivalence import prove
+from align.prefix.equivalence import check_equivalence
 from align.records import Pair, read_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
@@ -385,8 +385,8 @@ def choose_layout(setting: str, model: Any, collator: PairCollator, pairs: list[
         exact, reason = False, "the load-balancing loss of experts is not defined on shared prompts"
     else:
         batch = {name: value.to(model.device) for name, value in collator.collate(pairs).items()}
-        proof = prove(model, prompt_inputs_of(batch), layout_of(batch))
-        exact, reason = proof.exact, proof.reason
+        found = check_equivalence(model, prompt_inputs_of(batch), layout_of(batch))
+        exact, reason = found.exact, found.reason
     if exact:
         log.info("shared prefix: %s", reason)
         return "shared", reason

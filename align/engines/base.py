@@ -54,7 +54,7 @@ class SampleResult:
 
 
 @dataclass(frozen=True)
-class Continuations:
+class GivenResponses:
     """Given responses to a question, as tokens; `messages` and `images` as in `SampleRequest`."""
 
     id: str
@@ -68,7 +68,7 @@ class Engine(JudgeModel, Protocol):
 
     notes: dict[str, str]
     """What the manifest and the report should say, e.g. {"shared_prefix": "exact, max error 1e-6"} or the reason for
-    the plain path, and out-of-memory retreats."""
+    the unshared path, and how often the batch was halved for want of memory."""
 
     def sample(
         self,
@@ -79,9 +79,9 @@ class Engine(JudgeModel, Protocol):
         """Answer all requests, calling `on_result` as soon as one question is finished (in any order)."""
         ...
 
-    def weigh(
+    def loglikelihood(
         self,
-        given: Sequence[Continuations],
+        given: Sequence[GivenResponses],
         on_result: Callable[[str, list[list[float]]], None],
         *,
         temperature: float = 1.0,

@@ -25,12 +25,12 @@ MEMORY_SHARE = 0.6
 
 
 @dataclass
-class Budget:
-    """`fixed`: items a batch, None: as memory allows. `num_retreats` counts how often memory ran out."""
+class BatchSizer:
+    """`fixed`: items a batch, None: as memory allows. `num_halvings` counts how often memory ran out."""
 
     model: PreTrainedModel
     fixed: int | None = None
-    num_retreats: int = 0
+    num_halvings: int = 0
     _limit: int | None = None
 
     def num_items(self, prompt_tokens: int, new_tokens: int = 0) -> int:
@@ -41,14 +41,14 @@ class Budget:
             count = self._by_memory(prompt_tokens, new_tokens)
         return max(1, count if self._limit is None else min(count, self._limit))
 
-    def retreat(self, num_items: int) -> None:
+    def halve(self, num_items: int) -> None:
         """After `num_items` ran out of memory; raises UserError when it was only one."""
         if num_items <= 1:
             raise UserError(
                 "a single question does not fit into memory",
                 fix="let images have fewer tokens (model.processor), or ask for fewer or shorter responses",
             )
-        self.num_retreats += 1
+        self.num_halvings += 1
         self._limit = num_items // 2
         gc.collect()
         accelerator.empty_cache()
@@ -72,10 +72,3 @@ def token_bytes(model: PreTrainedModel) -> tuple[int, int]:
     cached = 2 * config.num_hidden_layers * heads * head_dim
     working = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     return size * cached, size * working
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -23,35 +23,35 @@ from align.prefix.rows import backbone_of
 from align.prefix.token_stats import final_logits
 
 # Buffers of keys grow by this many tokens a row.
-GROWTH_TOKENS = 256
+CAPACITY_STEP = 256
 # Drop ended branches when fewer than this part of the slots is alive: each drop copies the keys that remain.
 COMPACT_BELOW = 0.7
 
 
-class GrowingLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A cache layer with room to grow: appending copies the new keys only, not the whole cache."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.room: tuple[Tensor, Tensor] | None = None
+        self.capacity: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
         stop = start + key_states.shape[-2]
-        if self.room is None or self.room[0].shape[-2] < stop:
+        if self.capacity is None or self.capacity[0].shape[-2] < stop:
             old = (self.keys, self.values) if start else None
-            self.room = (_room_for(key_states, stop), _room_for(value_states, stop))
+            self.capacity = (_with_capacity(key_states, stop), _with_capacity(value_states, stop))
             if old is not None:
-                self.room[0][:, :, :start], self.room[1][:, :, :start] = old
-        self.room[0][:, :, start:stop] = key_states
-        self.room[1][:, :, start:stop] = value_states
+                self.capacity[0][:, :, :start], self.capacity[1][:, :, :start] = old
+        self.capacity[0][:, :, start:stop] = key_states
+        self.capacity[1][:, :, start:stop] = value_states
         return self._show(stop)
 
     def _show(self, length: int) -> tuple[Tensor, Tensor]:
         """The filled part of the room becomes the layer's keys and values."""
-        assert self.room is not None
-        self.dtype, self.device, self.is_initialized = self.room[0].dtype, self.room[0].device, True
-        self.keys, self.values = self.room[0][:, :, :length], self.room[1][:, :, :length]
+        assert self.capacity is not None
+        self.dtype, self.device, self.is_initialized = self.capacity[0].dtype, self.capacity[0].device, True
+        self.keys, self.values = self.capacity[0][:, :, :length], self.capacity[1][:, :, :length]
         return self.keys, self.values
 
     def keep(self, rows: Tensor, columns: Tensor) -> None:
@@ -60,24 +60,24 @@ class GrowingLayer(DynamicLayer):
 
         def take(old: Tensor) -> Tensor:
             kept = old[rows[:, None], :, columns].transpose(1, 2)
-            room = _room_for(kept, length)
-            room[:, :, :length] = kept
-            return room
+            capacity = _with_capacity(kept, length)
+            capacity[:, :, :length] = kept
+            return capacity
 
         assert self.keys is not None
         assert self.values is not None
-        self.room = (take(self.keys), take(self.values))
+        self.capacity = (take(self.keys), take(self.values))
         self._show(length)
 
 
-def _room_for(states: Tensor, length: int) -> Tensor:
+def _with_capacity(states: Tensor, length: int) -> Tensor:
     """Uninitialised states like these for `length` tokens and some more."""
-    return states.new_empty(*states.shape[:2], length + GROWTH_TOKENS, states.shape[3])
+    return states.new_empty(*states.shape[:2], length + CAPACITY_STEP, states.shape[3])
 
 
-def growing_cache() -> Cache:
+def preallocated_cache() -> Cache:
     """An empty cache whose layers have room to grow."""
-    return Cache(layer_class_to_replicate=GrowingLayer)
+    return Cache(layer_class_to_replicate=PreallocatedLayer)
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Branches:
 
 
 @dataclass
-class Grown:
+class DecodeOutput:
     """What grew: `tokens[b][k]` with the end token if it came, whether it came, and the tokens' log-probabilities
     under the unfiltered distribution (empty unless asked for)."""
 
@@ -107,7 +107,7 @@ class Grown:
 
 
 # Gets logits (N, V), and for each the row and branch it belongs to (N,), and the step; gives tokens (N,).
-Chooser = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Sampler = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def prefill(model: PreTrainedModel, inputs: dict[str, Any], positions: Tensor) -
 
     `positions` `(B, P)` or `(axes, B, P)`. The model must have been given to `use_shared_prefix`.
     """
-    cache = growing_cache()
+    cache = preallocated_cache()
     with active_layout(AttentionPlan(inputs["input_ids"].shape[1], None)) as plan:
         output = backbone_of(model)(
             **{**inputs, "position_ids": positions}, past_key_values=cache, use_cache=True, return_dict=True
@@ -126,17 +126,17 @@ def prefill(model: PreTrainedModel, inputs: dict[str, Any], positions: Tensor) -
 
 
 @torch.no_grad()
-def grow(
+def decode(
     model: PreTrainedModel,
     branches: Branches,
-    choose: Chooser,
+    choose: Sampler,
     *,
     max_new_tokens: int,
     eos_token_ids: list[int],
     num_position_axes: int | None = None,
     with_log_probs: bool = False,
     on_row: Callable[[int, list[list[int]], list[bool]], None] | None = None,
-) -> Grown:
+) -> DecodeOutput:
     """Grow every branch until its end token, or `max_new_tokens`.
 
     `on_row(b, tokens, stopped)` is called as soon as all branches of a row have ended. `num_position_axes` is that of
@@ -163,7 +163,7 @@ def grow(
         kept = state.compact()
         tokens = tokens if kept is None else tokens[kept[0]].gather(1, kept[1])
         positions = state.next_positions(step)
-        with active_layout(AttentionPlan(0, state.see_own())):
+        with active_layout(AttentionPlan(0, state.extend_mask())):
             hidden = backbone(
                 input_ids=tokens,
                 position_ids=positions
@@ -173,11 +173,11 @@ def grow(
                 use_cache=True,
                 return_dict=True,
             ).last_hidden_state
-    grown = state.result()
+    decoded = state.result()
     if on_row is not None:
         for b in state.unfinished:
-            on_row(b, grown.tokens[b], grown.stopped[b])
-    return grown
+            on_row(b, decoded.tokens[b], decoded.stopped[b])
+    return decoded
 
 
 class _State:
@@ -197,8 +197,8 @@ class _State:
         self.exists = branches.alive
         self.row = torch.arange(batch, device=device)
         self.branch = torch.arange(slots, device=device).expand(batch, slots)
-        self.said = torch.zeros(batch, slots, max_new_tokens, dtype=torch.int64, device=device)
-        self.said_log_probs = torch.zeros(batch, slots, max_new_tokens, device=device) if with_log_probs else None
+        self.generated_ids = torch.zeros(batch, slots, max_new_tokens, dtype=torch.int64, device=device)
+        self.generated_log_probs = torch.zeros(batch, slots, max_new_tokens, device=device) if with_log_probs else None
         self.length = torch.zeros(batch, slots, dtype=torch.int64, device=device)
         self.stopped = torch.zeros(batch, slots, dtype=torch.bool, device=device)
         self.unfinished = list(range(batch))
@@ -215,9 +215,9 @@ class _State:
         """Note a step's tokens of the living; returns the questions of which the last branch has just ended."""
         # Every slot writes, also those that have ended: what stands behind `length` is never read.
         at = (self.row[:, None], self.branch)
-        self.said[(*at, step)] = tokens
-        if self.said_log_probs is not None and log_probs is not None:
-            self.said_log_probs[(*at, step)] = log_probs
+        self.generated_ids[(*at, step)] = tokens
+        if self.generated_log_probs is not None and log_probs is not None:
+            self.generated_log_probs[(*at, step)] = log_probs
         self.length[at] += self.alive
         self.stopped[at] |= self.alive & ends
         self.alive = self.alive & ~ends
@@ -259,7 +259,7 @@ class _State:
         """`(B', K')` positions of the tokens said in this step."""
         return self.position + step
 
-    def see_own(self) -> Tensor:
+    def extend_mask(self) -> Tensor:
         """Add this step's columns, of which each slot sees its own: the mask `(B', 1, K', L + K')`."""
         own = torch.eye(self.num_slots, dtype=torch.bool, device=self.visible.device)
         self.visible = torch.cat([self.visible, own.expand(len(self.visible), -1, -1)], dim=2)
@@ -268,15 +268,21 @@ class _State:
     def result_of(self, b: int) -> tuple[list[list[int]], list[bool]]:
         """Tokens and ends of the branches of one question."""
         branches = self.exists[b].nonzero()[:, 0].tolist()
-        said, length, stopped = self.said[b].tolist(), self.length[b].tolist(), self.stopped[b].tolist()
-        return [said[k][: length[k]] for k in branches], [stopped[k] for k in branches]
+        generated_ids, length, stopped = (
+            self.generated_ids[b].tolist(),
+            self.length[b].tolist(),
+            self.stopped[b].tolist(),
+        )
+        return [generated_ids[k][: length[k]] for k in branches], [stopped[k] for k in branches]
 
-    def result(self) -> Grown:
-        results = [self.result_of(b) for b in range(len(self.said))]
+    def result(self) -> DecodeOutput:
+        results = [self.result_of(b) for b in range(len(self.generated_ids))]
         log_probs = []
-        if self.said_log_probs is not None:
-            values = self.said_log_probs.tolist()
+        if self.generated_log_probs is not None:
+            values = self.generated_log_probs.tolist()
             for b, (tokens, _) in enumerate(results):
                 branches = self.exists[b].nonzero()[:, 0].tolist()
-                log_probs.append([values[b][k][: len(said)] for k, said in zip(branches, tokens, strict=True)])
-        return Grown([tokens for tokens, _ in results], [stopped for _, stopped in results], log_probs)
+                log_probs.append(
+                    [values[b][k][: len(generated_ids)] for k, generated_ids in zip(branches, tokens, strict=True)]
+                )
+        return DecodeOutput([tokens for tokens, _ in results], [stopped for _, stopped in results], log_probs)

@@ -17,7 +17,7 @@ from align.models.device import pick_device, pick_dtype
 BATCH_SIZE = 32
 
 
-def open_tower(checkpoint: str, settings: ModelSettings) -> Callable[[Iterable[Image.Image]], np.ndarray]:
+def open_image_embedder(checkpoint: str, settings: ModelSettings) -> Callable[[Iterable[Image.Image]], np.ndarray]:
     """A function from n pictures to (n, D) float32 rows of length 1: of a CLIP or SigLIP model, or of a vision encoder alone.
 
     Raises:

@@ -168,10 +168,10 @@ def _notes(opened: Mapping[tuple[str, str, str], Any]) -> dict[str, str]:
 class _Nobody:
     """Stands where models will be while settings are checked; never asked."""
 
-    def log_probs(self, asks: Any) -> list[Any]:
+    def log_probs(self, prompts: Any) -> list[Any]:
         raise AssertionError("asked before the engine was opened")
 
-    def generate(self, asks: Any, *, max_new_tokens: int) -> list[list[str | None]]:
+    def generate(self, prompts: Any, *, max_new_tokens: int) -> list[list[str | None]]:
         raise AssertionError("asked before the engine was opened")
 
     def __call__(self, dialogues: Sequence[Any]) -> list[float | None]:

@@ -1,8 +1,8 @@
 """A model in this process as an engine: one vision pass and one prefill a question, however much is asked of it.
 
-Sampling grows all samples of a question behind its one encoded prompt; asks put all branches of a comparison behind it.
-Both are proved on the first real batch against separate full sequences; where they disagree, or the architecture does
-not allow a shared prefix, the plain path is used instead and `notes` say why.
+Sampling grows all samples of a question behind its one encoded prompt; branched prompts put all branches of a comparison behind it.
+Both are checked on the first real batch against separate full sequences; where they disagree, or the architecture does
+not allow a shared prefix, the unshared path is used instead and `notes` say why.
 """
 
 from __future__ import annotations
@@ -15,32 +15,38 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from align.engines.base import Continuations, SampleRequest, SampleResult, SamplingSettings
-from align.engines.batch_size import Budget, is_out_of_memory
-from align.engines.decoding import Chooser
-from align.engines.prefetch import ReadAhead
-from align.engines.prompts import AskTree, Prompter, to_device
-from align.engines.sampling import SeededChooser, uniforms
+from align.engines.base import GivenResponses, SampleRequest, SampleResult, SamplingSettings
+from align.engines.batch_size import BatchSizer
+from align.engines.decoding import Sampler
+from align.engines.prefetch import Prefetcher
+from align.engines.prompts import Prompter, PromptTree, to_device
+from align.engines.sampling import SeededSampler, uniforms
 from align.engines.shared_path import (
-    prove_asks,
-    prove_growth,
+    check_branches,
+    check_decoding,
     sample_behind,
-    shared_ask_generate,
-    shared_ask_log_probs,
-    shared_weigh,
+    shared_generate,
+    shared_log_probs,
+    shared_loglikelihood,
 )
-from align.engines.streaming import WatchedChooser
-from align.engines.unshared_path import path_tokens, plain_ask_generate, plain_ask_log_probs, plain_sample, plain_weigh
-from align.errors import UserError
+from align.engines.streaming import StreamingSampler
+from align.engines.unshared_path import (
+    path_tokens,
+    unshared_generate,
+    unshared_log_probs,
+    unshared_loglikelihood,
+    unshared_sample,
+)
+from align.errors import UserError, is_out_of_memory
 from align.monitoring.cost import count_tokens
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix, use_shared_prefix
-from align.prefix.equivalence import Proof, failed, tolerance_for
+from align.prefix.equivalence import Equivalence, failed, tolerance_for
 from align.prefix.layout import Segment
 from align.prefix.rows import placeholder_ids
 from reward.judge_model import BranchedPrompt
 
 # Items of the first batch, which is computed both ways.
-PROOF_ITEMS = 2
+CHECK_ITEMS = 2
 
 # Tokens that an item reads, and that it may write.
 Size = tuple[int, int]
@@ -49,7 +55,7 @@ Size = tuple[int, int]
 class LocalEngine:
     """`Engine` with a loaded model.
 
-    `open_image` opens an image handle. `shared_prefix`: `auto` uses it where the first batch proves it exact, `on` raises
+    `open_image` opens an image handle. `shared_prefix`: `auto` uses it where the first batch shows that it is exact, `on` raises
     UserError where it is not, `off` never does. `batch_size` is in questions; None finds it by itself.
     `fallback_reason` is None as long as the shared prefix is used.
     """
@@ -66,10 +72,10 @@ class LocalEngine:
         self.model = model.eval()
         self.prompter = Prompter(processor, open_image)
         self.shared_prefix = shared_prefix
-        self.budget = Budget(model, batch_size)
+        self.batch_sizer = BatchSizer(model, batch_size)
         self.notes: dict[str, str] = {}
         self.fallback_reason: str | None = None
-        self._proved: set[str] = set()
+        self._checked: set[str] = set()
         self._on_step: Callable[[list[list[int]]], None] | None = None
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -102,7 +108,7 @@ class LocalEngine:
             list(range(len(requests))),
             prepare,
             run,
-            proof="samples",
+            check="samples",
             alike=lambda i: (bool(requests[i].images), requests[i].num_samples),
             answered=answered,
         )
@@ -129,7 +135,9 @@ class LocalEngine:
             raise UserError(f"the model cannot be asked this: {error}") from error
         settings = _within_context(self.model, inputs["input_ids"].shape[1], settings)
         # A character of several tokens is shown when it is whole.
-        self._on_step = lambda said: on_texts(tuple(self._read(tokens, False)[0].rstrip("\ufffd") for tokens in said))
+        self._on_step = lambda generated_ids: on_texts(
+            tuple(self._read(tokens, False)[0].rstrip("\ufffd") for tokens in generated_ids)
+        )
         try:
             self._sample(inputs, [request], settings, keep)
         except Exception as error:
@@ -140,20 +148,20 @@ class LocalEngine:
             self._on_step = None
         return results[0]
 
-    def log_probs(self, asks: Sequence[BranchedPrompt]) -> list[Any]:
-        """Per ask `(num_branches, num_options)` float64: log-probability of each option as the answer's beginning."""
+    def log_probs(self, prompts: Sequence[BranchedPrompt]) -> list[Any]:
+        """Per prompt `(num_branches, num_options)` float64: log-probability of each option as the answer's beginning."""
 
-        def shared(inputs: dict[str, Any], trees: list[AskTree]) -> list[np.ndarray]:
-            return shared_ask_log_probs(self.model, inputs, trees)
+        def shared(inputs: dict[str, Any], trees: list[PromptTree]) -> list[np.ndarray]:
+            return shared_log_probs(self.model, inputs, trees)
 
-        def plain(trees: list[AskTree], images: list[Any]) -> list[np.ndarray]:
-            return plain_ask_log_probs(self.model, self._encode, trees, images)
+        def unshared(trees: list[PromptTree], images: list[Any]) -> list[np.ndarray]:
+            return unshared_log_probs(self.model, self._encode, trees, images)
 
-        return self._answer([ask.images for ask in asks], self._trees_of(asks), shared, plain)
+        return self._answer([branched.images for branched in prompts], self._trees_of(prompts), shared, unshared)
 
-    def weigh(
+    def loglikelihood(
         self,
-        given: Sequence[Continuations],
+        given: Sequence[GivenResponses],
         on_result: Callable[[str, list[list[float]]], None],
         *,
         temperature: float = 1.0,
@@ -166,37 +174,37 @@ class LocalEngine:
             if not any(responses):
                 on_result(item.id, [[] for _ in responses])
 
-        def tree_of(i: int) -> AskTree:
+        def build_tree(i: int) -> PromptTree:
             segments = [Segment(tokens) for tokens in known[places[i]]]
             prompt = self.prompter.render(given[places[i]].messages)
-            return AskTree(prompt, segments, list(range(len(segments))), [])
+            return PromptTree(prompt, segments, list(range(len(segments))), [])
 
-        def shared(inputs: dict[str, Any], trees: list[AskTree]) -> list[Any]:
-            return shared_weigh(self.model, inputs, trees, temperature=temperature)
+        def shared(inputs: dict[str, Any], trees: list[PromptTree]) -> list[Any]:
+            return shared_loglikelihood(self.model, inputs, trees, temperature=temperature)
 
-        def plain(trees: list[AskTree], images: list[Any]) -> list[Any]:
-            return plain_weigh(self.model, self._encode, trees, images, temperature=temperature)
+        def unshared(trees: list[PromptTree], images: list[Any]) -> list[Any]:
+            return unshared_loglikelihood(self.model, self._encode, trees, images, temperature=temperature)
 
         self._answer(
             [given[i].images for i in places],
-            tree_of,
+            build_tree,
             shared,
-            plain,
+            unshared,
             on_value=lambda i, value: on_result(given[places[i]].id, value),
         )
 
-    def generate(self, asks: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
-        """Per ask and branch the greedy answer."""
+    def generate(self, prompts: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
+        """Per prompt and branch the greedy answer."""
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": self.eos_token_ids}
 
-        def shared(inputs: dict[str, Any], trees: list[AskTree]) -> list[list[list[int]]]:
-            return shared_ask_generate(self.model, inputs, trees, **how)
+        def shared(inputs: dict[str, Any], trees: list[PromptTree]) -> list[list[list[int]]]:
+            return shared_generate(self.model, inputs, trees, **how)
 
-        def plain(trees: list[AskTree], images: list[Any]) -> list[list[list[int]]]:
-            return plain_ask_generate(self.model, self._encode, trees, images, **how)
+        def unshared(trees: list[PromptTree], images: list[Any]) -> list[list[list[int]]]:
+            return unshared_generate(self.model, self._encode, trees, images, **how)
 
-        images = [ask.images for ask in asks]
-        answers = self._answer(images, self._trees_of(asks), shared, plain, new_tokens=max_new_tokens)
+        images = [branched.images for branched in prompts]
+        answers = self._answer(images, self._trees_of(prompts), shared, unshared, new_tokens=max_new_tokens)
         count_tokens(written=sum(len(tokens) for branches in answers for tokens in branches))
         return [[self._text(tokens) for tokens in branches] for branches in answers]
 
@@ -209,16 +217,16 @@ class LocalEngine:
         ):
             count_tokens(read=int(inputs["attention_mask"].sum()))
             return inputs["input_ids"].shape[1], batch[0].num_samples * settings.max_new_tokens
-        return max(self._sample_plain(b, request, settings, keep) for b, request in enumerate(batch))
+        return max(self._sample_unshared(b, request, settings, keep) for b, request in enumerate(batch))
 
     def _sample_shared(
         self, inputs: dict[str, Any], batch: list[SampleRequest], settings: SamplingSettings, keep: Callable[..., None]
     ) -> bool:
         """False when the shared prefix turned out not to be usable; nothing was kept then."""
-        proving = "samples" not in self._proved
+        proving = "samples" not in self._checked
         try:
             use_shared_prefix(self.model)
-            grown = sample_behind(
+            decoded = sample_behind(
                 self.model,
                 inputs,
                 self._chooser(inputs, batch, settings),
@@ -234,18 +242,18 @@ class LocalEngine:
             self._decide("samples", failed(error, tolerance_for(self.model)))
             return False
         if proving:
-            self._decide("samples", prove_growth(self.model, inputs, grown))
+            self._decide("samples", check_decoding(self.model, inputs, decoded))
             if self.fallback_reason is not None:
                 return False
-            for b, (tokens, stopped) in enumerate(zip(grown.tokens, grown.stopped, strict=True)):
+            for b, (tokens, stopped) in enumerate(zip(decoded.tokens, decoded.stopped, strict=True)):
                 keep(b, tokens, stopped)
         return True
 
-    def _sample_plain(
+    def _sample_unshared(
         self, b: int, request: SampleRequest, settings: SamplingSettings, keep: Callable[..., None]
     ) -> Size:
         inputs = self._encode([self.prompter.render(request.messages)], [request.images])
-        tokens, stopped = plain_sample(
+        tokens, stopped = unshared_sample(
             self.model,
             inputs,
             self._chooser(inputs, [request], settings),
@@ -257,81 +265,87 @@ class LocalEngine:
         count_tokens(read=request.num_samples * inputs["input_ids"].shape[1])
         return request.num_samples * inputs["input_ids"].shape[1], request.num_samples * settings.max_new_tokens
 
-    def _chooser(self, inputs: dict[str, Any], batch: Sequence[SampleRequest], settings: SamplingSettings) -> Chooser:
+    def _chooser(self, inputs: dict[str, Any], batch: Sequence[SampleRequest], settings: SamplingSettings) -> Sampler:
         numbers = uniforms([request.seed for request in batch], batch[0].num_samples, settings.max_new_tokens)
-        choose = SeededChooser(settings, numbers.to(self.device), inputs["input_ids"])
-        return choose if self._on_step is None else WatchedChooser(choose, self.eos_token_ids, self._on_step)
+        choose = SeededSampler(settings, numbers.to(self.device), inputs["input_ids"])
+        return choose if self._on_step is None else StreamingSampler(choose, self.eos_token_ids, self._on_step)
 
-    def _trees_of(self, asks: Sequence[BranchedPrompt]) -> Callable[[int], AskTree]:
-        return lambda i: self.prompter.tree_of(asks[i])
+    def _trees_of(self, prompts: Sequence[BranchedPrompt]) -> Callable[[int], PromptTree]:
+        return lambda i: self.prompter.build_tree(prompts[i])
 
     def _answer(
         self,
         images: Sequence[Sequence[Any]],
-        tree_of: Callable[[int], AskTree],
-        shared: Callable[[dict[str, Any], list[AskTree]], list[Any]],
-        plain: Callable[[list[AskTree], list[Any]], list[Any]],
+        build_tree: Callable[[int], PromptTree],
+        shared: Callable[[dict[str, Any], list[PromptTree]], list[Any]],
+        unshared: Callable[[list[PromptTree], list[Any]], list[Any]],
         *,
         new_tokens: int = 0,
         on_value: Callable[[int, Any], None] = lambda i, value: None,
     ) -> list[Any]:
-        """What `shared`, or `plain` where that is not proved, gives for every tree behind its images."""
+        """What `shared`, or `unshared` where that is not exact, gives for every tree behind its images."""
         results: dict[int, Any] = {}
 
-        def prepare(batch: list[int]) -> tuple[list[AskTree], dict[str, Any]]:
-            trees = [tree_of(i) for i in batch]
+        def prepare(batch: list[int]) -> tuple[list[PromptTree], dict[str, Any]]:
+            trees = [build_tree(i) for i in batch]
             return trees, self.prompter.encode([tree.prompt for tree in trees], [images[i] for i in batch])
 
-        def run(batch: list[int], prepared: tuple[list[AskTree], dict[str, Any]]) -> Size:
+        def run(batch: list[int], prepared: tuple[list[PromptTree], dict[str, Any]]) -> Size:
             trees, inputs = prepared[0], to_device(prepared[1], self.device, self.dtype)
             values = self._answer_shared(inputs, trees, shared) if self.fallback_reason is None else None
             if values is None:
-                values = plain(trees, [images[i] for i in batch])
+                values = unshared(trees, [images[i] for i in batch])
             lengths = prepared[1]["attention_mask"].sum(dim=1).tolist()
             count_tokens(read=sum(map(self._num_read, trees, lengths)))
             for i, value in zip(batch, values, strict=True):
                 results[i] = value
                 on_value(i, value)
             widest = max(sum(len(segment.token_ids) for segment in tree.segments) for tree in trees)
-            return inputs["input_ids"].shape[1] + widest, max(len(tree.leaves) for tree in trees) * new_tokens
+            return inputs["input_ids"].shape[1] + widest, max(len(tree.leaf_segments) for tree in trees) * new_tokens
 
         self._in_batches(
             list(range(len(images))),
             prepare,
             run,
-            proof="asks",
+            check="branches",
             alike=lambda i: bool(images[i]),
             answered=results.keys(),
         )
         return [results[i] for i in range(len(images))]
 
-    def _num_read(self, tree: AskTree, num_prompt: int) -> int:
+    def _num_read(self, tree: PromptTree, num_prompt: int) -> int:
         """Tokens of one tree that go through the model: each once, or along every branch where prompts are not shared."""
         options = sum(len(option) for option in tree.options)
         if self.fallback_reason is None:
-            return num_prompt + sum(len(segment.token_ids) for segment in tree.segments) + len(tree.leaves) * options
-        rows = len(tree.leaves) * max(1, len(tree.options))
-        paths = sum(len(path_tokens(tree, leaf)) for leaf in tree.leaves) * max(1, len(tree.options))
-        return rows * num_prompt + paths + len(tree.leaves) * options
+            return (
+                num_prompt
+                + sum(len(segment.token_ids) for segment in tree.segments)
+                + len(tree.leaf_segments) * options
+            )
+        rows = len(tree.leaf_segments) * max(1, len(tree.options))
+        paths = sum(len(path_tokens(tree, leaf)) for leaf in tree.leaf_segments) * max(1, len(tree.options))
+        return rows * num_prompt + paths + len(tree.leaf_segments) * options
 
     def _answer_shared(
         self,
         inputs: dict[str, Any],
-        trees: list[AskTree],
-        shared: Callable[[dict[str, Any], list[AskTree]], list[Any]],
+        trees: list[PromptTree],
+        shared: Callable[[dict[str, Any], list[PromptTree]], list[Any]],
     ) -> list[Any] | None:
         """None when the shared prefix turned out not to be usable."""
-        if "asks" not in self._proved:
-            self._decide("asks", prove_asks(self.model, inputs, trees))
+        if "branches" not in self._checked:
+            self._decide("branches", check_branches(self.model, inputs, trees))
         try:
             return shared(inputs, trees) if self.fallback_reason is None else None
         except PrefixUnsupported as error:
-            self._decide("asks", failed(error, tolerance_for(self.model)))
+            self._decide("branches", failed(error, tolerance_for(self.model)))
         except Exception as error:
-            # A single ask with very many branches: one after the other they need less.
+            # A single prompt with very many branches: one after the other they need less.
             if not is_out_of_memory(error) or len(trees) > 1:
                 raise
-            self.notes["large_asks"] = "some asks did not fit into memory as one row, and were asked branch by branch"
+            self.notes["large_prompts"] = (
+                "some prompts did not fit into memory as one row, and were asked branch by branch"
+            )
         return None
 
     def _in_batches(
@@ -340,7 +354,7 @@ class LocalEngine:
         prepare: Callable[[list[int]], Any],
         run: Callable[[list[int], Any], Size],
         *,
-        proof: str,
+        check: str,
         alike: Callable[[int], Any],
         answered: Any,
     ) -> None:
@@ -352,12 +366,12 @@ class LocalEngine:
         size: Size | None = None
 
         def next_batch(waiting: list[int]) -> list[int]:
-            count = self.budget.num_items(*(size or (1, 0)))
-            if size is None or (self.fallback_reason is None and proof not in self._proved):
-                count = min(count, PROOF_ITEMS)
+            count = self.batch_sizer.num_items(*(size or (1, 0)))
+            if size is None or (self.fallback_reason is None and check not in self._checked):
+                count = min(count, CHECK_ITEMS)
             return [i for i in waiting[:count] if alike(i) == alike(waiting[0])]
 
-        with ReadAhead(prepare) as ahead:
+        with Prefetcher(prepare) as ahead:
             while todo:
                 batch = next_batch(todo)
                 taken = set(batch)
@@ -373,8 +387,10 @@ class LocalEngine:
                     fits = False
                 if not fits:
                     # Not within `except`: as long as the error is held, so is the memory of the frames it came from.
-                    self.budget.retreat(len(batch))
-                    self.notes["out_of_memory"] = f"{self.budget.num_retreats} times; the batch was halved each time"
+                    self.batch_sizer.halve(len(batch))
+                    self.notes["out_of_memory"] = (
+                        f"{self.batch_sizer.num_halvings} times; the batch was halved each time"
+                    )
                 todo = [i for i in todo if i not in answered]
 
     def _encode(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
@@ -406,17 +422,17 @@ class LocalEngine:
     def _text(self, tokens: list[int]) -> str:
         return self.prompter.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _decide(self, what: str, proof: Proof) -> None:
-        if proof.exact:
-            self._proved.add(what)
-            self.notes["shared_prefix"] = proof.reason
+    def _decide(self, what: str, found: Equivalence) -> None:
+        if found.exact:
+            self._checked.add(what)
+            self.notes["shared_prefix"] = found.reason
             return
         if self.shared_prefix == "on":
             raise UserError(
-                f"shared_prefix is on, but this model cannot use it: {proof.reason}",
+                f"shared_prefix is on, but this model cannot use it: {found.reason}",
                 fix="set shared_prefix to auto, or off",
             )
-        self._fall_back(proof.reason)
+        self._fall_back(found.reason)
 
     def _fall_back(self, reason: str) -> None:
         self.fallback_reason = reason

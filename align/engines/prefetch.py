@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 
-class ReadAhead:
+class Prefetcher:
     """`prepare(batch)` run one batch ahead. A guess that was wrong is thrown away."""
 
     def __init__(self, prepare: Callable[[list[int]], Any]) -> None:
@@ -18,7 +18,7 @@ class ReadAhead:
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._guess: tuple[list[int], Future[Any]] | None = None
 
-    def __enter__(self) -> ReadAhead:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(self, *_: object) -> None:

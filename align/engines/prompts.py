@@ -1,8 +1,8 @@
-"""Chat messages and images in, right-padded model inputs out; and an ask's text cut into prompt and segments.
+"""Chat messages and images in, right-padded model inputs out; and a branched prompt cut into its prompt and segments.
 
-The chat template is rendered by the processor. For an ask it is rendered once, with a mark where the branches begin:
+The chat template is rendered by the processor. For a branched prompt it is rendered once, with a mark where the branches begin:
 what stands before the mark (images included) is the prompt that all branches share, and what stands behind it follows
-every branch. Pieces are tokenised one by one, so that the shared and the plain path read the very same tokens.
+every branch. Pieces are tokenised one by one, so that the shared and the unshared path read the very same tokens.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ BLANK_PX = (112, 84)
 
 
 @dataclass(frozen=True)
-class AskTree:
-    """An ask as a prompt text and a tree of segments: `leaves[b]` is the segment in which branch b ends.
+class PromptTree:
+    """A branched prompt as a prompt text and a tree of segments: `leaf_segments[b]` is the segment in which branch b ends.
 
     `options[o]` are the tokens of option o.
     """
 
     prompt: str
     segments: list[Segment]
-    leaves: list[int]
+    leaf_segments: list[int]
     options: list[list[int]]
 
 
-def of_segments(values: Tensor, trees: Sequence[AskTree]) -> list[list[list[float]]]:
+def of_segments(values: Tensor, trees: Sequence[PromptTree]) -> list[list[list[float]]]:
     """From `(B, S)` values of the tokens of whole rows to those of each tree's segments.
 
-    >>> of_segments(torch.tensor([[1.0, 2.0, 3.0]]), [AskTree("", [Segment([7]), Segment([8, 9])], [0, 1], [])])
+    >>> of_segments(torch.tensor([[1.0, 2.0, 3.0]]), [PromptTree("", [Segment([7]), Segment([8, 9])], [0, 1], [])])
     [[[1.0], [2.0, 3.0]]]
     """
     found = []
@@ -90,13 +90,13 @@ class Prompter:
         with self._one_at_a_time:
             return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def tree_of(self, ask: BranchedPrompt) -> AskTree:
-        """Cut an ask into what is shared and what branches.
+    def build_tree(self, branched: BranchedPrompt) -> PromptTree:
+        """Cut a branched prompt into what is shared and what branches.
 
         Pieces that several branches begin with become one segment; from where a branch is alone, its pieces, the
         tail and the template's rest are one segment too.
         """
-        text = self.render(_messages(ask))
+        text = self.render(_messages(branched))
         if text.count(BRANCH_MARK) != 1:
             raise UserError(
                 "the chat template does not reproduce the user's text exactly once",
@@ -104,22 +104,22 @@ class Prompter:
             )
         prompt, rest = text.split(BRANCH_MARK)
         with self._one_at_a_time:
-            end = self.tokenizer.encode(ask.tail + rest, add_special_tokens=False)
+            end = self.tokenizer.encode(branched.tail + rest, add_special_tokens=False)
         segments: list[Segment] = []
         at: dict[tuple[str, ...], int] = {}
-        leaves = []
-        for branch in ask.branches:
+        leaf_segments = []
+        for branch in branched.branches:
             parent = None
-            shared = _shared_length(branch, ask.branches)
+            shared = _shared_length(branch, branched.branches)
             for depth in range(1, shared + 1):
                 if branch[:depth] not in at:
                     at[branch[:depth]] = len(segments)
                     segments.append(Segment(self.tokenise(branch[depth - 1]), parent))
                 parent = at[branch[:depth]]
             own = [token for piece in branch[shared:] for token in self.tokenise(piece)]
-            leaves.append(len(segments))
+            leaf_segments.append(len(segments))
             segments.append(Segment(own + end, parent))
-        return AskTree(prompt, segments, leaves, [self.tokenise(option) for option in ask.options])
+        return PromptTree(prompt, segments, leaf_segments, [self.tokenise(option) for option in branched.options])
 
 
 def check_prompts(processor: Any, where: str) -> None:
@@ -173,9 +173,11 @@ def _shared_length(branch: tuple[str, ...], branches: Sequence[tuple[str, ...]])
     )
 
 
-def _messages(ask: BranchedPrompt) -> list[dict[str, Any]]:
-    user = [{"type": "image"} for _ in ask.images] + [{"type": "text", "text": ask.head + BRANCH_MARK}]
-    system = [] if ask.system is None else [{"role": "system", "content": [{"type": "text", "text": ask.system}]}]
+def _messages(branched: BranchedPrompt) -> list[dict[str, Any]]:
+    user = [{"type": "image"} for _ in branched.images] + [{"type": "text", "text": branched.head + BRANCH_MARK}]
+    system = (
+        [] if branched.system is None else [{"role": "system", "content": [{"type": "text", "text": branched.system}]}]
+    )
     return [*system, {"role": "user", "content": user}]
 
 

@@ -81,7 +81,7 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-class SeededChooser:
+class SeededSampler:
     """Chooses tokens by each branch's own numbers; knows what a branch has said, where repetition is penalised.
 
     `numbers` `(B, K, steps)`, `prompt_ids` `(B, P)`.
@@ -101,9 +101,9 @@ class SeededChooser:
         """
         if self.settings.repetition_penalty != 1.0:
             if self.seen is None:
-                said = logits.new_zeros(len(self.prompt_ids), logits.shape[-1], dtype=torch.bool)
-                said.scatter_(1, self.prompt_ids, True)
-                self.seen = said[:, None].repeat(1, self.numbers.shape[1], 1)
+                generated_ids = logits.new_zeros(len(self.prompt_ids), logits.shape[-1], dtype=torch.bool)
+                generated_ids.scatter_(1, self.prompt_ids, True)
+                self.seen = generated_ids[:, None].repeat(1, self.numbers.shape[1], 1)
             logits = penalise_repetition(logits, self.seen[row, branch], self.settings.repetition_penalty)
         if not bool(logits.amax(dim=-1).isfinite().all()):
             raise UserError(

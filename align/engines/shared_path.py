@@ -13,31 +13,32 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from align.engines.decoding import Branches, Chooser, Grown, grow, prefill
-from align.engines.prompts import AskTree, of_segments
+from align.engines.decoding import Branches, DecodeOutput, Sampler, decode, prefill
+from align.engines.prompts import PromptTree, of_segments
+from align.errors import is_out_of_memory
 from align.prefix.attention import AttentionPlan, active_layout
-from align.prefix.equivalence import Proof, compare, failed, prove, tolerance_for
+from align.prefix.equivalence import Equivalence, check_equivalence, compare, failed, tolerance_for
 from align.prefix.layout import Layout, Segment
-from align.prefix.log_probs import forward_segments, head_of, plain_segments, row_hidden_states
+from align.prefix.log_probs import forward_segments, head_of, row_hidden_states, unshared_segments
 from align.prefix.rows import backbone_of, placeholder_ids, prompt_positions_of
 from align.prefix.token_stats import token_stats
 
-# What the first batch is proved on: so many tokens of each sample, so many branches of each ask.
-PROOF_TOKENS = 64
-PROOF_BRANCHES = 4
+# What the first batch is checked on: so many tokens of each sample, so many branches of each prompt.
+CHECK_TOKENS = 64
+CHECK_BRANCHES = 4
 
 
 def sample_behind(
     model: PreTrainedModel,
     inputs: dict[str, Any],
-    choose: Chooser,
+    choose: Sampler,
     *,
     num_samples: int,
     max_new_tokens: int,
     eos: list[int],
     on_row: Callable[[int, list[list[int]], list[bool]], None] | None = None,
     with_log_probs: bool = False,
-) -> Grown:
+) -> DecodeOutput:
     """Grow `num_samples` branches behind every prompt; see `grow` for the rest."""
     mask = inputs["attention_mask"].bool()
     positions, start = prompt_positions_of(model, inputs, mask)
@@ -52,7 +53,7 @@ def sample_behind(
         hidden=hidden[rows, last][:, None].expand(-1, num_samples, -1),
         alive=torch.ones(shape, dtype=torch.bool, device=mask.device),
     )
-    return grow(
+    return decode(
         model,
         branches,
         choose,
@@ -65,8 +66,8 @@ def sample_behind(
 
 
 @torch.no_grad()
-def shared_ask_log_probs(model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[AskTree]) -> list[np.ndarray]:
-    """Per ask `(num_branches, num_options)`: all branches with all options in one row behind the ask's prompt."""
+def shared_log_probs(model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[PromptTree]) -> list[np.ndarray]:
+    """Per prompt `(num_branches, num_options)`: all branches with all options in one row behind the prompt."""
     rows = [[*tree.segments, *_option_segments(tree)] for tree in trees]
     layout = Layout.build(inputs["attention_mask"], rows, pad_token_id=0)
     reads = [_reads(tree, last) for tree, last in zip(trees, layout.last.tolist(), strict=True)]
@@ -83,23 +84,24 @@ def shared_ask_log_probs(model: PreTrainedModel, inputs: dict[str, Any], trees: 
     ).log_probs.tolist()
     found = iter(values)
     return [
-        np.array([[sum(next(found) for _ in option) for option in tree.options] for _ in tree.leaves]) for tree in trees
+        np.array([[sum(next(found) for _ in option) for option in tree.options] for _ in tree.leaf_segments])
+        for tree in trees
     ]
 
 
-def _option_segments(tree: AskTree) -> list[Segment]:
+def _option_segments(tree: PromptTree) -> list[Segment]:
     """A segment below every leaf for every option of several tokens; its last token is predicted, not read."""
-    return [Segment(option[:-1], leaf) for leaf in tree.leaves for option in tree.options if len(option) > 1]
+    return [Segment(option[:-1], leaf) for leaf in tree.leaf_segments for option in tree.options if len(option) > 1]
 
 
-def _reads(tree: AskTree, last: list[int]) -> list[tuple[int, int]]:
+def _reads(tree: PromptTree, last: list[int]) -> list[tuple[int, int]]:
     """For every token of every option of every branch: where in the row it is predicted, and its id.
 
     `last` is the row's part of `Layout.last`.
     """
     reads = []
     segment = len(tree.segments)
-    for leaf in tree.leaves:
+    for leaf in tree.leaf_segments:
         for option in tree.options:
             reads.append((last[leaf], option[0]))
             if len(option) > 1:
@@ -110,8 +112,8 @@ def _reads(tree: AskTree, last: list[int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def shared_weigh(
-    model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[AskTree], *, temperature: float
+def shared_loglikelihood(
+    model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[PromptTree], *, temperature: float
 ) -> list[list[list[float]]]:
     """Per tree and segment the log-probabilities of its tokens."""
     layout = Layout.build(inputs["attention_mask"], [tree.segments for tree in trees], pad_token_id=0)
@@ -119,20 +121,20 @@ def shared_weigh(
 
 
 @torch.no_grad()
-def shared_ask_generate(
+def shared_generate(
     model: PreTrainedModel,
     inputs: dict[str, Any],
-    trees: Sequence[AskTree],
+    trees: Sequence[PromptTree],
     *,
     max_new_tokens: int,
     eos: list[int],
 ) -> list[list[list[int]]]:
-    """Greedy answers of all branches, growing side by side behind the ask's prompt."""
+    """Greedy answers of all branches, growing side by side behind the prompt."""
     layout = Layout.build(inputs["attention_mask"], [tree.segments for tree in trees], pad_token_id=0)
     positions, start = prompt_positions_of(model, inputs, layout.prompt_mask)
     axes = len(positions) if positions.ndim == 3 else None
     cache, _ = prefill(model, inputs, positions)
-    segment_positions = start[:, None] + layout.depth_position
+    segment_positions = start[:, None] + layout.path_position
     mask = layout.mask()
     with active_layout(AttentionPlan(0, mask)):
         hidden = backbone_of(model)(
@@ -142,11 +144,13 @@ def shared_ask_generate(
             use_cache=True,
             return_dict=True,
         ).last_hidden_state
-    slots = max(len(tree.leaves) for tree in trees)
-    leaves = torch.tensor([tree.leaves + tree.leaves[:1] * (slots - len(tree.leaves)) for tree in trees])
-    alive = torch.tensor([[k < len(tree.leaves) for k in range(slots)] for tree in trees])
-    leaves, alive = leaves.to(hidden.device), alive.to(hidden.device)
-    ends = layout.last.gather(1, leaves) - layout.prompt_mask.shape[1]
+    slots = max(len(tree.leaf_segments) for tree in trees)
+    leaf_segments = torch.tensor(
+        [tree.leaf_segments + tree.leaf_segments[:1] * (slots - len(tree.leaf_segments)) for tree in trees]
+    )
+    alive = torch.tensor([[k < len(tree.leaf_segments) for k in range(slots)] for tree in trees])
+    leaf_segments, alive = leaf_segments.to(hidden.device), alive.to(hidden.device)
+    ends = layout.last.gather(1, leaf_segments) - layout.prompt_mask.shape[1]
     assert bool((ends >= 0).all()), "a leaf has at least the template's rest"
     rows = torch.arange(len(trees), device=hidden.device)[:, None]
     branches = Branches(
@@ -156,7 +160,7 @@ def shared_ask_generate(
         hidden=hidden[rows, ends],
         alive=alive,
     )
-    return grow(
+    return decode(
         model,
         branches,
         lambda logits, *_: logits.argmax(dim=-1),
@@ -166,37 +170,37 @@ def shared_ask_generate(
     ).tokens
 
 
-def prove_growth(model: PreTrainedModel, inputs: dict[str, Any], grown: Grown) -> Proof:
+def check_decoding(model: PreTrainedModel, inputs: dict[str, Any], decoded: DecodeOutput) -> Equivalence:
     """Compare the log-probabilities found while growing with those of the same samples as full sequences."""
     stop_tokens = placeholder_ids(model)
     rows, shared = [], []
-    for tokens, log_probs in zip(grown.tokens, grown.log_probs, strict=True):
+    for tokens, log_probs in zip(decoded.tokens, decoded.log_probs, strict=True):
         row = []
-        for said, values in zip(tokens, log_probs, strict=True):
+        for generated_ids, values in zip(tokens, log_probs, strict=True):
             # A sampled image placeholder would be taken for an image when fed in together with one.
-            length = next((i for i, token in enumerate(said) if token in stop_tokens), len(said))
-            length = min(length, PROOF_TOKENS)
-            row.append(Segment(said[:length]))
+            length = next((i for i, token in enumerate(generated_ids) if token in stop_tokens), len(generated_ids))
+            length = min(length, CHECK_TOKENS)
+            row.append(Segment(generated_ids[:length]))
             shared += values[:length]
         rows.append(row)
     layout = Layout.build(inputs["attention_mask"], rows, pad_token_id=0)
     tolerance = tolerance_for(model)
     try:
         with torch.no_grad():
-            plain = plain_segments(model, inputs, layout).log_probs
-    except torch.OutOfMemoryError:
-        raise
+            unshared = unshared_segments(model, inputs, layout).log_probs
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return failed(error, tolerance)
-    return compare(torch.tensor(shared), plain[layout.is_token].cpu(), tolerance)
+    return compare(torch.tensor(shared), unshared[layout.is_token].cpu(), tolerance)
 
 
-def prove_asks(model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[AskTree]) -> Proof:
-    """Compare whole rows with separate sequences on a few branches of each ask."""
+def check_branches(model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[PromptTree]) -> Equivalence:
+    """Compare whole rows with separate sequences on a few branches of each prompt."""
     rows = []
     for tree in trees:
         wanted: set[int] = set()
-        for leaf in tree.leaves[:PROOF_BRANCHES]:
+        for leaf in tree.leaf_segments[:CHECK_BRANCHES]:
             node: int | None = leaf
             while node is not None:
                 wanted.add(node)
@@ -206,4 +210,4 @@ def prove_asks(model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[A
         rows.append(
             [Segment(tree.segments[old].token_ids, None if p is None else new[p]) for old, p in parents.items()]
         )
-    return prove(model, inputs, Layout.build(inputs["attention_mask"], rows, pad_token_id=0))
+    return check_equivalence(model, inputs, Layout.build(inputs["attention_mask"], rows, pad_token_id=0))

@@ -1,7 +1,7 @@
-"""The plain path: every sample and every branch as a full sequence of its own, with stock `model.generate`.
+"""The unshared path: every sample and every branch as a full sequence of its own, with stock `model.generate`.
 
 Used where the shared prefix is switched off, or the model does not allow it. Samples are chosen by the same numbers as
-on the shared path, so that both give the same responses; asks read the same tokens.
+on the shared path, so that both give the same responses; judgements read the same tokens.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from align.engines.decoding import Chooser
-from align.engines.prompts import AskTree, of_segments
+from align.engines.decoding import Sampler
+from align.engines.prompts import PromptTree, of_segments
 from align.prefix.layout import Layout, Segment
-from align.prefix.log_probs import plain_segments
+from align.prefix.log_probs import unshared_segments
 from align.prefix.rows import row_inputs
 
 Encode = Callable[[Sequence[str], Sequence[Sequence[Any]]], dict[str, Any]]
@@ -27,7 +27,7 @@ Encode = Callable[[Sequence[str], Sequence[Sequence[Any]]], dict[str, Any]]
 class ForceChoice(LogitsProcessor):
     """Leaves only the chosen token in generate's scores."""
 
-    def __init__(self, choose: Chooser, num_prompt_tokens: int) -> None:
+    def __init__(self, choose: Sampler, num_prompt_tokens: int) -> None:
         self.choose = choose
         self.num_prompt_tokens = num_prompt_tokens
 
@@ -54,10 +54,10 @@ def _only_these_settings(model: PreTrainedModel, eos: list[int]) -> Iterator[Gen
 
 
 @torch.no_grad()
-def plain_sample(
+def unshared_sample(
     model: PreTrainedModel,
     inputs: dict[str, Any],
-    choose: Chooser,
+    choose: Sampler,
     *,
     num_samples: int,
     max_new_tokens: int,
@@ -80,10 +80,10 @@ def plain_sample(
 
 
 @torch.no_grad()
-def plain_ask_generate(
+def unshared_generate(
     model: PreTrainedModel,
     encode: Encode,
-    trees: Sequence[AskTree],
+    trees: Sequence[PromptTree],
     images: Sequence[Sequence[Any]],
     *,
     max_new_tokens: int,
@@ -94,7 +94,7 @@ def plain_ask_generate(
     for tree, own in zip(trees, images, strict=True):
         inputs = encode([tree.prompt], [own])
         answers = []
-        for leaf in tree.leaves:
+        for leaf in tree.leaf_segments:
             layout = Layout.build(inputs["attention_mask"], [[Segment(path_tokens(tree, leaf))]], pad_token_id=0)
             row = row_inputs(model, inputs, layout, packed=True)
             with _only_these_settings(model, eos):
@@ -106,19 +106,19 @@ def plain_ask_generate(
 
 
 @torch.no_grad()
-def plain_ask_log_probs(
-    model: PreTrainedModel, encode: Encode, trees: Sequence[AskTree], images: Sequence[Sequence[Any]]
+def unshared_log_probs(
+    model: PreTrainedModel, encode: Encode, trees: Sequence[PromptTree], images: Sequence[Sequence[Any]]
 ) -> list[np.ndarray]:
-    """Per ask `(num_branches, num_options)`: every branch with every option as a full sequence of its own."""
+    """Per prompt `(num_branches, num_options)`: every branch with every option as a full sequence of its own."""
     results = []
     for tree, own in zip(trees, images, strict=True):
         inputs = encode([tree.prompt], [own])
-        table = np.empty((len(tree.leaves), len(tree.options)))
-        for branch, leaf in enumerate(tree.leaves):
+        table = np.empty((len(tree.leaf_segments), len(tree.options)))
+        for branch, leaf in enumerate(tree.leaf_segments):
             path = path_tokens(tree, leaf)
             row = [Segment(path), *(Segment(option, parent=0) for option in tree.options)]
             layout = Layout.build(inputs["attention_mask"], [row], pad_token_id=0)
-            values = plain_segments(model, inputs, layout).log_probs[0]
+            values = unshared_segments(model, inputs, layout).log_probs[0]
             for o in range(len(tree.options)):
                 table[branch, o] = float(values[layout.segment[0] == 1 + o].double().sum())
         results.append(table)
@@ -126,10 +126,10 @@ def plain_ask_log_probs(
 
 
 @torch.no_grad()
-def plain_weigh(
+def unshared_loglikelihood(
     model: PreTrainedModel,
     encode: Encode,
-    trees: Sequence[AskTree],
+    trees: Sequence[PromptTree],
     images: Sequence[Sequence[Any]],
     *,
     temperature: float,
@@ -139,11 +139,11 @@ def plain_weigh(
     for tree, own in zip(trees, images, strict=True):
         inputs = encode([tree.prompt], [own])
         layout = Layout.build(inputs["attention_mask"], [tree.segments], pad_token_id=0)
-        results += of_segments(plain_segments(model, inputs, layout, temperature=temperature).log_probs, [tree])
+        results += of_segments(unshared_segments(model, inputs, layout, temperature=temperature).log_probs, [tree])
     return results
 
 
-def path_tokens(tree: AskTree, leaf: int) -> list[int]:
+def path_tokens(tree: PromptTree, leaf: int) -> list[int]:
     """All tokens between the prompt and the end of a segment."""
     segment = tree.segments[leaf]
     above = [] if segment.parent is None else path_tokens(tree, segment.parent)

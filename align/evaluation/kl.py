@@ -78,7 +78,7 @@ def log_probs_of_both(
 def _weighed(
     config: Config, final: Path, checkpoint: str, lines: Sequence[Evaluation], models: OneModel, label: str
 ) -> tuple[list[ResponseLogProbs], dict[str, str]]:
-    from align.engines.base import Continuations
+    from align.engines.base import GivenResponses
 
     def work(todo: list[Evaluation], keep: Keep) -> dict[str, str]:
         engine = models.get(checkpoint)
@@ -89,7 +89,7 @@ def _weighed(
 
         for some in batches(todo, QUESTIONS_AT_A_TIME):
             given = [
-                Continuations(
+                GivenResponses(
                     id=line.id,
                     messages=line.question.messages(),
                     images=tuple(line.question.images),
@@ -97,7 +97,7 @@ def _weighed(
                 )
                 for line in some
             ]
-            engine.weigh(given, on_result, temperature=config.evaluate.temperature)
+            engine.loglikelihood(given, on_result, temperature=config.evaluate.temperature)
         return engine.notes
 
     done = work_through(final, ResponseLogProbs, lines, work, label=label)

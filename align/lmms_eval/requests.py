@@ -114,9 +114,9 @@ class Answerer:
         for settings in dict.fromkeys(request.settings for request in todo):
             assert settings is not None, "what is scored is not generated"
             for some in batches([request for request in todo if request.settings == settings], AT_A_TIME):
-                self._ask(some, settings, keep)
+                self._branched(some, settings, keep)
 
-    def _ask(self, requests: list[Request], settings: SamplingSettings, keep: Callable[[Answered], None]) -> None:
+    def _branched(self, requests: list[Request], settings: SamplingSettings, keep: Callable[[Answered], None]) -> None:
         asked: dict[str, Request] = {}
         samples = []
         for request in requests:
@@ -155,16 +155,16 @@ class Answerer:
     def _score(self, todo: list[Request], keep: Callable[[Answered], None]) -> None:
         by_prompt = [list(same) for _, same in groupby(todo, lambda r: (r.task, r.split, r.doc_id, r.prompt))]
         for some in batches(by_prompt, AT_A_TIME):
-            asks = []
+            prompts = []
             for same in some:
                 dialogue = self._look(same[0], keep)
                 assert dialogue is not None, "what cannot be asked has ended the task"
                 same[:] = [replace(request, note=dialogue.note) for request in same]
                 options = tuple(request.continuation or "" for request in same)
-                asks.append(BranchedPrompt(tuple(dialogue.images), None, dialogue.text, ((),), "", options))
-            lengths = [[len(self._tokens(option)) for option in ask.options] for ask in asks]
-            tables = self.engine.log_probs(asks)
-            begun = self.engine.generate(asks, max_new_tokens=max(map(max, lengths)))
+                prompts.append(BranchedPrompt(tuple(dialogue.images), None, dialogue.text, ((),), "", options))
+            lengths = [[len(self._tokens(option)) for option in branched.options] for branched in prompts]
+            tables = self.engine.log_probs(prompts)
+            begun = self.engine.generate(prompts, max_new_tokens=max(map(max, lengths)))
             for same, table, (said,), counts in zip(some, tables, begun, lengths, strict=True):
                 for request, value, count in zip(same, table[0], counts, strict=True):
                     begins = self._tokens(said)[:count] == self._tokens(request.continuation or "")

@@ -9,7 +9,7 @@ it, and on top of it on a CPU. Nothing here is fitted to a model; `scripts/check
 measured seconds.
 
 The processor's work on images is measured while prompts are counted (`PromptSize.prepared_s`); it, too, goes on beside
-a GPU. Left out: loading checkpoints, decoding pictures, the proof on the first batch, stragglers.
+a GPU. Left out: loading checkpoints, decoding pictures, the equivalence check on the first batch, stragglers.
 """
 
 from __future__ import annotations

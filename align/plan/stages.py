@@ -12,7 +12,7 @@ from align.engines.prompts import Prompter
 from align.errors import UserError, reward_faults
 from align.evaluation.win_rate import has_judge
 from align.media.images import ImageStore
-from align.plan.ask_sizes import CountingModel, CountingScorer
+from align.plan.branched_sizes import CountingModel, CountingScorer
 from align.plan.memory import How, Memory, inference_memory
 from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
 from align.plan.shapes import model_shape
@@ -103,8 +103,8 @@ class StagePlanner:
             if judge.served or not judge.judge_model.asked:
                 continue
             tokens = max(
-                ask.prompt_tokens + ask.segment_tokens + s.visual_tokens
-                for ask in judge.judge_model.asked
+                branched.prompt_tokens + branched.segment_tokens + s.visual_tokens
+                for branched in judge.judge_model.asked
                 for s in judge.sizes
             )
             found["critic"] = inference_memory(
@@ -155,15 +155,15 @@ class StagePlanner:
         for judge in self.judges:
             judge.judge_model.asked.clear()
             judge.scorer.scored = 0
-        self._ask(responses)
+        self._branched(responses)
         cost, read, written = Cost(), 0, 0
         for judge in self.judges:
-            for ask in judge.judge_model.asked:
+            for branched in judge.judge_model.asked:
                 cost += judging(
-                    judge.speed, judge.sizes, ask, fixed_batch=self.config.critic.batch_size, shared=judge.shared
+                    judge.speed, judge.sizes, branched, fixed_batch=self.config.critic.batch_size, shared=judge.shared
                 )
-                read += sum(ask.prompt_tokens + s.visual_tokens + ask.segment_tokens for s in judge.sizes)
-                written += len(judge.sizes) * ask.branches * ask.new_tokens
+                read += sum(branched.prompt_tokens + s.visual_tokens + branched.segment_tokens for s in judge.sizes)
+                written += len(judge.sizes) * branched.branches * branched.new_tokens
             if judge.scorer.scored:
                 longer = self.lengths.chosen
                 cost += reading(judge.speed, judge.sizes, more_tokens=longer).times(judge.scorer.scored)
@@ -289,7 +289,7 @@ class StagePlanner:
         questions = read_questions(self.config.questions)[: self.config.sample.questions_per_round]
         return [meter.size(q.id, q.messages(), q.images) for q in questions]
 
-    def _ask(self, responses: tuple[str, ...]) -> None:
+    def _branched(self, responses: tuple[str, ...]) -> None:
         """Let the critic judge one question, with everybody counting."""
         question = self._question()
         by_name = {judge.checkpoint: judge for judge in self.judges}

@@ -27,12 +27,12 @@ from align.plan.speed import (
 )
 from align.prefix.plans import GROUPING_PAYS
 
-# Until an engine knows how large its items are (`align.engines.local.PROOF_ITEMS`).
+# Until an engine knows how large its items are (`align.engines.local.CHECK_ITEMS`).
 FIRST_BATCH = 2
 
 
 @dataclass(frozen=True)
-class AskSize:
+class BranchedSize:
     """What a critic is asked about one question: `prompt_tokens` without those of images, `segment_tokens` of all
     branches behind it, in `groups` of at most `group_tokens`; `read_tokens` are projected, `new_tokens` written by each
     of `branches`."""
@@ -117,26 +117,33 @@ def batch_of(speed: Speed, prompt: float, new_tokens: float) -> float:
 
 
 def judging(
-    speed: Speed, sizes: Sequence[PromptSize], ask: AskSize, *, fixed_batch: int | None = None, shared: bool = True
+    speed: Speed,
+    sizes: Sequence[PromptSize],
+    branched: BranchedSize,
+    *,
+    fixed_batch: int | None = None,
+    shared: bool = True,
 ) -> Cost:
-    """One ask about every question; `sizes` are those of the bare questions with the critic's processor."""
-    prompts = [ask.prompt_tokens + size.visual_tokens for size in sizes]
+    """One branched prompt per question; `sizes` are those of the bare questions with the critic's processor."""
+    prompts = [branched.prompt_tokens + size.visual_tokens for size in sizes]
     total = Cost()
     for size, prompt in zip(sizes, prompts, strict=True):
-        batch = max(1, min(fixed_batch or int(batch_of(speed, prompt + ask.segment_tokens, 0)), len(sizes)))
+        batch = max(1, min(fixed_batch or int(batch_of(speed, prompt + branched.segment_tokens, 0)), len(sizes)))
         if shared:
-            tokens = float(prompt + ask.segment_tokens)
-            scores = prompt * prompt / 2 + segment_scores(prompt, ask.segment_tokens, ask.groups, ask.group_tokens)
+            tokens = float(prompt + branched.segment_tokens)
+            scores = prompt * prompt / 2 + segment_scores(
+                prompt, branched.segment_tokens, branched.groups, branched.group_tokens
+            )
             repeats = 1
         else:
-            each, repeats = prompt + ask.segment_tokens / ask.branches, ask.branches
+            each, repeats = prompt + branched.segment_tokens / branched.branches, branched.branches
             tokens, scores = each * repeats, repeats * each * each
         total += seeing(speed, size, 1 / batch).times(repeats)
         total += speed.layers(speed.shape.text, tokens, scores, calls=repeats / batch)
-        total += speed.head(ask.read_tokens or ask.branches, LOG_PROB_PASSES, calls=1 / batch)
-        if ask.new_tokens:
-            behind = prompt + ask.segment_tokens
-            written = speed.writing(batch, ask.branches, behind, ask.new_tokens, GREEDY_PASSES)
+        total += speed.head(branched.read_tokens or branched.branches, LOG_PROB_PASSES, calls=1 / batch)
+        if branched.new_tokens:
+            behind = prompt + branched.segment_tokens
+            written = speed.writing(batch, branched.branches, behind, branched.new_tokens, GREEDY_PASSES)
             total += written.times(1 / batch)
     return total
 

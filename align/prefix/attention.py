@@ -32,7 +32,7 @@ NAME = "shared_prefix"
 
 
 class PrefixUnsupported(Exception):
-    """The model wants an attention that a shared prefix cannot give; use the plain path."""
+    """The model wants an attention that a shared prefix cannot give; use the unshared path."""
 
 
 _active: ContextVar[AttentionPlan | None] = ContextVar("active_plan", default=None)
@@ -70,7 +70,7 @@ def use_shared_prefix(model: PreTrainedModel) -> None:
 
 
 def stop_shared_prefix(model: PreTrainedModel) -> None:
-    """Give the language model sdpa back, after a proof has failed. Other attentions are left as they are."""
+    """Give the language model sdpa back, after the equivalence check has failed. Other attentions are left as they are."""
     for config in _decoder_configs(model):
         if config._attn_implementation == NAME:
             config._attn_implementation_internal = "sdpa"

@@ -1,7 +1,7 @@
-"""A real batch in; whether the shared and the plain path agree on it, and if not why, out.
+"""A real batch in; whether the shared and the unshared path agree on it, and if not why, out.
 
 Shared-prefix attention is exact maths, but only for models whose layers do what it assumes. Nothing here trusts a list
-of architectures: the first batch of a run is computed both ways, and the plain path is used where they differ.
+of architectures: the first batch of a run is computed both ways, and the unshared path is used where they differ.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from align.errors import is_out_of_memory
 from align.prefix.attention import PrefixUnsupported, use_shared_prefix
 from align.prefix.layout import Layout
-from align.prefix.log_probs import forward_segments, plain_segments
+from align.prefix.log_probs import forward_segments, unshared_segments
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ TOLERANCES = {
 
 
 @dataclass(frozen=True)
-class Proof:
+class Equivalence:
     """`exact`: the paths agree. Errors are differences of per-token log-probabilities (nan if nothing was compared)."""
 
     exact: bool
@@ -58,28 +59,28 @@ def tolerance_for(model: PreTrainedModel) -> Tolerance:
     return TOLERANCES.get(parameter.dtype, TOLERANCES[torch.bfloat16])
 
 
-def compare(shared: Tensor, plain: Tensor, tolerance: Tolerance) -> Proof:
+def compare(shared: Tensor, unshared: Tensor, tolerance: Tolerance) -> Equivalence:
     """Log-probabilities of the same tokens by both ways, `(N,)` each. Not-a-number anywhere is disagreement."""
-    errors = (shared.double() - plain.double()).abs()
+    errors = (shared.double() - unshared.double()).abs()
     if not errors.numel():
-        return Proof(False, float("nan"), tolerance.largest, "there was no token to compare")
+        return Equivalence(False, float("nan"), tolerance.largest, "there was no token to compare")
     largest, mean = float(errors.max()), float(errors.mean())
     exact = largest <= tolerance.largest and mean <= tolerance.mean
     reason = (
-        f"shared and plain log-probabilities {'agree' if exact else 'differ'} on {errors.numel()} tokens: "
+        f"shared and unshared log-probabilities {'agree' if exact else 'differ'} on {errors.numel()} tokens: "
         f"largest difference {largest:.2e} (allowed {tolerance.largest:g}), mean {mean:.2e} (allowed {tolerance.mean:g})"
     )
-    return Proof(exact, largest, tolerance.largest, reason, mean)
+    return Equivalence(exact, largest, tolerance.largest, reason, mean)
 
 
-def failed(error: Exception, tolerance: Tolerance) -> Proof:
-    """The proof of a path that raised."""
+def failed(error: Exception, tolerance: Tolerance) -> Equivalence:
+    """The outcome for a path that raised."""
     reason = str(error) if isinstance(error, PrefixUnsupported) else f"{type(error).__name__}: {error}"
-    return Proof(False, float("nan"), tolerance.largest, reason)
+    return Equivalence(False, float("nan"), tolerance.largest, reason)
 
 
 @torch.no_grad()
-def prove(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Proof:
+def check_equivalence(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Equivalence:
     """Compare both paths on one batch; dropout is off meanwhile.
 
     Never raises for what a model cannot do: whatever exception its architecture raises becomes the reason.
@@ -91,12 +92,12 @@ def prove(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layo
     try:
         use_shared_prefix(model)
         shared = forward_segments(model, prompt_inputs, layout).log_probs
-        plain = plain_segments(model, prompt_inputs, layout).log_probs
-    except torch.OutOfMemoryError:
-        raise
+        unshared = unshared_segments(model, prompt_inputs, layout).log_probs
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return failed(error, tolerance)
     finally:
         model.train(was_training)
     real = layout.is_token.to(shared.device)
-    return compare(shared[real], plain[real], tolerance)
+    return compare(shared[real], unshared[real], tolerance)

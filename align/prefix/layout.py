@@ -1,4 +1,4 @@
-"""Prompts and the trees of segments behind them in; token ids, positions, sources and who-sees-whom out.
+"""Prompts and the trees of segments behind them in; token ids, positions, predictors and visibility out.
 
 A row is `[prompt | segment 1 | segment 2 | ...]`. Every segment has a parent, which is the prompt or an earlier
 segment of its row. A token sees the prompt, the segments above its own, and its own segment up to itself. Two children
@@ -32,11 +32,11 @@ class Layout:
     `prompt_mask` `(B, P)` bool, True on real prompt tokens; prompts are right-padded and not empty.
     `input_ids` `(B, S)` int64, the segments of a row one after the other, right-padded.
     `segment` `(B, S)` int64, the index of a token's segment, -1 on padding.
-    `depth_position` `(B, S)` int64, how many tokens of its own path lie between the prompt and the token.
-    `source` `(B, S)` int64, where in the row `[prompt (P) | segments (S)]` the token is predicted: the last real token
+    `path_position` `(B, S)` int64, how many tokens of its own path lie between the prompt and the token.
+    `predicted_at` `(B, S)` int64, where in the row `[prompt (P) | segments (S)]` the token is predicted: the last real token
     of the prompt, the last token of the parent, or the token before. 0 on padding.
     `last` `(B, N)` int64, where in the row a segment ends: its last token, or for an empty segment what stands above.
-    `lineage` `(B, N, N)` bool, True at `[b, i, j]` where segment j is segment i or stands above it.
+    `ancestors` `(B, N, N)` bool, True at `[b, i, j]` where segment j is segment i or stands above it.
 
     A prompt of two tokens (padded to three) with two answers, the second of which is continued:
 
@@ -45,12 +45,12 @@ class Layout:
     >>> layout = Layout.build(mask, rows, pad_token_id=0)
     >>> layout.input_ids.tolist(), layout.segment.tolist()
     ([[5, 6, 7, 8, 9]], [[0, 0, 1, 2, 2]])
-    >>> layout.depth_position.tolist(), layout.source.tolist()
+    >>> layout.path_position.tolist(), layout.predicted_at.tolist()
     ([[0, 1, 0, 1, 2]], [[1, 3, 1, 5, 6]])
     >>> layout.last.tolist()
     [[4, 5, 7]]
-    >>> for sees in layout.mask()[0, 0].int().tolist():
-    ...     print(sees[:3], sees[3:])
+    >>> for visible in layout.mask()[0, 0].int().tolist():
+    ...     print(visible[:3], visible[3:])
     [1, 1, 0] [1, 0, 0, 0, 0]
     [1, 1, 0] [1, 1, 0, 0, 0]
     [1, 1, 0] [0, 0, 1, 0, 0]
@@ -61,10 +61,10 @@ class Layout:
     prompt_mask: Tensor
     input_ids: Tensor
     segment: Tensor
-    depth_position: Tensor
-    source: Tensor
+    path_position: Tensor
+    predicted_at: Tensor
     last: Tensor
-    lineage: Tensor
+    ancestors: Tensor
 
     @classmethod
     def build(cls, prompt_mask: Tensor, rows: Sequence[Sequence[Segment]], pad_token_id: int) -> Layout:
@@ -84,10 +84,10 @@ class Layout:
         shape = (len(rows), width)
         input_ids = torch.full(shape, pad_token_id)
         segment_of = torch.full(shape, PADDING)
-        depth_position = torch.zeros(shape, dtype=torch.int64)
-        source = torch.zeros(shape, dtype=torch.int64)
+        path_position = torch.zeros(shape, dtype=torch.int64)
+        predicted_at = torch.zeros(shape, dtype=torch.int64)
         last = torch.zeros(len(rows), num_segments, dtype=torch.int64)
-        lineage = torch.eye(num_segments, dtype=torch.bool).repeat(len(rows), 1, 1)
+        ancestors = torch.eye(num_segments, dtype=torch.bool).repeat(len(rows), 1, 1)
         for b, row in enumerate(rows):
             start = 0
             # Per segment: the depth at which a child begins, and the index in the row that predicts its first token.
@@ -98,21 +98,21 @@ class Layout:
                     if not 0 <= segment.parent < index:
                         raise ValueError(f"segment {index} of row {b} has parent {segment.parent}")
                     depth, predictor = ends[segment.parent]
-                    lineage[b, index] |= lineage[b, segment.parent]
+                    ancestors[b, index] |= ancestors[b, segment.parent]
                 length = len(segment.token_ids)
                 if length:
                     at = slice(start, start + length)
                     first = prompt_mask.shape[1] + start
                     input_ids[b, at] = torch.as_tensor(segment.token_ids, dtype=torch.int64)
                     segment_of[b, at] = index
-                    depth_position[b, at] = torch.arange(depth, depth + length)
-                    source[b, at] = torch.arange(first - 1, first - 1 + length)
-                    source[b, start] = predictor
+                    path_position[b, at] = torch.arange(depth, depth + length)
+                    predicted_at[b, at] = torch.arange(first - 1, first - 1 + length)
+                    predicted_at[b, start] = predictor
                     depth, predictor = depth + length, first + length - 1
                 ends.append((depth, predictor))
                 last[b, index] = predictor
                 start += length
-        layout = cls(prompt_mask, input_ids, segment_of, depth_position, source, last, lineage)
+        layout = cls(prompt_mask, input_ids, segment_of, path_position, predicted_at, last, ancestors)
         return layout.to(prompt_mask.device)
 
     def to(self, device: torch.device | str) -> Layout:
@@ -132,19 +132,19 @@ class Layout:
     def mask(self) -> Tensor:
         """`(B, 1, S, P + S)` bool: what a segment token may see. Padding sees the prompt, so that no row is empty."""
         prompt = self.prompt_mask[:, None, :].expand(-1, self.segment.shape[1], -1)
-        return torch.cat([prompt, sees(self.lineage, self.segment, self.depth_position)], dim=2)[:, None]
+        return torch.cat([prompt, visibility_mask(self.ancestors, self.segment, self.path_position)], dim=2)[:, None]
 
 
-def sees(lineage: Tensor, segment: Tensor, depth_position: Tensor) -> Tensor:
-    """Which segment tokens may see which: `(..., S, S)` bool, for `segment` and `depth_position` `(B, ..., S)`.
+def visibility_mask(ancestors: Tensor, segment: Tensor, path_position: Tensor) -> Tensor:
+    """Which segment tokens may see which: `(..., S, S)` bool, for `segment` and `path_position` `(B, ..., S)`.
 
     A token sees what stands earlier on its own path, and itself; padding sees and is seen by nothing.
     """
-    if lineage.shape[1] == 0:
+    if ancestors.shape[1] == 0:
         return segment.new_zeros(*segment.shape, segment.shape[-1], dtype=torch.bool)
     of = segment.clamp(min=0)
     rows = torch.arange(len(of), device=of.device).view(-1, *[1] * of.ndim)
-    related = lineage[rows, of[..., :, None], of[..., None, :]]
-    earlier = depth_position[..., None, :] <= depth_position[..., :, None]
+    related = ancestors[rows, of[..., :, None], of[..., None, :]]
+    earlier = path_position[..., None, :] <= path_position[..., :, None]
     real = segment != PADDING
     return related & earlier & real[..., :, None] & real[..., None, :]

@@ -1,8 +1,8 @@
 """Hidden states or whole rows in, per-token log-probabilities (and what TRL's metrics want beside) out.
 
 `forward_segments` runs the backbone once over rows `[prompt | segments]` and projects only the positions that predict
-a segment's token; logits of the prompt are never made. `plain_segments` gives the same values from separate full
-sequences: the peer in the proof, and the fallback. Log-probabilities are natural logarithms in fp32.
+a segment's token; logits of the prompt are never made. `unshared_segments` gives the same values from separate full
+sequences: the peer in the equivalence check, and the fallback. Log-probabilities are natural logarithms in fp32.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def row_hidden_states(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], 
 def segment_hidden_states(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Tensor:
     """`(B, S, H)`: for every segment token the hidden state that predicts it."""
     hidden = row_hidden_states(model, prompt_inputs, layout)
-    return hidden.gather(1, layout.source[:, :, None].expand(-1, -1, hidden.shape[-1]))
+    return hidden.gather(1, layout.predicted_at[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 
 def require_every_layer(model: PreTrainedModel, num_calls: int) -> None:
@@ -125,7 +125,7 @@ def forward_segments(
     return hidden_to_stats(model, segment_hidden_states(model, prompt_inputs, layout), layout, outputs, temperature)
 
 
-def plain_segments(
+def unshared_segments(
     model: PreTrainedModel,
     prompt_inputs: Mapping[str, Any],
     layout: Layout,
@@ -151,12 +151,12 @@ def plain_segments(
 def _paths(layout: Layout) -> list[list[tuple[list[int], set[int]]]]:
     """Per forward and row: the segments of one path, and those of them whose values are read from it."""
     per_row = []
-    for lineage, segment in zip(layout.lineage.tolist(), layout.segment.tolist(), strict=True):
+    for ancestors, segment in zip(layout.ancestors.tolist(), layout.segment.tolist(), strict=True):
         present = sorted({s for s in segment if s >= 0})
-        leaves = [s for s in present if not any(lineage[t][s] for t in present if t != s)]
+        leaves = [s for s in present if not any(ancestors[t][s] for t in present if t != s)]
         paths, read = [], set[int]()
         for leaf in leaves:
-            path = [s for s in present if lineage[leaf][s]]
+            path = [s for s in present if ancestors[leaf][s]]
             paths.append((path, set(path) - read))
             read.update(path)
         per_row.append(paths)
@@ -189,8 +189,8 @@ def _path_stats(
     # A packed row has its first segment token right behind the last real prompt token.
     lengths = layout.prompt_lengths[:, None]
     offsets = torch.arange(single.input_ids.shape[1], device=device)[None]
-    source = (lengths + offsets - 1).clamp(max=hidden.shape[1] - 1)
-    hidden = hidden.gather(1, source[:, :, None].expand(-1, -1, hidden.shape[-1]))
+    predicted_at = (lengths + offsets - 1).clamp(max=hidden.shape[1] - 1)
+    hidden = hidden.gather(1, predicted_at[:, :, None].expand(-1, -1, hidden.shape[-1]))
     stats = hidden_to_stats(model, hidden, single, outputs, temperature)
     chosen = torch.zeros_like(layout.is_token)
     taken = torch.zeros_like(single.is_token)

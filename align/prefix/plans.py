@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from align.prefix.layout import PADDING, Layout, sees
+from align.prefix.layout import PADDING, Layout, visibility_mask
 
 # Query heads on one key head, above which backward is faster with repeated keys on a CPU.
 MAX_FOLDED_WITH_GRADIENTS = 4
@@ -91,9 +91,9 @@ class GroupedPlan(AttentionPlan):
         index = index[:, :-1].view(batch, num_groups, width)
         # Index `length` is padding: it takes the last token's query, and sees the prompt alone.
         segment = torch.cat([layout.segment, layout.segment.new_full((batch, 1), PADDING)], dim=1)
-        depth = torch.cat([layout.depth_position, layout.depth_position.new_zeros(batch, 1)], dim=1)
+        depth = torch.cat([layout.path_position, layout.path_position.new_zeros(batch, 1)], dim=1)
         rows = torch.arange(batch, device=groups.device)[:, None, None]
-        own = sees(layout.lineage, segment[rows, index], depth[rows, index])
+        own = visibility_mask(layout.ancestors, segment[rows, index], depth[rows, index])
         prompt = layout.prompt_mask[:, None, None].expand(-1, num_groups, width, -1)
         super().__init__(layout.prompt_mask.shape[1], torch.cat([prompt, own], dim=3).flatten(0, 1)[:, None])
         self.index = index.clamp(max=length - 1)
@@ -140,10 +140,10 @@ def plan_of(layout: Layout) -> AttentionPlan:
 
 def _top_segment(layout: Layout) -> Tensor:
     """`(B, S)` int64: which child of the prompt a token stands in or below, counted within its row; -1 on padding."""
-    if layout.lineage.shape[1] == 0:
+    if layout.ancestors.shape[1] == 0:
         return layout.segment
-    # Parents come before their children: the first segment of a lineage is a child of the prompt.
-    top = layout.lineage.to(torch.int8).argmax(dim=2)
+    # Parents come before their children: the first ancestor of a segment is a child of the prompt.
+    top = layout.ancestors.to(torch.int8).argmax(dim=2)
     is_top = top == torch.arange(top.shape[1], device=top.device)
     number = (is_top.cumsum(dim=1) - 1).gather(1, top)
     return torch.where(layout.is_token, number.gather(1, layout.segment.clamp(min=0)), PADDING)

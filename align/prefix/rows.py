@@ -59,7 +59,7 @@ def row_inputs(
             inputs[name] = inputs[name].gather(1, order)
         return inputs
     prompt_positions, start = prompt_positions_of(model, prompt_inputs, layout.prompt_mask)
-    segment_positions = start[:, None] + layout.depth_position
+    segment_positions = start[:, None] + layout.path_position
     if prompt_positions.ndim == 3:
         segment_positions = segment_positions.expand(len(prompt_positions), -1, -1)
     inputs["position_ids"] = torch.cat([prompt_positions, segment_positions], dim=-1)

@@ -333,7 +333,7 @@ def test_a_shared_prefix_that_is_not_exact_is_refused_or_replaced(tmp_path):
     model.model.language_model.norm = torch.nn.Sequential(Twisted(), model.model.language_model.norm)
     layout, note = train.choose_layout("auto", model, collator, pairs)
     assert layout == "plain"
-    assert note.startswith("not used: shared and plain log-probabilities differ")
+    assert note.startswith("not used: shared and unshared log-probabilities differ")
     with pytest.raises(UserError, match="shared_prefix is on, but it cannot be used"):
         train.choose_layout("on", model, collator, pairs)
 

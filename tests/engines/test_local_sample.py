@@ -12,7 +12,7 @@ from scipy import stats
 from align.engines import batch_size as budget_module
 from align.engines import local
 from align.engines.base import SampleRequest, SamplingSettings
-from align.engines.decoding import Branches, grow, prefill
+from align.engines.decoding import Branches, decode, prefill
 from align.engines.local import LocalEngine
 from align.engines.shared_path import sample_behind
 from align.errors import UserError
@@ -50,12 +50,12 @@ def test_greedy_branches_are_generates_tokens_in_every_family(family: str):
     eos = [free[0][4]]
     expected = [generated(model, inputs, row, 20, eos) for row in rows]
     use_shared_prefix(model)
-    grown = sample_behind(
+    decoded = sample_behind(
         model, inputs, lambda logits, *_: logits.argmax(dim=-1), num_samples=2, max_new_tokens=20, eos=eos
     )
-    assert grown.tokens == [[tokens, tokens] for tokens in expected]
-    assert grown.stopped == [[tokens[-1] in eos] * 2 for tokens in expected]
-    assert grown.stopped[0] == [True, True]
+    assert decoded.tokens == [[tokens, tokens] for tokens in expected]
+    assert decoded.stopped == [[tokens[-1] in eos] * 2 for tokens in expected]
+    assert decoded.stopped[0] == [True, True]
 
 
 def test_greedy_samples_are_generates_text_through_the_processor(onevision: tuple[Any, Any]):
@@ -131,15 +131,15 @@ def branch_probabilities(model: Any, prompt: list[int], depth: int, temperature:
 
 
 def sample_counts(model: Any, prompt: list[int], depth: int, temperature: float, num_samples: int) -> torch.Tensor:
-    from align.engines.sampling import SeededChooser, uniforms
+    from align.engines.sampling import SeededSampler, uniforms
 
     how = SamplingSettings(temperature=temperature, max_new_tokens=depth)
     inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.int64)}
     vocab, rows, per_row = model.config.vocab_size, 20, num_samples // 20
     inputs = {name: value.repeat(rows, 1) for name, value in inputs.items()}
-    chooser = SeededChooser(how, uniforms(range(rows), per_row, depth), inputs["input_ids"])
-    grown = sample_behind(model, inputs, chooser, num_samples=per_row, max_new_tokens=depth, eos=[])
-    index = torch.tensor(grown.tokens).view(-1, depth) @ torch.tensor([vocab**i for i in reversed(range(depth))])
+    sampler = SeededSampler(how, uniforms(range(rows), per_row, depth), inputs["input_ids"])
+    decoded = sample_behind(model, inputs, sampler, num_samples=per_row, max_new_tokens=depth, eos=[])
+    index = torch.tensor(decoded.tokens).view(-1, depth) @ torch.tensor([vocab**i for i in reversed(range(depth))])
     return torch.bincount(index, minlength=vocab**depth).double().view(*[vocab] * depth)
 
 
@@ -160,14 +160,14 @@ def test_samples_follow_the_exact_distribution_and_a_wrong_temperature_is_notice
 def test_branches_of_a_question_are_independent():
     model = tiny_vocabulary()
     use_shared_prefix(model)
-    from align.engines.sampling import SeededChooser, uniforms
+    from align.engines.sampling import SeededSampler, uniforms
 
     inputs = {"input_ids": torch.tensor([[1, 3]]).repeat(2000, 1), "attention_mask": torch.ones(2000, 2).long()}
     how = SamplingSettings(temperature=1.0, max_new_tokens=1)
-    chooser = SeededChooser(how, uniforms(range(2000), 2, 1), inputs["input_ids"])
-    grown = sample_behind(model, inputs, chooser, num_samples=2, max_new_tokens=1, eos=[])
+    sampler = SeededSampler(how, uniforms(range(2000), 2, 1), inputs["input_ids"])
+    decoded = sample_behind(model, inputs, sampler, num_samples=2, max_new_tokens=1, eos=[])
     table = torch.zeros(4, 4)
-    for first, second in grown.tokens:
+    for first, second in decoded.tokens:
         table[first[0], second[0]] += 1
     assert stats.chi2_contingency(table.numpy()).pvalue > 0.01
 
@@ -202,11 +202,11 @@ def test_ended_branches_leave_the_batch_and_the_others_do_not_notice():
     def choose(logits: torch.Tensor, row: torch.Tensor, branch: torch.Tensor, step: int) -> torch.Tensor:
         # Branch k of row b ends (token 1) after 2 + 3b + 4k tokens; what else it says is the model's choice.
         widths.append((step, int(row.unique().numel()), len(row)))
-        said = logits[:, 2:].argmax(dim=-1) + 2
-        return torch.where(step + 1 >= 2 + 3 * row + 4 * branch, torch.ones_like(said), said)
+        generated_ids = logits[:, 2:].argmax(dim=-1) + 2
+        return torch.where(step + 1 >= 2 + 3 * row + 4 * branch, torch.ones_like(generated_ids), generated_ids)
 
-    grown = sample_behind(model, inputs, choose, num_samples=4, max_new_tokens=30, eos=[1])
-    for b, row in enumerate(grown.tokens):
+    decoded = sample_behind(model, inputs, choose, num_samples=4, max_new_tokens=30, eos=[1])
+    for b, row in enumerate(decoded.tokens):
         assert [len(tokens) for tokens in row] == [2 + 3 * b + 4 * k for k in range(4)]
         longest = row[-1]
         for tokens in row:
@@ -250,7 +250,7 @@ def test_the_prompts_keys_are_stored_once():
         hidden=hidden[:, -1:].expand(-1, 7, -1),
         alive=torch.ones(shape, dtype=torch.bool),
     )
-    grow(model, branches, lambda logits, *_: logits.argmax(dim=-1), max_new_tokens=5, eos_token_ids=[])
+    decode(model, branches, lambda logits, *_: logits.argmax(dim=-1), max_new_tokens=5, eos_token_ids=[])
     # The fifth token is never read: P + K * (R - 1) keys a question, not K * (P + R).
     assert cache.get_seq_length() == mask.shape[1] + 7 * 4
 
@@ -313,10 +313,10 @@ def test_what_ran_out_of_memory_is_let_go_before_the_next_try(
 ):
     held: list[weakref.ref] = []
 
-    class Watching(budget_module.Budget):
-        def retreat(self, num_items: int) -> None:
+    class Watching(budget_module.BatchSizer):
+        def halve(self, num_items: int) -> None:
             gone.append(held[-1]() is None)
-            super().retreat(num_items)
+            super().halve(num_items)
 
     def limited(model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         if len(inputs["input_ids"]) > 1:
@@ -328,7 +328,7 @@ def test_what_ran_out_of_memory_is_let_go_before_the_next_try(
     gone: list[bool] = []
     monkeypatch.setattr(local, "sample_behind", limited)
     engine = LocalEngine(*onevision)
-    engine.budget = Watching(engine.model, 2)
+    engine.batch_sizer = Watching(engine.model, 2)
     assert len(collect(engine, [question(i) for i in range(2)], WARM)) == 2
     assert gone == [True]
 
@@ -355,10 +355,10 @@ def test_one_question_too_large_for_memory_is_an_error_that_says_so(
 
 def test_a_batch_is_as_large_as_the_tokens_allow():
     model = text_model()
-    found = budget_module.Budget(model)
+    found = budget_module.BatchSizer(model)
     assert found.num_items(1000, 500) == budget_module.CPU_TOKENS // 1000
     assert found.num_items(10**9) == 1
-    assert budget_module.Budget(model, fixed=3).num_items(10**9) == 3
+    assert budget_module.BatchSizer(model, fixed=3).num_items(10**9) == 3
     cached, _ = budget_module.token_bytes(model)
     # Two layers, keys and values, two heads of width 8, four bytes each.
     assert cached == 2 * 2 * 2 * 8 * 4

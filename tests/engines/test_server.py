@@ -170,11 +170,11 @@ def test_retry_after_is_waited_for(serve):
 def test_a_rest_that_outlasts_its_work_ends_in_the_next(serve):
     busy_first = serve(behave=lambda body, count: Reply({}, 429, {"Retry-After": "1"}) if count == 1 else None)
     engine = engine_on(busy_first, tries=1)
-    ask = BranchedPrompt((), None, "Judge.", (("a",),), "", ())
+    branched = BranchedPrompt((), None, "Judge.", (("a",),), "", ())
     answers = []
 
     def judge_twice():
-        answers.extend(engine.generate([ask], max_new_tokens=4)[0] for _ in range(2))
+        answers.extend(engine.generate([branched], max_new_tokens=4)[0] for _ in range(2))
 
     work = threading.Thread(target=judge_twice, daemon=True)
     work.start()
@@ -430,19 +430,19 @@ def test_generated_judgements_that_are_refused_are_none_and_the_others_are_kept(
         return Reply({"error": {"message": "too long"}}, 400) if "bad" in question_text(body) else None
 
     engine = engine_on(serve(behave=refuse))
-    asks = [
+    prompts = [
         BranchedPrompt((), "Judge.", "Say: ", (("good",), ("bad",)), "!", ()),
         BranchedPrompt((), None, "Or: ", (("fine",),), "", ()),
     ]
-    assert engine.generate(asks, max_new_tokens=9) == [["Say: good! -> 0", None], ["Or: fine -> 0"]]
+    assert engine.generate(prompts, max_new_tokens=9) == [["Say: good! -> 0", None], ["Or: fine -> 0"]]
     assert engine.notes["judgements without an answer"] == "1"
 
 
 def test_a_critic_that_refuses_all_judgements_stops_the_stage_with_its_words(serve):
     engine = engine_on(serve(behave=lambda body, count: Reply({"error": {"message": "no images"}}, 400)))
-    asks = [BranchedPrompt((), None, "The same instruction for all: ", (("a",),), "", ()) for _ in range(50)]
+    prompts = [BranchedPrompt((), None, "The same instruction for all: ", (("a",),), "", ()) for _ in range(50)]
     with pytest.raises(UserError, match="no images"):
-        engine.generate(asks, max_new_tokens=4)
+        engine.generate(prompts, max_new_tokens=4)
 
 
 def test_without_httpx_the_extra_that_brings_it_is_named(monkeypatch):
@@ -469,8 +469,8 @@ def test_an_address_that_is_none_is_the_users_error():
 
 def test_an_ask_goes_out_as_system_images_and_text(serve):
     server = serve()
-    ask = BranchedPrompt((Image.new("RGB", (4, 4)),), "Judge.", "Say: ", (("a", "b"),), "!", ())
-    engine_on(server).generate([ask], max_new_tokens=9)
+    branched = BranchedPrompt((Image.new("RGB", (4, 4)),), "Judge.", "Say: ", (("a", "b"),), "!", ())
+    engine_on(server).generate([branched], max_new_tokens=9)
     system, user = server.asked[0]["messages"]
     assert system == {"role": "system", "content": "Judge."}
     assert [part["type"] for part in user["content"]] == ["image_url", "text"]

@@ -115,10 +115,10 @@ def an_ask(options=OPTIONS, num_images=1):
 
 
 def test_log_probs_of_options_of_many_tokens_equal_the_local_engines(serve_model, onevision):
-    asks = [an_ask(), an_ask(("yes", "no"), num_images=0)]
+    prompts = [an_ask(), an_ask(("yes", "no"), num_images=0)]
     engine = engine_on(serve_model())
-    found = engine.log_probs(asks)
-    wanted = LocalEngine(*onevision, shared_prefix="off").log_probs(asks)
+    found = engine.log_probs(prompts)
+    wanted = LocalEngine(*onevision, shared_prefix="off").log_probs(prompts)
     for mine, theirs in zip(found, wanted, strict=True):
         assert np.isfinite(theirs).all()
         np.testing.assert_allclose(mine, theirs, atol=2e-5)

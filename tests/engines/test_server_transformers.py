@@ -64,6 +64,6 @@ def test_transformers_serve_gives_the_local_engines_greedy_texts(served):
         id_: result.num_tokens for id_, result in theirs.items()
     }
     assert any(text for result in mine.values() for text in result.texts)
-    ask = BranchedPrompt((random_image(3, 40, 30),), None, "Is it ", (("red",), ("blue",)), "?", ())
-    assert engine.generate([ask], max_new_tokens=8) == local.generate([ask], max_new_tokens=8)
+    branched = BranchedPrompt((random_image(3, 40, 30),), None, "Is it ", (("red",), ("blue",)), "?", ())
+    assert engine.generate([branched], max_new_tokens=8) == local.generate([branched], max_new_tokens=8)
     assert "one sample a request" in engine.notes["servers"]

@@ -62,7 +62,7 @@ def test_segments_over_cached_prompts_equal_one_forward():
         with active_layout(AttentionPlan(prompt_width, None)):
             model.model(**inputs, past_key_values=cache)
         mask = layout.mask()
-        positions = layout.prompt_lengths[:, None] + layout.depth_position
+        positions = layout.prompt_lengths[:, None] + layout.path_position
         parts = []
         for start, stop in ((0, 1), (1, 4), (4, width)):
             with active_layout(AttentionPlan(0, mask[:, :, start:stop, : prompt_width + stop])):

@@ -9,7 +9,7 @@ import torch
 
 from align.prefix.attention import use_shared_prefix
 from align.prefix.layout import Layout, Segment
-from align.prefix.log_probs import forward_segments, plain_segments
+from align.prefix.log_probs import forward_segments, unshared_segments
 from align.prefix.token_stats import OUTPUTS
 from tests.prefix.prefix_models import SUPPORTED, make
 
@@ -65,14 +65,14 @@ def test_log_probs_equal_those_of_separate_sequences(family: str, layout_of: Any
     model, inputs = make(SUPPORTED[family])
     layout = layout_of(inputs)
     with torch.no_grad():
-        plain = plain_segments(model, inputs, layout, OUTPUTS)
+        unshared = unshared_segments(model, inputs, layout, OUTPUTS)
         use_shared_prefix(model)
         shared = forward_segments(model, inputs, layout, OUTPUTS)
-    assert (plain.log_probs[layout.is_token] < -0.1).any(), "the model is not trivially certain"
-    assert (plain.log_probs[~layout.is_token] == 0).all()
+    assert (unshared.log_probs[layout.is_token] < -0.1).any(), "the model is not trivially certain"
+    assert (unshared.log_probs[~layout.is_token] == 0).all()
     for name in ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs"):
-        assert (getattr(shared, name) - getattr(plain, name)).abs().max() <= 1e-5, name
-    assert torch.equal(shared.is_top1, plain.is_top1)
+        assert (getattr(shared, name) - getattr(unshared, name)).abs().max() <= 1e-5, name
+    assert torch.equal(shared.is_top1, unshared.is_top1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,7 +80,7 @@ def test_log_probs_equal_those_of_separate_sequences(family: str, layout_of: Any
 def test_every_gradient_equals_that_of_separate_sequences(family: str, layout_of: Any):
     model, inputs = make(SUPPORTED[family])
     layout = layout_of(inputs)
-    theirs = gradients(model, loss_of(plain_segments(model, inputs, layout).log_probs, layout))
+    theirs = gradients(model, loss_of(unshared_segments(model, inputs, layout).log_probs, layout))
     use_shared_prefix(model)
     ours = gradients(model, loss_of(forward_segments(model, inputs, layout).log_probs, layout))
     assert_gradients_equal(ours, theirs)
@@ -104,11 +104,11 @@ def test_bfloat16_agrees_within_its_precision():
     layout = pair_layout(inputs)
     model.bfloat16()
     with torch.no_grad():
-        plain = plain_segments(model, inputs, layout).log_probs
+        unshared = unshared_segments(model, inputs, layout).log_probs
         use_shared_prefix(model)
         shared = forward_segments(model, inputs, layout).log_probs
     assert shared.dtype == torch.float32
-    assert (shared - plain).abs().mean() < 0.02
+    assert (shared - unshared).abs().mean() < 0.02
 
 
 def test_adapters_inside_the_layers_are_part_of_both_paths():
@@ -117,12 +117,12 @@ def test_adapters_inside_the_layers_are_part_of_both_paths():
     model, inputs = make(SUPPORTED["llava_onevision"])
     layout = pair_layout(inputs)
     with torch.no_grad():
-        without = plain_segments(model, inputs, layout).log_probs
+        without = unshared_segments(model, inputs, layout).log_probs
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     adapted.eval()
     with torch.no_grad():
-        plain = plain_segments(adapted, inputs, layout).log_probs
+        unshared = unshared_segments(adapted, inputs, layout).log_probs
         use_shared_prefix(adapted)
         shared = forward_segments(adapted, inputs, layout).log_probs
-    assert (shared - plain).abs().max() <= 1e-5
-    assert (plain - without).abs().max() > 1e-2
+    assert (shared - unshared).abs().max() <= 1e-5
+    assert (unshared - without).abs().max() > 1e-2

@@ -15,8 +15,8 @@ def test_siblings_start_at_the_same_depth_and_are_predicted_by_the_prompts_last_
     rows = [[Segment([10, 11]), Segment([12])], [Segment([13]), Segment([14, 15])]]
     layout = Layout.build(mask, rows, pad_token_id=9)
     assert layout.input_ids.tolist() == [[10, 11, 12], [13, 14, 15]]
-    assert layout.depth_position.tolist() == [[0, 1, 0], [0, 0, 1]]
-    assert layout.source.tolist() == [[3, 4, 3], [1, 1, 5]]
+    assert layout.path_position.tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert layout.predicted_at.tolist() == [[3, 4, 3], [1, 1, 5]]
 
 
 def test_rows_of_unequal_length_are_padded_and_padding_sees_only_the_prompt():
@@ -42,8 +42,8 @@ def test_a_child_of_an_empty_segment_continues_what_stands_above_it():
     mask = torch.tensor([[1, 1]])
     rows = [[Segment([]), Segment([5], parent=0), Segment([], parent=1), Segment([6], parent=2)]]
     layout = Layout.build(mask, rows, pad_token_id=0)
-    assert layout.source.tolist() == [[1, 2]]
-    assert layout.depth_position.tolist() == [[0, 1]]
+    assert layout.predicted_at.tolist() == [[1, 2]]
+    assert layout.path_position.tolist() == [[0, 1]]
     assert layout.mask()[0, 0].tolist() == [[True, True, True, False], [True, True, True, True]]
 
 
@@ -85,6 +85,6 @@ def test_what_a_token_sees_is_its_path_from_the_prompt_to_itself(tree: tuple[int
         for offset, token in enumerate(segment.token_ids):
             before = [t for s in path_of(row, index)[:-1] for t in row[s].token_ids] + list(segment.token_ids[:offset])
             assert ids[mask[at]].tolist() == [-7] * prompt + before + [token]
-            assert layout.depth_position[0, at] == len(before)
-            assert int(ids[layout.source[0, at]]) == (before[-1] if before else -7)
+            assert layout.path_position[0, at] == len(before)
+            assert int(ids[layout.predicted_at[0, at]]) == (before[-1] if before else -7)
             at += 1

@@ -1,6 +1,6 @@
 """A model too large for one device in, forward passes of it out: ZeRO-3 before training.
 
-Reference log-probabilities and the proof of the shared prefix come before there is a trainer. Under `zero3` the model is
+Reference log-probabilities and the equivalence check of the shared prefix come before there is a trainer. Under `zero3` the model is
 then loaded in pieces already, a piece a process, and its layers are gathered one after the other while they compute. It
 has the dtype of a whole model, so the numbers are the same. All processes must run the same forwards, equally many.
 """

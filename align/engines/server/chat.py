@@ -1,4 +1,4 @@
-"""Questions, asks and images in, bodies of chat completions out; and an answer's choices as texts with their lengths.
+"""Questions, branched prompts and images in, bodies of chat completions out; and an answer's choices as texts with their lengths.
 
 Images become data URIs. A server tokenises by itself: text that looks like a special token (`<image>`) may be taken for
 one there, which a model in this process never does.
@@ -72,10 +72,10 @@ def chat_messages(messages: Sequence[dict[str, Any]], uris: Sequence[str]) -> li
     return chat
 
 
-def ask_messages(ask: BranchedPrompt, branch: int, uris: Sequence[str]) -> list[dict[str, Any]]:
-    """A branch of an ask: its images, then its text."""
-    system = [] if ask.system is None else [{"role": "system", "content": ask.system}]
-    user = [{"type": "image"} for _ in ask.images] + [{"type": "text", "text": ask.turn(branch)}]
+def branch_messages(branched: BranchedPrompt, branch: int, uris: Sequence[str]) -> list[dict[str, Any]]:
+    """A branch of a prompt: its images, then its text."""
+    system = [] if branched.system is None else [{"role": "system", "content": branched.system}]
+    user = [{"type": "image"} for _ in branched.images] + [{"type": "text", "text": branched.turn(branch)}]
     return chat_messages([*system, {"role": "user", "content": user}], uris)
 
 

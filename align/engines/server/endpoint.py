@@ -112,7 +112,7 @@ class Endpoint:
             RetryLaterError, RefusedError: see there.
             UserError: the key is missing or wrong, or the address is another one.
         """
-        answer = await self._ask(client, "POST", "/chat/completions", {"model": self.model} | body, timeout_s)
+        answer = await self._branched(client, "POST", "/chat/completions", {"model": self.model} | body, timeout_s)
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or not answer["choices"]:
             raise RetryLaterError(f"answered without choices ({self.readable(json.dumps(answer))})")
         return answer
@@ -126,7 +126,7 @@ class Endpoint:
             UserError: the key or the address is wrong.
         """
         try:
-            listed = await self._ask(client, "GET", "/models", None, CHECK_TIMEOUT_S)
+            listed = await self._branched(client, "GET", "/models", None, CHECK_TIMEOUT_S)
             models = {str(entry["id"]): entry.get("root") for entry in listed["data"]}
         except (RefusedError, RetryLaterError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RetryLaterError) and (self.check_model or error.status is None):
@@ -151,7 +151,7 @@ class Endpoint:
         text = re.sub(r"\s+", " ", text).strip()
         return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
 
-    async def _ask(
+    async def _branched(
         self, client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
     ) -> Any:
         import httpx

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from align.config import ServerSettings
-from align.engines.base import Continuations, SampleRequest, SampleResult, SamplingSettings
+from align.engines.base import GivenResponses, SampleRequest, SampleResult, SamplingSettings
 from align.engines.server.chat import (
     Choice,
-    ask_messages,
+    branch_messages,
     chat_messages,
     data_uri,
     greedy_body,
@@ -93,9 +93,9 @@ class ServerEngine:
                 fix="the others are kept: mend the server or these questions and run the same command again",
             )
 
-    def weigh(
+    def loglikelihood(
         self,
-        given: Sequence[Continuations],
+        given: Sequence[GivenResponses],
         on_result: Callable[[str, list[list[float]]], None],
         *,
         temperature: float = 1.0,
@@ -103,31 +103,31 @@ class ServerEngine:
         """Raises UserError: the interface has no log-probabilities of given tokens behind images."""
         raise UserError("servers give no log-probabilities of given responses", fix="leave evaluate.servers empty")
 
-    def log_probs(self, asks: Sequence[BranchedPrompt]) -> list[Any]:
-        """Per ask `(num_branches, num_options)` float64; a row of nan where a branch failed.
+    def log_probs(self, prompts: Sequence[BranchedPrompt]) -> list[Any]:
+        """Per prompt `(num_branches, num_options)` float64; a row of nan where a branch failed.
 
         How far a value is the log-probability of a whole option depends on the server: `server_options`, `notes`.
         """
-        tables = [np.full((len(ask.branches), len(ask.options)), np.nan) for ask in asks]
+        tables = [np.full((len(branched.branches), len(branched.options)), np.nan) for branched in prompts]
 
         async def fill(index: int, branch: int, uris: list[str], prefer: Endpoint | None) -> Endpoint | None:
-            tables[index][branch], endpoint = await self._log_probs(asks[index], branch, uris, prefer)
+            tables[index][branch], endpoint = await self._log_probs(prompts[index], branch, uris, prefer)
             return endpoint
 
-        self._answer(asks, fill)
+        self._answer(prompts, fill)
         return list(tables)
 
-    def generate(self, asks: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
-        """Per ask and branch the greedy answer, None where it failed."""
-        texts: list[list[str | None]] = [[None] * len(ask.branches) for ask in asks]
+    def generate(self, prompts: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
+        """Per prompt and branch the greedy answer, None where it failed."""
+        texts: list[list[str | None]] = [[None] * len(branched.branches) for branched in prompts]
 
         async def fill(index: int, branch: int, uris: list[str], prefer: Endpoint | None) -> Endpoint | None:
-            messages = ask_messages(asks[index], branch, uris)
+            messages = branch_messages(prompts[index], branch, uris)
             answer = await self._post(lambda e: greedy_body(messages, e.abilities, max_new_tokens), prefer)
             texts[index][branch] = answer.choices[0].text
             return answer.endpoint
 
-        self._answer(asks, fill)
+        self._answer(prompts, fill)
         return texts
 
     def _run(self, items: Iterable[ItemT], work: Callable[[ItemT], Awaitable[None]]) -> None:
@@ -171,38 +171,38 @@ class ServerEngine:
         return choices
 
     def _answer(
-        self, asks: Sequence[BranchedPrompt], fill: Callable[[int, int, list[str], Endpoint | None], Any]
+        self, prompts: Sequence[BranchedPrompt], fill: Callable[[int, int, list[str], Endpoint | None], Any]
     ) -> None:
-        """Fill every branch: an ask's first one alone, so that the server has its prompt in the cache for the others."""
+        """Fill every branch: a prompt's first one alone, so that the server has its prompt in the cache for the others."""
 
         async def guarded(index: int, branch: int, uris: list[str], prefer: Endpoint | None) -> Endpoint | None:
             try:
                 endpoint = await fill(index, branch, uris, prefer)
             except (RefusedError, UnansweredError) as error:
                 self.counts["judgements without an answer"] += 1
-                self._missed(f"the judgement on ...{asks[index].head.strip()[-60:]!r}", str(error))
+                self._missed(f"the judgement on ...{prompts[index].head.strip()[-60:]!r}", str(error))
                 return None
             self._answered()
             return endpoint
 
         async def one(index: int) -> None:
-            uris = await self._uris(asks[index].images)
+            uris = await self._uris(prompts[index].images)
             first = await guarded(index, 0, uris, None)
-            others = range(1, len(asks[index].branches))
+            others = range(1, len(prompts[index].branches))
             await asyncio.gather(*(guarded(index, branch, uris, first) for branch in others))
 
-        self._run(range(len(asks)), one)
+        self._run(range(len(prompts)), one)
 
     async def _log_probs(
-        self, ask: BranchedPrompt, branch: int, uris: list[str], prefer: Endpoint | None
+        self, branched: BranchedPrompt, branch: int, uris: list[str], prefer: Endpoint | None
     ) -> tuple[np.ndarray, Endpoint]:
-        messages = ask_messages(ask, branch, uris)
-        to_see = num_tokens_to_see(ask.options)
+        messages = branch_messages(branched, branch, uris)
+        to_see = num_tokens_to_see(branched.options)
         first = await self._post(lambda e: _options_body(messages, e, to_see), prefer)
         written = read_steps(first.data["choices"][0])
         if written is None:
             self.counts["verdicts read from text, for want of log-probabilities"] += 1
-            return from_text(ask.options, first.choices[0].text), first.endpoint
+            return from_text(branched.options, first.choices[0].text), first.endpoint
 
         async def after(begun: bytes) -> list[Step] | None:
             if not begun:
@@ -210,7 +210,7 @@ class ServerEngine:
             answer = await self.fleet.post(lambda e: _continued_body(messages, e, begun, to_see), prefer=first.endpoint)
             return None if answer is None else read_steps(answer.data["choices"][0])
 
-        values, whole = await option_log_probs(ask.options, after)
+        values, whole = await option_log_probs(branched.options, after)
         self.counts["options judged by their first tokens alone"] += not whole
         return values, first.endpoint
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.engines.base import Continuations, SamplingSettings
+from align.engines.base import GivenResponses, SamplingSettings
 from align.engines.local import LocalEngine
 from tests.engines.conftest import question, text_model, text_tokenizer
 from tests.prefix.prefix_models import gemma3_sliding, make
@@ -15,23 +15,24 @@ from tests.prefix.prefix_models import gemma3_sliding, make
 SETTINGS = SamplingSettings(temperature=0.7, max_new_tokens=6)
 
 
-def sampled(engine: LocalEngine, numbers: range) -> list[Continuations]:
+def sampled(engine: LocalEngine, numbers: range) -> list[GivenResponses]:
     """Responses of the engine itself to some questions, as tokens."""
     requests = [question(number, num_images=number % 3) for number in numbers]
     found: dict[str, Any] = {}
     engine.sample(requests, SETTINGS, lambda result: found.__setitem__(result.id, result))
     return [
-        Continuations(request.id, request.messages, request.images, found[request.id].token_ids) for request in requests
+        GivenResponses(request.id, request.messages, request.images, found[request.id].token_ids)
+        for request in requests
     ]
 
 
-def weighed(engine: LocalEngine, given: list[Continuations], temperature: float) -> dict[str, list[list[float]]]:
+def weighed(engine: LocalEngine, given: list[GivenResponses], temperature: float) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {}
-    engine.weigh(given, found.__setitem__, temperature=temperature)
+    engine.loglikelihood(given, found.__setitem__, temperature=temperature)
     return found
 
 
-def by_hand(model: Any, processor: Any, item: Continuations, temperature: float) -> list[list[float]]:
+def by_hand(model: Any, processor: Any, item: GivenResponses, temperature: float) -> list[list[float]]:
     """One full forward a response, nothing shared."""
     text = processor.apply_chat_template(item.messages, add_generation_prompt=True, tokenize=False)
     arguments = {"images": [list(item.images)]} if item.images else {}
@@ -70,8 +71,8 @@ def test_a_token_that_stands_for_an_image_ends_what_is_weighed(onevision: tuple[
     image_token = model.config.image_token_id
     whole, cut, nothing = (5, 6, 7), (5, 6, image_token, 7), (image_token,)
     given = [
-        Continuations("both", asked.messages, asked.images, (whole, cut)),
-        Continuations("nothing", asked.messages, asked.images, (nothing,)),
+        GivenResponses("both", asked.messages, asked.images, (whole, cut)),
+        GivenResponses("nothing", asked.messages, asked.images, (nothing,)),
     ]
     found = weighed(engine, given, 1.0)
     assert found["both"][1] == pytest.approx(found["both"][0][:2], abs=1e-5)
@@ -82,7 +83,7 @@ def test_a_model_without_a_shared_prefix_weighs_in_full_sequences_and_says_so():
     model, _ = make(gemma3_sliding)
     model.resize_token_embeddings(261)
     tokenizer = text_tokenizer()
-    item = Continuations("q", [{"role": "user", "content": "What?"}], (), ((5, 6), (7,)))
+    item = GivenResponses("q", [{"role": "user", "content": "What?"}], (), ((5, 6), (7,)))
     engine = LocalEngine(model, tokenizer)
     found = weighed(engine, [item], 1.0)["q"]
     assert "sliding" in engine.notes["shared_prefix"]

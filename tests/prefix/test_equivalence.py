@@ -1,4 +1,4 @@
-"""The proof says yes to what is exact, and no, with the reason, to what is not."""
+"""The equivalence check says yes to what is exact, and no, with the reason, to what is not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from align.prefix import rows
-from align.prefix.equivalence import prove, tolerance_for
+from align.prefix.equivalence import check_equivalence, tolerance_for
 from align.prefix.layout import Layout, Segment
 from tests.prefix.prefix_models import SUPPORTED, gemma3_sliding, make, mamba
 
@@ -17,20 +17,20 @@ def layout_for(inputs: dict[str, torch.Tensor]) -> Layout:
 
 
 @pytest.mark.parametrize("family", list(SUPPORTED))
-def test_supported_families_are_proved(family: str):
+def test_supported_families_are_equivalent(family: str):
     model, inputs = make(SUPPORTED[family])
-    proof = prove(model, inputs, layout_for(inputs))
-    assert proof.exact, proof.reason
-    assert proof.max_error <= 1e-5
-    assert proof.tolerance == 1e-4
+    found = check_equivalence(model, inputs, layout_for(inputs))
+    assert found.exact, found.reason
+    assert found.max_error <= 1e-5
+    assert found.tolerance == 1e-4
 
 
 @pytest.mark.parametrize(("build", "reason"), [(gemma3_sliding, "sliding"), (mamba, "layers")])
-def test_other_architectures_are_not_and_the_proof_says_why(build, reason: str):
+def test_other_architectures_are_not_and_the_check_says_why(build, reason: str):
     model, inputs = make(build)
-    proof = prove(model, inputs, layout_for(inputs))
-    assert not proof.exact
-    assert reason in proof.reason
+    found = check_equivalence(model, inputs, layout_for(inputs))
+    assert not found.exact
+    assert reason in found.reason
 
 
 def test_wrong_positions_are_noticed(monkeypatch: pytest.MonkeyPatch):
@@ -42,32 +42,32 @@ def test_wrong_positions_are_noticed(monkeypatch: pytest.MonkeyPatch):
         return positions, start + 1
 
     monkeypatch.setattr(rows, "prompt_positions_of", wrong)
-    proof = prove(model, inputs, layout_for(inputs))
-    assert not proof.exact
-    assert "differ" in proof.reason
+    found = check_equivalence(model, inputs, layout_for(inputs))
+    assert not found.exact
+    assert "differ" in found.reason
 
 
 def test_not_a_number_is_not_agreement():
     model, inputs = make(SUPPORTED["qwen2"])
     with torch.no_grad():
         model.lm_head.weight[0] = float("nan")
-    assert not prove(model, inputs, layout_for(inputs)).exact
+    assert not check_equivalence(model, inputs, layout_for(inputs)).exact
 
 
 def test_whatever_the_architecture_raises_becomes_the_reason():
     model, inputs = make(SUPPORTED["llava_onevision"])
     inputs["pixel_values"] = inputs["pixel_values"][:1]
-    proof = prove(model, inputs, layout_for(inputs))
-    assert not proof.exact
-    assert proof.reason.split(":")[0].endswith("Error")
+    found = check_equivalence(model, inputs, layout_for(inputs))
+    assert not found.exact
+    assert found.reason.split(":")[0].endswith("Error")
 
 
-def test_dropout_is_off_during_the_proof_and_training_mode_comes_back():
+def test_dropout_is_off_during_the_check_and_training_mode_comes_back():
     model, inputs = make(SUPPORTED["qwen2"])
     model.train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    assert prove(model, inputs, layout_for(inputs)).exact
+    assert check_equivalence(model, inputs, layout_for(inputs)).exact
     assert model.training
 
 

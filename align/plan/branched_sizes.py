@@ -12,41 +12,44 @@ from typing import Any
 
 import numpy as np
 
-from align.engines.prompts import AskTree, Prompter
-from align.plan.times import AskSize
+from align.engines.prompts import Prompter, PromptTree
+from align.plan.times import BranchedSize
 from reward.judge_model import BranchedPrompt
 
 
 class CountingModel:
-    """Answers every ask, and keeps its size. `written_tokens`: how long an answer is, where one is written."""
+    """Answers every prompt, and keeps its size. `written_tokens`: how long an answer is, where one is written."""
 
     def __init__(self, prompter: Prompter, written_tokens: int) -> None:
         self.prompter = prompter
         self.written_tokens = written_tokens
-        self.asked: list[AskSize] = []
+        self.asked: list[BranchedSize] = []
 
-    def log_probs(self, asks: Sequence[BranchedPrompt]) -> list[Any]:
-        self.asked += [self._size(ask, 0) for ask in asks]
-        return [np.full((len(ask.branches), len(ask.options)), math.log(1 / len(ask.options))) for ask in asks]
+    def log_probs(self, prompts: Sequence[BranchedPrompt]) -> list[Any]:
+        self.asked += [self._size(branched, 0) for branched in prompts]
+        return [
+            np.full((len(branched.branches), len(branched.options)), math.log(1 / len(branched.options)))
+            for branched in prompts
+        ]
 
-    def generate(self, asks: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
+    def generate(self, prompts: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
         written = min(self.written_tokens, max_new_tokens)
-        self.asked += [self._size(ask, written) for ask in asks]
-        return [["- one claim\n- another claim"] * len(ask.branches) for ask in asks]
+        self.asked += [self._size(branched, written) for branched in prompts]
+        return [["- one claim\n- another claim"] * len(branched.branches) for branched in prompts]
 
-    def _size(self, ask: BranchedPrompt, new_tokens: int) -> AskSize:
-        tree = self.prompter.tree_of(ask)
+    def _size(self, branched: BranchedPrompt, new_tokens: int) -> BranchedSize:
+        tree = self.prompter.build_tree(branched)
         prompt = len(self.prompter.tokenizer(tree.prompt, add_special_tokens=False)["input_ids"])
         groups = _group_lengths(tree)
-        longer = sum(len(option) - 1 for option in tree.options) * len(tree.leaves)
-        return AskSize(
+        longer = sum(len(option) - 1 for option in tree.options) * len(tree.leaf_segments)
+        return BranchedSize(
             # The template's one placeholder an image is a visual token itself.
-            prompt_tokens=prompt - len(ask.images),
+            prompt_tokens=prompt - len(branched.images),
             segment_tokens=sum(groups) + longer,
             groups=len(groups),
             group_tokens=max(groups) + longer // len(groups),
-            branches=len(tree.leaves),
-            read_tokens=sum(map(len, tree.options)) * len(tree.leaves),
+            branches=len(tree.leaf_segments),
+            read_tokens=sum(map(len, tree.options)) * len(tree.leaf_segments),
             new_tokens=new_tokens,
         )
 
@@ -62,7 +65,7 @@ class CountingScorer:
         return [0.0] * len(dialogues)
 
 
-def _group_lengths(tree: AskTree) -> list[int]:
+def _group_lengths(tree: PromptTree) -> list[int]:
     """Tokens below each child of the prompt."""
     top: list[int] = []
     lengths: dict[int, int] = {}

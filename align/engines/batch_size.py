@@ -10,7 +10,6 @@ import gc
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from align import accelerator

@@ -1,4 +1,4 @@
-"""The lines of a run's JSONL files as typed records: Question, Samples, Scores, Pair.
+"""The lines of a run's JSONL files as typed records: Question, Samples, Pair (a line of scores: reward.judgement.Judgement).
 
 Text in, validated objects out, and back. Nothing here opens an image or imports torch.
 """
@@ -24,11 +24,6 @@ class Record(BaseModel):
     """A JSONL line: unknown keys are refused, so that a misspelt column is seen and not lost."""
 
     model_config = ConfigDict(extra="forbid")
-
-    def to_line(self) -> str:
-        """One line of JSON that any file takes: a lone surrogate, which UTF-8 has no bytes for, stays as `\\ud83d`."""
-        line = json.dumps(self.model_dump(exclude_defaults=True), ensure_ascii=False)
-        return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
     def check_text(self) -> None:
         """Raises ValueError for text that no tokenizer takes."""
@@ -172,29 +167,6 @@ class Samples(Record):
     seed: int
 
 
-class VerdictRecord(Record):
-    """One comparison: the responses shown first and second, and how likely the critic found each to be better."""
-
-    first: int
-    second: int
-    p_first: float | None = None
-    p_second: float | None = None
-    p_tie: float | None = None
-    winner: int | None = None
-    rationale: str | None = None
-
-
-class Scores(Record):
-    """A question's rewards with their evidence; a response without a reward has its reason in `unscored`."""
-
-    id: str
-    rewards: list[float | None]
-    verdicts: list[VerdictRecord] = Field(default_factory=list)
-    ratings: list[float | None] = Field(default_factory=list)
-    unscored: dict[int, str] = Field(default_factory=dict)
-    evidence: dict[str, Any] = Field(default_factory=dict)
-
-
 class Pair(Record):
     """A preference in TRL's conversational format, with where it came from."""
 
@@ -229,7 +201,13 @@ def _content_parts(text: str) -> list[dict[str, Any]]:
     return parts
 
 
-RecordT = TypeVar("RecordT", bound=Record)
+RecordT = TypeVar("RecordT", bound=BaseModel)
+
+
+def to_line(record: BaseModel) -> str:
+    """One line of JSON that any file takes: a lone surrogate, which UTF-8 has no bytes for, stays as `\\ud83d`."""
+    line = json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False)
+    return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
 def parse_line(line: str, kind: type[RecordT], where: str) -> RecordT:
@@ -281,12 +259,12 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+def write_jsonl(path: Path, records: Iterable[BaseModel]) -> None:
     """Write all records at once: a temporary file beside `path`, renamed when complete."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         for record in records:
-            file.write(record.to_line() + "\n")
+            file.write(to_line(record) + "\n")
     temporary.replace(path)
 
 

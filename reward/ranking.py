@@ -20,7 +20,8 @@ MIN_RIDGE = 1e-9
 def score_of(verdict: Verdict, *, soft: bool = False) -> float:
     """What the response shown first gains (and the second loses) by a verdict, -1 to 1.
 
-    >>> score_of(Verdict(0, 1, 0.7, 0.3, winner=0)), round(score_of(Verdict(0, 1, 0.7, 0.3, winner=0), soft=True), 2)
+    >>> verdict = Verdict(first=0, second=1, p_first=0.7, p_second=0.3, winner=0)
+    >>> score_of(verdict), round(score_of(verdict, soft=True), 2)
     (1.0, 0.4)
     """
     if soft:
@@ -39,7 +40,9 @@ def win_minus_loss(
     `scale_to_all` a response's sum is stretched to the `2 (n - 1)` comparisons that it would have had if all `n`
     compared responses had met, so that margins of a tournament mean the same as those of all pairs.
 
-    >>> win_minus_loss(3, [Verdict(0, 1, 0.9, 0.1, winner=0), Verdict(1, 0, 0.6, 0.4, winner=1)])
+    >>> forth = Verdict(first=0, second=1, p_first=0.9, p_second=0.1, winner=0)
+    >>> back = Verdict(first=1, second=0, p_first=0.6, p_second=0.4, winner=1)
+    >>> win_minus_loss(3, [forth, back])
     [0.0, 0.0, 0.0]
     """
     sums, counts = [0.0] * num_responses, [0] * num_responses
@@ -81,8 +84,8 @@ def bradley_terry(
     Raises:
         ValueError: `ridge` is below `MIN_RIDGE`, where the equations cannot be solved in floating point.
 
-    >>> table = [Verdict(0, 1, 1, 0, winner=0), Verdict(1, 0, 0, 1, winner=0)]
-    >>> bradley_terry(2, table).strengths[0] > 0
+    >>> won = Verdict(first=0, second=1, p_first=0.9, p_second=0.1, winner=0)
+    >>> bradley_terry(2, [won]).strengths[0] > 0
     True
     """
     if not MIN_RIDGE <= ridge < math.inf:
@@ -142,7 +145,9 @@ def without_failures(responses: Sequence[int], failed: Mapping[tuple[int, int], 
 def consistency(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None:
     """Share of compared pairs in which both orders say the same (same winner, or a tie twice); None without any.
 
-    >>> consistency([[Verdict(0, 1, 1, 0, winner=0), Verdict(1, 0, 1, 0, winner=1)]])
+    >>> forth = Verdict(first=0, second=1, p_first=1, p_second=0, winner=0)
+    >>> back = Verdict(first=1, second=0, p_first=1, p_second=0, winner=1)
+    >>> consistency([[forth, back]])
     0.0
     """
     same = [forth.winner == back.winner for forth, back in both_orders(verdicts_by_item)]

@@ -133,7 +133,7 @@ def length_correlation(
     answers preferred. None with fewer than three responses or where something does not vary (with `given`: follows from
     it, but for rounding).
 
-    >>> length_correlation([Judgement([1.0, 2.0, 3.0])], [[10, 20, 30]])
+    >>> length_correlation([Judgement(id="q", rewards=[1.0, 2.0, 3.0])], [[10, 20, 30]])
     1.0
     """
     rows = list(_aligned(judgements, lengths, given))
@@ -176,7 +176,7 @@ def _without(values: np.ndarray, given: np.ndarray) -> np.ndarray:
 def agreement(judgements: Sequence[Judgement], others: Sequence[Judgement]) -> Agreement:
     """How often `judgements` order two responses of a question as `others` do, over pairs that `others` order.
 
-    >>> agreement([Judgement([3.0, 1.0, 1.0])], [Judgement([1.0, 0.0, 1.0])])
+    >>> agreement([Judgement(id="q", rewards=[3, 1, 1])], [Judgement(id="q", rewards=[1, 0, 1])])
     Agreement(num_pairs=2, num_same=1, num_tied=1)
     """
     return _agreement([one.rewards for one in judgements], [other.rewards for other in others])

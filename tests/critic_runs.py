@@ -10,9 +10,10 @@ import torch
 import yaml
 
 from align.config import Config, load_config
-from align.records import Question, Response, Samples, Scores, read_jsonl, write_jsonl
+from align.records import Question, Response, Samples, read_jsonl, write_jsonl
 from align.run.folder import RunDir
 from align.stages.score import run_score
+from reward.judgement import Judgement
 from tests.tiny_models import byte_tokenizer, llava_onevision, llava_onevision_processor, random_image
 
 NUM_QUESTIONS = 4
@@ -56,8 +57,8 @@ def score_counts(folder: Path) -> dict[str, Any]:
     return stage["counts"]
 
 
-def score_lines(folder: Path) -> list[Scores]:
-    return read_jsonl(RunDir(folder / "runs" / "run").round(1).scores, Scores)
+def score_lines(folder: Path) -> list[Judgement]:
+    return read_jsonl(RunDir(folder / "runs" / "run").round(1).scores, Judgement)
 
 
 def save_always_first(folder: Path) -> Path:

@@ -3,17 +3,18 @@
 import pytest
 
 from align.errors import UserError
-from align.records import Question, Response, Samples, Scores, VerdictRecord
+from align.records import Question, Response, Samples
 from align.stages.critic_metrics import critic_figures
 from align.stages.score import run_score
+from reward.judgement import Judgement, Verdict
 from tests.critic_runs import config_of, save_blind, write_round
 
 
-def line(name: str, verdicts: list[tuple[int, int, int]]) -> tuple[Samples, Scores]:
+def line(name: str, verdicts: list[tuple[int, int, int]]) -> tuple[Samples, Judgement]:
     responses = [Response(text=f"{name} {n}", num_tokens=n + 1) for n in range(3)]
-    records = [VerdictRecord(first=i, second=j, p_first=1.0, p_second=0.0, winner=w) for i, j, w in verdicts]
+    records = [Verdict(first=i, second=j, p_first=1.0, p_second=0.0, winner=w) for i, j, w in verdicts]
     samples = Samples(id=name, question=Question(id=name, question="?"), responses=responses, seed=0)
-    return samples, Scores(id=name, rewards=[0.0, 0.0, 0.0], verdicts=records)
+    return samples, Judgement(id=name, rewards=[0.0, 0.0, 0.0], verdicts=records)
 
 
 def test_an_interval_weighs_questions_as_the_figure_does():

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from align.errors import UserError
-from align.records import Pair, Question, Response, Samples, Scores, read_jsonl, write_jsonl
+from align.records import Pair, Question, Response, Samples, read_jsonl, write_jsonl
 from align.run.folder import RunDir
 from align.stages.pairs import make_pairs, run_pairs
+from reward.judgement import Judgement
 from reward.pairs import PairSettings
 from tests.critic_runs import config_of
 
@@ -28,7 +29,7 @@ def write_scored(folder: Path, number: int, samples: list[Samples], rewards: lis
     this = RunDir(folder / "runs/run").round(number)
     this.path.mkdir(parents=True)
     write_jsonl(this.samples, samples)
-    write_jsonl(this.scores, [Scores(id=s.id, rewards=r) for s, r in zip(samples, rewards, strict=True)])
+    write_jsonl(this.scores, [Judgement(id=s.id, rewards=r) for s, r in zip(samples, rewards, strict=True)])
     for stage, output in (("sample", this.samples), ("score", this.scores)):
         this.manifest.begin(stage, settings={}, inputs={})
         this.manifest.finish(stage, outputs=[output], counts={"critic": {"position_bias": 0.4}}, seconds=0.0)
@@ -46,7 +47,7 @@ def counts_of(folder: Path, number: int) -> dict:
 
 def test_truncated_and_empty_responses_stay_out_and_are_counted():
     line = sampled("q", 5, 0, 9, 7, reasons=["stop", "stop", "length", "stop"])
-    scores = [Scores(id="q", rewards=[1.0, 9.0, 8.0, 0.0])]
+    scores = [Judgement(id="q", rewards=[1.0, 9.0, 8.0, 0.0])]
     pairs, counts = make_pairs([line], scores, PairSettings(), 1, keep_truncated=False)
     assert [(pair.responses["chosen"], pair.responses["rejected"]) for pair in pairs] == [(0, 3)]
     assert counts["dropped_responses"] == {"empty response": 1, "truncated": 1}

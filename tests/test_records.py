@@ -8,14 +8,15 @@ from align.records import (
     Question,
     Response,
     Samples,
-    Scores,
     iter_jsonl,
     parse_line,
     read_jsonl,
     read_questions,
+    to_line,
     write_jsonl,
 )
 from align.run.resumable import PartialFile
+from reward.judgement import Judgement
 
 
 def test_images_without_tags_stand_before_the_first_user_turn():
@@ -97,21 +98,21 @@ def test_records_come_back_as_they_were_written(tmp_path):
 def test_half_a_character_is_written_and_read_again(tmp_path):
     """A server's JSON may hold it; UTF-8 has no bytes for it."""
     evidence = {"rationale": "caf\u00e9 \ud83d", "\udc80": ["\U0001f600", "\udfff\n", "\\ud83d"]}
-    scores = [Scores(id=f"q{number}", rewards=[1.0], evidence=evidence) for number in range(2)]
+    scores = [Judgement(id=f"q{number}", rewards=[1.0], evidence=evidence) for number in range(2)]
     write_jsonl(tmp_path / "scores.jsonl", scores)
-    assert read_jsonl(tmp_path / "scores.jsonl", Scores) == scores
+    assert read_jsonl(tmp_path / "scores.jsonl", Judgement) == scores
     assert "caf\u00e9" in (tmp_path / "scores.jsonl").read_text(encoding="utf-8")
-    part = PartialFile(tmp_path / "more.jsonl", Scores)
+    part = PartialFile(tmp_path / "more.jsonl", Judgement)
     for line in scores:
         part.append(line)
     assert part.finish(["q1", "q0"]) == scores[::-1]
-    assert read_jsonl(tmp_path / "more.jsonl", Scores) == scores[::-1]
+    assert read_jsonl(tmp_path / "more.jsonl", Judgement) == scores[::-1]
 
 
 def test_a_response_with_half_a_character_is_one_that_can_be_trained_on():
     response = Response(text="a \ud83d cat \U0001f600", num_tokens=3)
     assert response.text == "a \ufffd cat \U0001f600"
-    assert json.loads(response.to_line())["text"] == response.text
+    assert json.loads(to_line(response))["text"] == response.text
 
 
 def test_a_pair_with_half_a_character_is_refused():

@@ -8,10 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from align.errors import UserError
-from align.records import Scores, read_jsonl
+from align.records import read_jsonl
 from align.run.folder import RunDir
 from align.stages.pairs import run_pairs
 from align.stages.score import run_score
+from reward.judgement import Judgement
 from tests.critic_runs import (
     NUM_QUESTIONS,
     TEXTS,
@@ -102,7 +103,7 @@ def test_the_controls_are_left_out_where_nobody_looks_or_where_they_are_switched
 def test_only_as_many_questions_as_asked_for_are_judged_again(folder, critics):
     found = score(folder, **SHORT, model=str(critics / "first"), trust_sample=2)["critic"]
     assert found["controls"]["blank"]["questions"] == 2
-    controls = read_jsonl(RunDir(folder / "runs/run").round(1).controls, Scores)
+    controls = read_jsonl(RunDir(folder / "runs/run").round(1).controls, Judgement)
     assert sorted(line.id.split(":")[0] for line in controls) == ["blank", "blank", "shuffled", "shuffled"]
 
 

@@ -26,7 +26,7 @@ from align.data.rows import Row
 from align.errors import UserError
 from align.log import log
 from align.monitoring.progress import LINE_EVERY_S
-from align.records import Pair, Question, Record, explain
+from align.records import Pair, Question, Record, explain, to_line
 
 SHOWN = 20
 KEPT_FAULTS = 1000
@@ -106,7 +106,7 @@ def convert(
                 _drop(found, row.where, problem)
                 continue
             for record in records:
-                file.write(record.to_line() + "\n")
+                file.write(to_line(record) + "\n")
                 found.written += 1
     _check(found, store, settings)
     temporary.replace(target)

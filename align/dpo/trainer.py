@@ -30,7 +30,7 @@ from align.dpo.shared_forward import add_shared_rows
 from align.errors import UserError
 from align.models.modules import part_names
 from align.prefix.rows import unwrap
-from align.records import Pair
+from align.records import Pair, to_line
 
 # What TRL's loss and metrics read of a forward, beside `log_sum_sq_probs` for WPO weights.
 METRIC_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -47,7 +47,7 @@ def pair_dataset(
     `reference` has one (chosen, rejected) a pair: natural-log probabilities summed over the response's tokens.
     `lengths` (tokens of a pair) lets `train_sampling_strategy: group_by_length` work.
     """
-    columns: dict[str, Any] = {"pair": [pair.to_line() for pair in pairs], "index": list(range(len(pairs)))}
+    columns: dict[str, Any] = {"pair": [to_line(pair) for pair in pairs], "index": list(range(len(pairs)))}
     if reference is not None:
         for position, name in enumerate(REFERENCE_COLUMNS):
             columns[name] = [values[position] for values in reference]

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from align.media.images import ImageStore
-from align.records import Evaluated, Evaluation, Pair, Question, Samples, Scores, VerdictRecord
+from align.records import Evaluated, Evaluation, Pair, Question, Samples
 from align.report.critic_quality import grade_response
 from align.report.read import RoundData, RunData, find_records, list_ids
 from align.report.thumbnails import Pictures
+from reward.judgement import Judgement, Verdict
 
 KINDS = ("gained", "lost", "stayed wrong", "stayed right", "open")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -75,8 +76,8 @@ class Trained:
     question: Question
     number: int
     candidates: list[Candidate]
-    table: list[list[VerdictRecord | None]]
-    rationales: list[VerdictRecord]
+    table: list[list[Verdict | None]]
+    rationales: list[Verdict]
     num_rationales: int
     num_verdicts: int
     pictures: Pictured
@@ -178,7 +179,7 @@ def _trained(data: RoundData, ids: list[str], pictures: Pictures, problems: list
     if not wanted:
         return []
     samples = {line.id: line for line in find_records(data.folder.samples, Samples, wanted, problems)}
-    scores = {line.id: line for line in find_records(data.folder.scores, Scores, wanted, problems)}
+    scores = {line.id: line for line in find_records(data.folder.scores, Judgement, wanted, problems)}
     pairs: dict[str, list[Pair]] = {}
     for pair in find_records(data.folder.pairs, Pair, wanted, problems, key="question_id"):
         pairs.setdefault(pair.question_id or pair.id, []).append(pair)
@@ -187,7 +188,7 @@ def _trained(data: RoundData, ids: list[str], pictures: Pictures, problems: list
     ]
 
 
-def _join(number: int, line: Samples, scores: Scores | None, pairs: list[Pair], pictures: Pictures) -> Trained:
+def _join(number: int, line: Samples, scores: Judgement | None, pairs: list[Pair], pictures: Pictures) -> Trained:
     roles = {}
     for pair in pairs:
         for role in ("rejected", "chosen"):
@@ -232,9 +233,9 @@ def letter(index: int) -> str:
     return LETTERS[index] if index < len(LETTERS) else str(index + 1)
 
 
-def verdict_table(size: int, verdicts: Iterable[VerdictRecord]) -> list[list[VerdictRecord | None]]:
+def verdict_table(size: int, verdicts: Iterable[Verdict]) -> list[list[Verdict | None]]:
     """Verdicts by (shown first, shown second); empty when there are none or too many responses for a table."""
-    table: list[list[VerdictRecord | None]] = [[None] * size for _ in range(size)]
+    table: list[list[Verdict | None]] = [[None] * size for _ in range(size)]
     any_verdict = False
     for verdict in verdicts:
         if 0 <= verdict.first < size and 0 <= verdict.second < size:

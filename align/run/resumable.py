@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from align.records import Record, RecordT, parse_line, write_jsonl
+from pydantic import BaseModel
+
+from align.records import RecordT, parse_line, to_line, write_jsonl
 
 
 class PartialFile:
@@ -32,10 +34,10 @@ class PartialFile:
                     records[record.id] = record  # type: ignore[attr-defined]
         return records
 
-    def append(self, record: Record) -> None:
+    def append(self, record: BaseModel) -> None:
         """Add a record and hand it to the operating system, so that a killed process loses nothing it finished."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(record.to_line() + "\n")
+            file.write(to_line(record) + "\n")
 
     def merge(self, order: Iterable[str]) -> list[Any]:
         """Write the final file in the order of ids and return its records; every id must be there."""

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from pydantic import BaseModel
+
 from align.distributed.ranks import barrier, is_main_process, rank, world_size
 from align.monitoring.cost import save_spent
 from align.monitoring.progress import progress
-from align.records import Record, read_jsonl
+from align.records import read_jsonl
 from align.run.manifest import Manifest
 from align.run.resumable import PartialFile
 
@@ -50,7 +52,7 @@ def begin(manifest: Manifest, stage: str, *, settings: dict[str, Any], inputs: d
 
 def work_through(
     final: Path,
-    kind: type[Record],
+    kind: type[BaseModel],
     items: Sequence[ItemT],
     work: Callable[[list[ItemT], Keep], dict[str, str]],
     *,
@@ -65,7 +67,7 @@ def work_through(
     mine = todo[rank() :: world_size()]
     with progress(label, total=len(items), done=len(finished), weight=world_size(), parts=final.stem) as advance:
 
-        def keep(record: Record) -> None:
+        def keep(record: BaseModel) -> None:
             partial.append(record)
             advance(1)
 
@@ -96,5 +98,5 @@ def finish(
         outputs = list(outputs)
         manifest.finish(stage, outputs=outputs, counts=counts, notes=notes)
         for path in outputs:
-            PartialFile(path, Record).discard()
+            PartialFile(path, BaseModel).discard()
     barrier()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from align.errors import UserError, reward_faults
 from align.media.images import ImageStore
-from align.records import Samples, Scores, VerdictRecord
+from align.records import Samples
 from align.run.folder import Round
 from align.statistics import bootstrap_ratio
 from reward.critics import Item, Judgement, Verdict
@@ -60,9 +60,11 @@ def control_items(items: Sequence[Item], images: ImageStore, *, number: int, see
     return [ControlItem(f"{name}:{item.id}", item) for name, control in controls.items() for item in control.items]
 
 
-def critic_figures(samples: Sequence[Samples], scores: Sequence[Scores], controls: Sequence[Scores]) -> dict[str, Any]:
+def critic_figures(
+    samples: Sequence[Samples], scores: Sequence[Judgement], controls: Sequence[Judgement]
+) -> dict[str, Any]:
     """Every measure that could be taken, their intervals, and how many questions and comparisons the controls had."""
-    judgements = [judgement_of(line) for line in scores]
+    judgements = list(scores)
     by_id = {line.id: place for place, line in enumerate(scores)}
     reference = reference_judgements(samples)
     lengths = [[response.num_tokens for response in line.responses] for line in samples]
@@ -71,7 +73,7 @@ def critic_figures(samples: Sequence[Samples], scores: Sequence[Scores], control
     for line in controls:
         name, _, id_ = line.id.partition(":")
         real[name].append(judgements[by_id[id_]])
-        shown[name].append(judgement_of(line))
+        shown[name].append(line)
     measured = measure_trust(
         judgements,
         lengths=lengths,
@@ -105,12 +107,6 @@ def item_of(line: Samples) -> Item:
         answer=question.answer,
         answer_kind=question.answer_kind,
     )
-
-
-def judgement_of(line: Scores) -> Judgement:
-    """A judgement as it was before it was written down."""
-    verdicts = [_verdict(record) for record in line.verdicts]
-    return Judgement(line.rewards, verdicts, list(line.ratings), dict(line.unscored), line.evidence)
 
 
 def check_gates(this: Round, gates: dict[str, float]) -> None:
@@ -156,11 +152,6 @@ def doubts(figures: Mapping[str, Any]) -> list[str]:
             f"the answers that the critic is offered have {mass:.2g} of its probability: look at critic.prompt"
         )
     return lines
-
-
-def _verdict(record: VerdictRecord) -> Verdict:
-    p_first, p_second = record.p_first or 0.0, record.p_second or 0.0
-    return Verdict(record.first, record.second, p_first, p_second, record.p_tie, record.winner, record.rationale)
 
 
 def _size(found: ImageDependence | None, shown: Sequence[Judgement]) -> dict[str, int]:

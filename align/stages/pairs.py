@@ -17,11 +17,12 @@ from align.distributed.ranks import barrier, is_main_process
 from align.errors import UserError, reward_faults
 from align.log import log
 from align.media.images import ImageStore
-from align.records import Pair, Samples, Scores, read_jsonl, write_jsonl
+from align.records import Pair, Samples, read_jsonl, write_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
 from align.run.sharding import begin
 from align.stages.critic_metrics import check_gates
+from reward.judgement import Judgement
 from reward.pairs import Chosen, PairChoice, PairSettings, choose_pairs
 from reward.replay import balance_lengths, mean_log_ratio, mix_earlier
 
@@ -80,7 +81,7 @@ def pair_settings(config: Config) -> PairSettings:
 def _own_pairs(config: Config, this: Round, settings: PairSettings) -> tuple[list[Pair], dict[str, Any]]:
     if config.pairs_file is not None and this.number == 1:
         return read_pairs_file(config.pairs_file, ImageStore(config.question_images, config.max_image_pixels))
-    samples, scores = read_jsonl(this.samples, Samples), read_jsonl(this.scores, Scores)
+    samples, scores = read_jsonl(this.samples, Samples), read_jsonl(this.scores, Judgement)
     return make_pairs(samples, scores, settings, this.number, keep_truncated=config.pairs.keep_truncated)
 
 
@@ -102,7 +103,12 @@ def _nothing_left(config: Config, this: Round, counts: dict[str, Any]) -> UserEr
 
 
 def make_pairs(
-    samples: Sequence[Samples], scores: Sequence[Scores], settings: PairSettings, number: int, *, keep_truncated: bool
+    samples: Sequence[Samples],
+    scores: Sequence[Judgement],
+    settings: PairSettings,
+    number: int,
+    *,
+    keep_truncated: bool,
 ) -> tuple[list[Pair], dict[str, Any]]:
     """The round's pairs in question order, and what became of every response and pair, by reason."""
     pairs: list[Pair] = []
@@ -185,7 +191,7 @@ def _with_dropped(counts: dict[str, Any], lopsided: int) -> dict[str, Any]:
     return counts | {"dropped_pairs": counts["dropped_pairs"] | ({LOPSIDED: lopsided} if lopsided else {})}
 
 
-def _choose(line: Samples, score: Scores, settings: PairSettings, *, keep_truncated: bool) -> Chosen:
+def _choose(line: Samples, score: Judgement, settings: PairSettings, *, keep_truncated: bool) -> Chosen:
     excluded = {}
     for index, response in enumerate(line.responses):
         if not response.text.strip():
@@ -202,7 +208,7 @@ def _choose(line: Samples, score: Scores, settings: PairSettings, *, keep_trunca
     )
 
 
-def _pair(line: Samples, score: Scores, choice: PairChoice, number: int) -> Pair:
+def _pair(line: Samples, score: Judgement, choice: PairChoice, number: int) -> Pair:
     def message(index: int) -> list[dict[str, Any]]:
         return [{"role": "assistant", "content": [{"type": "text", "text": line.responses[index].text}]}]
 

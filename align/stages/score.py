@@ -19,7 +19,7 @@ from align.engines.judge import CriticPlan, open_critic, plan_critic
 from align.errors import UserError, reward_faults
 from align.log import log
 from align.media.images import ImageStore
-from align.records import Samples, Scores, VerdictRecord, read_jsonl
+from align.records import Samples, read_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
 from align.run.image_hashes import hold_images
@@ -66,7 +66,7 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
     size = config.critic.batch_size or DEFAULT_BATCH
     label = f"round {this.number}: score"
     work = _judge(opened, item_of, size)
-    done = work_through(this.scores, Scores, samples, work, label=label)
+    done = work_through(this.scores, Judgement, samples, work, label=label)
     counts = _counts(done.records)
     if not counts["scored"]:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in counts["unscored"].items())
@@ -82,7 +82,7 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
         )
         if items:
             work = _judge(opened, lambda control: control.item, size)
-            controls = work_through(this.controls, Scores, items, work, label=f"{label}, other images")
+            controls = work_through(this.controls, Judgement, items, work, label=f"{label}, other images")
             outputs = [*outputs, this.controls]
     counts["critic"] = critic_figures(samples, done.records, controls.records)
     for doubt in doubts(counts["critic"]):
@@ -99,43 +99,19 @@ def _judge(opened: OpenCritic, item: Callable[[Any], Item], size: int) -> Callab
             with reward_faults():
                 judgements = critic.judge([item(thing) for thing in things])
             for thing, judgement in zip(things, judgements, strict=True):
-                keep(_scores(thing.id, judgement))
+                keep(judgement.model_copy(update={"id": thing.id}))
         return notes()
 
     return work
 
 
-def _counts(scores: Sequence[Scores]) -> dict[str, Any]:
+def _counts(scores: Sequence[Judgement]) -> dict[str, Any]:
     return {
         "questions": len(scores),
         "scored": sum(reward is not None for score in scores for reward in score.rewards),
         "unscored": dict(Counter(reason for score in scores for reason in score.unscored.values())),
         "verdicts": sum(len(score.verdicts) for score in scores),
     }
-
-
-def _scores(id_: str, judgement: Judgement) -> Scores:
-    verdicts = [
-        VerdictRecord(
-            first=verdict.first,
-            second=verdict.second,
-            p_first=round(verdict.p_first, 6),
-            p_second=round(verdict.p_second, 6),
-            p_tie=None if verdict.p_tie is None else round(verdict.p_tie, 6),
-            winner=verdict.winner,
-            rationale=verdict.rationale,
-        )
-        for verdict in judgement.verdicts
-    ]
-    ratings = judgement.ratings if any(rating is not None for rating in judgement.ratings) else []
-    return Scores(
-        id=id_,
-        rewards=judgement.rewards,
-        verdicts=verdicts,
-        ratings=ratings,
-        unscored=judgement.unscored,
-        evidence=judgement.evidence,
-    )
 
 
 def _settings(config: Config) -> dict[str, Any]:

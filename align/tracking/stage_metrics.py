@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from align.records import Scores, read_jsonl
+from align.records import read_jsonl
 from align.run.folder import Round
+from reward.judgement import Judgement
 
 
 def stage_numbers(this: Round, stage: str) -> dict[str, float]:
@@ -17,7 +18,7 @@ def stage_numbers(this: Round, stage: str) -> dict[str, float]:
     entry = this.manifest.stage(stage) or {}
     numbers = _flat(entry.get("counts", {})) | {"seconds": float(entry.get("seconds", 0.0))}
     if stage == "score":
-        rewards = [r for line in read_jsonl(this.scores, Scores) for r in line.rewards if r is not None]
+        rewards = [r for line in read_jsonl(this.scores, Judgement) for r in line.rewards if r is not None]
         numbers["reward_mean"] = sum(rewards) / len(rewards)
     if stage == "evaluate":
         metrics = json.loads(this.evaluation.read_text(encoding="utf-8"))["metrics"]

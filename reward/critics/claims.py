@@ -133,7 +133,7 @@ class ClaimsCritic:
         if masses:
             evidence["mean_option_mass"] = sum(masses) / len(masses)
         rewards, reasons = broadcast_to_duplicates(item, values, unscored)
-        return Judgement(rewards, unscored=reasons, evidence=evidence)
+        return Judgement(id=item.id, rewards=rewards, unscored=reasons, evidence=evidence)
 
     def _score(self, p_wrong: list[float]) -> float:
         if self.score == "soft":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from reward.critics.base import NOTHING_TO_COMPARE, Item, Judgement, broadcast_to_duplicates, distinct_responses
+from reward.judgement import all_unscored
 
 
 class LengthCritic:
@@ -20,12 +21,11 @@ class LengthCritic:
     def _judge_one(self, item: Item) -> Judgement:
         responses = distinct_responses(item)
         if len(responses) < 2:
-            rewards, unscored = broadcast_to_duplicates(item, {}, dict.fromkeys(responses, NOTHING_TO_COMPARE))
-            return Judgement(rewards, unscored=unscored)
+            return all_unscored(item, NOTHING_TO_COMPARE)
         lengths = {index: len(item.responses[index].strip()) for index in responses}
         wins = {index: _wins(length, lengths.values()) for index, length in lengths.items()}
         rewards, unscored = broadcast_to_duplicates(item, wins, {})
-        return Judgement(rewards, unscored=unscored)
+        return Judgement(id=item.id, rewards=rewards, unscored=unscored)
 
 
 def _wins(length: int, all_lengths: Collection[int]) -> float:

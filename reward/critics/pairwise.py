@@ -150,7 +150,13 @@ class PairwiseCritic:
         evidence = self._evidence(tournament)
         values = self._rewards(tournament.item, left, valid, evidence) if left else {}
         rewards, reasons = broadcast_to_duplicates(tournament.item, values, unscored)
-        return Judgement(rewards, list(tournament.verdicts.values()), unscored=reasons, evidence=evidence)
+        return Judgement(
+            id=tournament.item.id,
+            rewards=rewards,
+            verdicts=list(tournament.verdicts.values()),
+            unscored=reasons,
+            evidence=evidence,
+        )
 
     def _rewards(
         self, item: Item, left: list[int], verdicts: list[Verdict], evidence: dict[str, Any]
@@ -185,14 +191,21 @@ def make_verdict(
     p_first, p_second, p_tie = probabilities["first"], probabilities["second"], probabilities.get("tie")
     tied = abs(p_first - p_second) <= tie_threshold or (p_tie is not None and p_tie >= max(p_first, p_second))
     winner = None if tied else first if p_first > p_second else second
-    return Verdict(first, second, p_first, p_second, p_tie, winner, rationale)
+    return Verdict(
+        first=first,
+        second=second,
+        p_first=p_first,
+        p_second=p_second,
+        p_tie=p_tie,
+        winner=winner,
+        rationale=rationale,
+    )
 
 
 def _moved(verdict: Verdict, place: dict[int, int]) -> Verdict:
     winner = None if verdict.winner is None else place[verdict.winner]
-    return Verdict(
-        place[verdict.first], place[verdict.second], verdict.p_first, verdict.p_second, verdict.p_tie, winner
-    )
+    update = {"first": place[verdict.first], "second": place[verdict.second], "winner": winner}
+    return verdict.model_copy(update=update)
 
 
 def _offered(prompt: Prompt, *, use_tie_option: bool) -> Prompt:

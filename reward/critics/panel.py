@@ -60,18 +60,23 @@ class PanelCritic:
         return [self._combine(item, judged) for item, judged in zip(items, members, strict=True)]
 
     def _combine(self, item: Item, members: dict[str, Judgement]) -> Judgement:
-        silent = [name for name, judged in members.items() if all(reward is None for reward in judged.rewards)]
+        silent = [name for name, judged in members.items() if not judged.decided]
         deciding = [] if silent and self.need_all else [name for name in members if name not in silent]
         unscored = _unscored(item, members, deciding, silent)
         left = [index for index in range(len(item.responses)) if index not in unscored]
         normal = {name: self.normalise(_values(members[name], left)) for name in deciding}
         rewards = [None if index in unscored else self._mean(normal, index) for index in range(len(item.responses))]
         verdicts = next((judged.verdicts for judged in members.values() if judged.verdicts), [])
-        ratings = next(
-            (judged.ratings for judged in members.values() if any(r is not None for r in judged.ratings)), []
-        )
+        ratings = next((judged.ratings for judged in members.values() if judged.ratings), [])
         evidence = self._evidence(members, normal, left, silent)
-        return Judgement(rewards, list(verdicts), list(ratings), unscored, evidence)
+        return Judgement(
+            id=item.id,
+            rewards=rewards,
+            verdicts=verdicts,
+            ratings=ratings,
+            unscored=unscored,
+            evidence=evidence,
+        )
 
     def _mean(self, normal: dict[str, Values], index: int) -> float:
         total = sum(self.weights[name] for name in normal)

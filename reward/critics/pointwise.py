@@ -87,7 +87,9 @@ class PointwiseCritic:
 
 def _judgement(item: Item, ratings: dict[int, float], unscored: dict[int, str], evidence: dict[str, Any]) -> Judgement:
     rewards, reasons = broadcast_to_duplicates(item, ratings, unscored)
-    return Judgement(rewards, ratings=list(rewards), unscored=reasons, evidence=evidence)
+    return Judgement(
+        id=item.id, rewards=rewards, ratings=rewards if ratings else [], unscored=reasons, evidence=evidence
+    )
 
 
 def expectation(probabilities: dict[str, float], scale: Scale) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 
 from reward.critics.base import NOTHING_TO_COMPARE, Item, Judgement, broadcast_to_duplicates, distinct_responses
+from reward.judgement import all_unscored
 
 
 class RandomCritic:
@@ -25,14 +26,13 @@ class RandomCritic:
     def _judge_one(self, item: Item) -> Judgement:
         responses = distinct_responses(item)
         if len(responses) < 2:
-            rewards, unscored = broadcast_to_duplicates(item, {}, dict.fromkeys(responses, NOTHING_TO_COMPARE))
-            return Judgement(rewards, unscored=unscored)
+            return all_unscored(item, NOTHING_TO_COMPARE)
         order = shuffled(responses, f"{self.seed}:{item.id}")
         top = len(order) - 1
         rewards, unscored = broadcast_to_duplicates(
             item, {index: 2.0 * (top - 2 * rank) for rank, index in enumerate(order)}, {}
         )
-        return Judgement(rewards, unscored=unscored)
+        return Judgement(id=item.id, rewards=rewards, unscored=unscored)
 
 
 def shuffled(indices: Sequence[int], key: str) -> list[int]:

@@ -61,4 +61,4 @@ def _judgement(item: Item, numbers: dict[int, float | None]) -> Judgement:
         else:
             values[index] = float(number)
     rewards, reasons = broadcast_to_duplicates(item, values, unscored)
-    return Judgement(rewards, unscored=reasons)
+    return Judgement(id=item.id, rewards=rewards, unscored=reasons)

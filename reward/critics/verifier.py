@@ -15,6 +15,7 @@ from typing import Any
 from reward import answers
 from reward.critics.base import NO_REFERENCE, Item, Judgement
 from reward.errors import RewardError
+from reward.judgement import all_unscored
 from reward.texts import normalise
 
 
@@ -277,7 +278,7 @@ class VerifierCritic:
 
     def _judge_one(self, item: Item) -> Judgement:
         if item.answer is None or not item.answer.strip():
-            return _all_unscored(item, NO_REFERENCE)
+            return _unjudged(item, NO_REFERENCE)
         kind = self.kind or item.answer_kind or answer_kind(item.answer, item.question)
         grades = []
         for response in item.responses:
@@ -290,14 +291,12 @@ class VerifierCritic:
                 min_iou=self.min_iou,
             )
             if found is None:
-                return _all_unscored(item, f"the reference answer is not of kind {kind}")
+                return _unjudged(item, f"the reference answer is not of kind {kind}")
             grades.append(found)
         rewards: list[float | None] = [g.score if self.partial else float(g.correct) for g in grades]
         evidence = {"kind": kind, "read": [g.read for g in grades], "correct": [g.correct for g in grades]}
-        return Judgement(rewards, evidence=evidence)
+        return Judgement(id=item.id, rewards=rewards, evidence=evidence)
 
 
-def _all_unscored(item: Item, reason: str) -> Judgement:
-    nobody_knows: list[None] = [None] * len(item.responses)
-    unscored = dict.fromkeys(range(len(item.responses)), reason)
-    return Judgement(list(nobody_knows), unscored=unscored, evidence={"correct": nobody_knows})
+def _unjudged(item: Item, reason: str) -> Judgement:
+    return all_unscored(item, reason, {"correct": [None] * len(item.responses)})

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw
 
 from align.config import Config, build_config, dump_config
 from align.evaluation.evaluate import measure
-from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, Scores, VerdictRecord, write_jsonl
+from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, write_jsonl
 from align.run.folder import Round, RunDir
+from reward.judgement import Judgement, Verdict
 
 TASKS = ("count", "colour", "largest")
 COLOURS = ("red", "green", "blue")
@@ -152,7 +153,7 @@ class FakeRun:
         responses = [Response(text=text, num_tokens=len(text.split()) + 1) for text in texts]
         return Samples(id=question.id, question=question, responses=responses, seed=1)
 
-    def _scores(self, line: Samples) -> Scores:
+    def _scores(self, line: Samples) -> Judgement:
         good = [line.question.answer in response.text.strip(".").split() for response in line.responses]
         size = len(good)
         verdicts, rewards = [], [0.0] * size
@@ -163,13 +164,13 @@ class FakeRun:
                     p = round(float(1 / (1 + np.exp(-(lean + self.rng.normal(0.2, 1.0))))), 4)
                     winner = first if p > 0.5 else second
                     reason = f"Response {'one' if winner == first else 'two'} fits the picture." if first == 0 else None
-                    verdicts.append(VerdictRecord(first=first, second=second, p_first=p, p_second=round(1 - p, 4), winner=winner, rationale=reason))  # fmt: skip
+                    verdicts.append(Verdict(first=first, second=second, p_first=p, p_second=round(1 - p, 4), winner=winner, rationale=reason))  # fmt: skip
                     rewards[winner] += 1
                     rewards[second if winner == first else first] -= 1
-        return Scores(id=line.id, rewards=rewards, verdicts=verdicts)
+        return Judgement(id=line.id, rewards=rewards, verdicts=verdicts)
 
 
-def make_pairs(samples: list[Samples], scores: list[Scores]) -> tuple[list[Pair], dict[str, Any]]:
+def make_pairs(samples: list[Samples], scores: list[Judgement]) -> tuple[list[Pair], dict[str, Any]]:
     """Best against worst, with the counts that the pairs stage writes."""
     pairs, tied = [], 0
     for line, score in zip(samples, scores, strict=True):
@@ -204,7 +205,7 @@ def make_pairs(samples: list[Samples], scores: list[Scores]) -> tuple[list[Pair]
     return pairs, counts
 
 
-def score_counts(scores: list[Scores]) -> dict[str, Any]:
+def score_counts(scores: list[Judgement]) -> dict[str, Any]:
     return {
         "questions": len(scores),
         "scored": sum(len(score.rewards) for score in scores),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, Scores, VerdictRecord, write_jsonl
+from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, write_jsonl
 from align.report.by_category import find_places
 from align.report.changes import history
 from align.report.critic_quality import Trust, measure_trust
@@ -20,6 +20,7 @@ from align.report.verdict import judge
 from align.report.warnings import find_alarms
 from align.run.folder import Round
 from align.statistics import Interval, wilson
+from reward.judgement import Judgement, Verdict
 
 
 def one_round(number: int, **metrics: tuple[float, float, float]) -> RoundData:
@@ -453,13 +454,13 @@ def test_many_rationales_and_frames_are_cut_and_counted(tmp_path):
     question = Question(id="q", question="What?", images=[f"{frame}.png" for frame in range(40)])
     responses = [Response(text=str(index), num_tokens=1) for index in range(10)]
     verdicts = [
-        VerdictRecord(first=one, second=two, winner=one, rationale="so")
+        Verdict(first=one, second=two, p_first=0.9, p_second=0.1, winner=one, rationale="so")
         for one in range(10)
         for two in range(10)
         if one != two
     ]
     write_jsonl(data.folder.samples, [Samples(id="q", question=question, responses=responses, seed=0)])
-    write_jsonl(data.folder.scores, [Scores(id="q", rewards=[0.0] * 10, verdicts=verdicts)])
+    write_jsonl(data.folder.scores, [Judgement(id="q", rewards=[0.0] * 10, verdicts=verdicts)])
     pictures = Pictures(None)
     browser = build_browser(
         a_run(data), question_images=pictures, evaluation_images=pictures, max_held_out=1, max_training=1

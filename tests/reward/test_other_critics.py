@@ -243,7 +243,7 @@ class Fixed:
 
     def judge(self, items):
         unscored = {index: "lost" for index, reward in enumerate(self.rewards) if reward is None}
-        return [Judgement(list(self.rewards), unscored=unscored) for _ in items]
+        return [Judgement(id=item.id, rewards=self.rewards, unscored=unscored) for item in items]
 
 
 THREE = Item("q3", "?", (), ("a", "b", "c"))

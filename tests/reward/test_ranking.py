@@ -24,7 +24,7 @@ from reward.ranking import (
 
 def verdict(first: int, second: int, winner: int | None, p_first: float | None = None) -> Verdict:
     p = p_first if p_first is not None else {first: 1.0, second: 0.0, None: 0.5}[winner]
-    return Verdict(first, second, p, 1 - p, None, winner)
+    return Verdict(first=first, second=second, p_first=p, p_second=1 - p, winner=winner)
 
 
 # Three responses, all six ordered comparisons:
@@ -124,7 +124,13 @@ outcomes = st.lists(
 
 def to_verdicts(rows: list[tuple[int, int, str, float]], names: list[int]) -> list[Verdict]:
     return [
-        Verdict(names[i], names[j], p, 1 - p, None, {"first": names[i], "second": names[j], "tie": None}[who])
+        Verdict(
+            first=names[i],
+            second=names[j],
+            p_first=p,
+            p_second=1 - p,
+            winner={"first": names[i], "second": names[j], "tie": None}[who],
+        )
         for i, j, who, p in rows
     ]
 
@@ -150,7 +156,10 @@ def test_what_one_wins_another_loses(rows, soft):
 @given(outcomes, st.booleans())
 def test_showing_the_mirror_image_of_every_comparison_changes_no_reward(rows, soft):
     verdicts = to_verdicts(rows, list(range(5)))
-    mirrored = [Verdict(v.second, v.first, v.p_second, v.p_first, v.p_tie, v.winner) for v in verdicts]
+    mirrored = [
+        v.model_copy(update={"first": v.second, "second": v.first, "p_first": v.p_second, "p_second": v.p_first})
+        for v in verdicts
+    ]
     assert win_minus_loss(5, mirrored, soft=soft) == pytest.approx(win_minus_loss(5, verdicts, soft=soft), abs=1e-9)
 
 

@@ -35,6 +35,10 @@ RESPONSES = ("abef", "ab", "ijmn", "mnop", "efgh")
 ITEMS = [Item(f"q{place}", "Which letters?", (picture,), RESPONSES) for place, picture in enumerate(PICTURES)]
 
 
+def judged_as(rewards, **more):
+    return Judgement(id="q", rewards=rewards, **more)
+
+
 def seen(image: str, response: str) -> float:
     return float(sum(letter in image for letter in response))
 
@@ -86,10 +90,10 @@ def test_controls_work_on_ratings_too():
 
     flat = PointwiseCritic(FunctionModel(row=row)).judge(ITEMS)
     assert image_dependence(flat, flat) is None
-    one = [Judgement([3.0, 2.0, 1.0])]
+    one = [judged_as([3.0, 2.0, 1.0])]
     # Of the pairs 0-1, 0-2, 1-2 the control turns the first round, keeps the second and ties the third.
-    assert image_dependence(one, [Judgement([2.0, 3.0, 1.0])]).changed == pytest.approx(1 / 3)
-    assert image_dependence(one, [Judgement([2.0, 2.0, 1.0])]).changed == pytest.approx(1 / 6)
+    assert image_dependence(one, [judged_as([2.0, 3.0, 1.0])]).changed == pytest.approx(1 / 3)
+    assert image_dependence(one, [judged_as([2.0, 2.0, 1.0])]).changed == pytest.approx(1 / 6)
     assert image_dependence(one, one).changed == 0.0
 
 
@@ -110,7 +114,7 @@ def test_shuffling_gives_every_item_anothers_images_and_leaves_out_whom_nobody_c
 
 def test_length_correlation_is_taken_within_questions():
     # Within each question longer is worse; across questions longer answers have higher rewards.
-    judgements = [Judgement([1.0, 2.0]), Judgement([11.0, 12.0])]
+    judgements = [judged_as([1.0, 2.0]), judged_as([11.0, 12.0])]
     lengths = [[20, 10], [120, 110]]
     assert length_correlation(judgements, lengths) == pytest.approx(-1.0)
 
@@ -118,7 +122,7 @@ def test_length_correlation_is_taken_within_questions():
 def test_length_correlation_equals_numpys_on_one_question():
     draw = np.random.default_rng(0)
     rewards, lengths = draw.normal(size=40), draw.integers(1, 100, 40)
-    found = length_correlation([Judgement(rewards.tolist())], [lengths.tolist()])
+    found = length_correlation([judged_as(rewards.tolist())], [lengths.tolist()])
     assert found == pytest.approx(np.corrcoef(rewards, lengths)[0, 1])
 
 
@@ -127,11 +131,11 @@ def test_the_partial_correlation_follows_its_formula():
     correct = draw.integers(0, 2, 60).astype(float)
     lengths = 50 + 20 * correct + draw.integers(-10, 11, 60)
     rewards = 3 * correct + 0.01 * lengths + draw.normal(size=60)
-    found = length_correlation([Judgement(rewards.tolist())], [lengths.tolist()], given=[Judgement(correct.tolist())])
+    found = length_correlation([judged_as(rewards.tolist())], [lengths.tolist()], given=[judged_as(correct.tolist())])
     r = np.corrcoef([rewards, lengths, correct])
     expected = (r[0, 1] - r[0, 2] * r[1, 2]) / math.sqrt((1 - r[0, 2] ** 2) * (1 - r[1, 2] ** 2))
     assert found == pytest.approx(expected)
-    assert abs(found) < length_correlation([Judgement(rewards.tolist())], [lengths.tolist()])
+    assert abs(found) < length_correlation([judged_as(rewards.tolist())], [lengths.tolist()])
 
 
 def test_what_correctness_explains_is_no_correlation_with_length():
@@ -139,26 +143,26 @@ def test_what_correctness_explains_is_no_correlation_with_length():
     draw = np.random.default_rng(2)
     lengths = draw.integers(5, 200, (500, 5)).tolist()
     right = draw.integers(0, 2, (500, 5)).astype(float)
-    critic = [Judgement(row) for row in (0.7 * right + 0.1).tolist()]
-    assert length_correlation(critic, lengths, given=[Judgement(row) for row in right.tolist()]) is None
-    assert length_correlation([Judgement([0.1] * 3)] * 500, [row[:3] for row in lengths]) is None
+    critic = [judged_as(row) for row in (0.7 * right + 0.1).tolist()]
+    assert length_correlation(critic, lengths, given=[judged_as(row) for row in right.tolist()]) is None
+    assert length_correlation([judged_as([0.1] * 3)] * 500, [row[:3] for row in lengths]) is None
 
 
 def test_what_does_not_vary_has_no_correlation():
-    assert length_correlation([Judgement([1.0, 1.0, 1.0])], [[1, 2, 3]]) is None
-    assert length_correlation([Judgement([1.0, 2.0])], [[1, 2]]) is None
-    assert length_correlation([Judgement([1.0, None, 2.0, 3.0], unscored={1: "x"})], [[1, 50, 2, 3]]) == 1.0
+    assert length_correlation([judged_as([1.0, 1.0, 1.0])], [[1, 2, 3]]) is None
+    assert length_correlation([judged_as([1.0, 2.0])], [[1, 2]]) is None
+    assert length_correlation([judged_as([1.0, None, 2.0, 3.0], unscored={1: "x"})], [[1, 50, 2, 3]]) == 1.0
 
 
 def test_agreement_with_the_reference_counts_right_wrong_pairs():
     # Right-wrong pairs: 0-1 (critic right), 0-3 (critic tied), 2-1 (critic wrong), 2-3 (critic wrong).
-    critic = [Judgement([2.0, 1.0, 0.5, 2.0])]
-    reference = [Judgement([1.0, 0.0, 1.0, 0.0])]
+    critic = [judged_as([2.0, 1.0, 0.5, 2.0])]
+    reference = [judged_as([1.0, 0.0, 1.0, 0.0])]
     found = agreement(critic, reference)
     assert found == Agreement(4, 1, 1)
     assert found.rate == pytest.approx(1.5 / 4)
     assert found.rate_when_decided == pytest.approx(1 / 3)
-    assert agreement(critic, [Judgement([1.0] * 4)]).rate is None
+    assert agreement(critic, [judged_as([1.0] * 4)]).rate is None
 
 
 def test_random_preferences_agree_with_the_reference_by_half():
@@ -178,7 +182,7 @@ def test_critics_of_a_panel_are_compared_two_by_two():
 
 
 def test_what_cannot_be_measured_is_none():
-    measures = measure_trust([Judgement([None, 1.0], unscored={0: "x"})])
+    measures = measure_trust([judged_as([None, 1.0], unscored={0: "x"})])
     assert measures.pop("unscored_rate") == 0.5
     assert set(measures.values()) == {None}
     assert set(measures) | {"unscored_rate"} == set(MEASURES)

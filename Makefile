@@ -11,7 +11,7 @@ LOCK := locks/dev.txt
 UV = $(BIN)/uv
 COMPILE = $(UV) pip compile --quiet --config-file locks/uv.toml --custom-compile-command 'make lock'
 
-.PHONY: demo test lint types tests test-oldest test-newest test-vllm docs lock clean
+.PHONY: demo test lint types tests test-oldest test-newest test-vllm docs dist lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/align demo --folder demo-run
@@ -21,6 +21,8 @@ test: lint types tests
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck scripts/*.sh scripts/*.sbatch .ci/run
+	$(BIN)/hadolint docker/*.Dockerfile
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
@@ -31,6 +33,10 @@ tests: $(VENV)/.dev
 # The pages and the reference, in build/site.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# A wheel and a source archive, in dist.
+dist: $(VENV)/.dev
+	$(BIN)/python -m build --no-isolation
 
 # The suite with the oldest and with the newest of everything that pyproject.toml admits, each in an environment of its own.
 test-oldest:

@@ -335,12 +335,13 @@ def find_config(explicit: Path | None) -> Path:
     return path
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read and check a configuration; relative paths in it count from its own folder.
 
     Raises:
         UserError: bad YAML, unknown keys (with the nearest known one), wrong values: all of them at once.
     """
+    path = Path(path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:

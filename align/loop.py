@@ -1,12 +1,23 @@
-"""The loop: sample, score, pairs, dpo and evaluate, round after round, each stage skipped where it is complete."""
+"""The loop: one stage, or all rounds of a configuration; each stage is skipped where it is complete.
+
+    from align import load_config, run_rounds, run_stage
+
+    config = load_config("align.yaml")
+    result = run_stage(config, "sample", 1)     # what `align sample --round 1` does
+    result = run_rounds(config)                 # what `align run` does
+
+The command line adds nothing but words: a run made from Python and one made by commands leave the same folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from align.config import Config
+from align.config import Config, dump_config
 from align.distributed.launch import run_stage_command, wants_processes
 from align.distributed.ranks import barrier, is_main_process
 from align.errors import UserError
@@ -14,74 +25,184 @@ from align.log import log
 from align.monitoring.cost import metered
 from align.monitoring.heartbeat import beating, clear_beats
 from align.run.folder import Round, RunDir
+from align.run.stages import STAGES, Stage, next_command, stage_named, stages_of
 from align.tracking.stage_metrics import stage_numbers
 from align.tracking.trackers import check_trackers, track_stage
 
 
 @dataclass(frozen=True)
-class Ended:
-    """The last round that was run, what was said of rounds worse than their parents, and whether that ended the run."""
+class StageResult:
+    """How a stage of a round ended.
 
-    last: int
-    worse: list[str]
-    early: bool = False
-
-
-def run_rounds(config: Config, config_args: list[str]) -> Ended:
-    """Run all rounds of a configuration; an interrupted run goes on where it stopped.
-
-    `config_args` are the command-line arguments that lead to this very configuration, for stages that must start in
-    several processes of their own.
+    `counts`: what was kept and dropped, by reason; `outputs`: the files that the stage wrote, by name; `notes`: what it
+    fell back to; `seconds`: of the main process, all attempts together; `was_complete`: nothing was left to do;
+    `next_command`: what comes after it on the command line.
     """
-    if config.evaluate.questions is not None:
-        _run_or_launch(config, "evaluate", 0, config_args)
-    worse: list[str] = []
-    for number in range(1, config.rounds + 1):
-        log.info("round %d of %d", number, config.rounds)
-        given = number == 1 and config.pairs_file is not None
-        for stage in ("pairs", "dpo") if given else ("sample", "score", "pairs", "dpo"):
-            _run_or_launch(config, stage, number, config_args)
-        if config.evaluate.questions is not None:
-            _run_or_launch(config, "evaluate", number, config_args)
-            said = warning_of(config, number)
-            if said is not None:
-                log.warning("WARNING: %s", said)
-                worse.append(said)
-                if config.evaluate.stop_if_worse:
-                    return Ended(number, worse, early=True)
-    return Ended(config.rounds, worse)
+
+    stage: str
+    round: int
+    counts: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Path] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    was_complete: bool = False
+    next_command: str = ""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: the results of its stages in order, its best checkpoint and its report.
+
+    `warnings`: rounds that were worse than their parents beyond chance; `stopped_early`: such a round ended the run
+    (`evaluate.stop_if_worse`), and `checkpoint` is the one before it.
+    """
+
+    stages: list[StageResult]
+    last_round: int
+    checkpoint: Path
+    report: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+    stopped_early: bool = False
+
+
+def run_rounds(config: Config, *, report: bool = True) -> RunResult:
+    """Run all rounds of a configuration, with evaluation and report; an interrupted run resumes where it stopped.
+
+    Before the first stage of a new run everything is checked that can be without weights (`align check`).
+
+    Raises:
+        UserError: the configuration, data or a checkpoint cannot be used, or a stage does not go on.
+        SystemExit: with code 0, after SIGTERM; the same call resumes.
+    """
+    run = RunDir(config.run_dir)
+    if not run.rounds():
+        _look_first(config)
+    results = [run_stage(config, stage.name, 0) for stage in stages_of(config, 0)]
+    warnings: list[str] = []
+    last, early = 0, False
+    for last in range(1, config.rounds + 1):
+        log.info("round %d of %d", last, config.rounds)
+        results += [_run_one(config, stage, last) for stage in stages_of(config, last)]
+        warning = warning_of(config, last)
+        if warning is not None:
+            log.warning("WARNING: %s", warning)
+            warnings.append(warning)
+            early = config.evaluate.stop_if_worse
+        if early:
+            break
+    best = last - 1 if early else last
+    page = None
+    if report and is_main_process():
+        from align.report import write_report
+
+        page = write_report(config.run_dir)
+    checkpoint = Path(run.policy(best + 1, config.policy))
+    return RunResult(results, last, checkpoint, page, warnings, early)
+
+
+def run_stage(
+    config: Config,
+    stage: str,
+    number: int,
+    *,
+    redo: bool = False,
+    critic: Callable[..., Any] | None = None,
+) -> StageResult:
+    """Do what `align STAGE --round NUMBER` does: here, or in the processes that `launch:` asks for.
+
+    `redo` discards what this stage and all later ones of the round have done. `critic` judges in place of the configured
+    one: a function of question, images and responses (see docs/adding-a-critic.md), for `score` in one process. As on the
+    command line, `score` goes on to make the pairs, and `dpo` of a round that begins with `pairs_file` reads them first.
+
+    Raises:
+        UserError: an unknown stage, an input that is not there, settings or data that cannot be used.
+        SystemExit: with code 0, after SIGTERM; the same call resumes.
+    """
+    if stage not in STAGES:
+        raise UserError(f"there is no stage {stage!r}", fix=f"stages are {', '.join(STAGES)}")
+    if stage == "dpo" and number == 1 and config.pairs_file is not None:
+        _run_one(config, stage_named("pairs"), number)
+    result = _run_one(config, stage_named(stage), number, redo=redo, critic=critic)
+    if stage == "score":
+        _run_one(config, stage_named("pairs"), number)
+    return result
 
 
 def warning_of(config: Config, number: int) -> str | None:
     """What a person must be told of a round that was evaluated: that it is worse than its parent beyond chance."""
+    if not number or config.evaluate.questions is None:
+        return None
     from align.evaluation.evaluate import worse_than_parent
 
-    return worse_than_parent(RunDir(config.run_dir), number) if number else None
+    return worse_than_parent(RunDir(config.run_dir), number)
 
 
-def run_stage(config: Config, stage: str, number: int, *, redo: bool = False) -> None:
-    """Run one stage in this process (one of a launch, perhaps), holding the round while it lasts."""
+def _look_first(config: Config) -> None:
+    """Raise UserError with all problems of a run that has not begun."""
+    from align.check.preflight import run_preflight
+
+    found = run_preflight(config)
+    if found.problems:
+        raise UserError(
+            f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''} before the first stage\n{found.text()}"
+        )
+
+
+def _run_one(
+    config: Config, stage: Stage, number: int, *, redo: bool = False, critic: Callable[..., Any] | None = None
+) -> StageResult:
     run = RunDir(config.run_dir)
     this = run.round(number)
+    if is_main_process():
+        run.remember_config(dump_config(config))
+    done = not redo and this.manifest.complete(stage.name)
+    # One that is complete is looked at here: its settings and inputs must still be those of the configuration.
+    if stage.distributed and wants_processes(config) and not done:
+        if critic is not None:
+            raise UserError(
+                "a function cannot be handed to several processes",
+                fix="set critic: {kind: python, function: FILE:NAME}, or launch.num_processes=1",
+            )
+        run_stage_command(config, stage.name, number, redo=redo)
+    else:
+        _run_here(config, stage, this, redo=redo, critic=critic)
+    entry = this.manifest.stage(stage.name)
+    assert entry is not None, f"stage {stage.name} has left no entry"
+    return StageResult(
+        stage.name,
+        number,
+        counts=entry.counts,
+        outputs={name: this.path / name for name in entry.outputs},
+        notes=entry.notes,
+        seconds=entry.seconds,
+        was_complete=done,
+        next_command=next_command(config, stage.name, number),
+    )
+
+
+def _run_here(
+    config: Config, stage: Stage, this: Round, *, redo: bool = False, critic: Callable[..., Any] | None = None
+) -> None:
+    """Run one stage in this process (one of a launch, perhaps), holding the round while it lasts."""
     check_trackers(config)
     with _held(this):
         if redo and is_main_process():
-            this.discard(stage)
+            this.discard(stage.name)
         clear_beats(this.path)
         barrier()
-        fresh = not this.manifest.complete(stage)
+        fresh = not this.manifest.complete(stage.name)
         with (
-            beating(this.path, stage),
-            metered(this.path, stage) if fresh else contextlib.nullcontext(),
-            _remembering_refusal(this, stage),
+            beating(this.path, stage.name),
+            metered(this.path, stage.name) if fresh else contextlib.nullcontext(),
+            _remembering_refusal(this, stage.name),
         ):
-            _call(config, stage, number)
+            stage.load()(config, this.number, **({} if critic is None else {"critic": critic}))
         if fresh and is_main_process():
-            track_stage(config, number, stage_numbers(this, stage))
-    if is_main_process() and number and stage in ("dpo", "evaluate"):
+            track_stage(config, this.number, stage_numbers(this, stage.name))
+    if is_main_process() and this.number and stage.on_card:
         from align.hub.model_card import write_model_card
 
-        write_model_card(config, number)
+        write_model_card(config, this.number)
 
 
 @contextlib.contextmanager
@@ -93,40 +214,6 @@ def _remembering_refusal(this: Round, stage: str) -> Iterator[None]:
         if is_main_process():
             this.manifest.note(stage, refused=str(error))
         raise
-
-
-def _run_or_launch(config: Config, stage: str, number: int, config_args: list[str]) -> None:
-    if not wants_processes(config) or stage == "pairs":
-        run_stage(config, stage, number)
-    elif not (manifest := RunDir(config.run_dir).round(number).manifest).complete(stage):
-        run_stage_command(config, stage, number, config_args)
-        if not manifest.complete(stage):
-            # Its processes were told to stop, and have said so.
-            raise SystemExit(0)
-
-
-def _call(config: Config, stage: str, number: int) -> None:
-    """The stages are imported here, so that a command loads only what it runs."""
-    if stage == "sample":
-        from align.stages.sample import run_sample
-
-        run_sample(config, number)
-    elif stage == "score":
-        from align.stages.score import run_score
-
-        run_score(config, number)
-    elif stage == "pairs":
-        from align.stages.pairs import run_pairs
-
-        run_pairs(config, number)
-    elif stage == "dpo":
-        from align.dpo.train import run_dpo
-
-        run_dpo(config, number)
-    else:
-        from align.evaluation.evaluate import run_evaluate
-
-        run_evaluate(config, number)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def score(folder: Path, **critic: Any) -> dict[str, Any]:
 def score_counts(folder: Path) -> dict[str, Any]:
     stage = RunDir(folder / "runs" / "run").round(1).manifest.stage("score")
     assert stage is not None
-    return stage["counts"]
+    return stage.counts
 
 
 def score_lines(folder: Path) -> list[Judgement]:

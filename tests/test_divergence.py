@@ -101,8 +101,8 @@ def test_the_kl_is_that_of_stock_transformers_on_separate_sequences(fresh):
     assert metrics["kl_per_token"]["mean"] == pytest.approx(sum(nats) / tokens, abs=1e-3)
     assert metrics["kl"]["low"] < metrics["kl"]["mean"] < metrics["kl"]["high"]
     assert metrics["kl"]["count"] == 5
-    assert stage["notes"]["kl"] == "both policies at temperature 0.8, on the checkpoint's own samples"
-    assert {"log-probs-own.jsonl", "log-probs-first.jsonl"} <= stage["outputs"].keys()
+    assert stage.notes["kl"] == "both policies at temperature 0.8, on the checkpoint's own samples"
+    assert {"log-probs-own.jsonl", "log-probs-first.jsonl"} <= stage.outputs.keys()
 
 
 def test_a_policy_has_no_distance_from_itself(fresh):
@@ -117,7 +117,7 @@ def test_an_interrupted_evaluation_weighs_no_question_twice_and_ends_like_an_uni
     this, whole, _ = evaluated(fresh)
     lines = {path: path.read_text().splitlines(keepends=True) for path in (this.own_log_probs, this.first_log_probs)}
     # As if it had been killed under the first policy: only two questions are weighed there.
-    data = this.manifest.read()
+    data = json.loads(this.manifest_path.read_text())
     data["stages"]["evaluate"]["status"] = "running"
     this.manifest_path.write_text(json.dumps(data))
     kept = this.evaluation_lines.read_text().replace('"greedy": {"text": "', '"greedy": {"text": "KEPT')
@@ -139,7 +139,7 @@ def test_a_served_policy_is_left_out_with_a_note(fresh):
     finally:
         server.stop()
     assert "kl" not in metrics
-    assert stage["notes"]["kl"].startswith("left out: servers give no log-probabilities")
+    assert stage.notes["kl"].startswith("left out: servers give no log-probabilities")
     assert not this.own_log_probs.exists()
 
 
@@ -167,7 +167,7 @@ def test_one_model_is_in_memory_at_a_time(fresh):
 def test_it_can_be_switched_off(fresh):
     this, metrics, stage = evaluated(fresh, kl=False)
     assert "kl" not in metrics
-    assert "kl" not in stage["notes"]
+    assert "kl" not in stage.notes
     assert not any(
         response.token_ids for line in read_jsonl(this.evaluation_lines, Evaluation) for response in line.sampled
     )

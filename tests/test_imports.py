@@ -27,7 +27,7 @@ BASE = {
 }
 ALLOWED: dict[str, set[str]] = {
     "reward": set(),
-    "align": {"config", "engines", "loop", "report", "run"},
+    "align": {"config", "engines", "errors", "loop", "report", "versions"},
     "accelerator": set(),
     "errors": {"reward"},
     "log": set(),
@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"data", "distributed", "dpo", "engines", "evaluation", "media", "models", "monitoring", "plan", "run", "stages"},
     "chat": BASE | {"engines", "hub", "media", "models"},
     # What runs the stages.
-    "loop": BASE | {"check", "distributed", "dpo", "evaluation", "hub", "monitoring", "run", "stages", "tracking"},
+    "loop": BASE | {"check", "distributed", "evaluation", "hub", "monitoring", "report", "run", "tracking"},
     "demo": BASE | {"evaluation", "loop", "report", "run"},
     "cli": BASE
     | {"chat", "check", "data", "demo", "distributed", "engines", "evaluation", "hub", "lmms_eval", "loop", "models"}

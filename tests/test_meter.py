@@ -82,8 +82,8 @@ def test_the_manifest_keeps_the_cost_of_all_attempts_and_redo_begins_anew(tmp_pa
     with metered(this.path, "sample"):
         this.manifest.finish("sample", outputs=[], counts={})
     entry = this.manifest.stage("sample")
-    assert entry["cost"]["tokens_written"] == 10
-    assert entry["seconds"] > 0
+    assert entry.cost["tokens_written"] == 10
+    assert entry.seconds > 0
     this.discard("sample")
     assert spent_on(this.path, "sample") is None
 

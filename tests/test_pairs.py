@@ -42,7 +42,7 @@ def pairs_of(folder: Path, number: int, **settings) -> list[Pair]:
 
 
 def counts_of(folder: Path, number: int) -> dict:
-    return RunDir(folder / "runs/run").round(number).manifest.stage("pairs")["counts"]
+    return RunDir(folder / "runs/run").round(number).manifest.stage("pairs").counts
 
 
 def test_truncated_and_empty_responses_stay_out_and_are_counted():

@@ -113,7 +113,7 @@ def test_a_recipe_trains_three_steps(recipe, project):
     run_pairs(config, 1)
     run_dpo(config, 1)
     this = RunDir(config.run_dir).round(1)
-    counts = this.manifest.stage("dpo")["counts"]
+    counts = this.manifest.stage("dpo").counts
     assert counts["steps"] == 3
     assert counts["loss"] is not None
     history = json.loads((this.checkpoint / "trainer_state.json").read_text())["log_history"]

@@ -56,9 +56,9 @@ def test_a_finished_stage_does_nothing_more(tmp_path):
     assert manifest.complete("sample")
     assert not manifest.begin("sample", settings={}, inputs={})
     entry = manifest.stage("sample")
-    assert entry["outputs"] == {"samples.jsonl": content_hash(output)}
-    assert entry["counts"] == {"questions": 1}
-    assert "torch" in entry["versions"]
+    assert entry.outputs == {"samples.jsonl": content_hash(output)}
+    assert entry.counts == {"questions": 1}
+    assert "torch" in entry.versions
 
 
 def test_forgetting_a_stage_forgets_the_later_ones(tmp_path):

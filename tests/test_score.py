@@ -154,7 +154,7 @@ def test_a_panel_of_rule_and_model_weighs_both_and_its_members_may_bring_models_
     assert line.evidence["correct"] == [text == "It is 7." for text in TEXTS]
     assert 0 <= found["agreement_between_critics"] <= 1
     stage = RunDir(tmp_path / "runs/run").round(1).manifest.stage("score")
-    assert {"critic", "critic looks"} <= set(stage["inputs"])
+    assert {"critic", "critic looks"} <= set(stage.inputs)
 
 
 def test_a_member_without_any_model_is_named(folder):
@@ -196,7 +196,7 @@ def test_a_text_only_reward_model_scores_and_says_that_it_sees_nothing(folder, r
     assert len(set(rewards)) > NUM_QUESTIONS
     assert found["image_dependence"] == 0.0
     stage = RunDir(folder / "runs/run").round(1).manifest.stage("score")
-    assert "text only" in stage["notes"]["images"]
+    assert "text only" in stage.notes["images"]
 
 
 def test_a_reward_model_scores_a_dialogue_alike_alone_and_in_a_batch(reward_model):

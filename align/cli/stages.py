@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from align.cli.console import say, warn
 from align.cli.options import ConfigOption, ProcessesOption, RedoOption, RoundOption, SetOption, app
-from align.config import Config, checkpoint_config, dump_config, find_config, load_config
+from align.config import Config, checkpoint_config, find_config, load_config
 from align.distributed.launch import is_started_by_align, run_stage_command, wants_processes
 from align.distributed.ranks import is_main_process
 from align.errors import UserError
 from align.run.folder import RunDir
+
+if TYPE_CHECKING:
+    from align.loop import StageResult
 
 
 @app.command(epilog="Example:  align sample --round 1 --set sample.num_responses=8")
@@ -25,11 +28,8 @@ def sample(
     num_processes: ProcessesOption = None,
 ) -> None:
     """Stage 1: K responses of the current policy to every image question."""
-    counts = _stage("sample", round_, config, set_, redo=redo, num_processes=num_processes)
-    say(
-        f"{counts['responses']} responses to {counts['questions']} questions",
-        next_command=f"align score --round {round_}",
-    )
+    done = _stage("sample", round_, config, set_, redo=redo, num_processes=num_processes)
+    say(f"{done.counts['responses']} responses to {done.counts['questions']} questions", next_command=done.next_command)
 
 
 @app.command(epilog="Example:  align score --round 1 --set critic.kind=verifier")
@@ -41,9 +41,11 @@ def score(
     num_processes: ProcessesOption = None,
 ) -> None:
     """Stage 2: a critic compares the responses; rewards become preference pairs."""
-    counts = _stage("score", round_, config, set_, redo=redo, num_processes=num_processes)
-    say(f"{counts['scored']} responses to {counts['questions']} questions scored", next_command=None)
-    pairs(round_, config, set_)
+    done = _stage("score", round_, config, set_, redo=redo, num_processes=num_processes)
+    say(f"{done.counts['scored']} responses to {done.counts['questions']} questions scored", next_command=None)
+    made = RunDir(_load(config, set_).run_dir).round(round_).manifest.stage("pairs")
+    assert made is not None, "the pairs are made with the scores"
+    _say_pairs(made.counts, round_)
 
 
 @app.command(
@@ -53,8 +55,12 @@ def pairs(
     round_: RoundOption = 1, config: ConfigOption = None, set_: SetOption = None, redo: RedoOption = False
 ) -> None:
     """Make the pairs of a scored round again, with other settings (`align score` makes them the first time)."""
-    counts = _stage("pairs", round_, config, set_, redo=redo, num_processes=1)
-    say(f"{counts['pairs']} pairs from {counts['questions']} questions", next_command=f"align dpo --round {round_}")
+    done = _stage("pairs", round_, config, set_, redo=redo, num_processes=1)
+    _say_pairs(done.counts, round_)
+
+
+def _say_pairs(counts: dict[str, Any], number: int) -> None:
+    say(f"{counts['pairs']} pairs from {counts['questions']} questions", next_command=f"align dpo --round {number}")
 
 
 @app.command(epilog="Example:  align dpo --round 1 --num-processes 8 --strategy zero3 --set dpo.beta=0.1")
@@ -68,10 +74,8 @@ def dpo(
 ) -> None:
     """Stage 3: DPO on the pairs of the round, into a new checkpoint."""
     set_ = [*(set_ or []), *([f"launch.strategy={strategy}"] if strategy else [])]
-    if round_ == 1 and load_config(find_config(config), set_).pairs_file is not None:
-        pairs(round_, config, set_)
-    _stage("dpo", round_, config, set_, redo=redo, num_processes=num_processes)
-    say("trained", next_command=f"align evaluate --round {round_}, or align sample --round {round_ + 1}")
+    done = _stage("dpo", round_, config, set_, redo=redo, num_processes=num_processes)
+    say(f"trained on {done.counts['pairs']} pairs: {done.outputs['checkpoint']}", next_command=done.next_command)
 
 
 @app.command(epilog="Example:  align evaluate --round 0   (the first policy)")
@@ -98,7 +102,7 @@ def evaluate(
         return
     if checkpoint is not None or limit is not None or out is not None or lmms_eval_tasks is not None:
         raise UserError("--checkpoint, --limit, --out and --lmms-eval-tasks go with --lmms-eval", fix="name its tasks")
-    counts = _stage("evaluate", round_, config, set_, redo=redo, num_processes=num_processes)
+    done = _stage("evaluate", round_, config, set_, redo=redo, num_processes=num_processes)
     if is_main_process() and not is_started_by_align():
         from align.evaluation.table import print_table
         from align.loop import warning_of
@@ -106,7 +110,7 @@ def evaluate(
         loaded = _load(config, set_ or [])
         print_table({loaded.name: loaded.run_dir})
         warn(warning_of(loaded, round_))
-    say(f"{counts['questions']} held-out questions answered", next_command="align report")
+    say(f"{done.counts['questions']} held-out questions answered", next_command="align report")
 
 
 @app.command(epilog="Example:  align run --rounds 3")
@@ -118,27 +122,21 @@ def run(
     """All of it: every round, evaluation and the report. The same command goes on after an interruption."""
     from align.evaluation.table import print_table
     from align.loop import run_rounds
-    from align.report import write_report
 
-    set_ = [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])]
-    loaded = _load(config, set_)
-    ended = run_rounds(loaded, _config_args(config, set_))
+    loaded = _load(config, [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])])
+    done = run_rounds(loaded)
     if not is_main_process():
         return
-    path = write_report(loaded.run_dir)
     print_table({loaded.name: loaded.run_dir})
-    for said in ended.worse:
-        warn(said)
-    best = ended.last
-    if ended.early:
-        best -= 1
-        before = f"round {best}" if best else "the first policy"
+    for warning in done.warnings:
+        warn(warning)
+    if done.stopped_early:
+        before = f"round {done.last_round - 1}" if done.last_round > 1 else "the first policy"
         say(
-            f"the run ended after round {ended.last} of {loaded.rounds} (evaluate.stop_if_worse): {before} is better",
+            f"the run ended after round {done.last_round} of {loaded.rounds} (evaluate.stop_if_worse): {before} is better",
             next_command=None,
         )
-    checkpoint = RunDir(loaded.run_dir).policy(best + 1, loaded.policy)
-    say(f"checkpoint: {checkpoint}\nreport:     {path}", next_command="open the report in a browser")
+    say(f"checkpoint: {done.checkpoint}\nreport:     {done.report}", next_command="open the report in a browser")
 
 
 def _stage(
@@ -149,18 +147,11 @@ def _stage(
     *,
     redo: bool,
     num_processes: int | None,
-) -> dict[str, Any]:
-    """Run one stage here, or in the processes that the configuration asks for; returns its counts."""
+) -> StageResult:
+    """Run one stage here, or in the processes that the configuration asks for."""
     from align.loop import run_stage
 
-    overrides = [*(overrides or []), *_processes(num_processes)]
-    loaded = _load(config, overrides)
-    this = RunDir(loaded.run_dir).round(number)
-    if wants_processes(loaded) and name != "pairs":
-        run_stage_command(loaded, name, number, _config_args(config, overrides) + (["--redo"] if redo else []))
-    else:
-        run_stage(loaded, name, number, redo=redo)
-    return (this.manifest.stage(name) or {}).get("counts", {})
+    return run_stage(_load(config, [*(overrides or []), *_processes(num_processes)]), name, number, redo=redo)
 
 
 def _benchmarks(wishes: dict[str, Any], number: int, config: Path | None, overrides: list[str]) -> None:
@@ -176,9 +167,7 @@ def _benchmarks(wishes: dict[str, Any], number: int, config: Path | None, overri
     alone = asked.checkpoint is not None and config is None
     loaded = checkpoint_config(str(asked.checkpoint), overrides) if alone else _load(config, overrides)
     if wants_processes(loaded):
-        settings = [part for item in overrides for part in ("--set", item)]
-        settings = settings if alone else _config_args(config, overrides)
-        run_stage_command(loaded, "evaluate", number, settings + asked.arguments())
+        run_stage_command(loaded, "evaluate", number, arguments=asked.arguments())
     else:
         run_benchmarks(loaded, asked, number)
     if is_main_process() and not is_started_by_align():
@@ -193,14 +182,4 @@ def _processes(number: int | None) -> list[str]:
 
 
 def _load(config: Path | None, overrides: list[str] | None) -> Config:
-    loaded = load_config(find_config(config), overrides)
-    if is_main_process():
-        RunDir(loaded.run_dir).remember_config(dump_config(loaded))
-    return loaded
-
-
-def _config_args(config: Path | None, overrides: list[str]) -> list[str]:
-    args = ["--config", str(find_config(config))]
-    for override in overrides:
-        args += ["--set", override]
-    return args
+    return load_config(find_config(config), overrides)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from align.config import CONFIG_NAME, Config, dump_config, load_config
+from align.config import CONFIG_NAME, load_config
 from align.demo import write_demo
 from align.evaluation.table import print_table
 from align.log import log
@@ -23,7 +23,7 @@ CONTROL_SHARE = 0.5
 def play_demo(folder: Path, *, rounds: int, seed: int, control: bool) -> None:
     """Write the demo's data into `folder` (once), run it, run the control, and write the report.
 
-    The control is the same run with random preferences and half of the questions a round.
+    The control is the same run with random preferences and half of the questions per round.
     """
     started = time.monotonic()
     path = folder / CONFIG_NAME
@@ -33,19 +33,14 @@ def play_demo(folder: Path, *, rounds: int, seed: int, control: bool) -> None:
     overrides = [f"rounds={rounds}", f"seed={seed}"]
     config = load_config(path, overrides)
     runs = {"critic": config.run_dir}
-    _run(config, overrides, path)
+    run_rounds(config, report=False)
     if control:
         fewer = max(50, int((config.sample.questions_per_round or NUM_QUESTIONS) * CONTROL_SHARE))
-        random = [
-            *overrides,
-            "name=random",
-            "critic.kind=random",
-            "critic.options=",
-            f"sample.questions_per_round={fewer}",
-        ]
-        log.info("the control: random preferences, %d questions a round", fewer)
-        control_config = load_config(path, random)
-        _run(control_config, random, path)
+        overrides += ["name=random", "critic.kind=random", "critic.options="]
+        overrides += [f"sample.questions_per_round={fewer}"]
+        log.info("the control: random preferences, %d questions per round", fewer)
+        control_config = load_config(path, overrides)
+        run_rounds(control_config, report=False)
         runs["random"] = control_config.run_dir
     report = write_report(config.run_dir, control=runs.get("random"))
     print_table(runs)
@@ -53,11 +48,3 @@ def play_demo(folder: Path, *, rounds: int, seed: int, control: bool) -> None:
     typer.echo(f"checkpoint: {RunDir(config.run_dir).round(config.rounds).checkpoint}")
     typer.echo(f"report:     {report}")
     typer.secho(f"next: open the report, then start your own run with `align init`; the demo's is {path}", fg="cyan")
-
-
-def _run(config: Config, overrides: list[str], path: Path) -> None:
-    RunDir(config.run_dir).remember_config(dump_config(config))
-    arguments = ["--config", str(path)]
-    for override in overrides:
-        arguments += ["--set", override]
-    run_rounds(config, arguments)

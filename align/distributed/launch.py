@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import NoReturn
 
 import yaml
 
-from align.config import Config, LaunchSettings
+from align.config import CONFIG_NAME, Config, LaunchSettings, dump_config
 from align.distributed.ranks import TRY_AGAIN
 from align.distributed.worker_errors import FOLDER, OUR_FAULT, USERS_FAULT, Fault, causes, killed_by, leave, read_faults
 from align.errors import UserError
@@ -44,9 +45,12 @@ def is_started_by_align() -> bool:
     return FOLDER in os.environ
 
 
-def run_stage_command(config: Config, stage: str, number: int, config_args: list[str]) -> None:
+def run_stage_command(
+    config: Config, stage: str, number: int, *, redo: bool = False, arguments: Sequence[str] = ()
+) -> None:
     """Run `align STAGE --round N` in the processes that `launch:` asks for and wait for them.
 
+    They read this very configuration from a file of their own, whatever it was made from; `arguments` follow.
     SIGTERM is passed on to them, so that they can finish a step and save it. Under `num_machines` the same command must
     be run on every machine, with the machine's own rank.
 
@@ -55,10 +59,14 @@ def run_stage_command(config: Config, stage: str, number: int, config_args: list
         SystemExit: with 0 where the processes were told to stop; with 1 where one failed otherwise, after its traceback.
     """
     ended = Ended(TRY_AGAIN)
-    while ended.code == TRY_AGAIN and not ended.stopped:
-        ended = run_processes(launch_command(config.launch, [stage, "--round", str(number), *config_args]))
-        # Begun once more it must go on, not be discarded again.
-        config_args = [argument for argument in config_args if argument != "--redo"]
+    with tempfile.TemporaryDirectory(prefix="align-") as folder:
+        path = Path(folder) / CONFIG_NAME
+        path.write_text(dump_config(config), encoding="utf-8")
+        command = [stage, "--round", str(number), "--config", str(path), *arguments]
+        while ended.code == TRY_AGAIN and not ended.stopped:
+            ended = run_processes(launch_command(config.launch, [*command, *(["--redo"] if redo else [])]))
+            # Restarted it must resume, not be discarded again.
+            redo = False
     if ended.stopped:
         log.info("stopped; the same command goes on from here")
         raise SystemExit(0)
@@ -168,6 +176,10 @@ def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[_Stop]:
             if worker.ppid() == process.pid:
                 worker.terminate()
 
+    if threading.current_thread() is not threading.main_thread():
+        # Python hands signals to the main thread only; whoever waits there deals with them.
+        yield stop
+        return
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
         yield stop

@@ -15,6 +15,7 @@ from align.models.inspect import licence_of
 from align.monitoring.cost import Spent
 from align.monitoring.format import duration
 from align.run.folder import RunDir
+from align.run.manifest import StageEntry
 
 
 def write_model_card(config: Config, number: int) -> Path:
@@ -22,7 +23,7 @@ def write_model_card(config: Config, number: int) -> Path:
     run = RunDir(config.run_dir)
     parent = run.policy(number, config.policy)
     path = run.round(number).checkpoint / "README.md"
-    stages = run.round(number).manifest.read()["stages"]
+    stages = run.round(number).manifest.stages()
     heading = yaml.safe_dump(_heading(config, parent), sort_keys=False).strip()
     sections = [
         f"# {config.name}, round {number}",
@@ -63,36 +64,34 @@ def lineage_of(checkpoint: str | Path) -> str | None:
 def _lineage(config: Config, run: RunDir, number: int) -> str:
     rows = ["## Lineage", "", "| round | parent (sha256) | questions | pairs | seed |", "|---|---|---|---|---|"]
     for earlier in range(1, number + 1):
-        stages = run.round(earlier).manifest.read()["stages"]
-        sample, pairs = stages.get("sample", {}), stages.get("pairs", {})
-        parent = sample.get("inputs", {}).get("policy", "")[:16]
-        counts = [sample.get("counts", {}).get("questions", ""), pairs.get("counts", {}).get("pairs", "")]
+        stages = run.round(earlier).manifest.stages()
+        sample, pairs, dpo = (stages.get(name) for name in ("sample", "pairs", "dpo"))
+        parent = next(
+            (entry.inputs["policy"][:16] for entry in (sample, dpo) if entry and "policy" in entry.inputs), ""
+        )
+        counts = [sample.counts.get("questions", "") if sample else "", pairs.counts.get("pairs", "") if pairs else ""]
         rows.append(f"| {earlier} | `{parent}` | {counts[0]} | {counts[1]} | {config.seed} |")
     name = config.policy if not Path(config.policy).exists() else Path(config.policy).name
     return "\n".join([*rows, "", f"First policy: `{name}`."])
 
 
-def _data(stages: dict[str, Any]) -> str:
+def _data(stages: dict[str, StageEntry]) -> str:
     lines = ["## Data and critic", ""]
     for stage in ("sample", "score"):
-        for name, digest in stages.get(stage, {}).get("inputs", {}).items():
+        for name, digest in (stages[stage].inputs if stage in stages else {}).items():
             lines.append(f"* {name}: sha256 `{digest[:16]}`")
-    settings = stages.get("score", {}).get("settings", {}).get("critic")
-    if settings:
-        lines.append(f"* critic: {json.dumps(settings)}")
-    figures = stages.get("score", {}).get("counts", {}).get("critic")
-    if figures:
-        lines.append(f"* critic's figures: {json.dumps(figures)}")
+    if "score" in stages:
+        lines.append(f"* critic: {json.dumps(stages['score'].settings.get('critic'))}")
+        lines.append(f"* critic's figures: {json.dumps(stages['score'].counts.get('critic'))}")
     return "\n".join(lines)
 
 
-def _training(config: Config, stages: dict[str, Any]) -> str:
-    entry = stages.get("dpo", {})
-    settings = entry.get("settings", config.dpo.model_dump(mode="json"))
+def _training(config: Config, stages: dict[str, StageEntry]) -> str:
+    entry = stages.get("dpo")
+    settings = entry.settings if entry else config.dpo.model_dump(mode="json")
     lines = ["## Training", "", "```json", json.dumps(settings, indent=2, default=str), "```"]
-    versions = entry.get("versions", {})
-    if versions:
-        lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+    if entry and entry.versions:
+        lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in entry.versions.items()) + "."]
     return "\n".join(lines)
 
 
@@ -106,7 +105,8 @@ def _results(run: RunDir, number: int) -> str:
     for key, metrics in rounds.items():
         cells = [with_interval(name, metrics.get(name)) for name in names]
         rows.append(f"| {key} | " + " | ".join(cells) + " |")
-    note = run.round(number).manifest.read()["stages"].get("evaluate", {}).get("notes", {}).get("kl")
+    evaluated = run.round(number).manifest.stage("evaluate")
+    note = evaluated.notes.get("kl") if evaluated else None
     return "\n".join([*rows, *(["", f"KL divergence from the first policy: {note}."] if note else [])])
 
 
@@ -114,14 +114,14 @@ def _cost(run: RunDir, number: int) -> str:
     """What every stage up to this round took, all processes and attempts together."""
     rows, total = [], Spent()
     for this in run.rounds():
-        for stage, entry in this.manifest.read()["stages"].items():
-            cost = entry.get("cost") or {}
+        for stage, entry in this.manifest.stages().items():
+            cost = entry.cost
             if this.number > number or "device" not in cost:
                 continue
-            spent = Spent.of(cost | {"seconds": entry["seconds"]})
+            spent = Spent.of(cost | {"seconds": entry.seconds})
             total += spent
             device = f"{cost['num_processes']} x {cost['device']}"
-            device += ", and servers" if "servers" in entry.get("notes", {}) else ""
+            device += ", and servers" if "servers" in entry.notes else ""
             rows.append(f"| {this.number} | {stage} | {_spent(spent)} | {device} |")
     if not rows:
         return ""

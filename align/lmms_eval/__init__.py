@@ -235,7 +235,7 @@ _KEPT = "mend that; the responses are kept, and the same command goes on"
 def _write_summary(work: Work, digest: str) -> None:
     """The JSON file: all tasks that the manifest knows as finished, of this and of earlier commands."""
     kept = ("settings", "finished", "seconds", "counts", "notes", "results", "responses")
-    entries = {name: entry for name, entry in work.manifest.read()["stages"].items() if entry["status"] == "complete"}
+    entries = {name: entry.model_dump() for name, entry in work.manifest.stages().items() if entry.complete}
     summary = {
         "checkpoint": work.checkpoint,
         "checkpoint_sha256": digest,
@@ -270,11 +270,10 @@ def _as_it_is(image: Any) -> Any:
 
 
 def _discard(manifest: Manifest, name: str, partial: PartialFile) -> None:
-    data = manifest.read()
-    if data["stages"].pop(name, None) is not None:
-        write_text(manifest.path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    manifest.mark_discarded([name])
     partial.discard()
     partial.final.unlink(missing_ok=True)
+    manifest.forget([name])
 
 
 def _of_all_processes(ids: list[str]) -> list[str]:

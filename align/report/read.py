@@ -21,7 +21,8 @@ from align.errors import UserError
 from align.evaluation.table import BenchmarkRow, benchmark_rows
 from align.records import Evaluation, RecordT, parse_line
 from align.run.folder import Round, RunDir
-from align.run.stages import STAGES
+from align.run.manifest import StageEntry
+from align.run.stages import STAGES, stage_named
 from align.statistics import Interval
 
 JSON = dict[str, Any]
@@ -233,31 +234,26 @@ def _read_benchmarks(path: Path, problems: list[str]) -> list[BenchmarkRow]:
 
 def _read_stages(this: Round, problems: list[str]) -> dict[str, Stage]:
     try:
-        entries = this.manifest.read().get("stages", {})
+        entries = this.manifest.stages()
     except UserError as error:
         problems.append(str(error))
         return {}
-    return {name: _stage(this, name, entries[name]) for name in STAGES if isinstance(entries.get(name), dict)}
+    return {name: _stage(this, name, entries[name]) for name in STAGES if name in entries}
 
 
-def _stage(this: Round, name: str, entry: JSON) -> Stage:
-    def part(key: str) -> JSON:
-        value = entry.get(key)
-        return value if isinstance(value, dict) else {}
-
-    running = entry.get("status") != "complete"
+def _stage(this: Round, name: str, entry: StageEntry) -> Stage:
     return Stage(
         name=name,
-        status=str(entry.get("status", "unknown")),
-        seconds=number(entry.get("seconds")),
-        counts=part("counts"),
-        notes=part("notes"),
-        settings=part("settings"),
-        cost=part("cost"),
-        versions=part("versions"),
-        written=_when(entry.get("finished") or entry.get("started")),
-        progress=_finished_questions(this, name) if running else None,
-        refused=str(entry["refused"]) if running and entry.get("refused") else None,
+        status=entry.status,
+        seconds=entry.seconds if entry.complete else None,
+        counts=entry.counts,
+        notes=entry.notes,
+        settings=entry.settings,
+        cost=entry.cost,
+        versions=entry.versions,
+        written=_when(entry.finished or entry.started),
+        progress=None if entry.complete else _finished_questions(this, name),
+        refused=None if entry.complete else entry.refused,
     )
 
 
@@ -272,9 +268,10 @@ def _when(stamp: Any) -> str | None:
 
 def _finished_questions(this: Round, stage: str) -> int | None:
     """Complete lines in the parts that a running stage has written so far."""
-    final = {"sample": this.samples, "score": this.scores, "evaluate": this.evaluation_lines}.get(stage)
-    if final is None:
+    name = stage_named(stage).per_question
+    if name is None:
         return None
+    final = this.path / name
     parts = final.parent.glob(f"{final.stem}.part-*{final.suffix}")
     return sum(part.read_bytes().count(b"\n") for part in parts)
 

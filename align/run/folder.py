@@ -25,7 +25,7 @@ from align.errors import UserError
 from align.files import make_folder, write_text
 from align.monitoring.cost import forget_spent
 from align.run.manifest import Manifest, now
-from align.run.stages import STAGES
+from align.run.stages import TABLE, stages_from
 
 
 @dataclass(frozen=True)
@@ -149,29 +149,38 @@ class Round:
             )
 
     def discard(self, stage: str) -> None:
-        """Take back a stage and all later ones of this round: their files and their entries in the manifest."""
-        files = {
-            "sample": [self.samples],
-            "score": [self.scores, self.controls],
-            "pairs": [self.pairs],
-            "dpo": [self.reference, self.reference.with_suffix(".json")],
-            "evaluate": [self.evaluation, self.evaluation_lines, self.own_log_probs, self.first_log_probs],
-        }
-        for later in STAGES[STAGES.index(stage) :]:
-            forget_spent(self.path, later)
-            for file in files[later]:
-                file.unlink(missing_ok=True)
-                for part in self.path.glob(f"{file.stem}.part-*{file.suffix}"):
-                    part.unlink()
-        if stage != "evaluate":
-            self.benchmarks.unlink(missing_ok=True)
-            for folder in (self.trainer, self.checkpoint, self.benchmarks.with_suffix("")):
-                if folder.exists():
-                    shutil.rmtree(folder)
-        if self.manifest_path.exists():
-            self.manifest.forget(stage)
-        if not any(self.manifest.stage(earlier) for earlier in ("sample", "score", "dpo")):
+        """Take back a stage and all later ones of this round: their entries in the manifest and their files.
+
+        The manifest is told first: killed in between, the stages count as not begun, and `settle` removes what is left.
+        """
+        later = stages_from(stage)
+        self.manifest.mark_discarded(row.name for row in later)
+        for row in later:
+            forget_spent(self.path, row.name)
+            for name in (*row.writes, *row.leaves):
+                self._remove(self.path / name)
+        self.manifest.forget(row.name for row in later)
+        if not any(row.shows_images and self.manifest.stage(row.name) for row in TABLE):
             self.image_hashes.unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """End what a kill has interrupted: files of stages that were discarded, temporary files."""
+        for name, entry in self.manifest.stages().items():
+            if entry.status == "discarded":
+                self.discard(name)
+                break
+        for unfinished in self.path.glob(".*.tmp"):
+            unfinished.unlink()
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        """A file with its parts, or a folder."""
+        if path.is_dir():
+            shutil.rmtree(path)
+            return
+        path.unlink(missing_ok=True)
+        for part in path.parent.glob(f"{path.stem}.part-*{path.suffix}"):
+            part.unlink()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -188,9 +197,7 @@ class Round:
                 fix="wait for it, or stop it",
             ) from None
         try:
-            for unfinished in self.path.glob(".*.tmp"):
-                # A process was killed right before it would have put the file in place.
-                unfinished.unlink()
+            self.settle()
             write_text(
                 holder,
                 json.dumps(

@@ -10,41 +10,90 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from align.errors import UserError
 from align.files import make_folder, write_text
 from align.monitoring.cost import spent_on
 from align.run.hashes import content_hash
-from align.run.stages import STAGES
 
 PACKAGES = ("valley-align", "torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "datasets")
 
 
+class StageEntry(BaseModel):
+    """What the manifest says of one stage.
+
+    `settings` and `inputs` (name to content hash) are those it was begun with; `outputs` are the files it wrote, by name, with
+    their hashes; `counts` what was kept and dropped by reason; `notes` what it fell back to; `cost` what all attempts in
+    all processes took (`align.monitoring.cost`), `seconds` of it the main process's; `refused` why it did not go on. A stage
+    may add facts of its own.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    # `discarded`: --redo was asked for, and the files may not all be gone yet.
+    status: Literal["running", "complete", "discarded"]
+    started: str = ""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    inputs: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    counts: dict[str, Any] = Field(default_factory=dict)
+    refused: str | None = None
+    finished: str | None = None
+    seconds: float = 0.0
+    cost: dict[str, Any] = Field(default_factory=dict)
+    outputs: dict[str, str] = Field(default_factory=dict)
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage has finished."""
+        return self.status == "complete"
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json of a round: one entry a stage, `status` running or complete; rewritten as a whole each time."""
+    """manifest.json of a round, rewritten at once each time."""
 
     path: Path
 
-    def read(self) -> dict[str, Any]:
+    def stages(self) -> dict[str, StageEntry]:
+        """The entries by the names of their stages; raises UserError where the file is damaged."""
         if not self.path.is_file():
-            return {"stages": {}}
+            return {}
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            return {name: StageEntry.model_validate(entry) for name, entry in data["stages"].items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"the manifest is damaged ({error})",
+                f"the manifest is damaged ({_problem(error)})",
                 where=str(self.path),
                 fix="restore it from a copy, or remove the round's folder and run it again",
             ) from None
 
-    def stage(self, name: str) -> dict[str, Any] | None:
-        return self.read()["stages"].get(name)
+    def stage(self, name: str) -> StageEntry | None:
+        """The entry of a stage that has begun, else None; one that was discarded has not."""
+        entry = self.stages().get(name)
+        return None if entry is None or entry.status == "discarded" else entry
 
     def complete(self, name: str) -> bool:
+        """Whether a stage has finished, and what it wrote is there.
+
+        Raises UserError where its files are gone: nothing that follows could be right.
+        """
         entry = self.stage(name)
-        return entry is not None and entry["status"] == "complete"
+        if entry is None or not entry.complete:
+            return False
+        missing = [output for output in entry.outputs if not (self.path.parent / output).exists()]
+        if missing:
+            raise UserError(
+                f"stage {name} is complete, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there",
+                where=str(self.path.parent),
+                fix=f"put {'it' if len(missing) == 1 else 'them'} back, or do the stage again: {self._redo(name)}",
+            )
+        return True
 
     def begin(self, name: str, *, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
         """Enter a stage; returns False when it is complete already.
@@ -55,66 +104,70 @@ class Manifest:
         settings = json.loads(json.dumps(settings, default=str))
         entry = self.stage(name)
         if entry is None:
-            self._put(
-                name,
-                {
-                    "status": "running",
-                    "started": now(),
-                    "settings": settings,
-                    "inputs": inputs,
-                    "versions": versions(),
-                },
-            )
+            entry = StageEntry(status="running", started=now(), settings=settings, inputs=inputs, versions=versions())
+            self._put(name, entry)
             return True
-        changed = _differences(entry["settings"], settings) + _differences(entry["inputs"], inputs)
+        changed = _differences(entry.settings, settings) + _differences(entry.inputs, inputs)
         if changed:
             raise UserError(
-                f"stage {name} was {'finished' if entry['status'] == 'complete' else 'begun'} with other inputs: {'; '.join(changed)}",
+                f"stage {name} was {'finished' if entry.complete else 'begun'} with other inputs: {'; '.join(changed)}",
                 where=str(self.path.parent),
                 fix=f"run it again from the start with --redo (this discards the round from {name} on), or give the run another name",
             )
-        if entry.pop("refused", None) is not None:
-            self._put(name, entry)
-        return entry["status"] != "complete"
+        if entry.refused is not None:
+            self._put(name, entry.model_copy(update={"refused": None}))
+        return not self.complete(name)
 
     def note(self, name: str, **facts: Any) -> None:
         """Add facts to a stage that has begun and is not complete: `counts` so far, why it `refused` to go on."""
         entry = self.stage(name)
-        if entry is not None and entry["status"] != "complete":
-            self._put(name, entry | facts)
+        if entry is not None and not entry.complete:
+            self._put(name, entry.model_copy(update=facts))
 
     def finish(
         self, name: str, *, outputs: Iterable[Path], counts: dict[str, Any], seconds: float = 0.0, **more: Any
     ) -> None:
         """Mark a stage complete, with what it wrote (hashed), what it counted and what it cost.
 
-        The cost is that of all attempts, in all processes (align.monitoring.cost); `seconds` counts where no meter has run.
+        The cost is that of all attempts, in all processes; `seconds` counts where nothing was counted.
         """
         entry = self.stage(name)
         assert entry is not None, f"stage {name} was finished before it began"
-        hashes = {path.name: content_hash(path) for path in outputs}
         cost = spent_on(self.path.parent, name) or {"seconds": round(seconds, 3)}
-        entry |= {
+        facts = {
             "status": "complete",
             "finished": now(),
             "seconds": cost.pop("seconds"),
             "cost": cost,
-            "outputs": hashes,
+            "outputs": {path.name: content_hash(path) for path in outputs},
             "counts": counts,
-        } | more
-        self._put(name, entry)
+        }
+        self._put(name, entry.model_copy(update=facts | more))
 
-    def forget(self, name: str) -> None:
-        """Take back a stage and every later one of the round (for --redo)."""
-        data = self.read()
-        for later in STAGES[STAGES.index(name) :]:
-            data["stages"].pop(later, None)
-        write_text(self.path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    def mark_discarded(self, names: Iterable[str]) -> None:
+        """Say that stages count no more, before their files are removed."""
+        stages = self.stages()
+        for name in names:
+            if name in stages:
+                stages[name] = stages[name].model_copy(update={"status": "discarded"})
+        self._write(stages)
 
-    def _put(self, name: str, entry: dict[str, Any]) -> None:
-        data = self.read()
-        data["stages"][name] = entry
+    def forget(self, names: Iterable[str]) -> None:
+        """Take out the entries of stages whose files are gone."""
+        gone = set(names)
+        self._write({name: entry for name, entry in self.stages().items() if name not in gone})
+
+    def _redo(self, name: str) -> str:
+        """The command that does a stage again."""
+        number = self.path.parent.name.removeprefix("round-")
+        return f"align {name} --round {number} --redo" if number.isdigit() else "the same command with --redo"
+
+    def _put(self, name: str, entry: StageEntry) -> None:
         make_folder(self.path.parent)
+        self._write(self.stages() | {name: entry})
+
+    def _write(self, stages: dict[str, StageEntry]) -> None:
+        data = {"stages": {name: entry.model_dump(exclude_unset=True) for name, entry in stages.items()}}
         write_text(self.path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -127,10 +180,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def now() -> str:
+    """The time as manifests write it: UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a file, in a line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    if isinstance(error, KeyError):
+        return f"no key {error}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
         elif old != new:
@@ -141,7 +209,3 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else text[:12] + "..."
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

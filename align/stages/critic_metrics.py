@@ -117,9 +117,9 @@ def check_gates(this: Round, gates: dict[str, float]) -> None:
     """
     if not gates:
         return
-    entry = this.manifest.stage("score") or {}
+    entry = this.manifest.stage("score")
     with reward_faults():
-        failed = failed_gates(entry.get("counts", {}).get("critic", {}), gates)
+        failed = failed_gates(entry.counts.get("critic", {}) if entry else {}, gates)
     if failed:
         raise UserError(
             "the critic does not pass its gates: " + "; ".join(failed),

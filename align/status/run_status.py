@@ -23,10 +23,9 @@ from align.report.critic_quality import measure_trust
 from align.report.read import RunData, read_run
 from align.report.warnings import find_alarms
 from align.run.folder import Round, RunDir
-from align.run.stages import STAGES
+from align.run.stages import STAGES, stage_named, stages_of
 from align.status.stage_progress import AtWork, Course, doubts, num_lines, parts
 
-PARTS = {"sample": "samples", "score": "scores", "evaluate": "evaluation"}
 # Training curves say nothing before so many steps.
 LEAST_STEPS = 20
 NUM_LOSSES = 5
@@ -103,12 +102,10 @@ class RunWatch:
         here = at_work.stage == name
         if entry is None and not (here and at_work.alive):
             return None
-        if entry is not None and entry["status"] == "complete":
-            warnings += _lost(this.number, name, entry["counts"], so_far=False)
-            warnings += [f"round {this.number} {name}: {note}" for note in _fallbacks(entry.get("notes", {}))]
-            return StageStatus(
-                this.number, name, "complete", f"{duration(entry['seconds'])}, {_counts(entry['counts'])}"
-            )
+        if entry is not None and entry.complete:
+            warnings += _lost(this.number, name, entry.counts, so_far=False)
+            warnings += [f"round {this.number} {name}: {note}" for note in _fallbacks(entry.notes)]
+            return StageStatus(this.number, name, "complete", f"{duration(entry.seconds)}, {_counts(entry.counts)}")
         running = here and at_work.alive
         beats = at_work.beats if here else []
         warnings += _lost(this.number, name, self._so_far(this, name), so_far=True)
@@ -120,21 +117,22 @@ class RunWatch:
             if course.steps:
                 course = replace(course, done=max(course.done, logged[-1]["step"]), figures={})
         detail = course.text(name, running=running)
-        if not detail and name in PARTS:
-            detail = f"{num_lines(parts(this, PARTS[name]))} questions finished"
+        per_question = stage_named(name).per_question
+        if not detail and per_question is not None:
+            detail = f"{num_lines(parts(this, Path(per_question).stem))} questions finished"
         detail = ", ".join(filter(None, [detail, losses]))
-        if entry is not None and not running and entry.get("refused"):
-            warnings.append(f"round {this.number} {name}: {entry['refused']}")
+        if entry is not None and not running and entry.refused:
+            warnings.append(f"round {this.number} {name}: {entry.refused}")
         return StageStatus(this.number, name, "running" if running else "stopped", detail)
 
     def _so_far(self, this: Round, name: str) -> dict[str, Any]:
         """What has been lost of a stage that is not complete, counted from its parts."""
-        final = {"sample": this.samples, "score": this.scores}.get(name)
-        if final is None:
+        per_question = stage_named(name).per_question
+        if per_question is None:
             return {}
         counts: Counter[str] = Counter()
         unscored: Counter[str] = Counter()
-        for path in parts(this, final.stem):
+        for path in parts(this, Path(per_question).stem):
             tally = self._tallies.setdefault(path, _Tally(path))
             tally.read_on()
             counts, unscored = counts + tally.counts, unscored + tally.unscored
@@ -266,8 +264,7 @@ def _is_complete(path: Path, rounds: list[Round]) -> bool:
     except UserError:
         return False
     last = next((this for this in rounds if this.number == config.rounds), None)
-    stage = "dpo" if config.evaluate.questions is None else "evaluate"
-    return last is not None and last.manifest.complete(stage)
+    return last is not None and all(last.manifest.complete(stage.name) for stage in stages_of(config, last.number))
 
 
 def _counts(counts: dict[str, Any]) -> str:

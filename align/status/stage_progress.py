@@ -50,8 +50,8 @@ class AtWork:
             stage = beats[0]["stage"]
         elif stage is None:
             # It has the round, and waits for the processes beside it.
-            begun = this.manifest.read()["stages"]
-            stage = next((name for name, entry in begun.items() if entry["status"] != "complete"), None)
+            begun = this.manifest.stages()
+            stage = next((name for name, entry in begun.items() if entry.status == "running"), None)
         count = f"{len(beats)} processes, " if len(beats) > 1 else ""
         age = duration(max(time.time() - _timestamp(holder["since"]), 0))
         text = f"round {this.number} {stage or ''} is running ({count}process {holder['pid']} on {holder['host']}, for {age})"

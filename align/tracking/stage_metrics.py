@@ -15,8 +15,8 @@ def stage_numbers(this: Round, stage: str) -> dict[str, float]:
 
     Counts by reason are added up; held-out numbers come with the ends of their 95 % interval.
     """
-    entry = this.manifest.stage(stage) or {}
-    numbers = _flat(entry.get("counts", {})) | {"seconds": float(entry.get("seconds", 0.0))}
+    entry = this.manifest.stage(stage)
+    numbers = _flat(entry.counts) | {"seconds": entry.seconds} if entry else {}
     if stage == "score":
         rewards = [r for line in read_jsonl(this.scores, Judgement) for r in line.rewards if r is not None]
         numbers["reward_mean"] = sum(rewards) / len(rewards)

@@ -289,8 +289,8 @@ def _kept_id(config: Config, tracker: str, part: str, make: Callable[[], str]) -
     kept: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     key = f"{tracker} {part}"
     if part != ROUNDS:
-        entry = RunDir(config.run_dir).round(int(part.removeprefix("round-"))).manifest.stage("dpo") or {}
-        key += f" {entry.get('started', '')}"
+        entry = RunDir(config.run_dir).round(int(part.removeprefix("round-"))).manifest.stage("dpo")
+        key += f" {entry.started if entry else ''}"
     if key not in kept:
         kept[key] = make()
         write_text(path, json.dumps(kept, indent=2) + "\n")

@@ -110,7 +110,7 @@ def test_a_round_keeps_the_form_of_the_checkpoint(tmp_path, name):
     assert not any("vision_tower" in name for name in moved)
     assert any("mm_projector" in name for name in moved)
     assert history(this.checkpoint)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert "agree" in this.manifest.stage("dpo")["notes"]["shared_prefix"]
+    assert "agree" in this.manifest.stage("dpo").notes["shared_prefix"]
     load_model(this.checkpoint)
     reopened = load_processor(this.checkpoint)
     assert reopened.default_system == load_processor(GOLDENS / name, **SETTINGS[name]).default_system

@@ -65,10 +65,10 @@ def test_a_round_ends_with_a_checkpoint_in_the_form_of_its_parent(tmp_path):
     load_model(this.checkpoint)
     load_processor(this.checkpoint)
     entry = this.manifest.stage("dpo")
-    assert entry["status"] == "complete"
-    assert entry["counts"]["pairs"] == 6
-    assert entry["counts"]["steps"] == 6
-    assert "agree" in entry["notes"]["shared_prefix"]
+    assert entry.status == "complete"
+    assert entry.counts["pairs"] == 6
+    assert entry.counts["steps"] == 6
+    assert "agree" in entry.notes["shared_prefix"]
     assert len((this.trainer / "metrics.jsonl").read_text().splitlines()) == 6
     assert len(history(this.checkpoint)) == 6
     assert not list(this.trainer.glob("checkpoint-*"))
@@ -162,7 +162,7 @@ def test_a_pair_that_does_not_fit_is_refused_with_its_token_counts(tmp_path):
         run_dpo(config, 1)
     config = make_run(tmp_path, dpo={"max_length": 85, "too_long": "drop"}, name="drop")
     run_dpo(config, 1)
-    counts = round_1(config).manifest.stage("dpo")["counts"]
+    counts = round_1(config).manifest.stage("dpo").counts
     assert (counts["pairs"], counts["dropped_too_long"]) == (2, 4)
 
 
@@ -173,7 +173,7 @@ def test_a_pair_whose_response_asks_for_an_image_is_dropped_and_counted(tmp_path
     pairs[1].rejected = [{"role": "assistant", "content": "look: <image>"}]
     write_jsonl(this.pairs, pairs)
     run_dpo(config, 1)
-    counts = this.manifest.stage("dpo")["counts"]
+    counts = this.manifest.stage("dpo").counts
     assert counts["pairs"] == len(pairs) - 1
     assert counts["dropped"] == {"a response spells the placeholder of an image": 1}
     assert counts["dropped_too_long"] == 0
@@ -266,9 +266,7 @@ def test_the_second_round_starts_from_the_first_and_may_refer_to_the_first_polic
     run_dpo(config, 2)
     first_step = history(second.checkpoint)[0]
     assert abs(first_step["rewards/margins"]) > 1e-3
-    assert (
-        second.manifest.stage("dpo")["inputs"]["reference"] == round_1(config).manifest.stage("dpo")["inputs"]["policy"]
-    )
+    assert second.manifest.stage("dpo").inputs["reference"] == round_1(config).manifest.stage("dpo").inputs["policy"]
 
 
 def test_a_loss_that_is_no_number_stops_at_the_last_good_state(tmp_path, monkeypatch):
@@ -344,4 +342,4 @@ def test_pairs_may_be_grouped_by_length(tmp_path):
     grouped = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "num_train_epochs": 1}
     config = make_run(tmp_path, num_pairs=8, dpo=grouped)
     run_dpo(config, 1)
-    assert round_1(config).manifest.stage("dpo")["counts"]["steps"] == 2
+    assert round_1(config).manifest.stage("dpo").counts["steps"] == 2

@@ -67,6 +67,6 @@ def test_a_round_of_valley_eagle_keeps_its_form(tmp_path):
     assert not any("vision_tower" in name for name in moved)
     assert any("mm_projector" in name for name in moved)
     assert history(this.checkpoint)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert "agree" in this.manifest.stage("dpo")["notes"]["shared_prefix"]
+    assert "agree" in this.manifest.stage("dpo").notes["shared_prefix"]
     load_model(this.checkpoint)
     load_processor(this.checkpoint)

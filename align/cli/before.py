@@ -23,6 +23,9 @@ def init(
     pairs: Annotated[
         str | None, typer.Option(help="Pairs that exist already (JSONL), for recipes that use some.")
     ] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder that their image paths count from; default: that of the file.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="Start from a recipe; `list` names them.")] = None,
 ) -> None:
     """Write a commented align.yaml to start from."""
@@ -34,13 +37,15 @@ def init(
     path = folder / CONFIG_NAME
     if path.exists():
         raise UserError("there is one already", where=str(path), fix="edit it, or name another folder")
+    images = None if image_root is None else str(image_root)
     if recipe is not None:
-        text = recipe_text(recipe, policy=policy, questions=questions, critic=critic, pairs=pairs)
+        text = recipe_text(recipe, policy=policy, questions=questions, critic=critic, pairs=pairs, image_root=images)
     else:
         values = {
             "policy": policy or "path/to/checkpoint",
             "questions": questions or (None if pairs else "questions.jsonl"),
             "pairs_file": pairs,
+            "image_root": images,
             "critic": {"model": critic},
             "dpo": {"learning_rate": 5e-7, "beta": 0.1},
         } | ({"rounds": 1} if pairs and not questions else {})
@@ -55,23 +60,24 @@ def init(
     say(f"wrote {path}", next_command="align run" if recipe == "demo" else "edit it, then: align run")
 
 
-@app.command(epilog="Example:  align data MMPR/meta.json --format mmpr --limit 100000 --copy-images --out mmpr")
+@app.command(epilog="Example:  align data MMPR/meta.json --limit 100000 --copy-images --out mmpr")
 def data(
     source: Annotated[str, typer.Argument(help="A file, a folder, or the id of a dataset.")],
     out: Annotated[Path, typer.Option(help="Folder for questions.jsonl or pairs.jsonl and images.")],
     format_: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="plain, llava, llava-preference, mmpr, rlaif-v, rlhf-v, vlfeedback, mm-rlhf, spa-vl or povid.",
-        ),
-    ] = "plain",
-    make: Annotated[str | None, typer.Option("--as", help="questions or pairs; default: what the format has.")] = None,
-    columns: Annotated[str | None, typer.Option(help="For plain: question=prompt,images=picture,...")] = None,
+        str | None, typer.Option("--format", help="How the rows are written; default: recognised by their shape.")
+    ] = None,
+    make: Annotated[
+        str | None, typer.Option("--as", help="questions or pairs; default: pairs where there are preferences.")
+    ] = None,
+    columns: Annotated[str | None, typer.Option(help="Of a plain table: question=prompt,images=picture,...")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths count from.")] = None,
     copy_images: Annotated[bool, typer.Option(help="Link or copy images that are files into OUT/images.")] = False,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images that are URLs.")] = False,
     split: Annotated[str, typer.Option(help="Of a `datasets` source.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Configuration name of a `datasets` source.")] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="Configuration of a `datasets` source, or name in a dataset_info.json.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Draw at most so many rows.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
     min_side: Annotated[int, typer.Option(min=1, help="Least shorter side of an image in pixels.")] = 28,
@@ -79,16 +85,15 @@ def data(
     against_root: Annotated[Path | None, typer.Option(help="Folder of their images.")] = None,
 ) -> None:
     """Convert a public data set, or a table of your own, into questions or pairs."""
-    from align.data.importing import ImportWishes, import_data, parse_columns
+    from align.data.importing import ImportOptions, import_data, parse_columns
 
-    if make not in (None, "questions", "pairs"):
-        raise UserError(f"--as is questions or pairs, found {make!r}")
-    wishes = ImportWishes(
+    options = ImportOptions(
         format=format_,
         make=make,
         columns=parse_columns(columns),
         image_root=image_root,
         copy_images=copy_images,
+        allow_urls=allow_urls,
         split=split,
         subset=subset,
         limit=limit,
@@ -97,14 +102,13 @@ def data(
         against=against,
         against_root=against_root,
     )
-    done = import_data(source, out, wishes)
-    left_out = ", ".join(f"{reason} ({count})" for reason, count in done.counts.dropped.most_common())
+    done = import_data(source, out, options)
+    made = "--pairs" if done.path.stem == "pairs" else "--questions"
+    root = "" if done.image_root == out else f" --image-root {done.image_root}"
     say(
-        f"{done.counts.written} of {done.counts.rows} rows -> {done.path}\n"
-        + (f"left out: {left_out}; see {out / 'import.json'}\n" if left_out else "")
-        + f"images count from {done.image_root}",
-        next_command=f"align init, with {'pairs_file' if done.path.stem == 'pairs' else 'questions'}: {done.path}"
-        + ("" if done.image_root == out else f" and image_root: {done.image_root}"),
+        f"{done.counts.written} of {done.counts.rows} rows -> {done.path}\n{done.counts.text()}\n"
+        f"images count from {done.image_root}",
+        next_command=f"align init {made} {done.path}{root}",
     )
 
 

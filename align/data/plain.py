@@ -1,68 +1,106 @@
-"""Plain tables: a question, its images as paths, bytes or data URIs, and perhaps an answer or a chosen and a rejected one.
+"""Plain tables, and this toolkit's questions.jsonl: a question with its images, and perhaps an answer or two responses.
 
-The columns may be called as in COLUMNS, or are named with `--columns question=prompt,images=picture`.
+The columns may be called as in COLUMNS (whatever the case), or are named with `--columns question=prompt,images=picture`.
+Where none is called like an image, the columns whose values look like images are taken. MMPR, MM-RLHF and SPA-VL are plain
+tables too: cards of OpenGVLab/MMPR (v1.2 adds "answer_gt"), yifanzhang114/MM-RLHF and sqrti/SPA-VL.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from align.data.entry import BadRow, Entry, Preference, images_in, text_in
-from align.errors import UserError
+from align.data.entry import BadRow, Entry, Preference
+from align.data.fields import Fields, unpacked
+from align.data.messages import history_of
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "id": ("id", "question_id", "uid"),
-    "question": ("question", "prompt", "query", "instruction"),
-    "images": ("images", "image", "image_path", "img_path"),
-    "answer": ("answer", "answer_gt", "ground_truth"),
+    "id": ("id", "question_id", "uid", "idx", "index"),
+    "question": ("question", "prompt", "query", "instruction", "problem"),
+    "images": (
+        *("images", "image", "image_path", "img_path", "image_paths", "image_file", "img", "picture", "file_name"),
+        *("image_url", "image_urls", "img_url", "image_src", "img_src"),
+    ),
+    "video": ("video", "videos", "video_path"),
+    "answer": ("answer", "answer_gt", "ground_truth", "solution"),
+    "answer_kind": ("answer_kind",),
+    "absent": ("absent",),
+    "system": ("system",),
+    "history": ("history",),
+    "meta": ("meta",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
 }
+CLASSES = ("class1", "class2", "class3")
+IMAGE_SUFFIX = re.compile(r"\.(?:jpe?g|png|webp|bmp|gif|tiff?|avif|jfif)(?:\?.*)?$", re.IGNORECASE)
+_NUMBERED = re.compile(r"(?:image|img)_?(\d+)", re.IGNORECASE)
 
 
-def plain_reader(columns: Mapping[str, str]) -> Callable[[dict[str, Any]], Entry]:
-    """A reader for these column names; what is not named is looked for under the usual names.
+def read_plain(row: Fields) -> Entry:
+    """Everything that a question can hold, and the preference between `chosen` and `rejected` where the row has one."""
+    preferences = []
+    if row.has("chosen") or row.has("rejected"):
+        preferences = [Preference(row.text("chosen"), row.text("rejected"))]
+    return Entry(
+        row.text("question", *COLUMNS["question"]),
+        _images(row),
+        row.label("id", *COLUMNS["id"]),
+        history_of(row.take("history")),
+        system=row.optional_text("system"),
+        video=row.video(*COLUMNS["video"]),
+        answer=row.label("answer", *COLUMNS["answer"]),
+        answer_kind=row.optional_text("answer_kind"),
+        absent=_absent(row),
+        preferences=preferences,
+        meta=row.object("meta"),
+    )
 
-    Raises:
-        UserError: a column is named for something that there is not.
+
+def read_spa_vl(row: Fields) -> Entry:
+    """One pair (a bare question where the split has no answers), with its classes of harm kept in `meta`."""
+    entry = read_plain(row)
+    if not entry.images:
+        raise BadRow("no image")
+    return replace(entry, meta={name: row.take("meta", name) for name in CLASSES if row.has(name)})
+
+
+def looks_like_image(value: Any) -> bool:
+    """Whether a value is what data sets write for an image: a path, URL or data URI of one, bytes, a struct, a list of them.
+
+    >>> [looks_like_image(value) for value in ("a/b.JPG", "https://x.org/a.png?w=1", {"bytes": b"", "path": None}, "a.b")]
+    [True, True, True, False]
     """
-    unknown = [name for name in columns if name not in COLUMNS]
-    if unknown:
-        raise UserError(f"no column is for {unknown[0]!r}", fix=f"columns are for: {', '.join(COLUMNS)}")
-    names = {key: (columns[key],) if key in columns else usual for key, usual in COLUMNS.items()}
-
-    def read(row: dict[str, Any]) -> Entry:
-        missing = [column for column in columns.values() if column not in row]
-        if missing:
-            raise BadRow(f"no column {missing[0]}", f"the row has {', '.join(map(str, row))}")
-        preferences = []
-        if any(row.get(name) for key in ("chosen", "rejected") for name in names[key]):
-            preferences = [Preference(text_in(row, *names["chosen"]), text_in(row, *names["rejected"]))]
-        return Entry(
-            text_in(row, *names["question"]),
-            _images(row, names["images"]),
-            _text(row, names["id"]),
-            answer=_text(row, names["answer"]),
-            preferences=preferences,
-        )
-
-    return read
+    value = unpacked(value)
+    if isinstance(value, list):
+        return bool(value) and all(looks_like_image(item) for item in value)
+    if isinstance(value, dict):
+        return {"bytes", "path"} <= value.keys()
+    if isinstance(value, str):
+        return value.startswith("data:image/") or (len(value) < 2048 and IMAGE_SUFFIX.search(value) is not None)
+    return isinstance(value, bytes)
 
 
-def _text(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    found = next((row[name] for name in names if row.get(name) not in (None, "")), None)
-    return None if found is None else str(found)
+def _images(row: Fields) -> list[Any]:
+    found = row.images(*COLUMNS["images"])
+    return found or [image for name in _image_columns(row) for image in row.images(name)]
 
 
-def _images(row: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
-    """A list, one image, or (in a CSV cell) a JSON list of images."""
-    images = images_in(row, *names)
-    if len(images) == 1 and isinstance(images[0], str) and images[0].lstrip().startswith("["):
-        try:
-            listed = json.loads(images[0])
-        except json.JSONDecodeError:
-            return images
-        return listed if isinstance(listed, list) else images
-    return images
+def _image_columns(row: Fields) -> Iterator[str]:
+    """Columns called image_1, image_2, ... in their order; where there are none, the first that looks like images."""
+    numbered = sorted((int(found[1]), name) for name in row if (found := _NUMBERED.fullmatch(name)) and row.has(name))
+    if numbered:
+        yield from (name for _, name in numbered)
+        return
+    named = {name for role, names in COLUMNS.items() if role != "images" for name in names}
+    yield from [name for name in row if name not in named and looks_like_image(row.get(name))][:1]
+
+
+def _absent(row: Fields) -> list[str]:
+    words = unpacked(row.take("absent"))
+    if words is None:
+        return []
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise BadRow("absent is no list of words", repr(words)[:80])
+    return words

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.data.entry import BadRow, Entry, Preference, images_in, text_in
+from align.data.entry import BadRow, Entry, Preference
+from align.data.fields import Fields
 from reward.pairs import choose_pairs
 from reward.prompt import as_number
 
 
-def read_vlfeedback(row: dict[str, Any]) -> Entry:
+def read_vlfeedback(row: Fields) -> Entry:
     """The question with its best against its worst answer, by the mean of the ratings that are numbers."""
-    completions = _completions(row.get("completions"))
-    responses = [text_in(completion, "response") for completion in completions]
+    completions = _completions(row.take("chosen, rejected", "completions"))
+    responses = [Fields(completion).text("response") for completion in completions]
     rewards = [_mean_rating(completion.get("annotations")) for completion in completions]
     chosen = choose_pairs(rewards, responses)
     preferences = [Preference(responses[pair.chosen], responses[pair.rejected], pair.margin) for pair in chosen.pairs]
     if not preferences:
         raise BadRow("no two answers differ in their ratings", chosen.why_none or "")
-    name = None if row.get("id") is None else str(row["id"])
-    return Entry(text_in(row, "prompt"), images_in(row, "img_path", "image"), name, preferences=preferences)
+    return Entry(row.text("question", "prompt"), row.images("img_path", "image"), row.label("id"), preferences=preferences)
 
 
 def _completions(value: Any) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ PLACES = {
     "questions": re.compile(r"^(questions:).*$", re.MULTILINE),
     "pairs": re.compile(r"^(pairs_file:).*$", re.MULTILINE),
     "critic": re.compile(r"^(critic:\n(?:  .*\n)*?  model:).*$", re.MULTILINE),
+    # A recipe may name no folder: the key goes before its data then.
+    "image_root": re.compile(r"^(image_root:).*$|(?=^(?:questions|pairs_file):)", re.MULTILINE),
 }
 DEMO = re.compile(r"\bDEMO/")
 
@@ -29,7 +31,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name: str, **paths: str | None) -> str:
-    """The text of a recipe, with `policy`, `questions`, `pairs` and `critic` in the place of its own where given.
+    """The text of a recipe, with `policy`, `questions`, `pairs`, `critic` and `image_root` instead of its own where given.
 
     Raises:
         UserError: there is no such recipe, or it has no place for one of the paths.
@@ -47,5 +49,6 @@ def recipe_text(name: str, **paths: str | None) -> str:
         found = PLACES[key].search(text)
         if found is None:
             raise UserError(f"the recipe {name} has no place for --{key}", fix="leave it out")
-        text = f"{text[: found.start()]}{found.group(1)} {json.dumps(path, ensure_ascii=False)}{text[found.end() :]}"
+        line = f"{found.group(1) or f'{key}:'} {json.dumps(path, ensure_ascii=False)}" + ("" if found.group(1) else "\n")
+        text = f"{text[: found.start()]}{line}{text[found.end() :]}"
     return text

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from align.data.importing import Imported, ImportWishes, import_data
+from align.data.importing import Imported, ImportOptions, import_data
 
 
 def picture(number: int, width: int = 64, height: int = 48) -> Image.Image:
@@ -58,8 +58,8 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def imported(source: Path, out: Path, format: str, **wishes: Any) -> Imported:
-    return import_data(str(source), out, ImportWishes(format=format, **wishes))
+def imported(source: Path, out: Path, format: str | None = None, **options: Any) -> Imported:
+    return import_data(str(source), out, ImportOptions(format=format, **options))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

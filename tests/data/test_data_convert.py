@@ -112,7 +112,7 @@ def test_what_is_written_are_records_and_the_counts_stand_beside_them(tmp_path):
     done = imported(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out", "plain")
     assert len(read_jsonl(done.path, Pair)) == 1
     counts = json.loads((tmp_path / "out/import.json").read_text())
-    assert (counts["rows"], counts["written"], counts["malformed"]) == (2, 1, {"no valid JSON": 1})
+    assert (counts["rows"], counts["written"], counts["dropped"]) == (2, 1, {"no valid JSON": 1})
     questions = imported(tmp_path / "a.jsonl", tmp_path / "q", "plain", make="questions")
     assert read_jsonl(questions.path, Question)[0].images == ["1.png"]
 
@@ -133,7 +133,7 @@ def test_text_that_is_not_utf8_is_never_read_as_something_else(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(line.encode("utf-8-sig") + b"\n" + line.replace("est", "va").encode("latin-1"))
     done = imported(tmp_path / "a.jsonl", tmp_path / "out", "plain")
     assert [made["question"] for made in lines(done.path)] == ["Où est-il?"]
-    assert done.counts.malformed == {"not UTF-8 text": 1}
+    assert done.counts.dropped == {"not UTF-8 text": 1}
     for name, text in (("b.json", f"[{line}]"), ("c.csv", "question\nOù est-il?\n")):
         (tmp_path / name).write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=rf"{name}: not UTF-8 text \(byte \d+\); save it as UTF-8"):

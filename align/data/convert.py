@@ -25,9 +25,9 @@ from align.data.json_rows import Row
 from align.data.pictures import Picture, PictureStore
 from align.data.sources import Table
 from align.errors import UserError
-from align.records import IMAGE_TAG, Pair, Question, explain
 from align.log import log
 from align.monitoring.progress import LINE_EVERY_S
+from align.records import IMAGE_TAG, Pair, Question, explain
 
 DUPLICATE, NEAR_EVALUATION = "duplicate", "near to an evaluation image"
 MAX_DEPTH = 64
@@ -94,7 +94,9 @@ class _Conversion:
             self._counts.drop(row.where, BadRow("nested too deep"), copies)
             return []
         self._counts.written += len(lines)
-        self._counts.without_image += sum(not record.images and not getattr(record, "video", None) for record in records)
+        self._counts.without_image += sum(
+            not record.images and not getattr(record, "video", None) for record in records
+        )
         return lines
 
     def _records(
@@ -121,7 +123,10 @@ class _Conversion:
             if make == "questions":
                 found.append(question.model_copy(update={"id": name}))
             for place, pair in enumerate(pairs):
-                changes = {"id": name if len(pairs) == 1 else f"{name}/{place}", "question_id": entry.question_id or name}
+                changes = {
+                    "id": name if len(pairs) == 1 else f"{name}/{place}",
+                    "question_id": entry.question_id or name,
+                }
                 found.append(pair.model_copy(update=changes))
         return found
 

@@ -17,7 +17,7 @@ SHOWN = 20
 KEPT_FAULTS = 1000
 # What a reader finds and a record of the other kind has no place for.
 NOT_IN = {
-    "questions": {"chosen", "rejected", "margin", "rewards", "responses", "question_id"},
+    "questions": {"chosen", "rejected", "margin", "rewards", "responses"},
     "pairs": {"answer", "answer_kind", "absent"},
 }
 

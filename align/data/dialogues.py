@@ -29,7 +29,9 @@ IMAGES = ("images", "image", "image_path", "img_path", "image_url")
 
 def read_dialogue(row: Fields, tags: Tags | None = None) -> Entry:
     """The last question of a dialogue, and the preference between its responses where the row has one."""
-    name = next((name for name in MESSAGES if row.has(name)), next((name for name in MESSAGES if name in row), MESSAGES[0]))
+    name = next(
+        (name for name in MESSAGES if row.has(name)), next((name for name in MESSAGES if name in row), MESSAGES[0])
+    )
     dialogue = dialogue_of(messages_of(row.take("history, question", name), name, tags))
     preference = _preference(row, dialogue, tags)
     if dialogue.answer is not None:
@@ -45,7 +47,8 @@ def read_llava_preference(row: Fields) -> Entry:
     dialogue = dialogue_of(messages_of(row.take("history, question", "conversations"), "conversations"))
     outputs = [row.take("chosen, rejected", name) for name in ("output_1", "output_2")]
     texts = [output.get("value") if isinstance(output, dict) else None for output in outputs]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    if len(texts) != len(outputs):
         raise BadRow("output_1 or output_2 has no text")
     preferred = row.take("chosen, rejected", "preference")
     if preferred not in (1, 2):
@@ -65,12 +68,8 @@ def read_openai(row: Fields) -> Entry:
         if key != "messages" and given[key]:
             row.note_unused(f"input.{key}")
     dialogue = dialogue_of(messages_of(given.get("messages"), "input.messages"))
-    sides = {}
-    for role, column in (("chosen", "preferred_output"), ("rejected", "non_preferred_output")):
-        before, sides[role] = response_of(row.take(role, column) or [], column)
-        if before:
-            raise BadRow(f"{column} holds more than one response")
-    return _entry(row, dialogue, [Preference(**sides)])
+    chosen = _one(row, "chosen", "preferred_output")
+    return _entry(row, dialogue, [Preference(chosen, _one(row, "rejected", "non_preferred_output"))])
 
 
 def read_alpaca(row: Fields) -> Entry:
@@ -97,10 +96,15 @@ def read_alpaca(row: Fields) -> Entry:
     )
 
 
-def _one(row: Fields, role: str) -> str:
-    before, text = response_of(row.take(role) or "", role)
-    if before or not text.strip():
-        raise BadRow(f"{role} holds more than one response" if before else f"no {role}")
+def _one(row: Fields, role: str, column: str | None = None, tags: Tags | None = None) -> str:
+    """The one response in a column: text, or one turn."""
+    column = column or role
+    value = row.take(role, column)
+    if value is None:
+        raise BadRow(f"no {column}")
+    before, text = response_of(value, column, tags)
+    if before:
+        raise BadRow(f"{column} holds more than one response")
     return text
 
 
@@ -108,20 +112,14 @@ def _preference(row: Fields, dialogue: Dialogue, tags: Tags | None) -> Preferenc
     for column in ("rejected_messages", "rejected_conversations"):
         if row.has(column):
             _same_images(row)
-            return Preference(_last_answer(dialogue), _other_answer(row.take("rejected", column), column, dialogue, tags))
+            return Preference(
+                _last_answer(dialogue), _other_answer(row.take("rejected", column), column, dialogue, tags)
+            )
     if row.has("rejected_response"):
         return Preference(_last_answer(dialogue), row.text("rejected", "rejected_response"))
     if not row.has("chosen") and not row.has("rejected"):
         return None
-    sides: dict[str, str] = {}
-    for role in ("chosen", "rejected"):
-        value = row.take(role)
-        if value is None:
-            raise BadRow(f"no {role}")
-        before, sides[role] = response_of(value, role, tags)
-        if before:
-            raise BadRow(f"{role} holds more than one response")
-    return Preference(**sides)
+    return Preference(_one(row, "chosen", tags=tags), _one(row, "rejected", tags=tags))
 
 
 def _last_answer(dialogue: Dialogue) -> str:

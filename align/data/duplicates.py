@@ -66,7 +66,8 @@ class _PictureIndex:
         found = [self._places[key] for key in _keys(picture.print[0]) if key in self._places]
         if sum(map(len, found)) >= count:  # flat pictures, whose hashes are all alike
             return np.arange(count)
-        return np.concatenate([np.frombuffer(places, dtype=np.uint32) for places in found] or [np.arange(0)])
+        none = np.empty(0, dtype=np.uint32)
+        return np.concatenate([none, *(np.frombuffer(places, dtype=np.uint32) for places in found)])
 
     def _enter(self, place: int) -> None:
         for key in _keys(self._prints.bits[place]):

@@ -43,7 +43,9 @@ def _has_turns(row: Fields, *names: str) -> bool:
 
 def _has_url_parts(row: Fields) -> bool:
     messages = unpacked(row.get("messages"))
-    contents = [turn.get("content") for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
+    contents = (
+        [turn.get("content") for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
+    )
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     return any(part.get("type") == "image_url" for part in parts)
 
@@ -70,7 +72,9 @@ FORMATS: dict[str, Format] = {
         lambda row: _is_dialogue(row) and row.has("chosen", "rejected"),
     ),
     "trl": Format(
-        "TRL's preferences, and pairs of this toolkit", read_trl, lambda row: _has_turns(row, "prompt", "chosen", "rejected")
+        "TRL's preferences, and pairs of this toolkit",
+        read_trl,
+        lambda row: _has_turns(row, "prompt", "chosen", "rejected"),
     ),
     "llava": Format(
         "LLaVA's conversations (ShareGPT)", read_dialogue, lambda row: _has_turns(row, "conversations", "conversation")

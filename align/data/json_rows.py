@@ -19,8 +19,8 @@ from align.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 _DECODER = json.JSONDecoder()
-# What decides where a value ends: strings as a whole, and brackets.
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# What decides where a value ends: strings as a whole, brackets, and a quote whose string is not all there yet.
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
 _SPACE = re.compile(r"[\s]*")
 _BARE = re.compile(r"[^,\]\s]*")
 
@@ -170,6 +170,8 @@ class _Text:
             return found.end() if found else 0
         depth = 0
         for token in _TOKEN.finditer(self._text, self._place):
+            if token[0] == '"':
+                return 0
             depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
             if depth <= 0:
                 return token.end()

@@ -24,7 +24,9 @@ def read_vlfeedback(row: Fields) -> Entry:
     preferences = [Preference(responses[pair.chosen], responses[pair.rejected], pair.margin) for pair in chosen.pairs]
     if not preferences:
         raise BadRow("no two answers differ in their ratings", chosen.why_none or "")
-    return Entry(row.text("question", "prompt"), row.images("img_path", "image"), row.label("id"), preferences=preferences)
+    return Entry(
+        row.text("question", "prompt"), row.images("img_path", "image"), row.label("id"), preferences=preferences
+    )
 
 
 def _completions(value: Any) -> list[dict[str, Any]]:

@@ -19,8 +19,7 @@ PLACES = {
     "questions": re.compile(r"^(questions:).*$", re.MULTILINE),
     "pairs": re.compile(r"^(pairs_file:).*$", re.MULTILINE),
     "critic": re.compile(r"^(critic:\n(?:  .*\n)*?  model:).*$", re.MULTILINE),
-    # A recipe may name no folder: the key goes before its data then.
-    "image_root": re.compile(r"^(image_root:).*$|(?=^(?:questions|pairs_file):)", re.MULTILINE),
+    "image_root": re.compile(r"^(image_root:).*$", re.MULTILINE),
 }
 DEMO = re.compile(r"\bDEMO/")
 
@@ -47,8 +46,10 @@ def recipe_text(name: str, **paths: str | None) -> str:
         if path is None:
             continue
         found = PLACES[key].search(text)
+        if found is None and key == "image_root":
+            text = f"{text.rstrip()}\nimage_root: {json.dumps(path, ensure_ascii=False)}\n"
+            continue
         if found is None:
             raise UserError(f"the recipe {name} has no place for --{key}", fix="leave it out")
-        line = f"{found.group(1) or f'{key}:'} {json.dumps(path, ensure_ascii=False)}" + ("" if found.group(1) else "\n")
-        text = f"{text[: found.start()]}{line}{text[found.end() :]}"
+        text = f"{text[: found.start()]}{found.group(1)} {json.dumps(path, ensure_ascii=False)}{text[found.end() :]}"
     return text

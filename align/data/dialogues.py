@@ -46,8 +46,8 @@ def read_llava_preference(row: Fields) -> Entry:
     """The question with the human's preference between the two outputs."""
     dialogue = dialogue_of(messages_of(row.take("history, question", "conversations"), "conversations"))
     outputs = [row.take("chosen, rejected", name) for name in ("output_1", "output_2")]
-    texts = [output.get("value") if isinstance(output, dict) else None for output in outputs]
-    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    given = [output.get("value") if isinstance(output, dict) else None for output in outputs]
+    texts = [text for text in given if isinstance(text, str) and text.strip()]
     if len(texts) != len(outputs):
         raise BadRow("output_1 or output_2 has no text")
     preferred = row.take("chosen, rejected", "preference")

@@ -277,7 +277,9 @@ def test_a_format_that_is_named_overrules_the_shape(tmp_path):
 
 
 def test_rows_of_no_known_shape_are_refused_with_their_columns(tmp_path):
-    with pytest.raises(UserError, match=r"no known format has the columns text, label; name the columns with --columns"):
+    with pytest.raises(
+        UserError, match=r"no known format has the columns text, label; name the columns with --columns"
+    ):
         read(tmp_path, [{"text": "a", "label": 1}])
 
 

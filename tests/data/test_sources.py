@@ -26,7 +26,7 @@ def rows_of(path, text, chunk=None, monkeypatch=None):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
 def test_an_array_is_read_row_by_row_wherever_the_chunks_end(chunk, tmp_path, monkeypatch):
-    rows = [{"a": "x\\\"]}[{ü", "b": [1.5, None, {"c": "😀"}]}, {}, {"d": -12e3}]
+    rows = [{"a": 'x\\"]}[{ü', "b": [1.5, None, {"c": "😀"}]}, {}, {"d": -12e3}]
     for text in (json.dumps(rows), json.dumps(rows, indent=3, ensure_ascii=False)):
         assert rows_of(tmp_path / "a.json", text, chunk, monkeypatch) == rows
         assert rows_of(tmp_path / "a.json", text.encode("utf-8-sig"), chunk, monkeypatch) == rows
@@ -66,7 +66,11 @@ def test_any_array_reads_as_json_reads_it(tmp_path_factory, rows, chunk, ascii_o
 )
 def test_one_bad_row_is_one_counted_row(bad, reason, tmp_path):
     good = '{"question": "What?"}'
-    assert rows_of(tmp_path / "a.json", f"[{good}, {bad}, {good}]") == [{"question": "What?"}, reason, {"question": "What?"}]
+    assert rows_of(tmp_path / "a.json", f"[{good}, {bad}, {good}]") == [
+        {"question": "What?"},
+        reason,
+        {"question": "What?"},
+    ]
     found = rows_of(tmp_path / "a.jsonl", f"{good}\n{bad}\n{good}\n")
     assert found == [{"question": "What?"}, reason, {"question": "What?"}]
 
@@ -78,7 +82,9 @@ def test_what_a_file_holds_decides_how_it_is_read_not_its_name(tmp_path):
     assert rows_of(tmp_path / "a.json", "[]") == []
 
 
-@pytest.mark.parametrize("text", ['[{"a": 1}', '[{"a": 1}, {"a"', '[{"a": 1} {"a": 2}]', "[", '[{"a": 1},', '[{"a": "x'])
+@pytest.mark.parametrize(
+    "text", ['[{"a": 1}', '[{"a": 1}, {"a"', '[{"a": 1} {"a": 2}]', "[", '[{"a": 1},', '[{"a": "x']
+)
 def test_an_array_that_is_cut_is_no_array(text, tmp_path):
     with pytest.raises(UserError, match=r"a\.json: not valid JSON .*is the file complete\?"):
         rows_of(tmp_path / "a.json", text)
@@ -168,7 +174,9 @@ def test_the_same_question_about_two_videos_is_two_questions(tmp_path):
 def test_tables_with_missing_values_have_no_answer_nan(tmp_path):
     rows = [{"question": "How many?", "answer": value} for value in (float("nan"), None, 3.0, 3.5, ["3"])]
     rows = [row | {"question": f"{n}?"} for n, row in enumerate(rows)]
-    done = imported(write_jsonl(tmp_path / "a.jsonl", [*rows, {"question": "5?", "answer": ["a", "b"]}]), tmp_path / "o")
+    done = imported(
+        write_jsonl(tmp_path / "a.jsonl", [*rows, {"question": "5?", "answer": ["a", "b"]}]), tmp_path / "o"
+    )
     assert [line.get("answer") for line in lines(done.path)] == [None, None, "3", "3.5", "3"]
     assert done.counts.dropped == {"answer is no text": 1}
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.data.sources import imported, png, write_jsonl
 class Server(BaseHTTPRequestHandler):
     """Serves one picture; /big sends without end, /slow a byte at a time, /loop redirects to itself."""
 
-    asked: list[str] = []
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self):
         self.asked.append(self.path)
@@ -23,7 +24,12 @@ class Server(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         if self.path in ("/loop", "/moved", "/away", "/file"):
-            places = {"/loop": "/loop", "/moved": "/a.png", "/away": "http://10.0.0.1/a.png", "/file": "file:///etc/passwd"}
+            places = {
+                "/loop": "/loop",
+                "/moved": "/a.png",
+                "/away": "http://10.0.0.1/a.png",
+                "/file": "file:///etc/passwd",
+            }
             self.send_response(302)
             self.send_header("Location", places[self.path])
             self.end_headers()
@@ -92,7 +98,9 @@ def test_limits_hold(path, limits, says, address, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "169.254.169.254", "localhost"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "169.254.169.254", "localhost"]
+)
 def test_inner_networks_are_refused(host, tmp_path):
     with pytest.raises(BadRow, match="not on the open Internet"):
         UrlCache(tmp_path).fetch(f"http://{host}:9/a.png")
@@ -100,7 +108,9 @@ def test_inner_networks_are_refused(host, tmp_path):
 
 def test_urls_are_left_out_unless_they_are_allowed(address, tmp_path):
     urls = [f"{address}/a.png", "s3://bucket/a.png"]
-    source = write_jsonl(tmp_path / "a.jsonl", [{"question": "What?", "image": url} for url in urls] + [{"question": "?"}])
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [{"question": "What?", "image": url} for url in urls] + [{"question": "?"}]
+    )
     done = imported(source, tmp_path / "out")
     assert done.counts.dropped == {"image is a URL": 2}
     assert "--allow-urls fetches it" in done.counts.faults[0]

@@ -27,7 +27,7 @@ from align.data.sources import Table
 from align.errors import UserError
 from align.log import log
 from align.monitoring.progress import LINE_EVERY_S
-from align.records import IMAGE_TAG, Pair, Question, explain
+from align.records import IMAGE_TAG, Pair, Question, explain, to_line
 
 DUPLICATE, NEAR_EVALUATION = "duplicate", "near to an evaluation image"
 MAX_DEPTH = 64
@@ -86,7 +86,7 @@ class _Conversion:
             if isinstance(row.data, BadRow):
                 raise row.data
             records = self._records(row.where, row.data, copies, table, reader)
-            lines = [record.to_line() + "\n" for record in records]
+            lines = [to_line(record) + "\n" for record in records]
         except BadRow as problem:
             self._counts.drop(row.where, problem, copies)
             return []

@@ -60,6 +60,7 @@ _NO_MEMORY = (
     "cannot allocate memory",
     "status_alloc_failed",
     "statusallocfailed",
+    "allocation_failed",
     "cudnn_status_not_supported",
     "fatal error :: malloc",
 )

@@ -15,6 +15,7 @@ from align.dpo.sharding.strategies import (
     check_distribution,
     chosen_strategy,
     decoder_layer_names,
+    process_group_backend,
     strategy_fields,
     whole_models,
 )
@@ -95,6 +96,25 @@ def test_tasks_of_srun_know_their_rank(monkeypatch):
     found = [os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
     assert found == ["16", "11", "3", "10.0.0.1", "30123"]
     assert not wants_processes(config_with(num_processes=8))
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("0", "0"), ("4,5,6,7,0,1,2,3", "3"), ("", "3")])
+def test_a_task_that_sees_one_gpu_takes_that(monkeypatch, visible, expected):
+    step = {"STEP_NUM_TASKS": "8", "STEP_NUM_NODES": "2", "PROCID": "7", "LOCALID": "3"}
+    set_slurm(monkeypatch, **step, LAUNCH_NODE_IPADDR="10.0.0.1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    adopt_slurm()
+    assert os.environ["LOCAL_RANK"] == expected
+
+
+def test_fsdp2_joins_processes_by_a_backend_for_gpus_and_cpus():
+    gpu = torch.device("cuda", 0)
+    assert process_group_backend("fsdp2", gpu) == "cuda:nccl,cpu:gloo"
+    assert process_group_backend("zero3", gpu) is None
+    assert process_group_backend("fsdp2", CPU) is None
 
 
 @pytest.mark.parametrize(

@@ -150,11 +150,17 @@ def adopt_slurm() -> None:
     os.environ |= {
         "WORLD_SIZE": step,
         "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_RANK": str(_local_rank(int(os.environ["SLURM_LOCALID"]))),
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or os.environ["SLURM_LAUNCH_NODE_IPADDR"],
         # A port of the job's own, the same in all of its tasks.
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000),
     }
+
+
+def _local_rank(task: int) -> int:
+    """Of a task on its machine: the number of the GPU that it uses, which `--gpus-per-task=1` shows to it as its first."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return task % len(visible.split(",")) if visible else task
 
 
 @dataclass

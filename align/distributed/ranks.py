@@ -26,6 +26,14 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def start_process_group(backend: str) -> None:
+    """Join the other processes of the launch through this backend, where nothing has joined them yet."""
+    import torch
+
+    if world_size() > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend, timeout=PATIENCE)
+
+
 def barrier() -> None:
     """Wait until every process of the launch is here."""
     if world_size() == 1:

@@ -25,7 +25,7 @@ from trl import DPOConfig
 
 from align import accelerator
 from align.config import Config
-from align.distributed.ranks import TRY_AGAIN, world_size
+from align.distributed.ranks import TRY_AGAIN, start_process_group, world_size
 from align.dpo.auto_batch_size import note_on_batch, remember_smaller_batch, with_batch_that_fits
 from align.dpo.callbacks import MetricsFile, StepProgress, StepTracker, StopOnSignal
 from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_inputs_of
@@ -34,7 +34,13 @@ from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.settings import training_arguments
 from align.dpo.sharding.gather import gather_weights, merge_adapter
 from align.dpo.sharding.shards import gathered_as_needed, loading_in_pieces
-from align.dpo.sharding.strategies import check_distribution, chosen_strategy, strategy_fields, whole_models
+from align.dpo.sharding.strategies import (
+    check_distribution,
+    chosen_strategy,
+    process_group_backend,
+    strategy_fields,
+    whole_models,
+)
 from align.dpo.tokenize import PairLength, check_lengths, pair_lengths, spelling_placeholders
 from align.dpo.trainer import PairTrainer, check_projector, pair_dataset
 from align.engines.prompts import check_prompts
@@ -75,6 +81,10 @@ def run_dpo(config: Config, number: int) -> None:
     strategy = chosen_strategy(config, device)
     quantization(config.dpo.lora, device, strategy)
     check_trained(config, policy)
+    backend = process_group_backend(strategy, device)
+    if backend is not None:
+        torch.cuda.set_device(device)
+        start_process_group(backend)
     with whole_models():
         args = training_arguments(config, this.trainer, device, dtype)
     pairs = read_pairs(this)

@@ -13,7 +13,8 @@ Losses, metrics and the training loop are TRL's and transformers'; `_compute_los
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 
 from align.dpo.gradient_checkpointing import start_gradients_where_trained
 from align.dpo.sharding.dummy_batches import add_blank_rows
@@ -84,16 +87,17 @@ class PairTrainer(DPOTrainer):
         # With this TRL loads no reference model; `_precompute_ref_logps` then finds that there is nothing to compute.
         args.precompute_ref_log_probs = cached
         start_gradients_where_trained(model)
-        super().__init__(
-            model=model,
-            ref_model=None if cached else ref_model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            processing_class=processor,
-            callbacks=callbacks,
-            peft_config=peft_config,
-        )
+        with _reference_is_cached() if cached else nullcontext():
+            super().__init__(
+                model=model,
+                ref_model=None if cached else ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                processing_class=processor,
+                callbacks=callbacks,
+                peft_config=peft_config,
+            )
         self.projector_learning_rate_multiplier = projector_learning_rate_multiplier
         self._pairs_of_step: list[int] = []
         self._total_train_tokens = 0
@@ -149,6 +153,9 @@ class PairTrainer(DPOTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called right before the optimiser steps: the last moment at which the weights are still good."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(grad_norm, DTensor):
+            # Of FSDP2's shards: one number in every process, for the check below and for the log.
+            grad_norm = grad_norm.full_tensor()
         # With fp16 an infinite norm is usual: the scaler skips that step. Optimisers that own the gradients give none.
         if grad_norm is not None and self.accelerator.scaler is None:
             self._stop_unless_finite(torch.as_tensor(grad_norm, device=self.args.device), "norm of the gradient")
@@ -221,6 +228,24 @@ class PairTrainer(DPOTrainer):
                 where=self.args.output_dir,
                 fix="run again with --redo",
             )
+
+
+@contextmanager
+def _reference_is_cached() -> Iterator[None]:
+    """Within the context TRL's trainer prepares nothing for reference log-probabilities that it will not compute.
+
+    TRL 1.16 would hash all weights, copied to the host (33 GiB for 7B in fp32), to name its own cache, and under FSDP
+    load a second model. Can go when it does neither for a data set that has the columns already.
+    """
+    replaced = {"hash_module": lambda *_: None, "create_model_from_path": lambda *_, **__: None}
+    before = {name: getattr(dpo_trainer, name) for name in replaced}
+    for name, function in replaced.items():
+        setattr(dpo_trainer, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(dpo_trainer, name, function)
 
 
 def check_projector(model: nn.Module) -> None:

@@ -21,7 +21,10 @@ def pick_device(setting: str) -> torch.device:
     """
     there = accelerator.kind()
     if setting == "auto":
-        return torch.device(there, int(os.environ.get("LOCAL_RANK", "0"))) if there != "cpu" else torch.device("cpu")
+        if there == "cpu":
+            return torch.device("cpu")
+        # Fewer are visible than there are processes where each sees its own alone (`srun --gpus-per-task=1`).
+        return torch.device(there, int(os.environ.get("LOCAL_RANK", "0")) % accelerator.count())
     kind = setting.partition(":")[0]
     device = None
     if kind in accelerator.KINDS:

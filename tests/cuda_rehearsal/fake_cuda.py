@@ -7,6 +7,7 @@ kernels, numerics, NCCL, streams, Triton.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -64,6 +65,32 @@ def load(guard: Path) -> None:
     _answer_as_an_h100()
 
 
+class Stream:
+    """In place of CUDA's streams and events: everything has happened already."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.device = "cuda:0"
+
+    def wait_stream(self, *_: object) -> None: ...
+
+    def wait_event(self, *_: object) -> None: ...
+
+    def record_event(self, *_: object) -> Stream:
+        return Stream()
+
+    def record(self, *_: object) -> None: ...
+
+    def wait(self, *_: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, *_: object) -> float:
+        return 0.0
+
+
 def _answer_as_an_h100() -> None:
     import torch
     import torch._subclasses.fake_tensor as fake_tensor
@@ -109,6 +136,9 @@ def _answer_as_an_h100() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch.cuda.Stream = torch.cuda.Event = Stream  # type: ignore[misc,assignment]
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *_: Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[misc,assignment]
     torch.cuda.get_rng_state = lambda *_: torch.empty(0, dtype=torch.uint8)
     fake_tensor.init_gpu_context = lambda *_, **__: None
     fake_tensor.FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[method-assign]

@@ -129,6 +129,8 @@ class Simulation(TorchDispatchMode):
         if any(not issubclass(kind, FakeTensor | nn.Parameter) and kind is not Tensor for kind in types):
             return NotImplemented  # a DTensor comes back with what it holds
         kwargs = kwargs or {}
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return func(*args, **kwargs)  # DTensor works out shapes for itself
         target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
         fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
         if not fake and target != "cuda":

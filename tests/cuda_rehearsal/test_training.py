@@ -20,6 +20,8 @@ VARIANTS = {
     "a reference beside it": {"live": True},
     "bf16 weights": {"dtype": "bfloat16"},
     "everything trained": {"freeze": []},
+    "fsdp2": {"strategy": "fsdp2", "num_processes": 8, "steps": 2},
+    "fsdp2, an adapter": {"strategy": "fsdp2", "num_processes": 8, "lora": True},
 }
 SCENARIOS = {
     **{name: {"family": name, "layout": "plain" if name in SEPARATE else "shared"} for name in FAMILIES},

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainerCallback
 
 from align.config import Config
 from align.dpo.collator import PairCollator
 from align.dpo.settings import training_arguments
+from align.dpo.sharding.strategies import check_distribution, strategy_fields
 from align.dpo.trainer import PairTrainer, pair_dataset
 from align.media.images import ImageStore
 from align.models.load import load_model, load_processor
@@ -79,6 +84,26 @@ class FrozenOutputs:
             self.found.add(type(module).__name__)
 
 
+@contextmanager
+def processes(count: int) -> Iterator[None]:
+    """Within the context this is the first of so many processes; what the others would send is made up."""
+    if count == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+        for name in variables:
+            del os.environ[name]
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 class Steps(TrainerCallback):
     """Counts the last step alone."""
 
@@ -117,12 +142,14 @@ def train(
     width: int = 60,
     height: int = 50,
     freeze: tuple[str, ...] = ("vision",),
+    strategy: str = "ddp",
+    num_processes: int = 1,
     **fields: Any,
 ) -> dict[str, Any]:
-    """The last of some steps of DPO, and what it took."""
+    """The last of some steps of DPO, and what it took in the first of `num_processes`."""
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
     try:
-        with simulated() as simulation:
+        with processes(num_processes), simulated() as simulation:
             if family.startswith("valley-eagle"):
                 model, processor = build_valley(family, "cuda", getattr(torch, dtype))
                 reference = build_valley(family, "cuda", getattr(torch, dtype))[0] if live else None
@@ -132,7 +159,7 @@ def train(
                 model = model.to(CUDA)
             if not lora:
                 freeze_parts(model, freeze)
-            pairs = make_pairs(folder, steps * accumulation, width=width, height=height, words=words)
+            pairs = make_pairs(folder, num_processes * steps * accumulation, width=width, height=height, words=words)
             settings = {
                 "gradient_accumulation_steps": accumulation,
                 "gradient_checkpointing": checkpointing,
@@ -145,7 +172,8 @@ def train(
             config = Config(
                 policy=str(folder), questions=str(folder / "questions.jsonl"), name="rehearsal", dpo=settings
             )
-            args = training_arguments(config, folder / "round-1" / "trainer", CUDA, getattr(torch, dtype))
+            spread = strategy_fields(strategy, model)
+            args = training_arguments(config, folder / "round-1" / "trainer", CUDA, getattr(torch, dtype), spread)
             collator = PairCollator(processor, ImageStore(folder), layout, None)
             collator.always_images = True
             trainer = PairTrainer(
@@ -158,6 +186,7 @@ def train(
                 peft_config=_adapter() if lora else None,
             )
             frozen = FrozenOutputs(trainer.model)
+            check_distribution(strategy, trainer.accelerator.distributed_type)
             counted = Steps(simulation)
             trainer.add_callback(counted)
             row = collator.collate(pairs[:1])

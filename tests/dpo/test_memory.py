@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from align.dpo.train import DpoStage, run_dpo
-from align.errors import UserError
+from align.errors import UserError, is_out_of_memory
 from tests.dpo.test_train import history, make_run, round_1, weights
 
 
@@ -25,6 +25,22 @@ def make_small(monkeypatch, largest: int, from_step: int = 0) -> None:
         return trainer
 
     monkeypatch.setattr(DpoStage, "_trainer", with_little_memory)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "CUDA error: out of memory",
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_memory_also_ends_in_the_libraries_below_torch(said):
+    assert is_out_of_memory(RuntimeError(said))
+    assert not is_out_of_memory(ValueError(said))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 @pytest.mark.parametrize("from_step", [0, 2])

@@ -102,6 +102,17 @@ def check_strategy(strategy: str, device: torch.device) -> None:
         )
 
 
+def process_group_backend(strategy: str, device: torch.device) -> str | None:
+    """What the processes are joined by, where accelerate's own choice would not do; None elsewhere.
+
+    Saving and resuming FSDP2 gathers and broadcasts tensors in CPU memory, for which NCCL has no operations. accelerate
+    adds gloo for them when the group is made after FSDP has been configured; here it is made before.
+    """
+    if device.type == "cuda" and strategy in ("fsdp2", FROM_ACCELERATE):
+        return "cuda:nccl,cpu:gloo"
+    return None
+
+
 @contextlib.contextmanager
 def whole_models() -> Iterator[None]:
     """Within the context models are loaded whole, whatever accelerate was configured for."""

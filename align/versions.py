@@ -61,6 +61,17 @@ def required(texts: Sequence[str] | None = None) -> Iterator[Installed]:
         yield Installed(requirement, version, extra[1] if extra else "")
 
 
+def install_extra(extra: str, texts: Sequence[str] | None = None) -> str:
+    """The command that installs what an extra lacks (all of it, where nothing is missing), without naming this package.
+
+    >>> texts = ["nowhere-to-be-found>=2; extra == 'video'", "torch>=2.11; extra == 'video'", "trl>=1.16"]
+    >>> install_extra("video", texts)
+    "python -m pip install 'nowhere-to-be-found>=2'"
+    """
+    wanted = [each for each in required(texts) if each.extra == extra]
+    return _install([each for each in wanted if not each.supported] or wanted)
+
+
 def require_supported(texts: Sequence[str] | None = None) -> None:
     """Refuse to go on with a version that this package was not tested with.
 
@@ -73,5 +84,9 @@ def require_supported(texts: Sequence[str] | None = None) -> None:
     found = [f"{each.requirement.name} {each.version or '(not installed)'}" for each in wrong]
     raise UserError(
         f"not supported: {', '.join(found)}",
-        fix="python -m pip install " + " ".join(f"'{each.asked}'" for each in wrong),
+        fix=_install(wrong),
     )
+
+
+def _install(packages: list[Installed]) -> str:
+    return "python -m pip install " + " ".join(f"'{each.asked}'" for each in packages)

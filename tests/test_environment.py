@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -145,6 +146,18 @@ def test_an_accelerator_in_use_is_named_and_its_memory_counted():
     assert device.type in accelerator.ALONE or (free is not None and free > block.nbytes)
     del block
     accelerator.empty_cache()
+
+
+def test_an_extra_is_installed_by_what_it_lacks_here():
+    texts = ["torch>=2.11; extra == 'lmms-eval'", "filelock<3; extra == 'lmms-eval'", "gradio>=99; extra == 'web'"]
+    assert versions.install_extra("lmms-eval", texts) == "python -m pip install 'filelock<3'"
+
+
+def test_no_page_and_no_message_tells_to_install_a_name_that_is_not_published():
+    files = [path for folder in ("align", "reward", "docs") for path in (ROOT / folder).rglob("*.*")]
+    told = re.compile(r"pip install [^\n`]*valley-align")
+    pages = [path for path in (*files, ROOT / "README.md") if path.suffix in (".py", ".md", ".yaml", ".j2")]
+    assert [path.name for path in pages if told.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_all_requirements_can_be_read():

@@ -23,6 +23,7 @@ from align.chat.guard import Guard
 from align.engines.base import SamplingSettings
 from align.errors import UserError
 from align.log import log
+from align.versions import install_extra
 
 MAX_FILE_SIZE = "200mb"
 # Of the system: the page fetches no font.
@@ -90,7 +91,7 @@ def _launch(blocks: Any, address: Address, uploads: Path) -> None:
 
 def _require_gradio() -> None:
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the page needs Gradio, which is not installed", fix="pip install 'valley-align[web]'")
+        raise UserError("the page needs Gradio, which is not installed", fix=install_extra("web"))
 
 
 def _require_free(address: Address) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from align.errors import UserError
+from align.versions import install_extra
 
 CANVAS_PX = 112
 MAX_DIGITS = 4
@@ -61,7 +62,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise UserError(
             "the demo's handwritten digits come with scikit-learn, which is not installed",
-            fix="install the extra: pip install 'valley-align[demo]' (or run `make demo`, which does)",
+            fix=f"{install_extra('demo')} (or run `make demo`, which does)",
         ) from error
     data = load_digits()
     return np.clip(data.images * 16.0, 0, 255).astype(np.uint8), data.target.astype(np.int64)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
+from align.versions import install_extra
 
-INSTALL = "pip install 'valley-align[lmms-eval]' (docs/evaluation.md says what suffices)"
 # Our name for `lmms_eval_specific_kwargs`; tasks that know no such model take their defaults.
 MODEL_NAME = "valley_align"
 REFUSED = {
@@ -35,7 +35,7 @@ def require_lmms_eval() -> str:
         UserError: it, or something that its core imports, is not installed.
     """
     if importlib.util.find_spec("lmms_eval") is None:
-        raise UserError("lmms-eval is not installed", fix=INSTALL)
+        raise UserError("lmms-eval is not installed", fix=_install())
     if not sys.stderr.isatty():
         # tqdm reads this when it is imported; ours are the only lines of progress in a log.
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -43,10 +43,14 @@ def require_lmms_eval() -> str:
         importlib.import_module("lmms_eval.evaluator")
         from loguru import logger
     except ImportError as error:
-        raise UserError(f"lmms-eval cannot be imported: {error}", fix=INSTALL) from None
+        raise UserError(f"lmms-eval cannot be imported: {error}", fix=_install()) from None
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{level: <8} lmms-eval: {message}")
     return metadata.version("lmms_eval")
+
+
+def _install() -> str:
+    return f"{install_extra('lmms-eval')} (docs/evaluation.md says what suffices)"
 
 
 def find_tasks(names: list[str], folder: Path | None) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from align.errors import UserError
+from align.versions import install_extra
 
 FRAME_KEY = "video_frame"
 MAX_FRAMES = 1_000_000
@@ -177,7 +178,7 @@ def _av() -> Any:
     except ImportError:
         raise UserError(
             "reading video files needs PyAV, which is not installed",
-            fix="pip install 'valley-align[video]', or give a folder of frames",
+            fix=f"{install_extra('video')}, or give a folder of frames",
         ) from None
     return av
 

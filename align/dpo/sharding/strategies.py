@@ -20,6 +20,7 @@ from align import accelerator
 from align.config import Config
 from align.distributed.ranks import world_size
 from align.errors import UserError
+from align.versions import install_extra
 
 # Set by `accelerate launch` for the configuration it was given.
 ACCELERATE_CHOICES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
@@ -98,7 +99,7 @@ def check_strategy(strategy: str, device: torch.device) -> None:
     if strategy in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"launch.strategy is {strategy}, but deepspeed is not installed",
-            fix="pip install 'valley-align[deepspeed]', or use ddp or fsdp2",
+            fix=f"{install_extra('deepspeed')}, or use ddp or fsdp2",
         )
 
 

@@ -22,6 +22,7 @@ from align.engines.server.probe import probe
 from align.errors import UserError
 from align.log import log
 from align.monitoring.cost import count_tokens
+from align.versions import install_extra
 
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
@@ -291,7 +292,7 @@ def _client() -> Any:
         import httpx
     except ImportError:
         raise UserError(
-            "servers are spoken to with httpx, which is not installed", fix="pip install 'valley-align[servers]'"
+            "servers are spoken to with httpx, which is not installed", fix=install_extra("servers")
         ) from None
     # The fleet bounds the connections itself.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)

@@ -125,7 +125,7 @@ class ValleyLlamaProcessor(ImageChatProcessor):
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
             if importlib.util.find_spec("sentencepiece") is None:
                 raise ValueError(
-                    "the tokenizer is a tokenizer.model, which needs SentencePiece: pip install 'valley-align[sentencepiece]'"
+                    "the tokenizer is a tokenizer.model, which needs SentencePiece: pip install sentencepiece protobuf"
                 )
             if not (folder / cls.settings_file).is_file():
                 kwargs.setdefault("strip_around_images", True)

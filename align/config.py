@@ -16,8 +16,17 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from align.errors import UserError
+from reward.pairs import PairSettings
 
 CONFIG_NAME = "align.yaml"
+
+# Keys that have another name now; the error for the old one says so.
+RENAMED = {
+    "critic.trust_sample": "critic.reliability_sample",
+    "pairs.k": "pairs.top_k_pairs",
+    "pairs.mix_earlier": "pairs.replay_fraction",
+    "pairs.mix_order": "pairs.replay_order",
+}
 
 
 class Section(BaseModel):
@@ -132,7 +141,7 @@ class CriticSettings(Section):
         default_factory=dict,
         description="further settings of the critic kind, e.g. {soft: true}; members of a panel may name a `model` of their own",
     )
-    trust_sample: int = Field(
+    reliability_sample: int = Field(
         32, ge=0, description="questions judged again with a blank and a shuffled image, to see that the critic looks"
     )
     gates: dict[str, float] = Field(
@@ -143,35 +152,6 @@ class CriticSettings(Section):
     servers: Servers = Field(
         default_factory=list,
         description="endpoints that serve critic.model, which is then not loaded here: URLs, or {url, model, api_key_env}",
-    )
-
-
-class PairSettings(Section):
-    """From rewards to preference pairs (see reward.pairs)."""
-
-    strategy: Literal["best_worst", "topk_bottomk", "all_above_margin", "closest_above_margin", "correct_incorrect"] = (
-        Field("best_worst", description="which responses of a question become a pair")
-    )
-    min_margin: float = Field(0.0, ge=0, description="least difference of the two rewards; ties never make a pair")
-    max_per_question: int = Field(1, ge=1, description="most pairs a question")
-    k: int = Field(2, ge=1, description="for topk_bottomk: how many of the best and of the worst are crossed")
-    near_duplicate: float = Field(
-        1.0, gt=0, le=1, description="responses at least this much alike (0 to 1) count as one; 1: identical ones only"
-    )
-    max_length_ratio: float | None = Field(
-        None, ge=1, description="drop pairs whose responses differ in length by more than this factor; empty: any"
-    )
-    keep_truncated: bool = Field(False, description="let responses cut at max_new_tokens into pairs")
-    balance_lengths: float | None = Field(
-        None,
-        ge=0,
-        description="drop the most lopsided pairs until the mean log(chosen/rejected length) is within +- this (or the next would tip it over); empty: keep all",
-    )
-    mix_earlier: float = Field(
-        0.0, ge=0, lt=1, description="share of a round's pairs that comes from earlier rounds (0.2: a fifth)"
-    )
-    mix_order: Literal["hardest", "random"] = Field(
-        "hardest", description="which earlier pairs are mixed in: those with the smallest margins, or any"
     )
 
 
@@ -518,6 +498,9 @@ def _problems(error: ValidationError) -> list[str]:
         path = [str(part) for part in fault["loc"]]
         key = ".".join(path)
         if fault["type"] == "extra_forbidden":
+            if key in RENAMED:
+                lines.append(f"{key}: is called {RENAMED[key]} now")
+                continue
             near = get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.5)
             lines.append(f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else ""))
         elif fault["type"] == "missing":

@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Literal
 
-from reward.errors import RewardError
+from pydantic import BaseModel, ConfigDict, Field
+
 from reward.texts import normalise, similarity
 
 UNSCORED = "unscored"
@@ -38,43 +40,40 @@ class PairChoice:
     margin: float
 
 
-@dataclass(frozen=True)
-class PairSettings:
-    """How pairs are made of a question's rewards.
+class PairSettings(BaseModel):
+    """From rewards to preference pairs: which responses of a question, and which pairs of the round."""
 
-    strategy: one of STRATEGIES.
-    max_per_question: most pairs of one question; None: no limit.
-    min_margin: a chosen reward must be higher by at least this, and higher at all.
-    k: how many of the best and of the worst `topk_bottomk` crosses.
-    correct_at: reward from which a response counts as correct, where correctness is not given (`correct_incorrect`).
-    near_duplicate: responses whose trigram similarity is at least this count as one, 0-1; 1: same texts only.
-    max_length_ratio: a pair's longer response has at most this many times the length of the shorter; None: any.
-    """
+    model_config = ConfigDict(extra="forbid", validate_default=True)
 
-    strategy: str = "best_worst"
-    max_per_question: int | None = 1
-    min_margin: float = 0.0
-    k: int = 2
-    correct_at: float = 0.5
-    near_duplicate: float = 1.0
-    max_length_ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        faults = []
-        if self.strategy not in STRATEGIES:
-            faults.append(f"strategy must be one of {', '.join(STRATEGIES)}, found {self.strategy!r}")
-        if self.max_per_question is not None and self.max_per_question < 1:
-            faults.append(f"max_per_question must be at least 1, found {self.max_per_question}")
-        if self.min_margin < 0:
-            faults.append(f"min_margin must not be negative, found {self.min_margin}")
-        if self.k < 1:
-            faults.append(f"k must be at least 1, found {self.k}")
-        if not 0 < self.near_duplicate <= 1:
-            faults.append(f"near_duplicate must be above 0 and at most 1, found {self.near_duplicate}")
-        if self.max_length_ratio is not None and self.max_length_ratio < 1:
-            faults.append(f"max_length_ratio must be at least 1, found {self.max_length_ratio}")
-        if faults:
-            raise RewardError("pairs: " + "; ".join(faults))
+    strategy: Literal["best_worst", "topk_bottomk", "all_above_margin", "closest_above_margin", "correct_incorrect"] = (
+        Field("best_worst", description="which responses of a question become a pair")
+    )
+    min_margin: float = Field(0.0, ge=0, description="least difference of the two rewards; ties never make a pair")
+    max_per_question: int | None = Field(1, ge=1, description="most pairs per question")
+    top_k_pairs: int = Field(2, ge=1, description="for topk_bottomk: how many of the best and of the worst are crossed")
+    correct_threshold: float = Field(
+        0.5,
+        allow_inf_nan=False,
+        description="for correct_incorrect: reward from which a response counts as correct where the critic says no more",
+    )
+    near_duplicate: float = Field(
+        1.0, gt=0, le=1, description="responses at least this much alike (0 to 1) count as one; 1: identical ones only"
+    )
+    max_length_ratio: float | None = Field(
+        None, ge=1, description="drop pairs whose responses differ in length by more than this factor; empty: any"
+    )
+    keep_truncated: bool = Field(False, description="let responses cut at max_new_tokens into pairs")
+    balance_lengths: float | None = Field(
+        None,
+        ge=0,
+        description="drop the most lopsided pairs until the mean log(chosen/rejected length) is within +- this (or the next would tip it over); empty: keep all",
+    )
+    replay_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of a round's pairs that are replayed from earlier rounds (0.2: a fifth)"
+    )
+    replay_order: Literal["hardest", "random"] = Field(
+        "hardest", description="which earlier pairs are replayed: those with the smallest margins, or any"
+    )
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def choose_pairs(
     settings = settings or PairSettings()
     usable, dropped_responses = _usable(rewards, responses, settings, excluded or {})
     lengths = lengths if lengths is not None else [len(text) for text in responses]
-    flags = correct if correct is not None else [r is not None and r >= settings.correct_at for r in rewards]
+    flags = correct if correct is not None else [r is not None and r >= settings.correct_threshold for r in rewards]
     question = _Question(usable, {index: flags[index] for index in usable}, lengths)
     ordered = [_ordered(question.rewards, one, other) for one, other in combinations(sorted(usable), 2)]
     dropped_pairs: Counter[str] = Counter()
@@ -221,7 +220,7 @@ def _best_worst(candidates: list[PairChoice], question: _Question, settings: Pai
 def _topk_bottomk(candidates: list[PairChoice], question: _Question, settings: PairSettings) -> list[PairChoice]:
     """Each of the k best against each of the k worst; with fewer than 2k responses the middle one is left out."""
     ranked = sorted(question.rewards, key=lambda index: (-question.rewards[index], index))
-    k = min(settings.k, len(ranked) // 2)
+    k = min(settings.top_k_pairs, len(ranked) // 2)
     top, bottom = set(ranked[:k]), set(ranked[len(ranked) - k :])
     return sorted((pair for pair in candidates if pair.chosen in top and pair.rejected in bottom), key=_widest_first)
 

@@ -1,4 +1,4 @@
-"""Pairs of all questions in; which of them to train on out: length balance, and hard pairs of earlier rounds.
+"""Pairs of all questions in; which of them to train on out: length balance, and replay of earlier rounds' pairs.
 
 Works on numbers only and returns indices, so that it does not matter how pairs are stored.
 """
@@ -49,23 +49,23 @@ def balance_lengths(lengths: Sequence[tuple[int, int]], *, limit: float) -> list
     return sorted(order[start:end])
 
 
-def mix_earlier(
-    num_new: int, margins: Sequence[float], *, share: float, order: str = "hardest", seed: int = 0
+def draw_replay(
+    num_new: int, margins: Sequence[float], *, fraction: float, order: str = "hardest", seed: int = 0
 ) -> list[int]:
-    """Indices of earlier rounds' pairs to add to `num_new` new ones, so that they make up `share` of all (0 to 1).
+    """Indices of earlier rounds' pairs to add to `num_new` new ones, so that they make up `fraction` of all (0 to 1).
 
     `hardest` takes the smallest margins first, `random` any; of equals a seeded draw. Fewer if there are not enough.
 
-    >>> mix_earlier(6, [4.0, 1.0, 8.0, 2.0], share=0.25)
+    >>> draw_replay(6, [4.0, 1.0, 8.0, 2.0], fraction=0.25)
     [1, 3]
     """
-    if not 0 <= share < 1:
-        raise RewardError(f"the share of earlier pairs must be at least 0 and below 1, found {share}")
+    if not 0 <= fraction < 1:
+        raise RewardError(f"the fraction of replayed pairs must be at least 0 and below 1, found {fraction}")
     if order not in ("hardest", "random"):
-        raise RewardError(f"the order of earlier pairs must be hardest or random, found {order!r}")
-    num_earlier = min(round(num_new * share / (1 - share)), len(margins))
+        raise RewardError(f"the order of replayed pairs must be hardest or random, found {order!r}")
+    num_replayed = min(round(num_new * fraction / (1 - fraction)), len(margins))
     indices = list(range(len(margins)))
     random.Random(seed).shuffle(indices)
     if order == "hardest":
         indices.sort(key=lambda index: margins[index])
-    return sorted(indices[:num_earlier])
+    return sorted(indices[:num_replayed])

@@ -136,7 +136,7 @@ def write_project(project: Path) -> None:
             "kind": "pairwise",
             "model": "./critic",
             "options": {"soft": True},
-            "trust_sample": 2,
+            "reliability_sample": 2,
             "batch_size": 1,
         },
         dpo=sections["dpo"] | {"gradient_accumulation_steps": 1, "save_steps": 2},

@@ -36,7 +36,7 @@ SMALL = {
     "sample.top_p": "1.0",
     "sample.num_responses": "4",
     "pairs.keep_truncated": "true",
-    "critic.trust_sample": "2",
+    "critic.reliability_sample": "2",
     "dpo.max_steps": "1",
     "dpo.bf16": "false",
     "dpo.gradient_checkpointing": "false",

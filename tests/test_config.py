@@ -1,7 +1,9 @@
+import re
+
 import pytest
 import yaml
 
-from align.config import build_config, commented_config, dump_config, find_config, load_config
+from align.config import RENAMED, build_config, commented_config, dump_config, find_config, load_config
 from align.errors import UserError
 
 MINIMAL = "policy: ./policy\nquestions: questions.jsonl\n"
@@ -99,3 +101,12 @@ def test_empty_means_the_default_but_not_inside_of_settings_handed_on(tmp_path):
     config = load_config(write(tmp_path, text))
     assert (config.seed, config.sample.top_k) == (0, 0)
     assert config.model.processor == {"default_system": None, "max_pixels": 5}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_key_that_was_renamed_names_its_new_one(tmp_path, old):
+    section, key = old.split(".")
+    path = tmp_path / "align.yaml"
+    path.write_text(yaml.safe_dump({"policy": "./p", "questions": "q.jsonl", section: {key: 1}}))
+    with pytest.raises(UserError, match=rf"{re.escape(old)}: is called {re.escape(RENAMED[old])} now"):
+        load_config(path)

@@ -41,7 +41,7 @@ def test_a_prompt_that_changed_is_another_critic_wherever_it_is_named(tmp_path, 
     claims = {"split": "ask", "split_prompt": str(prompt), "max_new_tokens": 4}
     options = claims if where == "options" else {"critics": {"facts": {"kind": "claims"} | claims}}
     kind = "claims" if where == "options" else "panel"
-    config = config_of(tmp_path, critic={"kind": kind, "model": "./critic", "options": options, "trust_sample": 0})  # fmt: skip
+    config = config_of(tmp_path, critic={"kind": kind, "model": "./critic", "options": options, "reliability_sample": 0})  # fmt: skip
     with pytest.raises(UserError, match="could score none"):  # this one writes nothing
         run_score(config, 1)
     prompt.write_text("List the facts.\nQuestion: {question}\nAnswer: {response}\n")

@@ -65,7 +65,7 @@ def make_project(golden, folder):
         "model": "./policy",
         "options": {"soft": True},
         "processor": processor,
-        "trust_sample": 0,
+        "reliability_sample": 0,
     }
     config = {**CONFIG, "model": {"processor": processor}, "critic": critic}
     (folder / "align.yaml").write_text(yaml.safe_dump(config))

@@ -48,11 +48,11 @@ def counts_of(folder: Path, number: int) -> dict:
 def test_truncated_and_empty_responses_stay_out_and_are_counted():
     line = sampled("q", 5, 0, 9, 7, reasons=["stop", "stop", "length", "stop"])
     scores = [Judgement(id="q", rewards=[1.0, 9.0, 8.0, 0.0])]
-    pairs, counts = make_pairs([line], scores, PairSettings(), 1, keep_truncated=False)
-    assert [(pair.responses["chosen"], pair.responses["rejected"]) for pair in pairs] == [(0, 3)]
-    assert counts["dropped_responses"] == {"empty response": 1, "truncated": 1}
-    kept, _ = make_pairs([line], scores, PairSettings(), 1, keep_truncated=True)
-    assert kept[0].responses == {"chosen": 2, "rejected": 3}
+    made = make_pairs([line], scores, PairSettings(), 1, where="here")
+    assert [(pair.responses["chosen"], pair.responses["rejected"]) for pair in made.pairs] == [(0, 3)]
+    assert made.counts["dropped_responses"] == {"empty response": 1, "truncated": 1}
+    kept = make_pairs([line], scores, PairSettings(keep_truncated=True), 1, where="here")
+    assert kept.pairs[0].responses == {"chosen": 2, "rejected": 3}
 
 
 def test_lengths_are_balanced_in_tokens_over_all_questions(tmp_path):
@@ -69,31 +69,31 @@ def test_lengths_are_balanced_in_tokens_over_all_questions(tmp_path):
 def test_the_hardest_pairs_of_earlier_rounds_make_up_the_share_asked_for(tmp_path):
     first = [sampled(f"a{n}", 5, 6) for n in range(4)]
     write_scored(tmp_path, 1, first, [[4.0, 0.0], [1.0, 0.0], [8.0, 0.0], [2.0, 0.0]])
-    pairs_of(tmp_path, 1, mix_earlier=0.25)
+    pairs_of(tmp_path, 1, replay_fraction=0.25)
     write_scored(tmp_path, 2, [sampled(f"b{n}", 5, 6) for n in range(6)], [[3.0, 0.0]] * 6)
-    pairs = pairs_of(tmp_path, 2, mix_earlier=0.25)
+    pairs = pairs_of(tmp_path, 2, replay_fraction=0.25)
     # 6 new ones and 2 old ones: a quarter of 8. The smallest margins of round 1 are those of a1 and a3.
     assert [pair.question_id for pair in pairs[6:]] == ["a1", "a3"]
     assert [pair.meta.get("from_round") for pair in pairs] == [None] * 6 + [1, 1]
     assert all(not pair.responses for pair in pairs[6:])
-    assert (counts_of(tmp_path, 2)["pairs"], counts_of(tmp_path, 2)["earlier_pairs"]) == (8, 2)
+    assert (counts_of(tmp_path, 2)["pairs"], counts_of(tmp_path, 2)["replayed_pairs"]) == (8, 2)
 
 
 def test_a_pair_that_was_mixed_in_once_is_not_an_own_pair_of_that_round(tmp_path):
     write_scored(tmp_path, 1, [sampled("a", 5, 6)], [[4.0, 0.0]])
-    pairs_of(tmp_path, 1, mix_earlier=0.5)
+    pairs_of(tmp_path, 1, replay_fraction=0.5)
     write_scored(tmp_path, 2, [sampled("b", 5, 6)], [[4.0, 0.0]])
-    assert len(pairs_of(tmp_path, 2, mix_earlier=0.5)) == 2
+    assert len(pairs_of(tmp_path, 2, replay_fraction=0.5)) == 2
     write_scored(tmp_path, 3, [sampled("c", 5, 6), sampled("d", 5, 6)], [[4.0, 0.0]] * 2)
-    assert [pair.question_id for pair in pairs_of(tmp_path, 3, mix_earlier=0.5)] == ["c", "d", "a", "b"]
+    assert [pair.question_id for pair in pairs_of(tmp_path, 3, replay_fraction=0.5)] == ["c", "d", "a", "b"]
 
 
 def test_mixing_needs_the_pairs_of_every_earlier_round(tmp_path):
     write_scored(tmp_path, 2, [sampled("b", 5, 6)], [[4.0, 0.0]])
     with pytest.raises(
-        UserError, match="round 1 has no complete pairs stage, and pairs of earlier rounds are mixed in"
+        UserError, match="round 1 has no complete pairs stage, and pairs of earlier rounds are replayed"
     ):
-        pairs_of(tmp_path, 2, mix_earlier=0.2)
+        pairs_of(tmp_path, 2, replay_fraction=0.2)
 
 
 STRATEGIES = {

@@ -95,13 +95,13 @@ def test_the_controls_are_left_out_where_nobody_looks_or_where_they_are_switched
     write_round(tmp_path / "rule", answers=True)
     assert "controls" not in score(tmp_path / "rule", kind="verifier")["critic"]
     write_round(tmp_path / "off")
-    counts = score(tmp_path / "off", **SHORT, model=str(critics / "first"), trust_sample=0)
+    counts = score(tmp_path / "off", **SHORT, model=str(critics / "first"), reliability_sample=0)
     assert "image_dependence" not in counts["critic"]
     assert not RunDir(tmp_path / "off" / "runs/run").round(1).controls.exists()
 
 
 def test_only_as_many_questions_as_asked_for_are_judged_again(folder, critics):
-    found = score(folder, **SHORT, model=str(critics / "first"), trust_sample=2)["critic"]
+    found = score(folder, **SHORT, model=str(critics / "first"), reliability_sample=2)["critic"]
     assert found["controls"]["blank"]["questions"] == 2
     controls = read_jsonl(RunDir(folder / "runs/run").round(1).controls, Judgement)
     assert sorted(line.id.split(":")[0] for line in controls) == ["blank", "blank", "shuffled", "shuffled"]
@@ -165,7 +165,7 @@ def test_a_member_without_any_model_is_named(folder):
 
 def test_written_judgements_are_kept_as_rationales(folder, critics):
     options = {"read": "text", "max_new_tokens": 8}
-    score(folder, **SHORT, model=str(critics / "first"), options=options, trust_sample=0)
+    score(folder, **SHORT, model=str(critics / "first"), options=options, reliability_sample=0)
     verdicts = [verdict for line in score_lines(folder) for verdict in line.verdicts]
     assert {verdict.rationale for verdict in verdicts} == {"first"}
     assert all(verdict.winner == verdict.first for verdict in verdicts)

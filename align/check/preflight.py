@@ -59,7 +59,6 @@ def run_preflight(config: Config, *, decode: bool = False) -> Preflight:
         "evaluation": lambda config, found: _evaluation(config, found, decode=decode),
         "policy": _policy,
         "critic": _critic,
-        "pairs": _pairs,
         "dpo": _dpo,
         "launch": _launch,
         "servers": _servers,
@@ -274,12 +273,6 @@ def _check_answers(config: Config) -> None:
             where=str(config.questions),
             fix="add `answer` to the questions, or use another critic.kind",
         )
-
-
-def _pairs(config: Config, found: Preflight) -> None:
-    from align.stages.pairs import pair_settings
-
-    pair_settings(config)
 
 
 def _dpo(config: Config, found: Preflight) -> None:

@@ -135,7 +135,7 @@ class StagePlanner:
         return StageCost("sample", self._seconds(cost), self.config.rounds, self._read(self.sizes), written, note)
 
     def _score(self) -> StageCost:
-        controls = 2 * min(self.config.critic.trust_sample, len(self.sizes)) if self.judges else 0
+        controls = 2 * min(self.config.critic.reliability_sample, len(self.sizes)) if self.judges else 0
         share = 1 + controls / len(self.sizes)
         cost, read, written = self._judged(self._responses(self.config.sample.num_responses))
         note = "on servers, at this speed" if any(judge.served for judge in self.judges) else ""

@@ -1,14 +1,15 @@
 """Stage 3: samples and scores in, pairs.jsonl out: rewards become preference pairs in TRL's format.
 
-Cheap, and apart from the judging, so that other pair settings need no new judgement. Where `pairs_file` brings pairs
-that exist already, round 1 takes those instead. Pairs of earlier rounds may be mixed in.
+Cheap, and apart from the judging, so that other pair settings need no new judgement. Where `pairs_file` brings existing
+preference pairs (off-policy), round 1 takes those instead. Pairs of earlier rounds may be replayed.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from align.config import Config
@@ -17,18 +18,28 @@ from align.distributed.ranks import barrier, is_main_process
 from align.errors import UserError, reward_faults
 from align.log import log
 from align.media.images import ImageStore
-from align.records import Pair, Samples, read_jsonl, write_jsonl
+from align.records import Pair, Samples, iter_jsonl, read_jsonl, write_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
 from align.run.sharding import begin
 from align.stages.critic_metrics import check_gates
+from align.stages.join import join_scores, scores_by_id
 from reward.judgement import Judgement
 from reward.pairs import Chosen, PairChoice, PairSettings, choose_pairs
-from reward.replay import balance_lengths, mean_log_ratio, mix_earlier
+from reward.replay import balance_lengths, draw_replay, mean_log_ratio
 
 STAGE = "pairs"
-OF_ALL_QUESTIONS = {"keep_truncated", "balance_lengths", "mix_earlier", "mix_order"}
 LOPSIDED = "dropped to balance lengths"
+NOT_IN_SCORES = "no line in the scores"
+
+
+@dataclass
+class Made:
+    """A round's own pairs; `lengths` are those of chosen and rejected, in tokens where they were sampled, else in characters."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    lengths: list[tuple[int, int]] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
 
 
 def run_pairs(config: Config, number: int) -> None:
@@ -49,40 +60,33 @@ def run_pairs(config: Config, number: int) -> None:
         if not given.is_file():
             raise UserError("no such file", where=str(given), fix="set pairs_file to a JSONL file of pairs")
         inputs = {"pairs_file": content_hash(given)}
-    settings = pair_settings(config)
     earlier: list[Pair] = []
-    if config.pairs.mix_earlier:
+    if config.pairs.replay_fraction:
         earlier = _earlier_pairs(run, number)
         inputs |= {f"pairs of round {before}": content_hash(run.round(before).pairs) for before in range(1, number)}
     if not begin(this.manifest, STAGE, settings={"pairs": config.pairs.model_dump()}, inputs=inputs):
         log.info("the pairs of round %d are made already: %s", number, this.pairs)
         return
     if is_main_process():
-        pairs, counts = _own_pairs(config, this, settings)
-        lengths = _lengths(pairs, this, sampled=given is None)
-        pairs, balanced = balance(pairs, config.pairs.balance_lengths, lengths)
-        counts = _with_dropped(counts, balanced.pop(LOPSIDED, 0)) | balanced
-        if not pairs:
-            this.manifest.note(STAGE, counts=counts)
-            raise _nothing_left(config, this, counts)
-        mixed = mix(pairs, earlier, config)
-        counts |= {"pairs": len(pairs) + len(mixed)} | ({"earlier_pairs": len(mixed)} if earlier else {})
-        write_jsonl(this.pairs, [*pairs, *mixed])
+        made = _own_pairs(config, this)
+        balance(made, config.pairs.balance_lengths)
+        if not made.pairs:
+            this.manifest.note(STAGE, counts=made.counts)
+            raise _nothing_left(config, this, made.counts)
+        replayed = replay(made.pairs, earlier, config)
+        counts = made.counts | {"pairs": len(made.pairs) + len(replayed)}
+        counts |= {"replayed_pairs": len(replayed)} if earlier else {}
+        write_jsonl(this.pairs, [*made.pairs, *replayed])
         this.manifest.finish(STAGE, outputs=[this.pairs], counts=counts)
     barrier()
 
 
-def pair_settings(config: Config) -> PairSettings:
-    """The settings that hold for each question by itself; raises UserError where they exclude each other."""
-    with reward_faults():
-        return PairSettings(**config.pairs.model_dump(exclude=OF_ALL_QUESTIONS))
-
-
-def _own_pairs(config: Config, this: Round, settings: PairSettings) -> tuple[list[Pair], dict[str, Any]]:
+def _own_pairs(config: Config, this: Round) -> Made:
     if config.pairs_file is not None and this.number == 1:
-        return read_pairs_file(config.pairs_file, ImageStore(config.question_images, config.max_image_pixels))
-    samples, scores = read_jsonl(this.samples, Samples), read_jsonl(this.scores, Judgement)
-    return make_pairs(samples, scores, settings, this.number, keep_truncated=config.pairs.keep_truncated)
+        pairs, counts = read_pairs_file(config.pairs_file, ImageStore(config.question_images, config.max_image_pixels))
+        return Made(pairs, [(len(text_of(pair.chosen)), len(text_of(pair.rejected))) for pair in pairs], counts)
+    samples, scores = iter_jsonl(this.samples, Samples), iter_jsonl(this.scores, Judgement)
+    return make_pairs(samples, scores, config.pairs, this.number, where=str(this.path))
 
 
 def _nothing_left(config: Config, this: Round, counts: dict[str, Any]) -> UserError:
@@ -103,57 +107,72 @@ def _nothing_left(config: Config, this: Round, counts: dict[str, Any]) -> UserEr
 
 
 def make_pairs(
-    samples: Sequence[Samples],
-    scores: Sequence[Judgement],
-    settings: PairSettings,
-    number: int,
-    *,
-    keep_truncated: bool,
-) -> tuple[list[Pair], dict[str, Any]]:
-    """The round's pairs in question order, and what became of every response and pair, by reason."""
-    pairs: list[Pair] = []
+    samples: Iterable[Samples], scores: Iterable[Judgement], settings: PairSettings, number: int, *, where: str
+) -> Made:
+    """The round's pairs in the order of `samples`, and what became of every response and pair, by reason.
+
+    Raises:
+        UserError: samples and scores do not fit together (see align.stages.join).
+    """
+    by_id = scores_by_id(scores, where)
+    made = Made()
     responses: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     without: Counter[str] = Counter()
-    for line, score in zip(samples, scores, strict=True):
-        chosen = _choose(line, score, settings, keep_truncated=keep_truncated)
+    questions = scored = 0
+    for line, score in join_scores(samples, by_id, where):
+        questions += 1
+        if score is None:
+            without[NOT_IN_SCORES] += 1
+            continue
+        scored += 1
+        chosen = _choose(line, score, settings)
         responses += chosen.dropped_responses
         dropped += chosen.dropped_pairs
         if chosen.why_none:
             without[chosen.why_none] += 1
-        pairs += [_pair(line, score, choice, number) for choice in chosen.pairs]
-    return pairs, {
-        "questions": len(samples),
-        "pairs": len(pairs),
+        for choice in chosen.pairs:
+            made.pairs.append(_pair(line, score, choice, number))
+            made.lengths.append((line.responses[choice.chosen].num_tokens, line.responses[choice.rejected].num_tokens))
+    made.counts = {
+        "questions": questions,
+        "pairs": len(made.pairs),
         "dropped_responses": dict(responses),
         "dropped_pairs": dict(dropped),
         "questions_without_pair": dict(without),
     }
+    if scored < len(by_id):
+        made.counts["scores_without_samples"] = len(by_id) - scored
+    return made
 
 
-def balance(
-    pairs: list[Pair], limit: float | None, lengths: Sequence[tuple[int, int]]
-) -> tuple[list[Pair], dict[str, Any]]:
-    """The pairs whose lengths balance, how many were dropped for it, and the mean log ratio before and after."""
-    before = mean_log_ratio(lengths)
-    counts: dict[str, Any] = {"mean_log_length_ratio": round(before or 0.0, 4)}
+def balance(made: Made, limit: float | None) -> None:
+    """Drop the pairs that keep lengths from balancing; counts how many, and the mean log ratio before and after."""
+    before = mean_log_ratio(made.lengths)
+    made.counts["mean_log_length_ratio"] = round(before or 0.0, 4)
     if limit is None:
-        return pairs, counts
-    kept = balance_lengths(lengths, limit=limit)
-    after = mean_log_ratio([lengths[index] for index in kept])
-    counts |= {LOPSIDED: len(pairs) - len(kept), "mean_log_length_ratio_balanced": round(after or 0.0, 4)}
-    return [pairs[index] for index in kept], counts
+        return
+    kept = balance_lengths(made.lengths, limit=limit)
+    num_dropped = len(made.pairs) - len(kept)
+    if num_dropped:
+        made.counts["dropped_pairs"] = made.counts["dropped_pairs"] | {LOPSIDED: num_dropped}
+    made.pairs, made.lengths = [made.pairs[index] for index in kept], [made.lengths[index] for index in kept]
+    made.counts["mean_log_length_ratio_balanced"] = round(mean_log_ratio(made.lengths) or 0.0, 4)
 
 
-def mix(pairs: Sequence[Pair], earlier: Sequence[Pair], config: Config) -> list[Pair]:
+def replay(pairs: Sequence[Pair], earlier: Sequence[Pair], config: Config) -> list[Pair]:
     """The pairs of earlier rounds to train on again; what they say of samples holds for their own round only."""
     taken = {pair.id for pair in pairs}
     fresh = [pair for pair in earlier if pair.id not in taken]
     # A pair without a margin (from a file) counts as easy: it is taken when nothing harder is left.
     margins = [math.inf if pair.margin is None else pair.margin for pair in fresh]
     with reward_faults():
-        indices = mix_earlier(
-            len(pairs), margins, share=config.pairs.mix_earlier, order=config.pairs.mix_order, seed=config.seed
+        indices = draw_replay(
+            len(pairs),
+            margins,
+            fraction=config.pairs.replay_fraction,
+            order=config.pairs.replay_order,
+            seed=config.seed,
         )
     return [fresh[index] for index in indices]
 
@@ -163,7 +182,7 @@ def _earlier_pairs(run: RunDir, number: int) -> list[Pair]:
     found = []
     for earlier in range(1, number):
         before = run.round(earlier)
-        before.need("pairs", "pairs of earlier rounds are mixed in", f"align pairs --round {earlier}")
+        before.need("pairs", "pairs of earlier rounds are replayed", f"align pairs --round {earlier}")
         for pair in read_jsonl(before.pairs, Pair):
             if "from_round" not in pair.meta:
                 meta = pair.meta | {"from_round": earlier, "responses": pair.responses}
@@ -171,32 +190,12 @@ def _earlier_pairs(run: RunDir, number: int) -> list[Pair]:
     return found
 
 
-def _lengths(pairs: Sequence[Pair], this: Round, *, sampled: bool) -> list[tuple[int, int]]:
-    """Lengths of chosen and rejected: in tokens where they were sampled, else in characters."""
-    if not sampled:
-        return [(len(text_of(pair.chosen)), len(text_of(pair.rejected))) for pair in pairs]
-    tokens = {
-        line.id: [response.num_tokens for response in line.responses] for line in read_jsonl(this.samples, Samples)
-    }
-    return [
-        (
-            tokens[str(pair.question_id)][pair.responses["chosen"]],
-            tokens[str(pair.question_id)][pair.responses["rejected"]],
-        )
-        for pair in pairs
-    ]
-
-
-def _with_dropped(counts: dict[str, Any], lopsided: int) -> dict[str, Any]:
-    return counts | {"dropped_pairs": counts["dropped_pairs"] | ({LOPSIDED: lopsided} if lopsided else {})}
-
-
-def _choose(line: Samples, score: Judgement, settings: PairSettings, *, keep_truncated: bool) -> Chosen:
+def _choose(line: Samples, score: Judgement, settings: PairSettings) -> Chosen:
     excluded = {}
     for index, response in enumerate(line.responses):
         if not response.text.strip():
             excluded[index] = "empty response"
-        elif response.finish_reason == "length" and not keep_truncated:
+        elif response.finish_reason == "length" and not settings.keep_truncated:
             excluded[index] = "truncated"
     return choose_pairs(
         score.rewards,

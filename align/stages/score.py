@@ -76,9 +76,9 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
             fix="check critic.kind, critic.model and its prompt, then run with --redo",
         )
     outputs, controls = [this.scores], Done([], {})
-    if plan.looks and config.critic.trust_sample:
+    if plan.looks and config.critic.reliability_sample:
         items = control_items(
-            [item_of(line) for line in samples], images, number=config.critic.trust_sample, seed=config.seed
+            [item_of(line) for line in samples], images, number=config.critic.reliability_sample, seed=config.seed
         )
         if items:
             work = _judge(opened, lambda control: control.item, size)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from reward.errors import RewardError
 from reward.pairs import (
@@ -28,7 +29,7 @@ from reward.pairs import (
     PairSettings,
     choose_pairs,
 )
-from reward.replay import balance_lengths, mean_log_ratio, mix_earlier
+from reward.replay import balance_lengths, draw_replay, mean_log_ratio
 
 TEXTS = ["red", "green", "blue", "yellow", "black"]
 
@@ -95,18 +96,22 @@ def test_near_duplicates_are_removed_on_request_only():
 
 
 def test_top_and_bottom_are_crossed_widest_first():
-    found = choose_pairs([5.0, 4.0, 3.0, 2.0, 1.0], TEXTS, PairSettings("topk_bottomk", max_per_question=None, k=2))
+    found = choose_pairs(
+        [5.0, 4.0, 3.0, 2.0, 1.0], TEXTS, PairSettings(strategy="topk_bottomk", max_per_question=None, top_k_pairs=2)
+    )
     assert indices(found) == [(0, 4), (0, 3), (1, 4), (1, 3)]
     assert found.dropped_pairs == {NOT_IN_STRATEGY: 6}
 
 
 def test_top_and_bottom_never_overlap():
-    found = choose_pairs([3.0, 2.0, 1.0], TEXTS[:3], PairSettings("topk_bottomk", max_per_question=None, k=2))
+    found = choose_pairs(
+        [3.0, 2.0, 1.0], TEXTS[:3], PairSettings(strategy="topk_bottomk", max_per_question=None, top_k_pairs=2)
+    )
     assert indices(found) == [(0, 2)]
 
 
 def test_all_above_a_margin_up_to_the_limit():
-    settings = PairSettings("all_above_margin", min_margin=2.0, max_per_question=2)
+    settings = PairSettings(strategy="all_above_margin", min_margin=2.0, max_per_question=2)
     found = choose_pairs([5.0, 3.0, 2.0, 1.0], TEXTS[:4], settings)
     assert indices(found) == [(0, 3), (0, 2)]
     # Margins: 4, 3, 2 (0-1), 2 (1-3) reach 2; 1 (1-2) and 1 (2-3) do not.
@@ -114,12 +119,12 @@ def test_all_above_a_margin_up_to_the_limit():
 
 
 def test_closest_above_a_margin_takes_the_hardest():
-    settings = PairSettings("closest_above_margin", min_margin=2.0, max_per_question=1)
+    settings = PairSettings(strategy="closest_above_margin", min_margin=2.0, max_per_question=1)
     assert indices(choose_pairs([9.0, 6.0, 3.5], TEXTS[:3], settings)) == [(1, 2)]
 
 
 def test_correct_against_wrong_uses_every_response_once_before_any_twice():
-    settings = PairSettings("correct_incorrect", max_per_question=2)
+    settings = PairSettings(strategy="correct_incorrect", max_per_question=2)
     found = choose_pairs([1.0, 1.0, 0.0, 0.0], TEXTS[:4], settings)
     assert indices(found) == [(0, 2), (1, 3)]
     assert found.dropped_pairs == {BOTH_SAME: 2, OVER_LIMIT: 2}
@@ -128,7 +133,7 @@ def test_correct_against_wrong_uses_every_response_once_before_any_twice():
 @pytest.mark.parametrize(("num_right", "num_wrong"), [(2, 3), (3, 2), (1, 4), (4, 6), (3, 3)])
 def test_no_response_is_used_twice_more_than_another_on_its_side(num_right, num_wrong):
     rewards, texts = [1.0] * num_right + [0.0] * num_wrong, [f"text {n}" for n in range(num_right + num_wrong)]
-    pairs = choose_pairs(rewards, texts, PairSettings("correct_incorrect", max_per_question=None)).pairs
+    pairs = choose_pairs(rewards, texts, PairSettings(strategy="correct_incorrect", max_per_question=None)).pairs
     assert len({(pair.chosen, pair.rejected) for pair in pairs}) == num_right * num_wrong
     for taken in range(1, len(pairs) + 1):
         used = Counter(index for pair in pairs[:taken] for index in (pair.chosen, pair.rejected))
@@ -144,23 +149,27 @@ def test_fifty_long_responses_are_compared_in_no_time():
 
 
 def test_correctness_from_elsewhere_overrules_and_a_critic_that_disagrees_makes_no_pair():
-    settings = PairSettings("correct_incorrect", max_per_question=None)
+    settings = PairSettings(strategy="correct_incorrect", max_per_question=None)
     found = choose_pairs([5.0, 9.0, 1.0, 2.0], TEXTS[:4], settings, correct=[True, False, False, None])
     assert indices(found) == [(0, 2)]
     assert found.dropped_pairs == {DISAGREES: 1, BOTH_SAME: 1, NO_CORRECTNESS: 3}
 
 
 def test_pairs_of_very_different_length_are_dropped_and_counted():
-    settings = PairSettings("all_above_margin", max_length_ratio=2.0, max_per_question=None)
+    settings = PairSettings(strategy="all_above_margin", max_length_ratio=2.0, max_per_question=None)
     found = choose_pairs([3.0, 2.0, 1.0], ["abcd", "ab", "a"], settings)
     assert indices(found) == [(0, 1), (1, 2)]
     assert found.dropped_pairs == {LENGTHS_DIFFER: 1}
     assert len(choose_pairs([3.0, 2.0, 1.0], ["abcd", "ab", "a"], settings, lengths=[5, 5, 5]).pairs) == 3
 
 
+def test_every_strategy_of_the_settings_has_a_function():
+    assert set(get_args(PairSettings.model_fields["strategy"].annotation)) == set(STRATEGIES)
+
+
 def test_every_fault_of_the_settings_is_named():
-    with pytest.raises(RewardError, match=r"strategy.*'best'.*max_per_question.*min_margin.*near_duplicate"):
-        PairSettings("best", max_per_question=0, min_margin=-1, near_duplicate=2)
+    with pytest.raises(ValidationError, match=r"(?s)strategy.*min_margin.*max_per_question.*near_duplicate"):
+        PairSettings(strategy="best", max_per_question=0, min_margin=-1, near_duplicate=2)
 
 
 reward_lists = st.lists(st.one_of(st.none(), st.integers(-4, 4).map(float)), min_size=0, max_size=6)
@@ -169,7 +178,7 @@ any_settings = st.builds(
     strategy=st.sampled_from(sorted(STRATEGIES)),
     max_per_question=st.one_of(st.none(), st.integers(1, 4)),
     min_margin=st.integers(0, 3).map(float),
-    k=st.integers(1, 3),
+    top_k_pairs=st.integers(1, 3),
     max_length_ratio=st.one_of(st.none(), st.sampled_from([1.0, 1.5, 3.0])),
 )
 
@@ -207,8 +216,11 @@ def test_the_counts_add_up(question, pair_settings):
 @given(questions(), any_settings, st.sampled_from([0.25, 2.0, 16.0]))
 def test_scaling_rewards_and_margin_together_changes_no_pair(question, pair_settings, factor):
     rewards, texts, excluded = question
-    scaled = replace(
-        pair_settings, min_margin=pair_settings.min_margin * factor, correct_at=pair_settings.correct_at * factor
+    scaled = pair_settings.model_copy(
+        update={
+            "min_margin": pair_settings.min_margin * factor,
+            "correct_threshold": pair_settings.correct_threshold * factor,
+        }
     )
     plain = choose_pairs(rewards, texts, pair_settings, excluded=excluded)
     found = choose_pairs([r if r is None else r * factor for r in rewards], texts, scaled, excluded=excluded)
@@ -220,7 +232,7 @@ def test_scaling_rewards_and_margin_together_changes_no_pair(question, pair_sett
 @given(st.permutations([8.0, 4.0, 1.0, -3.0, -9.0]), any_settings)
 def test_pairs_follow_the_responses_whatever_their_order(rewards, pair_settings):
     # With no two rewards equal and lengths out of play, the same rewards must meet, wherever they stand.
-    pair_settings = replace(pair_settings, max_length_ratio=None, max_per_question=None)
+    pair_settings = pair_settings.model_copy(update={"max_length_ratio": None, "max_per_question": None})
     texts = [f"text {reward}" for reward in rewards]
     base = choose_pairs([8.0, 4.0, 1.0, -3.0, -9.0], TEXTS, pair_settings)
     expected = {(p.margin, [8.0, 4.0, 1.0, -3.0, -9.0][p.chosen]) for p in base.pairs}
@@ -259,22 +271,22 @@ def test_balancing_drops_the_pairs_that_lean_most():
 
 def test_earlier_pairs_make_up_the_share_asked_for():
     margins = [float(margin) for margin in range(100)]
-    picked = mix_earlier(90, margins, share=0.1)
+    picked = draw_replay(90, margins, fraction=0.1)
     assert picked == list(range(10))
-    assert mix_earlier(90, margins[:3], share=0.1) == [0, 1, 2]
-    assert mix_earlier(90, margins, share=0.0) == []
+    assert draw_replay(90, margins[:3], fraction=0.1) == [0, 1, 2]
+    assert draw_replay(90, margins, fraction=0.0) == []
 
 
 def test_random_earlier_pairs_depend_on_the_seed_alone():
     margins = [1.0] * 50
-    one = mix_earlier(10, margins, share=0.5, order="random", seed=1)
-    assert one == mix_earlier(10, margins, share=0.5, order="random", seed=1)
-    assert one != mix_earlier(10, margins, share=0.5, order="random", seed=2)
+    one = draw_replay(10, margins, fraction=0.5, order="random", seed=1)
+    assert one == draw_replay(10, margins, fraction=0.5, order="random", seed=1)
+    assert one != draw_replay(10, margins, fraction=0.5, order="random", seed=2)
     assert len(set(one)) == 10
 
 
 def test_a_nonsense_share_is_refused():
     with pytest.raises(RewardError, match="below 1"):
-        mix_earlier(10, [1.0], share=1.0)
+        draw_replay(10, [1.0], fraction=1.0)
     with pytest.raises(RewardError, match="hardest or random"):
-        mix_earlier(10, [1.0], share=0.1, order="easiest")
+        draw_replay(10, [1.0], fraction=0.1, order="easiest")

@@ -1,0 +1,59 @@
+"""Samples and scores in, every sampled question with its judgement out: joined by id.
+
+Both are files that people may filter, reorder and edit between the stages, so the place of a line means nothing, and
+what does not fit together is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from align.errors import UserError
+from align.records import Samples
+from reward.judgement import Judgement
+
+
+def scores_by_id(scores: Iterable[Judgement], where: str) -> dict[str, Judgement]:
+    """What pairs are made of, by question: rewards, reasons and known correctness, without the verdicts.
+
+    Raises:
+        UserError: a question has two lines.
+    """
+    found: dict[str, Judgement] = {}
+    for line in scores:
+        if line.id in found:
+            raise UserError(f"the question {line.id} is scored twice", where=where, fix="remove one of its two lines")
+        evidence = {name: line.evidence[name] for name in ("correct",) if name in line.evidence}
+        found[line.id] = line.model_copy(update={"verdicts": [], "ratings": [], "evidence": evidence})
+    return found
+
+
+def join_scores(
+    samples: Iterable[Samples], scores: dict[str, Judgement], where: str
+) -> Iterator[tuple[Samples, Judgement | None]]:
+    """Every question with its judgement, None where it has none, in the order of `samples`.
+
+    Raises:
+        UserError: a question was sampled twice, or its judgement is not about as many responses as it has.
+    """
+    seen: set[str] = set()
+    for line in samples:
+        if line.id in seen:
+            raise UserError(f"the question {line.id} is sampled twice", where=where, fix="remove one of its two lines")
+        seen.add(line.id)
+        score = scores.get(line.id)
+        if score is not None:
+            _check_size(line, score, where)
+        yield line, score
+
+
+def _check_size(line: Samples, score: Judgement, where: str) -> None:
+    num, correct = len(line.responses), score.evidence.get("correct")
+    for name, values in (("rewards", score.rewards), ("values of evidence.correct", correct)):
+        if values is not None and (not isinstance(values, list) or len(values) != num):
+            size = len(values) if isinstance(values, list) else 1
+            raise UserError(
+                f"the question {line.id} has {num} responses in its samples and {size} {name} in its scores",
+                where=where,
+                fix="take its line out of the scores (it then makes no pair), or judge again with `align score --redo`",
+            )

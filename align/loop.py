@@ -22,11 +22,11 @@ from align.distributed.launch import run_stage_command, wants_processes
 from align.distributed.ranks import barrier, is_main_process
 from align.errors import UserError
 from align.log import log
-from align.monitoring.cost import metered
-from align.monitoring.heartbeat import beating, clear_beats
+from align.monitoring.cost import cost_counter
+from align.monitoring.heartbeat import clear_heartbeats, heartbeat
 from align.run.folder import Round, RunDir
 from align.run.stages import STAGES, Stage, next_command, stage_named, stages_of
-from align.tracking.stage_metrics import stage_numbers
+from align.tracking.stage_metrics import stage_metrics
 from align.tracking.trackers import check_trackers, track_stage
 
 
@@ -154,7 +154,7 @@ def _run_one(
     run = RunDir(config.run_dir)
     this = run.round(number)
     if is_main_process():
-        run.remember_config(dump_config(config))
+        run.write_config_once(dump_config(config))
     done = not redo and this.manifest.complete(stage.name)
     # One that is complete is looked at here: its settings and inputs must still be those of the configuration.
     if stage.distributed and wants_processes(config) and not done:
@@ -188,17 +188,17 @@ def _run_here(
     with _held(this):
         if redo and is_main_process():
             this.discard(stage.name)
-        clear_beats(this.path)
+        clear_heartbeats(this.path)
         barrier()
         fresh = not this.manifest.complete(stage.name)
         with (
-            beating(this.path, stage.name),
-            metered(this.path, stage.name) if fresh else contextlib.nullcontext(),
+            heartbeat(this.path, stage.name),
+            cost_counter(this.path, stage.name) if fresh else contextlib.nullcontext(),
             _remembering_refusal(this, stage.name),
         ):
             stage.load()(config, this.number, **({} if critic is None else {"critic": critic}))
         if fresh and is_main_process():
-            track_stage(config, this.number, stage_numbers(this, stage.name))
+            track_stage(config, this.number, stage_metrics(this, stage.name))
     if is_main_process() and this.number and stage.on_card:
         from align.hub.model_card import write_model_card
 

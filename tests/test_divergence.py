@@ -17,7 +17,7 @@ from align.engines.base import GivenResponses
 from align.engines.open import open_engine
 from align.evaluation.evaluate import run_evaluate
 from align.evaluation.kl import OneModel, divergence
-from align.monitoring.cost import metered
+from align.monitoring.cost import cost_counter
 from align.records import Evaluation, ResponseLogProbs, read_jsonl
 from align.run.folder import RunDir
 from tests.engines.stub_server import StubServer
@@ -57,7 +57,7 @@ def evaluated(folder, **changes):
     values["evaluate"] |= changes
     (folder / "align.yaml").write_text(yaml.safe_dump(values))
     this = RunDir(folder / "runs" / "run").round(1)
-    with metered(this.path, "evaluate"):
+    with cost_counter(this.path, "evaluate"):
         run_evaluate(load_config(folder / "align.yaml"), 1)
     return this, json.loads(this.evaluation.read_text())["metrics"], this.manifest.stage("evaluate")
 

@@ -11,26 +11,26 @@ from pathlib import Path
 import pytest
 
 from align.config import LaunchSettings
-from align.distributed.launch import launch_command, run_processes, speak_for
-from align.distributed.worker_errors import LOST, Fault, causes, fault_of, leave, read_faults
+from align.distributed.launch import launch_command, raise_collected, run_processes
+from align.distributed.worker_errors import LOST, WorkerError, read_worker_errors, root_causes, worker_error_of, write
 from align.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
 
 def fault(text, kind, rank, when, trace=""):
-    return Fault(text, 2 if kind == "users" else 1, kind, trace, rank, when)
+    return WorkerError(text, 2 if kind == "users" else 1, kind, trace, rank, when)
 
 
 def test_faults_come_back_from_the_folder_as_they_were_left(tmp_path):
     left = [fault("a", "users", 1, 2.0), fault("b", "ours", 0, 1.0, "Traceback ...")]
     for one in left:
-        leave(one, tmp_path)
-    assert read_faults(tmp_path) == left[::-1]
+        write(one, tmp_path)
+    assert read_worker_errors(tmp_path) == left[::-1]
 
 
 @pytest.mark.parametrize(
-    ("faults", "said"),
+    ("faults", "message"),
     [
         # The same in both: once, and not as that of a certain process.
         ([fault("bad", "users", 1, 1.0), fault("bad", "users", 0, 2.0)], ["bad"]),
@@ -46,18 +46,18 @@ def test_faults_come_back_from_the_folder_as_they_were_left(tmp_path):
         ([], []),
     ],
 )
-def test_the_cause_is_said_once(faults, said):
-    assert [one.said for one in causes(faults)] == said
+def test_the_cause_is_said_once(faults, message):
+    assert [one.message for one in root_causes(faults)] == message
 
 
 def test_a_lost_connection_is_the_neighbours_fault_only_where_there_is_a_neighbour(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     torch_says = RuntimeError("Connection closed by peer [127.0.0.1]:4711")
-    assert fault_of(torch_says).kind == "ours"
+    assert worker_error_of(torch_says).kind == "ours"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert fault_of(torch_says).kind == "neighbour"
-    assert fault_of(RuntimeError("shapes do not match")).kind == "ours"
-    assert fault_of(OSError(28, "No space left on device")).kind == "users"
+    assert worker_error_of(torch_says).kind == "neighbour"
+    assert worker_error_of(RuntimeError("shapes do not match")).kind == "ours"
+    assert worker_error_of(OSError(28, "No space left on device")).kind == "users"
 
 
 def launched(*commands: str):
@@ -80,7 +80,7 @@ def test_a_fault_of_one_process_ends_the_launch_with_that_one_message(from_root,
     assert ended.code in (1, 2)
     assert capfd.readouterr() == ("", ""), "the processes themselves say nothing"
     with pytest.raises(UserError) as error:
-        speak_for(ended, "`align dpo`")
+        raise_collected(ended, "`align dpo`")
     assert str(error.value) == "process 1: align.yaml: there is no key 'polcy'; did you mean 'policy'?"
 
 
@@ -88,25 +88,27 @@ def test_a_crash_is_shown_with_one_traceback_and_a_killed_process_by_its_signal(
     caplog.set_level("ERROR", logger="align")
     ended = launched("lost", "crash")
     with pytest.raises(SystemExit) as exit_:
-        speak_for(ended, "`align dpo`")
+        raise_collected(ended, "`align dpo`")
     assert (exit_.value.code, ended.code) == (1, 1)
     assert capfd.readouterr().err.count("Traceback") == 0
     (one,) = ended.faults
-    assert one.said.startswith("process 1: Traceback")
-    assert one.said.endswith("ZeroDivisionError: in process 1")
+    assert one.message.startswith("process 1: Traceback")
+    assert one.message.endswith("ZeroDivisionError: in process 1")
     ended = launched("fine", "killed")
     assert ended.code == 1
-    assert [one.said for one in ended.faults] == ["process 1: ended by SIGKILL: the machine's memory may have run out"]
+    assert [one.message for one in ended.faults] == [
+        "process 1: ended by SIGKILL: the machine's memory may have run out"
+    ]
 
 
 @pytest.mark.parametrize(
-    ("commands", "code", "said"),
+    ("commands", "code", "message"),
     [
         (("bad-key", "bad-key"), 2, ["align.yaml: there is no key 'polcy'; did you mean 'policy'?"]),
         (("fine", "bad-image"), 2, ["process 1: 1.png: not a readable image"]),
     ],
 )
-def test_under_another_launcher_each_fault_is_said_once_with_its_process(commands, code, said):
+def test_under_another_launcher_each_fault_is_said_once_with_its_process(commands, code, message):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "-m", "tests.distributed.faulty", *commands],
@@ -118,13 +120,13 @@ def test_under_another_launcher_each_fault_is_said_once_with_its_process(command
     )
     errors = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0
-    assert len(errors) == len(said)
+    assert len(errors) == len(message)
     assert f"exitcode  : {code} " in done.stderr
     # Which of the two was the first cannot be known.
     assert [error.removeprefix("process 1: ") for error in errors] == [
-        line.removeprefix("process 1: ") for line in said
+        line.removeprefix("process 1: ") for line in message
     ]
-    assert ("process 1: " in "".join(errors)) >= ("process 1: " in "".join(said))
+    assert ("process 1: " in "".join(errors)) >= ("process 1: " in "".join(message))
     assert "align/cli.py" not in done.stderr
     assert LOST not in done.stderr
 
@@ -141,5 +143,5 @@ def test_an_interrupted_command_says_that_it_goes_on(from_root):
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, "error: interrupted; the same command goes on from here\n")
+    _, message = process.communicate(timeout=60)
+    assert (process.returncode, message) == (130, "error: interrupted; the same command goes on from here\n")

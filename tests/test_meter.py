@@ -10,23 +10,23 @@ import pytest
 import torch
 
 from align.accelerator import name_in_use
-from align.monitoring.cost import count_tokens, metered, spent_on
+from align.monitoring.cost import cost_counter, cost_of, count_tokens
 from align.run.folder import RunDir
 
 
 def test_what_was_spent_before_an_interruption_counts(tmp_path):
     def interrupted():
-        with metered(tmp_path, "sample"):
+        with cost_counter(tmp_path, "sample"):
             count_tokens(read=100, written=7)
             time.sleep(0.05)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    with metered(tmp_path, "sample"):
+    with cost_counter(tmp_path, "sample"):
         count_tokens(read=20)
         time.sleep(0.02)
-        found = spent_on(tmp_path, "sample")
+        found = cost_of(tmp_path, "sample")
     assert (found["tokens_read"], found["tokens_written"]) == (120, 7)
     assert 0.068 <= found["seconds"] < 5.0
     assert (found["device"], found["num_processes"], found["gpu_seconds"]) == ("cpu", 1, 0.0)
@@ -34,17 +34,17 @@ def test_what_was_spent_before_an_interruption_counts(tmp_path):
 
 def test_stages_are_counted_apart_and_tokens_of_earlier_stages_are_not_theirs(tmp_path):
     for stage, tokens in (("sample", 5), ("score", 9)):
-        with metered(tmp_path, stage):
+        with cost_counter(tmp_path, stage):
             count_tokens(written=tokens)
-    assert spent_on(tmp_path, "sample")["tokens_written"] == 5
-    assert spent_on(tmp_path, "score")["tokens_written"] == 9
+    assert cost_of(tmp_path, "sample")["tokens_written"] == 5
+    assert cost_of(tmp_path, "score")["tokens_written"] == 9
 
 
 def test_gpu_seconds_and_tokens_are_added_over_processes_and_the_time_is_the_main_ones(tmp_path):
     for rank in range(3):
         entry = {"rank": rank, "device": "cuda (H100)", "seconds": 10.0 - rank, "gpu_seconds": 10.0, "tokens_read": 4}
         (tmp_path / f".spent-dpo-{rank}.json").write_text(json.dumps(entry))
-    found = spent_on(tmp_path, "dpo")
+    found = cost_of(tmp_path, "dpo")
     assert (found["device"], found["seconds"], found["gpu_seconds"], found["tokens_read"]) == (
         "cuda (H100)",
         10.0,
@@ -65,34 +65,34 @@ def test_a_killed_process_has_left_its_last_beat(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = spent_on(tmp_path, "score")
+    before = cost_of(tmp_path, "score")
     assert before["seconds"] > 0
-    with metered(tmp_path, "score"):
+    with cost_counter(tmp_path, "score"):
         time.sleep(0.02)
-        assert spent_on(tmp_path, "score")["seconds"] >= before["seconds"] + 0.018
+        assert cost_of(tmp_path, "score")["seconds"] >= before["seconds"] + 0.018
 
 
 def test_the_manifest_keeps_the_cost_of_all_attempts_and_redo_begins_anew(tmp_path):
     this = RunDir(tmp_path).round(1)
     this.path.mkdir()
     for _ in range(2):
-        with metered(this.path, "sample"):
+        with cost_counter(this.path, "sample"):
             this.manifest.begin("sample", settings={}, inputs={})
             count_tokens(written=5)
-    with metered(this.path, "sample"):
+    with cost_counter(this.path, "sample"):
         this.manifest.finish("sample", outputs=[], counts={})
     entry = this.manifest.stage("sample")
     assert entry.cost["tokens_written"] == 10
     assert entry.seconds > 0
     this.discard("sample")
-    assert spent_on(this.path, "sample") is None
+    assert cost_of(this.path, "sample") is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_process_that_uses_a_gpu_says_so_and_its_seconds_are_gpu_seconds(tmp_path):
-    with metered(tmp_path, "evaluate"):
+    with cost_counter(tmp_path, "evaluate"):
         torch.zeros(1, device="cuda")
         time.sleep(0.05)
     assert name_in_use().startswith("cuda (")
-    assert spent_on(tmp_path, "evaluate")["gpu_seconds"] >= 0.05
+    assert cost_of(tmp_path, "evaluate")["gpu_seconds"] >= 0.05

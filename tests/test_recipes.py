@@ -24,7 +24,7 @@ from align.recipes import HERE, recipe_names, recipe_text
 from align.run.folder import RunDir
 from align.stages.pairs import run_pairs
 from tests.stage_runs import align, make_project
-from tests.test_tour import fault_of
+from tests.test_tour import worker_error_of
 
 NAMES = [
     "demo",
@@ -161,7 +161,7 @@ def test_the_commands_at_the_head_of_a_recipe_are_understood(name):
     group = typer.main.get_command(app)
     for command in (part.split("(")[0] for line in lines for part in line.split(" && ")):
         subcommand, *arguments = shlex.split(command)[1:]
-        assert fault_of(group.commands[subcommand], subcommand, arguments) is None
+        assert worker_error_of(group.commands[subcommand], subcommand, arguments) is None
 
 
 def test_an_unknown_recipe_names_the_nearest():

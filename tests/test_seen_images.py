@@ -7,7 +7,7 @@ from PIL import Image
 from align.errors import UserError
 from align.media.images import ImageStore
 from align.records import Question
-from align.run.image_hashes import hold_images
+from align.run.image_hashes import record_or_verify_images
 
 
 @pytest.fixture
@@ -23,18 +23,18 @@ def ask(*images):
 
 def test_an_image_that_was_replaced_by_one_of_the_same_size_is_named(store, tmp_path):
     noted = tmp_path / "images.json"
-    hold_images(noted, store, [ask("a.bmp"), ask("b.bmp")])
+    record_or_verify_images(noted, store, [ask("a.bmp"), ask("b.bmp")])
     assert json.loads(noted.read_text())["a.bmp"] == hashlib.sha256((tmp_path / "a.bmp").read_bytes()).hexdigest()
     (tmp_path / "a.bmp").write_bytes((tmp_path / "b.bmp").read_bytes())
-    hold_images(noted, store, [ask("b.bmp")])
+    record_or_verify_images(noted, store, [ask("b.bmp")])
     with pytest.raises(UserError, match=r"'a\.bmp' is not the one that this round has worked with"):
-        hold_images(noted, store, [ask("b.bmp", "a.bmp")])
+        record_or_verify_images(noted, store, [ask("b.bmp", "a.bmp")])
 
 
 def test_images_that_come_later_are_noted_too(store, tmp_path):
     noted = tmp_path / "images.json"
-    hold_images(noted, store, [ask("a.bmp")])
-    hold_images(noted, store, [ask("b.bmp")])
+    record_or_verify_images(noted, store, [ask("a.bmp")])
+    record_or_verify_images(noted, store, [ask("b.bmp")])
     assert set(json.loads(noted.read_text())) == {"a.bmp", "b.bmp"}
 
 

@@ -13,11 +13,11 @@ import time
 import psutil
 import pytest
 
-from align.monitoring.heartbeat import beating, clear_beats, current
-from align.monitoring.memory import footprint
+from align.monitoring.heartbeat import clear_heartbeats, current, heartbeat
+from align.monitoring.memory import memory_usage
 from align.monitoring.progress import progress
 from align.run.folder import RunDir
-from align.status.run_status import RunWatch, find_run, run_status
+from align.status.run_status import RunMonitor, find_run, run_status
 from tests.stage_runs import align, make_project, write_lines
 
 
@@ -48,7 +48,7 @@ def beat(this, rank, *, own, moved=0.0, alive=0.0, host=None, scope="all", befor
 
 def sample_a_little(this):
     """Twelve questions of forty, two of them by this process; then something goes wrong."""
-    with beating(this.path, "sample"), progress("round 1: sample", total=40, done=10, parts="samples") as advance:
+    with heartbeat(this.path, "sample"), progress("round 1: sample", total=40, done=10, parts="samples") as advance:
         for _ in range(12):
             sampled(this.path / "samples.part-0.jsonl", "stop", "length")
         advance(2)
@@ -72,7 +72,7 @@ def test_what_a_process_does_is_shown_while_it_does_it_and_kept_when_it_fails(th
     assert status.next_command is None
     (stage,) = run_status(this.path.parent).stages
     assert (stage.state, stage.detail) == ("stopped", "12 of 40 (30 %)")
-    clear_beats(this.path)
+    clear_heartbeats(this.path)
     assert run_status(this.path.parent).stages[0].detail == "12 questions finished"
 
 
@@ -142,7 +142,7 @@ def test_a_holder_that_is_gone_has_stopped(this):
 
 def test_a_growing_file_is_read_on_and_a_torn_line_waits(this):
     part = this.path / "samples.part-0.jsonl"
-    watch = RunWatch(this.path.parent)
+    watch = RunMonitor(this.path.parent)
     sampled(part, "length", "stop")
     with part.open("a") as file:
         file.write('{"responses": [{"text": "", "finish_reason": "len')
@@ -156,12 +156,12 @@ def test_a_growing_file_is_read_on_and_a_torn_line_waits(this):
 
 
 def test_the_footprint_of_a_process_grows_with_what_it_holds():
-    before = footprint()
+    before = memory_usage()
     # Fresh pages of the system's: a large process may have room of its own that it used before.
     with mmap.mmap(-1, 64 * 2**20) as held:
         for page in range(0, len(held), mmap.PAGESIZE):
             held[page] = 1
-        after = footprint()
+        after = memory_usage()
     assert before.device == "cpu"
     assert after.used - before.used > 48 * 2**20
     assert after.peak >= after.used
@@ -174,7 +174,7 @@ def test_the_footprint_on_a_gpu_is_what_torch_has_allocated():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     tensor = torch.zeros(64, 2**20, device="cuda")
-    found = footprint()
+    found = memory_usage()
     assert found.device == "cuda"
     assert found.used == torch.cuda.memory_allocated() >= tensor.numel() * 4
     assert found.peak == torch.cuda.max_memory_allocated() >= found.used

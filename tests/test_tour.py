@@ -143,7 +143,7 @@ def test_a_command_that_fails_is_a_fault(script, fault, player, tmp_path):
     assert fault in "".join(player.shell.faults)
 
 
-def fault_of(subcommand, name, arguments):
+def worker_error_of(subcommand, name, arguments):
     """What the command line has against it; a command that is only named, without its arguments, is no fault."""
     try:
         subcommand.make_context(name, arguments)

@@ -15,7 +15,7 @@ from align.loop import run_stage
 from align.run.folder import RunDir
 from align.secrets import without_secrets
 from align.tracking import trackers as module
-from align.tracking.stage_metrics import stage_numbers
+from align.tracking.stage_metrics import stage_metrics
 from align.tracking.trackers import OF_TRANSFORMERS, PACKAGES, check_trackers, tracker_names, tracking
 from tests.stage_runs import SETTINGS, make_project
 
@@ -169,7 +169,7 @@ def test_a_run_is_read_back_from_all_three_and_no_secret_from_any_file(tmp_path,
     state = json.loads((this.checkpoint / "trainer_state.json").read_text())
     losses = [(line["step"], pytest.approx(line["loss"])) for line in state["log_history"] if "loss" in line]
     assert len(losses) >= 2
-    rounds = stage_numbers(this, "sample") | stage_numbers(this, "evaluate") | stage_numbers(this, "score")
+    rounds = stage_metrics(this, "sample") | stage_metrics(this, "evaluate") | stage_metrics(this, "score")
     assert rounds["sample/responses"] == 12
     assert {"score/reward_mean", "evaluate/sampled_accuracy", "evaluate/sampled_accuracy_low"} <= rounds.keys()
 

@@ -13,7 +13,7 @@ from align.cli.console import fail, set_up_logging, stop
 from align.cli.options import app
 from align.distributed.launch import adopt_slurm, is_started_by_align
 from align.distributed.ranks import world_size
-from align.distributed.worker_errors import Fault, fault_of
+from align.distributed.worker_errors import WorkerError, worker_error_of
 
 __all__ = ["app", "before", "checkpoints", "main", "results", "stages"]
 
@@ -29,10 +29,10 @@ def main() -> None:
     except SystemExit as ended:
         # typer makes this of Ctrl-C, where the command itself does not take it.
         if isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
-            fail(Fault("interrupted; the same command goes on from here", 130, "users"))
+            fail(WorkerError("interrupted; the same command goes on from here", 130, "users"))
         raise
     except Exception as error:
-        fault = fault_of(error)
+        fault = worker_error_of(error)
         if fault.kind == "ours" and world_size() == 1 and not is_started_by_align():
             raise
         fail(fault)

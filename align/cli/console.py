@@ -11,7 +11,7 @@ import typer
 
 from align.distributed.launch import is_started_by_align
 from align.distributed.ranks import is_main_process
-from align.distributed.worker_errors import Fault, is_told_of, tell
+from align.distributed.worker_errors import WorkerError, is_reported, report
 from align.log import log
 
 
@@ -30,14 +30,14 @@ def warn(text: str | None) -> None:
 
 def stop(*_: object) -> None:
     """SIGTERM: what is finished is on the disk. Training takes the signal itself, to finish its step first."""
-    if not is_told_of():
+    if not is_reported():
         log.info("stopped; the same command goes on from here")
     raise SystemExit(0)
 
 
-def fail(fault: Fault) -> NoReturn:
+def fail(fault: WorkerError) -> NoReturn:
     """End this process for a fault, said by whichever process of a launch should say it."""
-    text = tell(fault)
+    text = report(fault)
     if text is not None:
         typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
     sys.exit(fault.code)

@@ -16,7 +16,7 @@ from align.config import find_config, load_config
 from align.errors import UserError
 
 if TYPE_CHECKING:
-    from align.status.run_status import RunStatus, RunWatch
+    from align.status.run_status import RunMonitor, RunStatus
 
 
 @app.command(epilog="Example:  align report runs/critic --control runs/random --out critic.html")
@@ -67,14 +67,14 @@ def status(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 5.0,
 ) -> None:
     """Where a run stands: stages, progress, speed, time left, last losses, warnings."""
-    from align.status.run_status import RunWatch, find_run
+    from align.status.run_status import RunMonitor, find_run
 
-    watched = RunWatch(find_run(run))
+    watched = RunMonitor(find_run(run))
     seen = _watch(watched, every) if watch else watched.look()
     say(seen.text, next_command=seen.next_command)
 
 
-def _watch(watched: RunWatch, every: float) -> RunStatus:
+def _watch(watched: RunMonitor, every: float) -> RunStatus:
     """Show a run until it is complete: in place on a terminal, else again after every change."""
     from rich.console import Console
     from rich.live import Live

@@ -24,13 +24,22 @@ from typing import NoReturn
 import yaml
 
 from align.config import CONFIG_NAME, Config, LaunchSettings, dump_config
-from align.distributed.ranks import TRY_AGAIN
-from align.distributed.worker_errors import FOLDER, OUR_FAULT, USERS_FAULT, Fault, causes, killed_by, leave, read_faults
+from align.distributed.ranks import EXIT_RESTART
+from align.distributed.worker_errors import (
+    FOLDER,
+    OUR_FAULT,
+    USERS_FAULT,
+    WorkerError,
+    killed_by,
+    read_worker_errors,
+    root_causes,
+    write,
+)
 from align.errors import UserError
 from align.log import log
 
 # Seconds that processes have to finish a step and save it, once they were asked to stop.
-TIME_TO_SAVE_S = 300
+SAVE_TIMEOUT_S = 300
 
 
 def wants_processes(config: Config) -> bool:
@@ -58,12 +67,12 @@ def run_stage_command(
         UserError: what one of them found the user can mend; each such fault once, however many have it.
         SystemExit: with 0 where the processes were told to stop; with 1 where one failed otherwise, after its traceback.
     """
-    ended = Ended(TRY_AGAIN)
+    ended = Ended(EXIT_RESTART)
     with tempfile.TemporaryDirectory(prefix="align-") as folder:
         path = Path(folder) / CONFIG_NAME
         path.write_text(dump_config(config), encoding="utf-8")
         command = [stage, "--round", str(number), "--config", str(path), *arguments]
-        while ended.code == TRY_AGAIN and not ended.stopped:
+        while ended.code == EXIT_RESTART and not ended.stopped:
             ended = run_processes(launch_command(config.launch, [*command, *(["--redo"] if redo else [])]))
             # Restarted it must resume, not be discarded again.
             redo = False
@@ -71,7 +80,7 @@ def run_stage_command(
         log.info("stopped; the same command goes on from here")
         raise SystemExit(0)
     if ended.code:
-        speak_for(ended, f"`align {stage} --round {number}`")
+        raise_collected(ended, f"`align {stage} --round {number}`")
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Ended:
 
     code: int
     stopped: bool = False
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[WorkerError] = field(default_factory=list)
 
 
 def run_processes(command: list[str]) -> Ended:
@@ -89,17 +98,17 @@ def run_processes(command: list[str]) -> Ended:
         process = subprocess.Popen(command, env=_environment(folder))
         with _passing_on_sigterm(process) as stop:
             code = process.wait()
-        return Ended(code, stop.requested, causes(read_faults(Path(folder))))
+        return Ended(code, stop.requested, root_causes(read_worker_errors(Path(folder))))
 
 
-def speak_for(ended: Ended, name: str) -> NoReturn:
+def raise_collected(ended: Ended, name: str) -> NoReturn:
     """Say what the processes of a launch died of, once: as a UserError, or a traceback and exit code 1."""
     ours = [fault for fault in ended.faults if fault.kind != "users"]
     for fault in ours:
-        log.error("%s", fault.said)
+        log.error("%s", fault.message)
     if ours or not ended.faults:
         log.error("%s failed in one of its processes%s", name, "" if ours else f" (exit code {ended.code})")
-    users = "\n".join(fault.said for fault in ended.faults if fault.kind == "users")
+    users = "\n".join(fault.message for fault in ended.faults if fault.kind == "users")
     if users:
         raise UserError(users)
     raise SystemExit(USERS_FAULT if ended.code == USERS_FAULT else OUR_FAULT)
@@ -195,7 +204,7 @@ def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[_Stop]:
 
 def _environment(faults: str) -> dict[str, str]:
     # For a scheduler that signals every process: the launcher then waits so long before it kills.
-    return os.environ | {FOLDER: faults, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(TIME_TO_SAVE_S)}
+    return os.environ | {FOLDER: faults, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_TIMEOUT_S)}
 
 
 def _free_port() -> int:
@@ -220,7 +229,7 @@ def _accelerate_launch(arguments: list[str]) -> None:
             if failure.exitcode < 0:
                 _leave_for(rank, -failure.exitcode)
         # Others fail because one has gone; what that one says counts.
-        sys.exit(next((code for code in (TRY_AGAIN, USERS_FAULT) if code in codes), OUR_FAULT))
+        sys.exit(next((code for code in (EXIT_RESTART, USERS_FAULT) if code in codes), OUR_FAULT))
     except SignalException as error:
         sys.exit(128 + error.sigval)
 
@@ -228,8 +237,8 @@ def _accelerate_launch(arguments: list[str]) -> None:
 def _leave_for(rank: int, number: int) -> None:
     """Say for a process that a signal has ended what it could not say itself."""
     folder = os.environ.get(FOLDER)
-    if folder is not None and all(fault.rank != rank for fault in read_faults(Path(folder))):
-        leave(killed_by(number, rank), Path(folder))
+    if folder is not None and all(fault.rank != rank for fault in read_worker_errors(Path(folder))):
+        write(killed_by(number, rank), Path(folder))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from align import accelerator
 # One rank may be given much longer questions than another; the default of ten minutes would end the run.
 PATIENCE = timedelta(hours=12)
 # Exit code of a process of a launch that wants all of them to be started again (EX_TEMPFAIL of sysexits.h).
-TRY_AGAIN = 75
+EXIT_RESTART = 75
 
 
 def rank() -> int:

@@ -39,7 +39,7 @@ LOST = "the connection to another process was lost; what that one died of stands
 
 
 @dataclass(frozen=True)
-class Fault:
+class WorkerError:
     """Why a process ends: `text` for a person, `code` to exit with; `kind` says whose fault it is.
 
     `trace` is the traceback of a fault of ours, empty for everything that a person can mend.
@@ -53,50 +53,50 @@ class Fault:
     when: float = field(default_factory=time.time)
 
     @property
-    def said(self) -> str:
+    def message(self) -> str:
         """The text, or the traceback where there is one, with the process where the main one has no such fault."""
         text = self.trace or self.text
         return f"process {self.rank}: {text}" if self.rank or self.kind != "users" else text
 
 
-def fault_of(error: Exception) -> Fault:
+def worker_error_of(error: Exception) -> WorkerError:
     """What an exception means to the person who started the command; called while it is handled."""
     if isinstance(error, UserError):
-        return Fault(str(error), USERS_FAULT, "users")
+        return WorkerError(str(error), USERS_FAULT, "users")
     if world_size() > 1 and _is_lost_connection(error):
-        return Fault(LOST, OUR_FAULT, "neighbour")
+        return WorkerError(LOST, OUR_FAULT, "neighbour")
     # A full disk, a read-only folder, a file that vanished: the machine's state, not a bug of ours.
     problem = writing_failed(error)
     if problem is not None:
-        return Fault(f"{problem}; mend that, and the same command goes on from here", USERS_FAULT, "users")
+        return WorkerError(f"{problem}; mend that, and the same command goes on from here", USERS_FAULT, "users")
     trace = traceback.format_exc().rstrip()
-    return Fault(f"{type(error).__name__}: {error}", OUR_FAULT, "ours", trace)
+    return WorkerError(f"{type(error).__name__}: {error}", OUR_FAULT, "ours", trace)
 
 
-def killed_by(number: int, rank: int) -> Fault:
+def killed_by(number: int, rank: int) -> WorkerError:
     """A process that a signal ended, so that it could leave nothing itself."""
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     hint = ": the machine's memory may have run out" if name == "SIGKILL" else ""
     # Launchers end the neighbours of a dead process with SIGTERM, and some libraries abort themselves.
     kind: Kind = "neighbour" if number in (signal.SIGTERM, signal.SIGABRT) else "ours"
-    return Fault(f"ended by {name}{hint}", OUR_FAULT, kind, rank=rank)
+    return WorkerError(f"ended by {name}{hint}", OUR_FAULT, kind, rank=rank)
 
 
-def tell(fault: Fault) -> str | None:
+def report(fault: WorkerError) -> str | None:
     """Hand on the fault of this process; returns what it must say itself, None where another one speaks."""
     if FOLDER in os.environ:
-        leave(fault, Path(os.environ[FOLDER]))
+        write(fault, Path(os.environ[FOLDER]))
         return None
     if world_size() == 1:
-        return fault.said
+        return fault.message
     folder = _folder_of_launch()
-    leave(fault, folder)
-    if fault.kind == "neighbour" and any(other.kind != "neighbour" for other in read_faults(folder)):
+    write(fault, folder)
+    if fault.kind == "neighbour" and any(other.kind != "neighbour" for other in read_worker_errors(folder)):
         return None
-    return fault.said if _is_first(fault, folder) else None
+    return fault.message if _is_first(fault, folder) else None
 
 
-def leave(fault: Fault, folder: Path) -> None:
+def write(fault: WorkerError, folder: Path) -> None:
     """Write a fault into a folder, under its rank."""
     path = folder / f"{fault.rank}.json"
     unfinished = path.with_suffix(".tmp")
@@ -104,24 +104,24 @@ def leave(fault: Fault, folder: Path) -> None:
     unfinished.replace(path)
 
 
-def read_faults(folder: Path) -> list[Fault]:
+def read_worker_errors(folder: Path) -> list[WorkerError]:
     """All faults in a folder, the earliest first."""
-    faults = [Fault(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
+    faults = [WorkerError(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
     return sorted(faults, key=lambda fault: fault.when)
 
 
-def causes(faults: list[Fault]) -> list[Fault]:
+def root_causes(faults: list[WorkerError]) -> list[WorkerError]:
     """The faults that should be said: each text once (of its lowest rank), and lost connections only when alone.
 
     Of several faults of ours only the earliest is kept: the others mostly follow from it.
 
-    >>> one, two = Fault("bad key", 2, "users", rank=1, when=1.0), Fault("bad key", 2, "users", rank=0, when=2.0)
-    >>> lost = Fault("connection lost", 1, "neighbour", rank=2, when=0.0)
-    >>> [(fault.text, fault.rank) for fault in causes([lost, one, two])]
+    >>> one, two = WorkerError("bad key", 2, "users", rank=1, when=1.0), WorkerError("bad key", 2, "users", rank=0, when=2.0)
+    >>> lost = WorkerError("connection lost", 1, "neighbour", rank=2, when=0.0)
+    >>> [(fault.text, fault.rank) for fault in root_causes([lost, one, two])]
     [('bad key', 0)]
     """
     own = [fault for fault in faults if fault.kind != "neighbour"] or faults[:1]
-    by_text: dict[str, Fault] = {}
+    by_text: dict[str, WorkerError] = {}
     for fault in own:
         if fault.text not in by_text or fault.rank < by_text[fault.text].rank:
             by_text[fault.text] = fault
@@ -131,12 +131,12 @@ def causes(faults: list[Fault]) -> list[Fault]:
     return [*list(by_text.values())[:1], *users] if by_text else []
 
 
-def is_told_of() -> bool:
+def is_reported() -> bool:
     """Whether another process of this launch has left a fault already, so that this one is stopped because of it."""
     if world_size() == 1:
         return False
     folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else _folder_of_launch()
-    return any(fault.rank != rank() for fault in read_faults(folder))
+    return any(fault.rank != rank() for fault in read_worker_errors(folder))
 
 
 def _is_lost_connection(error: Exception) -> bool:
@@ -161,7 +161,7 @@ def _user() -> int:
     return os.getuid() if hasattr(os, "getuid") else 0
 
 
-def _is_first(fault: Fault, folder: Path) -> bool:
+def _is_first(fault: WorkerError, folder: Path) -> bool:
     """Whether no other process has claimed to say this text."""
     digest = hashlib.sha256(fault.text.encode()).hexdigest()[:16]
     try:

@@ -25,7 +25,7 @@ from trl import DPOConfig
 
 from align import accelerator
 from align.config import Config
-from align.distributed.ranks import TRY_AGAIN, start_process_group, world_size
+from align.distributed.ranks import EXIT_RESTART, start_process_group, world_size
 from align.dpo.auto_batch_size import note_on_batch, remember_smaller_batch, with_batch_that_fits
 from align.dpo.callbacks import MetricsFile, StepProgress, StepTracker, StopOnSignal
 from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_inputs_of
@@ -52,13 +52,13 @@ from align.models.load import check_checkpoint, load_model, load_processor, read
 from align.models.meta import empty_model, with_adapter
 from align.models.modules import count_parameters, freeze_parts
 from align.models.save import save_checkpoint
-from align.monitoring.cost import count_tokens, save_spent
+from align.monitoring.cost import count_tokens, save_cost
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 from align.prefix.equivalence import check_equivalence
 from align.records import Pair, read_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
-from align.run.image_hashes import hold_images
+from align.run.image_hashes import record_or_verify_images
 from align.tracking.trackers import Trackers, tracking
 
 STAGE = "dpo"
@@ -96,7 +96,9 @@ def run_dpo(config: Config, number: int) -> None:
             log.info("round %d is trained already: %s", number, this.checkpoint)
             return
         if state.is_main_process:
-            hold_images(this.image_hashes, ImageStore(config.question_images, config.max_image_pixels), pairs)
+            record_or_verify_images(
+                this.image_hashes, ImageStore(config.question_images, config.max_image_pixels), pairs
+            )
     # Opened before any weights are: a login that is missing is told at once.
     with (
         tracking(config, f"round-{number}") if state.is_main_process else contextlib.nullcontext(Trackers()) as trackers
@@ -130,7 +132,7 @@ def _train_within_memory(
         remember_smaller_batch(this.trainer, args)
     if world_size() > 1:
         # The other processes wait in the middle of a step: all must begin again.
-        raise SystemExit(TRY_AGAIN)
+        raise SystemExit(EXIT_RESTART)
     return False
 
 
@@ -373,7 +375,7 @@ class DpoStage:
                 dtype=self._stored_dtype(),
             )
             trainer.state.save_to_json(str(self.this.checkpoint / "trainer_state.json"))
-        save_spent()
+        save_cost()
         trainer.accelerator.wait_for_everyone()
 
     def _stored_dtype(self) -> torch.dtype | None:

@@ -25,7 +25,7 @@ from align.models.video_questions import pick_frames
 from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
-from align.run.sharding import Keep, batches, begin, finish, work_through
+from align.run.sharding import OnRecord, batches, begin, finish, map_resumable
 from align.statistics import (
     Interval,
     bootstrap_mean,
@@ -79,10 +79,10 @@ def run_evaluate(config: Config, number: int) -> None:
 
     models = OneModel(open_engine)
 
-    def work(todo: list[Question], keep: Keep) -> dict[str, str]:
-        return _answer(config, models.get(checkpoint), todo, keep, keep_tokens=is_measured(config, number))
+    def work(todo: list[Question], on_record: OnRecord) -> dict[str, str]:
+        return _answer(config, models.get(checkpoint), todo, on_record, keep_tokens=is_measured(config, number))
 
-    done = work_through(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
+    done = map_resumable(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
     moved, notes = _moved(config, this, checkpoint, done.records, models)
     models.close()
     counts = {"questions": len(questions)}
@@ -210,7 +210,9 @@ def _over_samples(lines: list[Evaluation], value: Callable[[Evaluated], float]) 
     return bootstrap_mean([[value(response) for response in line.sampled] for line in lines])
 
 
-def _answer(config: Config, engine: Engine, todo: list[Question], keep: Keep, *, keep_tokens: bool) -> dict[str, str]:
+def _answer(
+    config: Config, engine: Engine, todo: list[Question], on_record: OnRecord, *, keep_tokens: bool
+) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
 
     def requests(some: list[Question], num_samples: int) -> list[SampleRequest]:
@@ -238,7 +240,7 @@ def _answer(config: Config, engine: Engine, todo: list[Question], keep: Keep, *,
         if keep_tokens:
             for response, token_ids in zip(sampled, result.token_ids, strict=True):
                 response.token_ids = list(token_ids)
-        keep(Evaluation(id=result.id, question=question, greedy=greedy[result.id], sampled=sampled))
+        on_record(Evaluation(id=result.id, question=question, greedy=greedy[result.id], sampled=sampled))
 
     longest = config.evaluate.max_new_tokens
     settings = SamplingSettings(temperature=config.evaluate.temperature, max_new_tokens=longest)

@@ -26,7 +26,7 @@ from align.config import Config
 from align.log import log
 from align.records import Evaluation, ResponseLogProbs
 from align.run.folder import Round
-from align.run.sharding import Keep, batches, work_through
+from align.run.sharding import OnRecord, batches, map_resumable
 from align.statistics import Interval, bootstrap_mean, bootstrap_ratio
 
 if TYPE_CHECKING:
@@ -80,12 +80,12 @@ def _weighed(
 ) -> tuple[list[ResponseLogProbs], dict[str, str]]:
     from align.engines.base import GivenResponses
 
-    def work(todo: list[Evaluation], keep: Keep) -> dict[str, str]:
+    def work(todo: list[Evaluation], on_record: OnRecord) -> dict[str, str]:
         engine = models.get(checkpoint)
 
         def on_result(id_: str, rows: list[list[float]]) -> None:
             sums = [round(math.fsum(row), DIGITS) for row in rows]
-            keep(ResponseLogProbs(id=id_, log_probs=sums, num_tokens=[len(row) for row in rows]))
+            on_record(ResponseLogProbs(id=id_, log_probs=sums, num_tokens=[len(row) for row in rows]))
 
         for some in batches(todo, QUESTIONS_AT_A_TIME):
             given = [
@@ -100,7 +100,7 @@ def _weighed(
             engine.loglikelihood(given, on_result, temperature=config.evaluate.temperature)
         return engine.notes
 
-    done = work_through(final, ResponseLogProbs, lines, work, label=label)
+    done = map_resumable(final, ResponseLogProbs, lines, work, label=label)
     return done.records, done.notes
 
 

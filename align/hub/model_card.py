@@ -12,7 +12,7 @@ from align.config import Config
 from align.evaluation.table import COLUMNS, benchmark_rows, columns_of, metrics_by_round, with_interval
 from align.files import write_text
 from align.models.inspect import licence_of
-from align.monitoring.cost import Spent
+from align.monitoring.cost import Cost
 from align.monitoring.format import duration
 from align.run.folder import RunDir
 from align.run.manifest import StageEntry
@@ -112,13 +112,13 @@ def _results(run: RunDir, number: int) -> str:
 
 def _cost(run: RunDir, number: int) -> str:
     """What every stage up to this round took, all processes and attempts together."""
-    rows, total = [], Spent()
+    rows, total = [], Cost()
     for this in run.rounds():
         for stage, entry in this.manifest.stages().items():
             cost = entry.cost
             if this.number > number or "device" not in cost:
                 continue
-            spent = Spent.of(cost | {"seconds": entry.seconds})
+            spent = Cost.of(cost | {"seconds": entry.seconds})
             total += spent
             device = f"{cost['num_processes']} x {cost['device']}"
             device += ", and servers" if "servers" in entry.notes else ""
@@ -130,7 +130,7 @@ def _cost(run: RunDir, number: int) -> str:
     return "\n".join([*head, *rows, f"| | all | {_spent(total)} | |"])
 
 
-def _spent(spent: Spent) -> str:
+def _spent(spent: Cost) -> str:
     tokens = [f"{spent.tokens_read:,}", f"{spent.tokens_written:,}"]
     hours = [f"{seconds / 3600:,.3f}" for seconds in (spent.gpu_seconds, spent.cpu_seconds)]
     return " | ".join([duration(spent.seconds), *tokens, *hours])

@@ -1,7 +1,7 @@
 """What a stage takes, counted while it runs: seconds, seconds of GPUs and of processors, tokens read and written.
 
 Every process of a stage keeps its own file in the round's folder and rewrites it every few seconds, so that what was
-spent before an interruption counts: `spent_on` adds up all of them, and the manifest keeps the sum. Whoever runs a model
+spent before an interruption counts: `cost_of` adds up all of them, and the manifest keeps the sum. Whoever runs a model
 calls `count_tokens`.
 """
 
@@ -23,7 +23,7 @@ EVERY_S = 10.0
 
 
 @dataclass
-class Spent:
+class Cost:
     """`seconds` of the main process, `gpu_seconds` of all processes that held a GPU, `cpu_seconds` of processor time;
     tokens that went into models (prompts with their images, given texts) and that models wrote."""
 
@@ -33,18 +33,18 @@ class Spent:
     tokens_read: int = 0
     tokens_written: int = 0
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @classmethod
-    def of(cls, data: Any) -> Spent:
+    def of(cls, data: Any) -> Cost:
         """From a file or a manifest, whose other keys are left out; nothing where there is none."""
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in data.items() if key in known}) if isinstance(data, dict) else cls()
 
 
-_tokens = Spent()
-_running: list[_Meter] = []
+_tokens = Cost()
+_running: list[_CostCounter] = []
 
 
 def count_tokens(*, read: int = 0, written: int = 0) -> None:
@@ -54,10 +54,10 @@ def count_tokens(*, read: int = 0, written: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def metered(folder: Path, stage: str) -> Iterator[None]:
+def cost_counter(folder: Path, stage: str) -> Iterator[None]:
     """Count what this process spends on a stage meanwhile, on top of what earlier attempts have spent."""
     folder.mkdir(parents=True, exist_ok=True)
-    meter = _Meter(_file(folder, stage, rank()))
+    meter = _CostCounter(_file(folder, stage, rank()))
     over = threading.Event()
 
     def beat() -> None:
@@ -76,47 +76,47 @@ def metered(folder: Path, stage: str) -> Iterator[None]:
         meter.save()
 
 
-def save_spent() -> None:
+def save_cost() -> None:
     """Write down what this process has spent until now: before the main process adds up."""
     for meter in _running:
         meter.save()
 
 
-def spent_on(folder: Path, stage: str) -> dict[str, Any] | None:
+def cost_of(folder: Path, stage: str) -> dict[str, Any] | None:
     """All that was spent on a stage so far, for its manifest; None where nobody counted."""
-    save_spent()
+    save_cost()
     files = sorted(folder.glob(_file(folder, stage, "*").name))
     if not files:
         return None
     entries = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    total = Spent()
+    total = Cost()
     for entry in entries:
-        total += Spent.of(entry)
+        total += Cost.of(entry)
     main = next((entry for entry in entries if entry["rank"] == 0), entries[0])
     numbers = asdict(total) | {"seconds": main["seconds"]}
     rounded = {name: round(value, 3) for name, value in numbers.items()}
     return {"device": main["device"], "num_processes": world_size()} | rounded
 
 
-def forget_spent(folder: Path, stage: str) -> None:
+def forget_cost(folder: Path, stage: str) -> None:
     """Begin to count a stage anew."""
     for path in folder.glob(_file(folder, stage, "*").name):
         path.unlink()
 
 
-class _Meter:
+class _CostCounter:
     """What this process has spent since the meter was made, and before, as its file says."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.before = Spent.of(_read(path))
+        self.before = Cost.of(_read(path))
         self.started, self.busy = time.monotonic(), time.process_time()
-        self.tokens = Spent(tokens_read=_tokens.tokens_read, tokens_written=_tokens.tokens_written)
+        self.tokens = Cost(tokens_read=_tokens.tokens_read, tokens_written=_tokens.tokens_written)
         self._writing = threading.Lock()
 
     def save(self) -> None:
         seconds, device = time.monotonic() - self.started, accelerator.name_in_use()
-        now = Spent(
+        now = Cost(
             seconds,
             0.0 if device == "cpu" else seconds,
             time.process_time() - self.busy,

@@ -21,9 +21,9 @@ from typing import Literal
 
 from align.distributed.ranks import is_main_process, rank
 from align.files import write_text
-from align.monitoring.memory import footprint
+from align.monitoring.memory import memory_usage
 
-BEAT_S = 2.0
+HEARTBEAT_S = 2.0
 # Steps that the speed is taken from: old enough ones, such as those before the model was loaded, count no more.
 MARKS = 256
 Scope = Literal["all", "own", "same"]
@@ -71,7 +71,7 @@ class Work:
 
 
 @dataclass
-class Beat:
+class Heartbeat:
     """One process at work on one stage."""
 
     folder: Path
@@ -93,7 +93,7 @@ class Beat:
             "alive": time.time(),
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "memory": asdict(footprint()),
+            "memory": asdict(memory_usage()),
             "work": None if self.work is None else self.work.as_dict(),
         }
         # A full disk shows where something is written that counts.
@@ -101,7 +101,7 @@ class Beat:
             write_text(self.path, json.dumps(data))
 
     def keep_writing(self) -> None:
-        while not self._ended.wait(BEAT_S):
+        while not self._ended.wait(HEARTBEAT_S):
             self.write()
             if self.tick is not None:
                 self.tick()
@@ -110,19 +110,19 @@ class Beat:
         self._ended.set()
 
 
-_current: Beat | None = None
+_current: Heartbeat | None = None
 
 
-def current() -> Beat | None:
+def current() -> Heartbeat | None:
     """What this process is doing, where it is at a stage."""
     return _current
 
 
 @contextlib.contextmanager
-def beating(folder: Path, stage: str) -> Iterator[None]:
+def heartbeat(folder: Path, stage: str) -> Iterator[None]:
     """Within the context this process writes what it is doing; what a stage that failed had done stays."""
     global _current
-    before, beat = _current, Beat(folder, stage)
+    before, beat = _current, Heartbeat(folder, stage)
     _current = beat
     thread = threading.Thread(target=beat.keep_writing, name="align-beat", daemon=True)
     beat.write()
@@ -141,7 +141,7 @@ def beating(folder: Path, stage: str) -> Iterator[None]:
             beat.path.unlink(missing_ok=True)
 
 
-def clear_beats(folder: Path) -> None:
+def clear_heartbeats(folder: Path) -> None:
     """Take away what an earlier launch has left, perhaps one of more processes."""
     if is_main_process():
         for path in folder.glob(".progress-*.json"):

@@ -11,7 +11,7 @@ from align.monitoring.format import size
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryUsage:
     """Bytes in use and their peak since the process began; `device` is `cpu`, `cuda` or another accelerator.
 
     On a GPU these are what torch has allocated, on a CPU what the process holds in memory (RSS).
@@ -24,7 +24,7 @@ class Footprint:
     @property
     def text(self) -> str:
         """
-        >>> Footprint(2 * 2**30, 3 * 2**30, "cuda").text
+        >>> MemoryUsage(2 * 2**30, 3 * 2**30, "cuda").text
         '2.00 GiB (peak 3.00 GiB)'
         """
         return f"{size(self.used)} (peak {size(self.peak)})"
@@ -32,7 +32,7 @@ class Footprint:
     @property
     def short(self) -> str:
         """
-        >>> Footprint(2 * 2**30, 3 * 2**30, "cuda").short, Footprint(5 * 2**20, 6 * 2**20, "cpu").short
+        >>> MemoryUsage(2 * 2**30, 3 * 2**30, "cuda").short, MemoryUsage(5 * 2**20, 6 * 2**20, "cpu").short
         ('2.0/3.0 GiB', '5/6 MiB')
         """
         if self.peak >= 2**30:
@@ -40,15 +40,15 @@ class Footprint:
         return f"{self.used / 2**20:.0f}/{self.peak / 2**20:.0f} MiB"
 
 
-def footprint() -> Footprint:
+def memory_usage() -> MemoryUsage:
     """Of this process, now; torch is asked only where this process has begun to use a GPU."""
     module = accelerator.in_use()
     if module is not None and hasattr(module, "max_memory_allocated"):
-        return Footprint(module.memory_allocated(), module.max_memory_allocated(), accelerator.name_of(module))
+        return MemoryUsage(module.memory_allocated(), module.max_memory_allocated(), accelerator.name_of(module))
     import psutil
 
     memory = psutil.Process().memory_info()
-    return Footprint(memory.rss, max(memory.rss, _peak(memory)), "cpu")
+    return MemoryUsage(memory.rss, max(memory.rss, _peak(memory)), "cpu")
 
 
 def _peak(memory: Any) -> int:

@@ -14,7 +14,7 @@ from align.distributed.ranks import is_main_process
 from align.log import log
 from align.monitoring.format import duration, rate
 from align.monitoring.heartbeat import Work, current
-from align.monitoring.memory import footprint
+from align.monitoring.memory import memory_usage
 
 LINE_EVERY_S = 30.0
 # advance(step, loss=0.6): `step` more are finished, and numbers to show beside.
@@ -97,7 +97,7 @@ def _bar(work: Work, weight: int) -> Iterator[Callable[[], None]]:
         task = bar.add_task("", total=work.total)
 
         def update() -> None:
-            line = f"{describe(work, weight)}, {footprint().short}"
+            line = f"{describe(work, weight)}, {memory_usage().short}"
             bar.update(task, completed=_done(work, weight), description=line)
 
         update()
@@ -113,7 +113,7 @@ def _lines(work: Work, weight: int) -> Iterator[Callable[[], None]]:
         now = time.monotonic()
         if now - spoken >= LINE_EVERY_S:
             spoken = now
-            log.info("%s, memory %s", describe(work, weight), footprint().text)
+            log.info("%s, memory %s", describe(work, weight), memory_usage().text)
 
     yield update
     _say_finished(work, weight)
@@ -124,4 +124,4 @@ def _say_finished(work: Work, weight: int) -> None:
     if work.own:
         seconds = time.time() - work.started
         speed = rate(work.own * weight / max(seconds, 1e-6))
-        log.info("%s, %s in %s, memory %s", describe(work, weight), speed, duration(seconds), footprint().text)
+        log.info("%s, %s in %s, memory %s", describe(work, weight), speed, duration(seconds), memory_usage().text)

@@ -23,20 +23,20 @@ LENGTH_TAUGHT = 0.05
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Diagnosis:
     """`short` continues the verdict's first sentence, `text` gives the evidence."""
 
     short: str
     text: str
 
 
-def find_lessons(run: RunData, changes: History, trust: dict[int, Trust], *, improved: bool) -> list[Lesson]:
+def find_lessons(run: RunData, changes: History, trust: dict[int, Trust], *, improved: bool) -> list[Diagnosis]:
     """What was learned, the most telling first; `improved` says that the run's held-out number rose beyond chance."""
     found = [_length(changes, list(trust.values()), improved=improved), _preferences(run, list(trust.values()))]
     return [lesson for lesson in found if lesson is not None]
 
 
-def _length(changes: History, trust: Sequence[Trust], *, improved: bool) -> Lesson | None:
+def _length(changes: History, trust: Sequence[Trust], *, improved: bool) -> Diagnosis | None:
     """Responses moved in length beyond chance, and to where the critic's rewards point in every round.
 
     A run that improved is suspected from a drift of a quarter on, one that did not from a twentieth on.
@@ -51,7 +51,7 @@ def _length(changes: History, trust: Sequence[Trust], *, improved: bool) -> Less
         return None
     if abs(drift) <= (LENGTH_DRIFT if improved else LENGTH_TAUGHT):
         return None
-    return Lesson(
+    return Diagnosis(
         "part of it is length" if improved else "what it learned is length",
         f"{'Part of what' if improved else 'What'} was learned is length: {plain(length.first)} tokens a response became "
         f"{plain(length.last)} ({'+' if drift > 0 else ''}{percent(drift, 0)}), and among comparable responses the "
@@ -72,7 +72,7 @@ def _span(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _preferences(run: RunData, trust: Sequence[Trust]) -> Lesson | None:
+def _preferences(run: RunData, trust: Sequence[Trust]) -> Diagnosis | None:
     """The pairs of all rounds, held against reference answers; where there are none, against what training made of them."""
     agreement = _pooled([item.agreement for item in trust if item.agreement is not None])
     if agreement is None or agreement.count < LEAST_DECIDED:
@@ -84,14 +84,14 @@ def _preferences(run: RunData, trust: Sequence[Trust]) -> Lesson | None:
         f"{agreement.count:,} pairs ({percent(agreement.low, 0)} to {percent(agreement.high, 0)}; a coin gives 50\u00a0%)."
     )
     if agreement.high < 0.5:
-        return Lesson(
+        return Diagnosis(
             "its preferences were wrong more often than right", f"It was trained on wrong preferences: {evidence}"
         )
     if agreement.low > 0.5:
-        return Lesson(
+        return Diagnosis(
             "its preferences were hardly better than a coin's", f"It was trained on weak preferences: {evidence}"
         )
-    return Lesson(
+    return Diagnosis(
         "its preferences were no better than a coin's", f"It was trained on preferences like a coin's: {evidence}"
     )
 
@@ -101,11 +101,11 @@ def _pooled(intervals: Sequence[Interval]) -> Interval | None:
     return wilson(round(sum(item.mean * item.count for item in intervals)), total) if total else None
 
 
-def _unlearned(run: RunData) -> Lesson | None:
+def _unlearned(run: RunData) -> Diagnosis | None:
     ends = [x for data in run.trained if (x := end_of(data, "rewards/accuracies")) is not None]
     if not ends or sum(ends) / len(ends) >= WEAK_ACCURACY:
         return None
-    return Lesson(
+    return Diagnosis(
         "training learned hardly anything from its pairs",
         f"Training learned hardly anything from its pairs: at the end of a round it ranks {percent(sum(ends) / len(ends), 0)} "
         "of them as wanted (a coin: 50\u00a0%). The preferences may be random, or the learning rate too small.",

@@ -30,7 +30,7 @@ LEAST_DECIDED = 20
 
 
 @dataclass(frozen=True)
-class Alarm:
+class RunWarning:
     """`finding` is what was seen in one round (None: in the run as a whole), `advice` what it means in general.
 
     Serious ones say that the model is worse or that a number may be wrong; the others say where to look.
@@ -53,7 +53,7 @@ class Warned:
     findings: list[tuple[int | None, str]]
 
 
-def find_alarms(run: RunData, history: History, trust: dict[int, Trust]) -> list[Warned]:
+def find_warnings(run: RunData, history: History, trust: dict[int, Trust]) -> list[Warned]:
     """All warnings, serious ones first, otherwise in the order of the run; `trust` holds the critic's by round."""
     found = [*_worse_rounds(history), *_evaluation(history)]
     for data in run.trained:
@@ -65,8 +65,8 @@ def find_alarms(run: RunData, history: History, trust: dict[int, Trust]) -> list
     return sorted(_by_title(found), key=lambda item: not item.serious)
 
 
-def _by_title(alarms: list[Alarm]) -> list[Warned]:
-    groups: dict[str, list[Alarm]] = {}
+def _by_title(alarms: list[RunWarning]) -> list[Warned]:
+    groups: dict[str, list[RunWarning]] = {}
     for alarm in alarms:
         groups.setdefault(alarm.title, []).append(alarm)
     return [
@@ -75,11 +75,11 @@ def _by_title(alarms: list[Alarm]) -> list[Warned]:
     ]
 
 
-def _worse_rounds(history: History) -> Iterator[Alarm]:
+def _worse_rounds(history: History) -> Iterator[RunWarning]:
     for name, steps in history.steps.items():
         for step in steps:
             if step.state == "worse":
-                yield Alarm(
+                yield RunWarning(
                     f"Worse than the round before: {step.metric.label.lower()}",
                     _how_worse(step),
                     number=step.last_round,
@@ -97,10 +97,10 @@ def _how_worse(step: Change) -> str:
     )
 
 
-def _evaluation(history: History) -> Iterator[Alarm]:
+def _evaluation(history: History) -> Iterator[RunWarning]:
     length = history.length_drift
     if length is not None:
-        yield Alarm(
+        yield RunWarning(
             f"Responses became {'longer' if length.last > length.first else 'shorter'}",
             f"{plain(length.first)} tokens a response at first, {plain(length.last)} at last "
             f"({percent(length.last / length.first - 1, 0)}).",
@@ -108,17 +108,17 @@ def _evaluation(history: History) -> Iterator[Alarm]:
         )
     variety = history.overall.get("distinct_2")
     if variety and variety.first > 0 and variety.last < (1 - LESS_VARIED) * variety.first:
-        yield Alarm(
+        yield RunWarning(
             "Wording became less varied",
             f"Distinct bigrams fell from {percent(variety.first)} to {percent(variety.last)}.",
             "Responses to different questions resemble one another more than they did.",
         )
 
 
-def _training(data: RoundData) -> Iterator[Alarm]:
+def _training(data: RoundData) -> Iterator[RunWarning]:
     chosen, margin = end_of(data, "rewards/chosen"), end_of(data, "rewards/margins")
     if chosen is not None and margin is not None and -chosen > max(0.05, CHOSEN_FALL * margin):
-        yield Alarm(
+        yield RunWarning(
             "The chosen reward fell",
             f"{plain(chosen)} at the end of training, at a margin of {plain(margin)}.",
             f"Chosen responses became less likely than under the reference, by more than {percent(CHOSEN_FALL, 0)} of the "
@@ -127,7 +127,7 @@ def _training(data: RoundData) -> Iterator[Alarm]:
         )
     accuracy = end_of(data, "rewards/accuracies")
     if accuracy is not None and accuracy < WEAK_ACCURACY:
-        yield Alarm(
+        yield RunWarning(
             "The pairs taught hardly anything",
             f"{percent(accuracy)} of pairs are ranked as wanted at the end of training.",
             "A coin gives 50 %. The preferences may be random, or the learning rate too small.",
@@ -135,12 +135,12 @@ def _training(data: RoundData) -> Iterator[Alarm]:
         )
 
 
-def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
+def _critic(round_: int, trust: Trust) -> Iterator[RunWarning]:
     figures = trust.figures
     consistency, bias = figures.get("consistency"), figures.get("position_bias")
     length, agreement = figures.get("reward_length_correlation"), trust.agreement
     if consistency is not None and consistency < LEAST_CONSISTENCY:
-        yield Alarm(
+        yield RunWarning(
             "The critic contradicts itself",
             f"It says the same in both orders for {percent(consistency)} of pairs.",
             f"Below {percent(LEAST_CONSISTENCY, 0)} much of what it says is noise.",
@@ -148,7 +148,7 @@ def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
             serious=consistency < 0.5,
         )
     if bias is not None and abs(bias) > MOST_POSITION_BIAS:
-        yield Alarm(
+        yield RunWarning(
             f"The critic prefers the response shown {'first' if bias > 0 else 'second'}",
             f"Position bias {plain(bias)}.",
             "0 is none, 1 always the first. Judging both orders cancels it, at the price of ties.",
@@ -156,7 +156,7 @@ def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
         )
     looks = [x for name in ("blank", "shuffled") if (x := figures.get(f"image_dependence_{name}")) is not None]
     if looks and min(looks) < LEAST_IMAGE_DEPENDENCE:
-        yield Alarm(
+        yield RunWarning(
             "The critic hardly looks at the image",
             f"With another image in its place, {percent(min(looks))} of its preferences change.",
             "A critic that knows nothing without the image changes about half of them.",
@@ -165,7 +165,7 @@ def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
         )
     mass = figures.get("mean_option_mass")
     if mass is not None and mass < LEAST_OPTION_MASS:
-        yield Alarm(
+        yield RunWarning(
             "The critic wants to say something else",
             f"The answers it is offered have {percent(mass)} of its probability.",
             "Its prompt may not fit it: see critic.prompt.",
@@ -173,14 +173,14 @@ def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
             serious=mass < 0.05,
         )
     if length is not None and abs(length) > MOST_LENGTH_CORRELATION:
-        yield Alarm(
+        yield RunWarning(
             f"The critic likes {'longer' if length > 0 else 'shorter'} responses",
             f"Among comparable responses to a question, reward and length correlate by {plain(length)}.",
             f"Beyond {plain(MOST_LENGTH_CORRELATION)} length may be what is learned.",
             round_,
         )
     if agreement is not None and agreement.count >= LEAST_DECIDED and agreement.mean < LEAST_AGREEMENT:
-        yield Alarm(
+        yield RunWarning(
             "The critic does not know the right answers",
             f"Where a right response met a wrong one, it chose the right one in {percent(agreement.mean)} of "
             f"{agreement.count:,} pairs ({percent(agreement.low)} to {percent(agreement.high)}).",
@@ -190,11 +190,11 @@ def _critic(round_: int, trust: Trust) -> Iterator[Alarm]:
         )
 
 
-def _losses(data: RoundData) -> Iterator[Alarm]:
+def _losses(data: RoundData) -> Iterator[RunWarning]:
     sample, judged = data.counts("sample"), data.judged
     responses, truncated = number(sample.get("responses")), number(sample.get("truncated"))
     if responses and truncated and truncated / responses > MOST_TRUNCATED:
-        yield Alarm(
+        yield RunWarning(
             "Many responses were cut off",
             f"{truncated:,.0f} of {responses:,.0f} ran into sample.max_new_tokens.",
             "What is cut off is judged unfairly, and is left out of pairs unless pairs.keep_truncated is set.",
@@ -202,7 +202,7 @@ def _losses(data: RoundData) -> Iterator[Alarm]:
         )
     unscored = total(_failures(judged.get("unscored")))
     if responses and unscored / responses > MOST_UNSCORED:
-        yield Alarm(
+        yield RunWarning(
             "The critic could not score much",
             f"{unscored:,.0f} of {responses:,.0f} responses have no reward though there was something to judge.",
             "The reasons stand under Data.",
@@ -211,7 +211,7 @@ def _losses(data: RoundData) -> Iterator[Alarm]:
         )
     questions, pairs = number(sample.get("questions")), number(judged.get("pairs"))
     if questions and pairs is not None and pairs / questions < LEAST_PAIRS:
-        yield Alarm(
+        yield RunWarning(
             "Few questions gave a pair",
             f"{pairs:,.0f} pairs from {questions:,.0f} questions.",
             "More responses a question or a higher temperature gives more.",
@@ -233,11 +233,11 @@ def total(value: Any) -> float:
     return number(value) or 0.0
 
 
-def _fallbacks(data: RoundData) -> Iterator[Alarm]:
+def _fallbacks(data: RoundData) -> Iterator[RunWarning]:
     for stage in data.stages.values():
         note = str(stage.notes.get("shared_prefix", ""))
         if note.startswith(("not used", "plain")):
-            yield Alarm(
+            yield RunWarning(
                 "The shared prefix was not used",
                 f"{stage.name}: {note}.",
                 "Results are the same; it takes longer, since every question is encoded again for every response.",
@@ -245,14 +245,14 @@ def _fallbacks(data: RoundData) -> Iterator[Alarm]:
             )
 
 
-def _unfinished(data: RoundData) -> Iterator[Alarm]:
+def _unfinished(data: RoundData) -> Iterator[RunWarning]:
     for stage in data.stages.values():
         if not stage.complete:
             done = f"; {stage.progress:,} questions are finished" if stage.progress else ""
             if stage.refused is not None:
-                yield Alarm("Refused", f"{stage.name}{done}: {stage.refused}", number=data.number, serious=True)
+                yield RunWarning("Refused", f"{stage.name}{done}: {stage.refused}", number=data.number, serious=True)
                 continue
-            yield Alarm(
+            yield RunWarning(
                 "Not finished",
                 f"{stage.name} has begun and not ended{done}.",
                 "The same command goes on where it stopped.",
@@ -260,7 +260,7 @@ def _unfinished(data: RoundData) -> Iterator[Alarm]:
             )
 
 
-def _leaks(run: RunData) -> Iterator[Alarm]:
+def _leaks(run: RunData) -> Iterator[RunWarning]:
     """Held-out images that were also trained on; only told apart where both lie in one folder."""
     if run.question_images is None or run.question_images != run.evaluation_images:
         return
@@ -268,7 +268,7 @@ def _leaks(run: RunData) -> Iterator[Alarm]:
     trained = {image for data in run.trained for image in _trained_images(data, run)}
     shared = held_out & trained
     if shared:
-        yield Alarm(
+        yield RunWarning(
             "Held-out images were trained on",
             f"{len(shared):,} of {len(held_out):,} held-out images also belong to training questions.",
             "The held-out numbers flatter the model.",

@@ -31,7 +31,7 @@ from align.report.read import RunData, read_run
 from align.report.thumbnails import Pictures
 from align.report.training_curves import ENDING_KEYS, endings, held_out_figures, published_source, training_figures
 from align.report.verdict import judge
-from align.report.warnings import find_alarms
+from align.report.warnings import find_warnings
 from align.run.folder import RunDir
 from align.run.stages import STAGES
 
@@ -100,7 +100,7 @@ def render(
         max_training=max_training,
     )
     costs = flow.costs(run)
-    alarms = find_alarms(run, changes, trust)
+    alarms = find_warnings(run, changes, trust)
     trust = {number: item for number, item in trust.items() if item.figures}
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment().get_template("report.html.j2").render(

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from align.errors import UserError
 from align.files import make_folder, write_text
-from align.monitoring.cost import forget_spent
+from align.monitoring.cost import forget_cost
 from align.run.manifest import Manifest, now
 from align.run.stages import TABLE, stages_from
 
@@ -62,7 +62,7 @@ class RunDir:
         before.need("dpo", f"round {number} starts from it", f"align dpo --round {number - 1}")
         return str(before.checkpoint)
 
-    def remember_config(self, text: str) -> None:
+    def write_config_once(self, text: str) -> None:
         """Keep the configuration as resolved when the first stage began; later changes show in the manifests."""
         if not any(self.path.glob("round-*/manifest.json")):
             make_folder(self.path)
@@ -156,7 +156,7 @@ class Round:
         later = stages_from(stage)
         self.manifest.mark_discarded(row.name for row in later)
         for row in later:
-            forget_spent(self.path, row.name)
+            forget_cost(self.path, row.name)
             for name in (*row.writes, *row.leaves):
                 self._remove(self.path / name)
         self.manifest.forget(row.name for row in later)

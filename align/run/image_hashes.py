@@ -17,7 +17,7 @@ from align.media.images import ImageStore
 from align.records import Pair, Question
 
 
-def hold_images(noted_in: Path, images: ImageStore, seen: Iterable[Question | Pair]) -> None:
+def record_or_verify_images(noted_in: Path, images: ImageStore, seen: Iterable[Question | Pair]) -> None:
     """Note the contents of images that are new to the file `noted_in`, hold those of all others against it.
 
     Call it on one process. Raises UserError where a file has other contents than noted, or cannot be read.

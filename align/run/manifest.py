@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from align.errors import UserError
 from align.files import make_folder, write_text
-from align.monitoring.cost import spent_on
+from align.monitoring.cost import cost_of
 from align.run.hashes import content_hash
 
 PACKAGES = ("valley-align", "torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "datasets")
@@ -133,7 +133,7 @@ class Manifest:
         """
         entry = self.stage(name)
         assert entry is not None, f"stage {name} was finished before it began"
-        cost = spent_on(self.path.parent, name) or {"seconds": round(seconds, 3)}
+        cost = cost_of(self.path.parent, name) or {"seconds": round(seconds, 3)}
         facts = {
             "status": "complete",
             "finished": now(),

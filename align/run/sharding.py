@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from pydantic import BaseModel
 
 from align.distributed.ranks import barrier, is_main_process, rank, world_size
-from align.monitoring.cost import save_spent
+from align.monitoring.cost import save_cost
 from align.monitoring.progress import progress
 from align.records import read_jsonl
 from align.run.manifest import Manifest
@@ -29,11 +29,11 @@ class WithId(Protocol):
 
 ItemT = TypeVar("ItemT", bound=WithId)
 ThingT = TypeVar("ThingT")
-Keep = Callable[[Any], None]
+OnRecord = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
-class Done:
+class StageOutput:
     """All records in question order, and what the engine had to say."""
 
     records: list[Any]
@@ -50,14 +50,14 @@ def begin(manifest: Manifest, stage: str, *, settings: dict[str, Any], inputs: d
     return something_to_do
 
 
-def work_through(
+def map_resumable(
     final: Path,
     kind: type[BaseModel],
     items: Sequence[ItemT],
-    work: Callable[[list[ItemT], Keep], dict[str, str]],
+    work: Callable[[list[ItemT], OnRecord], dict[str, str]],
     *,
     label: str,
-) -> Done:
+) -> StageOutput:
     """Let `work` answer every unfinished item of this process, calling its second argument with each finished record."""
     partial = PartialFile(final, kind, rank())
     finished = partial.read()
@@ -67,16 +67,16 @@ def work_through(
     mine = todo[rank() :: world_size()]
     with progress(label, total=len(items), done=len(finished), weight=world_size(), parts=final.stem) as advance:
 
-        def keep(record: BaseModel) -> None:
+        def on_record(record: BaseModel) -> None:
             partial.append(record)
             advance(1)
 
         if mine:
-            notes = work(mine, keep)
+            notes = work(mine, on_record)
         barrier()  # what is said at the end holds for everybody
     records = partial.merge(item.id for item in items) if is_main_process() else []
     barrier()
-    return Done(records or read_jsonl(final, kind), notes)
+    return StageOutput(records or read_jsonl(final, kind), notes)
 
 
 def batches(things: Sequence[ThingT], size: int) -> Iterator[list[ThingT]]:
@@ -92,7 +92,7 @@ def finish(
     manifest: Manifest, stage: str, *, outputs: Iterable[Path], counts: dict[str, Any], notes: dict[str, str]
 ) -> None:
     """Mark the stage complete, on the main process, and let no process go on before it is."""
-    save_spent()
+    save_cost()
     barrier()
     if is_main_process():
         outputs = list(outputs)

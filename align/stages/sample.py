@@ -20,8 +20,8 @@ from align.models.video_questions import pick_frames
 from align.records import Question, Response, Samples, read_questions
 from align.run.folder import RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
-from align.run.image_hashes import hold_images
-from align.run.sharding import Keep, begin, finish, work_through
+from align.run.image_hashes import record_or_verify_images
+from align.run.sharding import OnRecord, begin, finish, map_resumable
 
 if TYPE_CHECKING:
     from align.engines.base import SampleResult
@@ -49,12 +49,12 @@ def run_sample(config: Config, number: int) -> None:
         log.info("round %d is sampled already: %s", number, this.samples)
         return
     if is_main_process():
-        hold_images(this.image_hashes, images, questions)
+        record_or_verify_images(this.image_hashes, images, questions)
 
-    def work(todo: list[Question], keep: Keep) -> dict[str, str]:
-        return _sample(config, policy, todo, images, number, keep)
+    def work(todo: list[Question], on_record: OnRecord) -> dict[str, str]:
+        return _sample(config, policy, todo, images, number, on_record)
 
-    done = work_through(this.samples, Samples, questions, work, label=f"round {number}: sample")
+    done = map_resumable(this.samples, Samples, questions, work, label=f"round {number}: sample")
     finish(this.manifest, STAGE, outputs=[this.samples], counts=_counts(done.records), notes=done.notes)
 
 
@@ -105,7 +105,7 @@ def question_seed(seed: int, number: int, question_id: str) -> int:
 
 
 def _sample(
-    config: Config, policy: str, todo: list[Question], images: ImageStore, number: int, keep: Keep
+    config: Config, policy: str, todo: list[Question], images: ImageStore, number: int, on_record: OnRecord
 ) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
 
@@ -130,7 +130,7 @@ def _sample(
 
     def on_result(result: SampleResult) -> None:
         question, seed = by_id[result.id]
-        keep(Samples(id=result.id, question=question, responses=responses_of(result), seed=seed))
+        on_record(Samples(id=result.id, question=question, responses=responses_of(result), seed=seed))
 
     engine.sample(requests, settings, on_result)
     return engine.notes

@@ -22,8 +22,8 @@ from align.media.images import ImageStore
 from align.records import Samples, read_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
-from align.run.image_hashes import hold_images
-from align.run.sharding import Done, Keep, batches, begin, finish, work_through
+from align.run.image_hashes import record_or_verify_images
+from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
 from align.stages.critic_metrics import check_gates, control_items, critic_figures, doubts, item_of
 from reward.critics import Critic, Item, Judgement
 from reward.reliability import check_gates as check_gate_names
@@ -51,7 +51,7 @@ def run_score(config: Config, number: int) -> None:
         check_gate_names(config.critic.gates)
     if begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config, plan, this.samples)):
         if is_main_process():
-            hold_images(this.image_hashes, images, [line.question for line in samples])
+            record_or_verify_images(this.image_hashes, images, [line.question for line in samples])
         _score_round(config, plan, this, samples, images)
     else:
         log.info("round %d is scored already: %s", number, this.scores)
@@ -66,7 +66,7 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
     size = config.critic.batch_size or DEFAULT_BATCH
     label = f"round {this.number}: score"
     work = _judge(opened, item_of, size)
-    done = work_through(this.scores, Judgement, samples, work, label=label)
+    done = map_resumable(this.scores, Judgement, samples, work, label=label)
     counts = _counts(done.records)
     if not counts["scored"]:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in counts["unscored"].items())
@@ -75,14 +75,14 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
             where=str(this.scores),
             fix="check critic.kind, critic.model and its prompt, then run with --redo",
         )
-    outputs, controls = [this.scores], Done([], {})
+    outputs, controls = [this.scores], StageOutput([], {})
     if plan.looks and config.critic.reliability_sample:
         items = control_items(
             [item_of(line) for line in samples], images, number=config.critic.reliability_sample, seed=config.seed
         )
         if items:
             work = _judge(opened, lambda control: control.item, size)
-            controls = work_through(this.controls, Judgement, items, work, label=f"{label}, other images")
+            controls = map_resumable(this.controls, Judgement, items, work, label=f"{label}, other images")
             outputs = [*outputs, this.controls]
     counts["critic"] = critic_figures(samples, done.records, controls.records)
     for doubt in doubts(counts["critic"]):
@@ -90,16 +90,18 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
     finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=done.notes | controls.notes)
 
 
-def _judge(opened: OpenCritic, item: Callable[[Any], Item], size: int) -> Callable[[list[Any], Keep], dict[str, str]]:
-    """What `work_through` calls: judge things that have an id, `size` at a time."""
+def _judge(
+    opened: OpenCritic, item: Callable[[Any], Item], size: int
+) -> Callable[[list[Any], OnRecord], dict[str, str]]:
+    """What `map_resumable` calls: judge things that have an id, `size` at a time."""
 
-    def work(todo: list[Any], keep: Keep) -> dict[str, str]:
+    def work(todo: list[Any], on_record: OnRecord) -> dict[str, str]:
         critic, notes = opened()
         for things in batches(todo, size):
             with reward_faults():
                 judgements = critic.judge([item(thing) for thing in things])
             for thing, judgement in zip(things, judgements, strict=True):
-                keep(judgement.model_copy(update={"id": thing.id}))
+                on_record(judgement.model_copy(update={"id": thing.id}))
         return notes()
 
     return work

@@ -21,13 +21,13 @@ from align.monitoring.progress import figure_texts
 from align.report.changes import history
 from align.report.critic_quality import measure_trust
 from align.report.read import RunData, read_run
-from align.report.warnings import find_alarms
+from align.report.warnings import find_warnings
 from align.run.folder import Round, RunDir
 from align.run.stages import STAGES, stage_named, stages_of
-from align.status.stage_progress import AtWork, Course, doubts, num_lines, parts
+from align.status.stage_progress import LockHolder, StageProgress, num_lines, parts, stall_warnings
 
 # Training curves say nothing before so many steps.
-LEAST_STEPS = 20
+MIN_STEPS = 20
 NUM_LOSSES = 5
 
 
@@ -68,13 +68,13 @@ def find_run(path: Path | None) -> Path:
     return path if is_run or not (path / CONFIG_NAME).is_file() else load_config(path / CONFIG_NAME).run_dir
 
 
-class RunWatch:
+class RunMonitor:
     """Looks at a run again and again; what it has read of growing files it does not read again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._tallies: dict[Path, _Tally] = {}
-        self._alarms: tuple[Any, list[str]] = (None, [])
+        self._run_warnings: tuple[Any, list[str]] = (None, [])
 
     def look(self) -> RunStatus:
         """The stages that have begun, in order; raises UserError where the folder is no run."""
@@ -87,17 +87,17 @@ class RunWatch:
         warnings: list[str] = []
         working = ""
         for this in rounds:
-            at_work = AtWork.of(this)
+            at_work = LockHolder.of(this)
             working = working or (at_work.text if at_work.alive else "")
             for name in STAGES:
                 found = self._stage(this, name, at_work, warnings)
                 stages += [found] if found else []
-        warnings += self._known_alarms(rounds, stages)
+        warnings += self._known_warnings(rounds, stages)
         complete = _is_complete(self.path, rounds)
         command = None if working else "align report" if complete else "align run"
         return RunStatus(self.path, stages, warnings, working, complete and not working, command)
 
-    def _stage(self, this: Round, name: str, at_work: AtWork, warnings: list[str]) -> StageStatus | None:
+    def _stage(self, this: Round, name: str, at_work: LockHolder, warnings: list[str]) -> StageStatus | None:
         entry = this.manifest.stage(name)
         here = at_work.stage == name
         if entry is None and not (here and at_work.alive):
@@ -107,16 +107,18 @@ class RunWatch:
             warnings += [f"round {this.number} {name}: {note}" for note in _fallbacks(entry.notes)]
             return StageStatus(this.number, name, "complete", f"{duration(entry.seconds)}, {_counts(entry.counts)}")
         running = here and at_work.alive
-        beats = at_work.beats if here else []
+        heartbeats = at_work.heartbeats if here else []
         warnings += _lost(this.number, name, self._so_far(this, name), so_far=True)
-        warnings += [f"round {this.number} {name}: {doubt}" for doubt in (doubts(beats) if running else [])]
-        course, losses = Course.of(this, beats), ""
+        warnings += [
+            f"round {this.number} {name}: {warning}" for warning in (stall_warnings(heartbeats) if running else [])
+        ]
+        progress, losses = StageProgress.of(this, heartbeats), ""
         if name == "dpo" and (logged := _logged(this)):
             # Written with every step, and so ahead of what stands in the course.
             losses = _losses(logged[-NUM_LOSSES:])
-            if course.steps:
-                course = replace(course, done=max(course.done, logged[-1]["step"]), figures={})
-        detail = course.text(name, running=running)
+            if progress.steps:
+                progress = replace(progress, done=max(progress.done, logged[-1]["step"]), figures={})
+        detail = progress.text(name, running=running)
         per_question = stage_named(name).per_question
         if not detail and per_question is not None:
             detail = f"{num_lines(parts(this, Path(per_question).stem))} questions finished"
@@ -138,17 +140,17 @@ class RunWatch:
             counts, unscored = counts + tally.counts, unscored + tally.unscored
         return dict(counts) | {"unscored": dict(unscored)}
 
-    def _known_alarms(self, rounds: list[Round], stages: list[StageStatus]) -> list[str]:
+    def _known_warnings(self, rounds: list[Round], stages: list[StageStatus]) -> list[str]:
         """The report's warnings that can be told by now; worked out again when a stage or a training has moved."""
         key = [(stage.round, stage.stage, stage.state) for stage in stages], [_num_logged(this) for this in rounds]
-        if self._alarms[0] != key:
-            self._alarms = (key, _alarms(read_run(self.path)))
-        return self._alarms[1]
+        if self._run_warnings[0] != key:
+            self._run_warnings = (key, _run_warnings(read_run(self.path)))
+        return self._run_warnings[1]
 
 
 def run_status(path: Path) -> RunStatus:
     """Where a run stands now; raises UserError where the folder is no run."""
-    return RunWatch(path).look()
+    return RunMonitor(path).look()
 
 
 class _Tally:
@@ -241,14 +243,14 @@ def _num_logged(this: Round) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def _alarms(run: RunData) -> list[str]:
+def _run_warnings(run: RunData) -> list[str]:
     """The report's warnings but for those about a training that has hardly begun, and that something is not finished."""
     training = {data.number for data in run.trained if "dpo" in data.stages and not data.stages["dpo"].complete}
     for data in run.trained:
-        if data.number in training and len(data.log) < LEAST_STEPS:
+        if data.number in training and len(data.log) < MIN_STEPS:
             data.log = []
     trust = {data.number: measure_trust(data, run.problems) for data in run.trained}
-    found = [warned for warned in find_alarms(run, history(run), trust) if warned.title != "Not finished"]
+    found = [warned for warned in find_warnings(run, history(run), trust) if warned.title != "Not finished"]
     return [
         (f"round {number}: " if number is not None else "")
         + f"{warned.title}. {finding.replace('at the end of training', 'by now') if number in training else finding}"

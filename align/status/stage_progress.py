@@ -27,41 +27,43 @@ FIRST_STEP_S = 900.0
 
 
 @dataclass(frozen=True)
-class AtWork:
-    """Who holds a round, as it says itself, and whether it is still there; `beats` are what its processes wrote last."""
+class LockHolder:
+    """Who holds a round, as it says itself, and whether it is still there; `heartbeats` are what its processes wrote last."""
 
     stage: str | None
     alive: bool
     text: str
     since: str
-    beats: list[dict[str, Any]]
+    heartbeats: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, this: Round) -> AtWork:
-        beats = [data for path in sorted(this.path.glob(".progress-*.json")) if (data := _read(path)) is not None]
+    def of(cls, this: Round) -> LockHolder:
+        heartbeats = [data for path in sorted(this.path.glob(".progress-*.json")) if (data := _read(path)) is not None]
         holder = _read(this.path / ".holder.json")
-        main = next((beat for beat in beats if beat.get("work")), beats[0] if beats else None)
+        main = next((beat for beat in heartbeats if beat.get("work")), heartbeats[0] if heartbeats else None)
         stage = main["stage"] if main else None
         if holder is None:
-            return cls(stage, False, "", "", beats)
+            return cls(stage, False, "", "", heartbeats)
         # A beat of an earlier holder, which was killed, says nothing of this one.
-        beats = [beat for beat in beats if beat["alive"] >= _timestamp(holder["since"]) - 1]
-        if beats:
-            stage = beats[0]["stage"]
+        heartbeats = [beat for beat in heartbeats if beat["alive"] >= _timestamp(holder["since"]) - 1]
+        if heartbeats:
+            stage = heartbeats[0]["stage"]
         elif stage is None:
             # It has the round, and waits for the processes beside it.
             begun = this.manifest.stages()
             stage = next((name for name, entry in begun.items() if entry.status == "running"), None)
-        count = f"{len(beats)} processes, " if len(beats) > 1 else ""
+        count = f"{len(heartbeats)} processes, " if len(heartbeats) > 1 else ""
         age = duration(max(time.time() - _timestamp(holder["since"]), 0))
         text = f"round {this.number} {stage or ''} is running ({count}process {holder['pid']} on {holder['host']}, for {age})"
-        return cls(stage, _is_alive(holder, beats), text.replace("  ", " "), f"since {holder['since']}", beats)
+        return cls(
+            stage, _is_alive(holder, heartbeats), text.replace("  ", " "), f"since {holder['since']}", heartbeats
+        )
 
 
-def _is_alive(holder: dict[str, Any], beats: list[dict[str, Any]]) -> bool:
+def _is_alive(holder: dict[str, Any], heartbeats: list[dict[str, Any]]) -> bool:
     """Whether the process is there; on another machine it is believed as long as it writes."""
     if holder["host"] != socket.gethostname():
-        return not beats or time.time() - max(beat["alive"] for beat in beats) < SILENT_S
+        return not heartbeats or time.time() - max(beat["alive"] for beat in heartbeats) < SILENT_S
     import psutil
 
     try:
@@ -72,7 +74,7 @@ def _is_alive(holder: dict[str, Any], beats: list[dict[str, Any]]) -> bool:
 
 
 @dataclass(frozen=True)
-class Course:
+class StageProgress:
     """How far all processes of a stage have come together with what they are doing now."""
 
     label: str = ""
@@ -84,10 +86,10 @@ class Course:
     steps: bool = False
 
     @classmethod
-    def of(cls, this: Round, beats: list[dict[str, Any]]) -> Course:
-        works = [beat["work"] for beat in beats if beat.get("work")]
+    def of(cls, this: Round, heartbeats: list[dict[str, Any]]) -> StageProgress:
+        works = [beat["work"] for beat in heartbeats if beat.get("work")]
         if not works:
-            return cls(memory=_memory(beats))
+            return cls(memory=_memory(heartbeats))
         first = works[0]
         together = works[:1] if first["scope"] == "same" else works
         own = sum(work["own"] for work in together)
@@ -100,7 +102,13 @@ class Course:
             done = num_lines(files)
         speed = sum(work["speed"] for work in together)
         return cls(
-            first["label"], min(done, total), total, speed, first["figures"], _memory(beats), first["scope"] == "same"
+            first["label"],
+            min(done, total),
+            total,
+            speed,
+            first["figures"],
+            _memory(heartbeats),
+            first["scope"] == "same",
         )
 
     def text(self, stage: str, *, running: bool) -> str:
@@ -114,22 +122,22 @@ class Course:
         return ", ".join(filter(None, [*texts, *figure_texts(self.figures), self.memory if running else ""]))
 
 
-def doubts(beats: list[dict[str, Any]]) -> list[str]:
+def stall_warnings(heartbeats: list[dict[str, Any]]) -> list[str]:
     """Whether a process has fallen silent, or all of them make no progress."""
     now = time.time()
     found = [
         f"process {number} has not been heard of for {duration(now - beat['alive'])}"
-        for number, beat in enumerate(beats)
+        for number, beat in enumerate(heartbeats)
         if now - beat["alive"] > SILENT_S
     ]
-    works = [beat["work"] for beat in beats if beat.get("work")]
+    works = [beat["work"] for beat in heartbeats if beat.get("work")]
     moved = [work["moved"] for work in works if work["moved"] is not None]
     if moved:
         idle, speed = now - max(moved), sum(work["speed"] for work in works)
         if idle > max(STALE_S, STALE_STEPS / max(speed, 1e-9)):
             found.append(f"no progress for {duration(idle)}, where {rate(speed)} was usual")
-    elif beats and now - min(beat["started"] for beat in beats) > FIRST_STEP_S:
-        found.append(f"nothing is finished after {duration(now - min(beat['started'] for beat in beats))}")
+    elif heartbeats and now - min(beat["started"] for beat in heartbeats) > FIRST_STEP_S:
+        found.append(f"nothing is finished after {duration(now - min(beat['started'] for beat in heartbeats))}")
     return found
 
 
@@ -146,12 +154,12 @@ def num_lines(paths: list[Path]) -> int:
     return count
 
 
-def _memory(beats: list[dict[str, Any]]) -> str:
+def _memory(heartbeats: list[dict[str, Any]]) -> str:
     """Of the process that takes most."""
-    if not beats:
+    if not heartbeats:
         return ""
-    most = max((beat["memory"] for beat in beats), key=lambda memory: memory["peak"])
-    each = " in the largest process" if len(beats) > 1 else ""
+    most = max((beat["memory"] for beat in heartbeats), key=lambda memory: memory["peak"])
+    each = " in the largest process" if len(heartbeats) > 1 else ""
     return f"memory {size(most['used'])} (peak {size(most['peak'])}){each}"
 
 

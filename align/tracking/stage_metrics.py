@@ -10,7 +10,7 @@ from align.run.folder import Round
 from reward.judgement import Judgement
 
 
-def stage_numbers(this: Round, stage: str) -> dict[str, float]:
+def stage_metrics(this: Round, stage: str) -> dict[str, float]:
     """Numbers by name, such as `sample/responses`, `score/reward_mean` or `evaluate/greedy_accuracy`.
 
     Counts by reason are added up; held-out numbers come with the ends of their 95 % interval.

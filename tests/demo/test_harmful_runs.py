@@ -34,7 +34,7 @@ def sampled(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     write_demo(folder, num_questions=QUESTIONS, num_eval=HELD_OUT, seed=0)
     config = config_of(folder, "common", "random")
-    RunDir(config.run_dir).remember_config(dump_config(config))
+    RunDir(config.run_dir).write_config_once(dump_config(config))
     run_stage(config, "evaluate", 0)
     run_stage(config, "sample", 1)
     return folder

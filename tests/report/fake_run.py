@@ -44,7 +44,7 @@ class FakeRun:
         self.images.mkdir(parents=True, exist_ok=True)
         self.config = self._config()
         run = RunDir(self.folder)
-        run.remember_config(dump_config(self.config))
+        run.write_config_once(dump_config(self.config))
         held_out = [self._question(f"held-{index}") for index in range(self.num_held_out)]
         for number, skill in enumerate(self.skill):
             this = run.round(number)

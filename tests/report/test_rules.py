@@ -17,7 +17,7 @@ from align.report.metrics import metric, percent, plain
 from align.report.read import RoundData, RunData, Stage
 from align.report.thumbnails import Pictures
 from align.report.verdict import judge
-from align.report.warnings import find_alarms
+from align.report.warnings import find_warnings
 from align.run.folder import Round
 from align.statistics import Interval, wilson
 from reward.judgement import Judgement, Verdict
@@ -38,7 +38,7 @@ def verdict(run: RunData, trust: dict[int, Trust] | None = None):
 
 
 def titles(run: RunData, trust: dict[int, Trust] | None = None) -> set[str]:
-    return {alarm.title for alarm in find_alarms(run, history(run), trust or {})}
+    return {alarm.title for alarm in find_warnings(run, history(run), trust or {})}
 
 
 def test_means_whose_intervals_lie_apart_are_better():
@@ -233,7 +233,9 @@ def test_a_win_rate_is_held_against_one_half_and_not_against_the_round_before_s(
     states = [(step.first_round, step.last_round, step.state) for step in history(run).steps["win_rate_parent"]]
     assert states == [(0, 1, "better"), (1, 2, "better"), (2, 3, "worse")]
     assert "win_rate_parent" not in history(run).overall
-    (alarm,) = [alarm for alarm in find_alarms(run, history(run), {}) if "wins against the round before" in alarm.title]
+    (alarm,) = [
+        alarm for alarm in find_warnings(run, history(run), {}) if "wins against the round before" in alarm.title
+    ]
     assert [number for number, _ in alarm.findings] == [3]
     assert alarm.serious
 
@@ -334,7 +336,7 @@ def test_the_plain_path_is_an_alarm_unless_it_was_asked_for():
 
 def test_alarms_of_several_rounds_stand_under_one_title():
     run = a_run(one_round(1), one_round(2))
-    found = find_alarms(run, history(run), {1: Trust({"consistency": 0.6}), 2: Trust({"consistency": 0.4})})
+    found = find_warnings(run, history(run), {1: Trust({"consistency": 0.6}), 2: Trust({"consistency": 0.4})})
     assert len(found) == 1
     assert [number for number, _ in found[0].findings] == [1, 2]
     assert found[0].serious
@@ -512,6 +514,6 @@ def test_a_run_with_rounds_to_come_is_better_only_so_far():
 def test_a_stage_that_refused_says_why():
     data = one_round(1)
     data.stages["pairs"] = Stage("pairs", "running", refused="no pair is left of 4 questions: tie (4)")
-    (alarm,) = find_alarms(a_run(data), history(a_run(data)), {})
+    (alarm,) = find_warnings(a_run(data), history(a_run(data)), {})
     assert (alarm.title, alarm.serious) == ("Refused", True)
     assert alarm.findings == [(1, "pairs: no pair is left of 4 questions: tie (4)")]

@@ -36,9 +36,10 @@ from live_tensors import peak_bytes
 from trl import DPOConfig, DPOTrainer
 from valley_size import SIZES, build_valley, peak_flops, prompt_of_one_image, work_of
 
-from align.dpo.collator import plain_batch, shared_batch
+from align.dpo.collator import pair_dataset, plain_batch, shared_batch
 from align.dpo.shared_forward import log_prob_head
-from align.dpo.trainer import PairTrainer, pair_dataset
+from align.dpo.tokenize import TokenizedPair
+from align.dpo.trainer import PairTrainer
 from align.records import Pair
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -153,7 +154,9 @@ def our_step(
     trainer = PairTrainer(
         model if in_place else copy.deepcopy(model),
         args=trainer_arguments(folder, device, **settings),
-        train_dataset=pair_dataset([batches.pair], [(float(reference[0]), float(reference[1]))]),
+        train_dataset=pair_dataset(
+            [TokenizedPair("pair", [], "", 1, [1], [2])], [(float(reference[0]), float(reference[1]))]
+        ),
         data_collator=GivenBatch(),
         processor=llava_onevision_processor(),
     )

@@ -24,9 +24,9 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from align.dpo.collator import PairCollator
-from align.dpo.tokenize import pair_lengths
-from align.dpo.trainer import PairTrainer, pair_dataset
+from align.dpo.collator import PairCollator, pair_dataset
+from align.dpo.tokenize import TokenizedPair, tokenize_pairs
+from align.dpo.trainer import PairTrainer
 from align.media.images import ImageStore
 from align.models.meta import with_adapter
 from align.models.modules import freeze_parts
@@ -139,7 +139,7 @@ def check(case: Case) -> tuple[Memory, int, str]:
         images = ImageStore(folder)
         if case.lora is None:
             freeze_parts(model, case.freeze)
-        lengths = pair_lengths(pairs, processor, images)
+        tokenized = tokenize_pairs(pairs, processor, images).pairs
         how = How(
             checkpointing=case.checkpointing,
             shared=case.shared,
@@ -151,9 +151,9 @@ def check(case: Case) -> tuple[Memory, int, str]:
         )
         batch = step_batch(processor, pairs[: case.rows], images, patch_size(model))
         planned = training_memory(model_shape(shaped(model, case.lora)), batch, how)
-        measured = measure(case, model, processor, pairs, images, folder)
-        first = lengths[0]
-        return planned, measured, f"{first.prompt} + {first.chosen} + {first.rejected}"
+        measured = measure(case, model, processor, tokenized, images, folder)
+        first = tokenized[0]
+        return planned, measured, f"{first.prompt_tokens} + {len(first.chosen_ids)} + {len(first.rejected_ids)}"
 
 
 def shaped(model: Any, lora: dict[str, Any] | None) -> Any:
@@ -189,7 +189,9 @@ def make_pairs(folder: Path, case: Case) -> list[Pair]:
     return pairs
 
 
-def measure(case: Case, model: Any, processor: Any, pairs: list[Pair], images: ImageStore, folder: Path) -> int:
+def measure(
+    case: Case, model: Any, processor: Any, pairs: list[TokenizedPair], images: ImageStore, folder: Path
+) -> int:
     args = make_args(
         folder / "out",
         per_device_train_batch_size=case.rows,

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from align.dpo.collator import PairCollator
+from align.dpo.collator import PairCollator, pair_dataset
 from align.dpo.reference import ReferenceKey, reference_log_probs
-from align.dpo.trainer import PairTrainer, pair_dataset
+from align.dpo.tokenize import tokenize_pairs
+from align.dpo.trainer import PairTrainer
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.local import LocalEngine
 from align.media.images import ImageStore
@@ -128,7 +129,8 @@ class Bench:
         self.questions = [self._question(index) for index in range(timed.questions)]
         self.engine = LocalEngine(self.model, self.processor, open_image=self.images.open)
         self.engine.eos_token_ids = []
-        self.pairs = [self._pair(question, index) for index, question in enumerate(self.questions)]
+        given = [self._pair(question, index) for index, question in enumerate(self.questions)]
+        self.pairs = tokenize_pairs(given, self.processor, self.images).pairs
 
     def _question(self, index: int) -> Question:
         name = f"{index}.png"

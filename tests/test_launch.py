@@ -17,7 +17,7 @@ from align.dpo.sharding.strategies import (
     decoder_layer_names,
     process_group_backend,
     strategy_fields,
-    whole_models,
+    unsharded_models,
 )
 from align.errors import UserError
 from tests import tiny_models, tiny_vlms
@@ -145,7 +145,7 @@ def test_accelerates_own_configuration_goes_first_and_models_before_training_are
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert chosen_strategy(config_with(num_processes=2, strategy="zero2"), CPU) == FROM_ACCELERATE
-    with whole_models():
+    with unsharded_models():
         assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
     assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"
 

@@ -10,7 +10,6 @@ from peft import LoraConfig
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from align.config import Config, load_config
-from align.dpo.tokenize import pair_lengths
 from align.engines.open import open_engine
 from align.errors import UserError
 from align.media.images import ImageStore
@@ -26,7 +25,7 @@ from align.records import read_questions
 from reward.critics import Item, make_critic
 from scripts.check_plan import CASES, EXPERTS, SMALL, Case, check
 from tests import tiny_models, tiny_vlms
-from tests.dpo.conftest import make_pairs
+from tests.dpo.conftest import make_pairs, tokenized
 from tests.stage_runs import make_project
 
 
@@ -102,7 +101,7 @@ def test_a_prompt_is_counted_as_training_counts_it(tmp_path):
     pairs = make_pairs(tmp_path, 4, num_images=(1, 2))
     meter = PromptMeter(processor, images)
     counted = [meter.size(pair.id, pair.prompt, pair.images).tokens for pair in pairs]
-    assert counted == [length.prompt for length in pair_lengths(pairs, processor, images)]
+    assert counted == [pair.prompt_tokens for pair in tokenized(pairs, processor, images)]
 
 
 # One operation takes a second, and so does one byte.

@@ -14,7 +14,7 @@ import yaml
 from align.cli import app
 from align.config import CONFIG_NAME, load_config
 from align.demo.data import demo_settings
-from align.dpo.settings import training_arguments
+from align.dpo.settings import training_arguments, training_fields
 from align.dpo.train import run_dpo
 from align.engines.judge import plan_critic
 from align.errors import UserError
@@ -88,7 +88,7 @@ def on_a_cpu(project):
 def test_a_recipe_resolves_and_its_settings_are_valid(recipe, project):
     config = load_config(recipe, ["dpo.bf16=false"])
     assert config.rounds >= 1
-    training_arguments(config, recipe.parent / "trainer", torch.device("cpu"), torch.float32)
+    training_arguments(training_fields(config, recipe.parent / "trainer", torch.device("cpu"), torch.float32))
     if config.pairs_file is None:
         plan_critic(config)
 
@@ -123,7 +123,7 @@ def test_a_recipe_trains_three_steps(recipe, project):
 def test_valley2_dpo_has_the_hyper_parameters_of_the_published_record(tmp_path):
     (tmp_path / CONFIG_NAME).write_text(recipe_text("valley2-dpo"))
     config = load_config(tmp_path / CONFIG_NAME, ["dpo.bf16=false"])
-    args = training_arguments(config, tmp_path, torch.device("cpu"), torch.float32)
+    args = training_arguments(training_fields(config, tmp_path, torch.device("cpu"), torch.float32))
     # specs: 8 x 1 x 2 = 16 pairs a step, so 100,000 pairs are 6250 steps, of which 63 are warm-up.
     assert config.launch.num_processes * args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
     assert args.get_warmup_steps(6250) == 63

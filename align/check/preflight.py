@@ -191,7 +191,7 @@ def _open_without_weights(checkpoint: str, config: Config) -> None:
 
 def _check_limit(processor: Any, config: Config) -> None:
     """The questions with the longest texts must leave room for a response; all are counted by `align plan`."""
-    from align.dpo.train import position_limit
+    from align.models.limits import position_limit
     from align.models.load import read_config
     from align.plan.prompt_sizes import PromptMeter
 
@@ -278,17 +278,19 @@ def _check_answers(config: Config) -> None:
 def _dpo(config: Config, found: Preflight) -> None:
     import torch
 
+    from align.dpo.check import check_trained
     from align.dpo.qlora import quantization
-    from align.dpo.settings import training_arguments
-    from align.dpo.sharding.strategies import whole_models
-    from align.dpo.train import check_trained, lora_config, training_dtype
+    from align.dpo.settings import training_arguments, training_fields
+    from align.dpo.sharding.strategies import unsharded_models
+    from align.dpo.train import training_dtype
     from align.models.device import pick_device
+    from align.models.lora import lora_config
 
     device = torch.device("cpu")
     with contextlib.suppress(UserError):
         device = pick_device(config.model.device)
-    with _noting(found, "dpo"), tempfile.TemporaryDirectory() as folder, whole_models():
-        training_arguments(config, Path(folder), device, training_dtype(config.model.dtype))
+    with _noting(found, "dpo"), tempfile.TemporaryDirectory() as folder, unsharded_models():
+        training_arguments(training_fields(config, Path(folder), device, training_dtype(config.model.dtype)))
     with _noting(found, "dpo"):
         quantization(config.dpo.lora, device, config.launch.strategy)
     with _noting(found, "dpo"):

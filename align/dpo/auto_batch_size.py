@@ -1,15 +1,14 @@
 """Training that ran out of memory is tried again with half as many pairs at a time and twice as many times a step.
 
-The pairs of a step and their number stay the same, and the course of the losses with them. What was found is kept in
-the round's trainer folder (``batch.json``), so that a run which goes on does not try again what cannot work.
+The pairs of a step and their number stay the same, and the training curve with them. What was found is kept in
+the round's trainer folder (``batch.json``), so that a run which resumes does not try again what cannot work.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-
-from trl import DPOConfig
+from typing import Any
 
 from align.config import Config, DpoSettings
 from align.errors import UserError
@@ -30,21 +29,21 @@ def with_batch_that_fits(config: Config, trainer_folder: Path) -> Config:
     return smaller
 
 
-def remember_smaller_batch(trainer_folder: Path, args: DPOConfig) -> None:
-    """Note half of the batch that did not fit; with an odd one the parts of a step are one pair each.
+def remember_smaller_batch(trainer_folder: Path, fields: dict[str, Any]) -> None:
+    """Note half of the batch that did not fit; with an odd one a micro-batch is a single pair.
 
     Raises:
         UserError: it was a single pair already.
     """
-    before = args.per_device_train_batch_size
+    before, accumulated = (int(fields[name]) for name in FIELDS)
     if before == 1:
         raise UserError(
             "out of memory with a single pair at a time",
-            fix="set dpo.gradient_checkpointing=true, spread the model (--strategy zero3), train an adapter (dpo.lora), "
+            fix="set dpo.gradient_checkpointing=true, shard the model (--strategy zero3), train an adapter (dpo.lora), "
             "freeze parts (dpo.freeze), or let images have fewer tokens (model.processor)",
         )
     now = before // 2 if before % 2 == 0 else 1
-    steps = args.gradient_accumulation_steps * (before // now)
+    steps = accumulated * (before // now)
     make_folder(trainer_folder)
     write_text(_path(trainer_folder), json.dumps(dict(zip(FIELDS, (now, steps), strict=True))))
     log.warning("out of memory with %d pairs at a time: going on with %d, and %d times a step", before, now, steps)

@@ -1,4 +1,4 @@
-"""What happens between steps: numbers go to a file, progress to the terminal, and a request to stop is obeyed."""
+"""What happens between steps: metrics go to a file, progress to the terminal, and a request to stop is obeyed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from align.tracking.trackers import Trackers
 
 
 class MetricsFile(TrainerCallback):
-    """Appends what is logged to a JSONL file, a line a step; a resumed run takes back what it will do again."""
+    """Appends what is logged to a JSONL file, a line per step; a resumed run takes back what it will do again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,14 +54,14 @@ class StepTracker(TrainerCallback):
         **_: Any,
     ) -> None:
         if state.is_world_process_zero:
-            numbers = {f"train/{name}": float(x) for name, x in (logs or {}).items() if isinstance(x, int | float)}
-            self.trackers.log(numbers, state.global_step)
+            metrics = {f"train/{name}": float(x) for name, x in (logs or {}).items() if isinstance(x, int | float)}
+            self.trackers.log(metrics, state.global_step)
 
 
 class StepProgress(TrainerCallback):
-    """A progress bar over optimiser steps, with the numbers of the last one that was logged."""
+    """A progress bar over optimiser steps, with the metrics of the last one that was logged."""
 
-    FIGURES: ClassVar = {"loss": "loss", "rewards/margins": "margin"}
+    SHOWN: ClassVar = {"loss": "loss", "rewards/margins": "margin"}
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -86,7 +86,7 @@ class StepProgress(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if self._advance is not None:
-            self._advance(0, **{ours: float(logs[trls]) for trls, ours in self.FIGURES.items() if trls in logs})
+            self._advance(0, **{ours: float(logs[trls]) for trls, ours in self.SHOWN.items() if trls in logs})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._stack.close()

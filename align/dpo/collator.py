@@ -1,8 +1,8 @@
-"""Preference pairs in, the tensors of one training batch out.
+"""Rows of the training dataset in, the tensors of one batch out.
 
-A row of the data set is ``{"pair": one line of pairs.jsonl, "index": its number}``, with ``ref_chosen_logps`` and
-``ref_rejected_logps`` beside it where the reference is cached. Images are opened here, in the loader's workers, so the
-data set stays small.
+A row is a tokenised pair (`align.dpo.tokenize`) with its number, and with ``ref_chosen_logps`` and
+``ref_rejected_logps`` beside it where the reference is cached. Nothing is rendered or tokenised here but the prompts
+with their pixels: images are opened in the loader's workers, so the dataset stays small.
 
 Two layouts are made. `plain` is TRL's: chosen and rejected are separate rows that each repeat prompt and images.
 `shared` puts ``[prompt | chosen | rejected]`` into one row, with the images of a pair once.
@@ -15,32 +15,49 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.dpo.sharding.dummy_batches import set_blank_row_apart
-from align.dpo.tokenize import encode_prompts, encode_responses, render_pair
+from align.dpo.sharding.dummy_batches import split_dummy_row
+from align.dpo.tokenize import TokenizedPair, encode_prompts
 from align.errors import UserError
 from align.media.images import ImageStore
 from align.prefix.layout import Layout, Segment
-from align.records import Pair
 
 # Large enough for the smallest size that processors accept.
 BLANK_PX = 56
 LAYOUT_PREFIX = "prefix_"
 PER_TOKEN_KEYS = ("token_type_ids", "mm_token_type_ids")
+PAIR_COLUMNS = tuple(field.name for field in fields(TokenizedPair))
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 LayoutName = Literal["plain", "shared"]
 
 
-@dataclass
+def pair_dataset(pairs: Sequence[TokenizedPair], reference: Sequence[tuple[float, float]] | None = None) -> Dataset:
+    """The pairs as TRL's training dataset, with the log-probabilities of the reference where they are known.
+
+    `reference` has one (chosen, rejected) per pair: natural-log probabilities summed over the response's tokens. The
+    column `length` (tokens) lets `train_sampling_strategy: group_by_length` work. No column is called `image` or
+    `images`: TRL has a way of its own with those.
+    """
+    columns: dict[str, Any] = {name: [getattr(pair, name) for pair in pairs] for name in PAIR_COLUMNS}
+    columns |= {"index": list(range(len(pairs))), "length": [pair.longest for pair in pairs]}
+    if reference is not None:
+        for position, name in enumerate(REFERENCE_COLUMNS):
+            columns[name] = [values[position] for values in reference]
+    return Dataset.from_dict(columns)
+
+
+@dataclass(frozen=True)
 class PairCollator:
-    """Rows of the data set to one batch.
+    """Rows of the dataset to one batch.
 
     `max_length` is the limit that was checked before training; a longer row here means that the check was wrong.
-    `always_images` adds, to a batch without any image, a row that has a blank image and no response: where weights are
-    spread over processes, all of them must run the vision tower or wait for each other forever. In the plain layout
-    the model needs `align.dpo.sharding.dummy_batches.add_blank_rows` for it.
+    `always_images` adds, to a batch without any image, a dummy row that has a blank image and no response: where
+    weights are sharded over processes, all of them must run the vision tower or wait for each other forever. In the
+    plain layout the model needs `align.dpo.sharding.dummy_batches.add_dummy_rows` for it.
     """
 
     processor: Any
@@ -50,52 +67,49 @@ class PairCollator:
     always_images: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self.collate([Pair.model_validate_json(row["pair"]) for row in rows])
+        """The batch of `collate`, with `pair_index` (n,) int64 and the reference (n,) float32 where there is one."""
+        batch = self.collate([TokenizedPair(**{name: row[name] for name in PAIR_COLUMNS}) for row in rows])
         batch["pair_index"] = torch.tensor([row["index"] for row in rows])
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        for name in REFERENCE_COLUMNS:
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         return batch
 
-    def collate(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    def collate(self, pairs: Sequence[TokenizedPair]) -> dict[str, Tensor]:
         """The model's inputs and the masks of n pairs, see `plain_batch` and `shared_batch`."""
-        rendered = [render_pair(pair, self.processor) for pair in pairs]
-        tokens = [
-            encode_responses(text, self.processor, f"pair {pair.id}")
-            for text, pair in zip(rendered, pairs, strict=True)
-        ]
-        responses = [[pair.chosen for pair in tokens], [pair.rejected for pair in tokens]]
-        return self.batch([text.prompt for text in rendered], [pair.images for pair in pairs], responses)
+        responses = [[pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]]
+        return self.batch([pair.prompt for pair in pairs], [pair.image_files for pair in pairs], responses)
 
     def batch(
-        self, prompts: list[str], image_names: Sequence[Sequence[str]], responses: Sequence[Sequence[Sequence[int]]]
+        self, prompts: list[str], image_files: Sequence[Sequence[str]], responses: Sequence[Sequence[Sequence[int]]]
     ) -> dict[str, Tensor]:
         """A batch of n prompts with K responses each; `responses[k][b]` are token ids, empty where there is none."""
-        pictures = [[self.images.open(name) for name in names] for names in image_names]
-        blank = self.always_images and not any(pictures)
-        blank_prompt, blank_picture = ([self._blank_prompt()], [[_blank_picture()]]) if blank else ([], [])
+        pictures = [[self.images.open(name) for name in names] for names in image_files]
+        dummy = self.always_images and not any(pictures)
+        dummy_prompt, dummy_picture = ([self._dummy_prompt()], [[_blank_picture()]]) if dummy else ([], [])
         if self.layout == "shared":
-            inputs = encode_prompts(self.processor, prompts + blank_prompt, pictures + blank_picture)
+            inputs = encode_prompts(self.processor, prompts + dummy_prompt, pictures + dummy_picture)
             batch = shared_batch(inputs, responses, self.pad_token_id)
         else:
             repeats = len(responses)
             inputs = encode_prompts(
-                self.processor, prompts * repeats + blank_prompt, pictures * repeats + blank_picture
+                self.processor, prompts * repeats + dummy_prompt, pictures * repeats + dummy_picture
             )
-            if blank:
+            if dummy:
                 responses = [*responses, [[]]]
             batch = plain_batch(inputs, responses, self.pad_token_id)
-            if blank:
-                batch = set_blank_row_apart(batch)
+            if dummy:
+                batch = split_dummy_row(batch)
         self._check_length(batch)
         return batch
 
     @property
     def pad_token_id(self) -> int:
+        """The id that fills rows; masks say where it stands."""
         tokenizer = self.processor.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def _blank_prompt(self) -> str:
+    def _dummy_prompt(self) -> str:
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}]
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -116,7 +130,7 @@ def plain_batch(
 ) -> dict[str, Tensor]:
     """TRL's layout: the n prompts with their first responses, then with their second ones: (2n, L) int64.
 
-    `prompt_inputs` holds the prompts once a response (2n rows, padded on the right) with whatever else the processor
+    `prompt_inputs` holds the prompts once per response (2n rows, padded on the right) with whatever else the processor
     made; all of it is passed on. `completion_mask` is 1 on the tokens of a response.
 
     >>> prompts = {"input_ids": torch.tensor([[1, 2], [1, 2]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
@@ -153,8 +167,8 @@ def shared_batch(
 
     What TRL reads: `input_ids` (K n, 1 + C), the last token of the prompt and then the response, all first responses
     before all second ones; `completion_mask` of the same shape; `attention_mask` (n, P + S), of the tokens that are
-    really computed, since TRL counts with it. What the model reads instead (`align.dpo.shared_forward`): `prompt_ids` (n, P),
-    whatever else the processor made of prompts and images, and the fields of the `Layout` under ``prefix_``. Prompts
+    really computed, since TRL counts with it. What the model reads instead (`align.dpo.shared_forward`): `prompt_ids`
+    (n, P), whatever else the processor made of prompts and images, and the fields of the `Layout` under ``prefix_``. Prompts
     beyond those that have responses are run and give nothing.
 
     >>> prompts = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
@@ -187,7 +201,7 @@ def layout_of(batch: dict[str, Any]) -> Layout:
 
 def prompt_inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
     """What the processor made of the prompts, from a batch of `shared_batch`."""
-    ours = {"attention_mask", "completion_mask", "prompt_ids", "pair_index", "ref_chosen_logps", "ref_rejected_logps"}
+    ours = {"attention_mask", "completion_mask", "prompt_ids", "pair_index", *REFERENCE_COLUMNS}
     inputs = {name: value for name, value in batch.items() if name not in ours and not name.startswith(LAYOUT_PREFIX)}
     return inputs | {
         "input_ids": batch["prompt_ids"],

@@ -13,34 +13,21 @@ from typing import Any
 import torch
 
 from align.errors import UserError
+from align.models.lora import QUANTIZE_KEY, is_quantised
 
-KEY = "quantize"
 KINDS = ("nf4", "fp4")
-
-
-def is_quantised(lora: dict[str, Any] | None) -> bool:
-    return bool(lora and lora.get(KEY))
-
-
-def peft_fields(lora: dict[str, Any]) -> dict[str, Any]:
-    """The fields of peft's LoraConfig among those of `dpo.lora`.
-
-    >>> peft_fields({"r": 16, "quantize": "nf4"})
-    {'r': 16}
-    """
-    return {name: value for name, value in lora.items() if name != KEY}
 
 
 def quantization(lora: dict[str, Any] | None, device: torch.device, strategy: str) -> Any:
     """transformers' configuration of the four bits, or None where none are asked for.
 
     Raises:
-        UserError: the kind is unknown, there is no GPU or no bitsandbytes, or the strategy spreads weights.
+        UserError: the kind is unknown, there is no GPU or no bitsandbytes, or the strategy shards weights.
     """
     if not is_quantised(lora):
         return None
     assert lora is not None
-    kind = lora[KEY]
+    kind = lora[QUANTIZE_KEY]
     if kind not in KINDS:
         raise UserError(f"dpo.lora.quantize is {kind!r}", fix=f"use one of {', '.join(KINDS)}, or leave it out")
     if device.type != "cuda":
@@ -51,7 +38,7 @@ def quantization(lora: dict[str, Any] | None, device: torch.device, strategy: st
         raise UserError("dpo.lora.quantize needs bitsandbytes, which is not installed", fix="pip install bitsandbytes")
     if strategy != "ddp":
         raise UserError(
-            f"dpo.lora.quantize does not go with launch.strategy {strategy}, which spreads the weights",
+            f"dpo.lora.quantize does not go with launch.strategy {strategy}, which shards the weights",
             fix="use ddp: a quantised model is small enough for every GPU",
         )
     from transformers import BitsAndBytesConfig

@@ -1,7 +1,7 @@
 """The `dpo:` section in, TRL's `DPOConfig` out: every field of it can be set, unknown and dangerous ones are refused.
 
 What the recipe of LLaVA-Critic says, and not TRL's own defaults, holds where nothing is set: one epoch, learning rate
-5e-7, cosine with a tenth of warm-up, no weight decay, eight pairs a step.
+5e-7, cosine with a tenth of warm-up, no weight decay, eight pairs per step.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
-LEAST = {
+MINIMA = {
     "learning_rate": 0,
     "beta": 0,
     "per_device_train_batch_size": 1,
@@ -83,23 +83,14 @@ def check_fields(settings: DpoSettings) -> None:
         raise UserError("the dpo section has faults:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
-def training_arguments(
-    config: Config,
-    output_dir: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    strategy_fields: dict[str, Any] | None = None,
-) -> DPOConfig:
-    """The arguments of a round's training on `device` with weights of `dtype`, spread as `align.dpo.sharding.strategies` says.
-
-    With a configuration of DeepSpeed's third stage, every model that transformers loads from now on is spread too, as
-    long as the result is alive.
+def training_fields(config: Config, output_dir: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What a round's training on `device` with weights of `dtype` sets of TRL's DPOConfig, by name.
 
     On a GPU that has bfloat16, float32 weights are trained with bfloat16 arithmetic (autocast). Log-probabilities and
     losses are float32 everywhere.
 
     Raises:
-        UserError: a field is unknown, not to be set, or has a value that TRL or transformers refuse.
+        UserError: a field is unknown or not to be set.
     """
     check_fields(config.dpo)
     others = trackers_of_transformers(config)
@@ -112,8 +103,7 @@ def training_arguments(
         "dataloader_num_workers": 4 if on_gpu else 0,
         "seed": config.seed,
     }
-    fields |= (strategy_fields or {}) | config.dpo.trainer_fields()
-    fields |= {
+    fields |= config.dpo.trainer_fields() | {
         "output_dir": str(output_dir),
         "remove_unused_columns": False,
         "max_length": None,
@@ -122,8 +112,20 @@ def training_arguments(
         "report_to": others or "none",
     }
     fields.setdefault("run_name", f"{config.name} {output_dir.parent.name}")
+    return _by_their_new_names(fields)
+
+
+def training_arguments(fields: dict[str, Any]) -> DPOConfig:
+    """TRL's arguments from `training_fields` and, for a launch, `align.dpo.sharding.strategies.strategy_fields`.
+
+    With a configuration of DeepSpeed's third stage, every model that transformers loads from now on is sharded too, as
+    long as the result is alive.
+
+    Raises:
+        UserError: a field has a value that TRL or transformers refuse, or that fails when training begins.
+    """
     try:
-        arguments = DPOConfig(**_by_their_new_names(fields))
+        arguments = DPOConfig(**fields)
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"TRL refuses the dpo section: {error}") from None
     check_values(arguments)
@@ -133,7 +135,7 @@ def training_arguments(
 def check_values(arguments: DPOConfig) -> None:
     """Raise UserError for values that TRL takes, and that fail, or turn the training around, when it begins."""
     problems = []
-    for name, least in LEAST.items():
+    for name, least in MINIMA.items():
         value = getattr(arguments, name)
         if not isinstance(value, int | float) or not value >= least:
             problems.append(f"dpo.{name}: expected a number of at least {least}, found {value!r}")

@@ -1,9 +1,30 @@
-"""A model in; the same model out, whose forward understands batches of the shared layout.
+"""What happens to TRL's forward: fused head, then shared rows, then the shape of the labels.
 
-TRL replaces `model.forward` by one that gives per-token statistics of the labels (`add_fused_lm_head`) and uses
-nothing but these, in the shape of the labels. This file puts one more layer over it: a batch that carries a `Layout`
-is run as rows ``[prompt | response 1 | ... | response K]``, each question once, and answers in TRL's shape. Everything
-passes through `model.forward`, so DDP, ZeRO, FSDP, gradient checkpointing and PEFT see nothing unusual.
+TRL's `_compute_loss` calls ``model(**batch, labels=labels, fused_lm_head=True)`` and uses nothing of the answer but
+statistics of the labels, in their shape. Three layers make that call, the outermost first::
+
+    model(prompt_ids, prefix_*, labels)            TRL calls, with labels (2n, 1 + C)
+      add_shared_rows      (this file)             a batch with a `Layout` goes to the right, any other one down
+      |                      \\-> forward_segments   rows [prompt | chosen | rejected], backbone once: (n, S) per token
+      |                            in_shape_of_labels              chosen rows, then rejected rows: (2n, C)
+      add_fused_lm_head    (TRL)                   backbone and head in chunks, rows [prompt + response]: (2n, L - 1)
+      model.forward        (transformers)
+
+Everything passes through `model.forward`, so DDP, ZeRO, FSDP, gradient checkpointing and PEFT see nothing unusual.
+
+A prompt ``[1, 2]`` with the responses ``[3, 4]`` and ``[5]``, from the collator's batch to what TRL gets:
+
+>>> from align.dpo.collator import shared_batch
+>>> prompts = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+>>> batch = shared_batch(prompts, [[[3, 4]], [[5]]], pad_token_id=0)
+>>> batch["prompt_ids"].tolist(), batch["prefix_input_ids"].tolist()  # what the model reads: one row, S = 3
+([[1, 2]], [[3, 4, 5]])
+>>> labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)  # as TRL makes them
+>>> labels.tolist()
+[[-100, 3, 4], [-100, 5, -100]]
+>>> stats = TokenStats(log_probs=torch.tensor([[-0.5, -1.0, -2.0]]))  # log p(3 | 1 2), p(4 | 1 2 3), p(5 | 1 2)
+>>> in_shape_of_labels(stats, layout_of(batch), labels[:, 1:]).log_probs.tolist()  # what TRL sums per row
+[[-0.5, -1.0], [-2.0, 0.0]]
 """
 
 from __future__ import annotations
@@ -19,7 +40,7 @@ from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from align.dpo.collator import LAYOUT_PREFIX, layout_of, prompt_inputs_of
-from align.dpo.sharding.dummy_batches import add_blank_rows
+from align.dpo.sharding.dummy_batches import add_dummy_rows
 from align.prefix.attention import use_shared_prefix
 from align.prefix.layout import Layout
 from align.prefix.log_probs import TokenStats, forward_segments
@@ -95,7 +116,7 @@ def log_prob_head(model: Any, *, shared: bool) -> Iterator[None]:
     if shared:
         add_shared_rows(model)
     else:
-        add_blank_rows(model)
+        add_dummy_rows(model)
     try:
         yield
     finally:

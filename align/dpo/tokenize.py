@@ -1,23 +1,30 @@
-"""Preference pairs in, their texts, token ids and lengths out.
+"""Preference pairs in, tokenised pairs out: each is rendered and tokenised here, once, and everything else reads that.
 
 Texts are what the processor's own chat template writes. Nothing is ever truncated: `check_lengths` finds every pair
-that does not fit before training starts, by counting tokens without running the image part on real pixels.
+that does not fit before training starts, by counting tokens without running the image part on real pixels. A pair that
+cannot be rendered or tokenised is left out and counted by reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from align.engines.prompts import right_padded
 from align.errors import UserError
+from align.log import log
 from align.media.images import FRAME_FILE_KEY, ImageStore
+from align.monitoring.progress import progress
 from align.records import Pair
 
 PLACEHOLDER_ATTRIBUTES = ("image_token_id", "video_token_id", "audio_token_id")
 SHOWN_PAIRS = 20
+CANNOT_RENDER = "the chat template cannot write it"
+CANNOT_ENCODE = "the processor cannot encode its prompt"
+SPELLS_TOKENS = "a response spells special tokens and cannot be tokenised as text"
 
 
 class RenderedPair(NamedTuple):
@@ -28,50 +35,133 @@ class RenderedPair(NamedTuple):
     rejected: str
 
 
-class PairTokens(NamedTuple):
-    """The token ids of both responses of a pair, end of turn included."""
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A pair as training, reference and length checks read it; the columns of the training dataset.
 
-    chosen: list[int]
-    rejected: list[int]
-
-
-class PairLength(NamedTuple):
-    """Tokens of a pair: of the prompt with its images, and of each response."""
+    `prompt` is the rendered text with one placeholder per image, which the processor encodes with the pixels;
+    `prompt_tokens` counts it with its images' tokens. `chosen_ids` and `rejected_ids` end with the end of the turn.
+    """
 
     id: str
-    prompt: int
-    chosen: int
-    rejected: int
+    image_files: list[str]
+    prompt: str
+    prompt_tokens: int
+    chosen_ids: list[int]
+    rejected_ids: list[int]
 
     @property
     def longest(self) -> int:
-        return self.prompt + max(self.chosen, self.rejected)
+        """Tokens of the prompt with the longer response."""
+        return self.prompt_tokens + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+@dataclass
+class TokenizedPairs:
+    """The pairs that can be trained on, and the ids of the others by the reason why they are left out."""
+
+    pairs: list[TokenizedPair] = field(default_factory=list)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, id_: str) -> None:
+        """Count a pair as left out."""
+        self.dropped.setdefault(reason, []).append(id_)
+
+
+class UnusablePair(UserError):
+    """One pair cannot be rendered or tokenised; `reason` is what it is counted under."""
+
+    def __init__(self, reason: str, message: str, *, where: str, fix: str) -> None:
+        super().__init__(message, where=where, fix=fix)
+        self.reason = reason
+
+
+def tokenize_pairs(pairs: Iterable[Pair], processor: Any, images: ImageStore) -> TokenizedPairs:
+    """Every pair rendered and tokenised, in order; those that cannot be are left out with their reason.
+
+    Raises:
+        UserError: no pair is left.
+    """
+    pairs = list(pairs)
+    counter = PromptCounter(processor)
+    found = TokenizedPairs()
+    problem: UnusablePair | None = None
+    with progress("tokenise pairs", total=len(pairs)) as advance:
+        for pair in pairs:
+            advance(1)
+            try:
+                found.pairs.append(tokenize_pair(pair, processor, images, counter))
+            except UnusablePair as error:
+                problem = problem or error
+                found.drop(error.reason, pair.id)
+                if len(found.dropped[error.reason]) == 1:
+                    log.warning("%s", error)
+    for reason, ids in found.dropped.items():
+        log.warning("%d of %d pairs are dropped: %s", len(ids), len(pairs), reason)
+    if problem is not None and not found.pairs:
+        raise UserError(f"no pair can be trained on; the first: {problem}") from None
+    return found
+
+
+def tokenize_pair(pair: Pair, processor: Any, images: ImageStore, counter: PromptCounter) -> TokenizedPair:
+    """One pair rendered and tokenised.
+
+    Raises:
+        UnusablePair: see `render_pair` and `encode_responses`; or the processor refuses the prompt with its images.
+        UserError: an image cannot be used.
+    """
+    rendered = render_pair(pair, processor)
+    chosen_ids, rejected_ids = encode_responses(pair, rendered, processor)
+    sizes = [images.size(reference) for reference in pair.images]
+    are_frames = [images.is_frame(reference) for reference in pair.images]
+    try:
+        prompt_tokens = counter.count(rendered.prompt, sizes, are_frames=are_frames)
+    except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, StopIteration) as error:
+        raise UnusablePair(
+            CANNOT_ENCODE,
+            f"the processor cannot encode the prompt with its {len(sizes)} images: {error}",
+            where=f"pair {pair.id}",
+            fix="change the prompt or its images to keep the pair",
+        ) from None
+    return TokenizedPair(pair.id, pair.images, rendered.prompt, prompt_tokens, chosen_ids, rejected_ids)
 
 
 def render_pair(pair: Pair, processor: Any) -> RenderedPair:
     """The pair as the chat template writes it; a response is what follows the prompt when the reply is added.
 
     Raises:
-        UserError: the template does not write the prompt the same way before a reply: the response would then follow
-            a prompt that the model never sees when it answers.
+        UnusablePair: the template refuses the messages, or does not write the prompt the same way before a reply: the
+            response would then follow a prompt that the model never sees when it answers.
     """
+    where = f"pair {pair.id}"
     messages = structured(pair.prompt)
     continues = messages[-1]["role"] == "assistant"
-    prompt = processor.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
-    )
-    responses = []
-    for name, reply in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        whole = processor.apply_chat_template(messages + structured(reply), tokenize=False)
-        if not whole.startswith(prompt):
-            raise UserError(
+    try:
+        prompt = processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
+        )
+        with_reply = [
+            processor.apply_chat_template(messages + structured(reply), tokenize=False)
+            for reply in (pair.chosen, pair.rejected)
+        ]
+    except Exception as error:
+        # Templates are programs, and raise what they like for messages that they do not take.
+        raise UnusablePair(
+            CANNOT_RENDER,
+            f"the chat template refuses the messages: {error}",
+            where=where,
+            fix="change the messages, or use a template that takes them",
+        ) from None
+    for name, text in zip(("chosen", "rejected"), with_reply, strict=True):
+        if not text.startswith(prompt):
+            raise UnusablePair(
+                CANNOT_RENDER,
                 f"the chat template writes the prompt differently once the {name} response follows: "
-                f"expected it to begin with ...{prompt[-40:]!r}, found ...{_divergence(prompt, whole)!r}",
-                where=f"pair {pair.id}",
+                f"expected it to begin with ...{prompt[-40:]!r}, found ...{_divergence(prompt, text)!r}",
+                where=where,
                 fix="use a chat template that renders the prompt the same way with and without a reply",
             )
-        responses.append(whole[len(prompt) :])
-    return RenderedPair(prompt, *responses)
+    return RenderedPair(prompt, *(text[len(prompt) :] for text in with_reply))
 
 
 def structured(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -88,36 +178,55 @@ def structured(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def encode_responses(rendered: RenderedPair, processor: Any, where: str) -> PairTokens:
-    """The token ids of both responses.
+def encode_responses(pair: Pair, rendered: RenderedPair, processor: Any) -> tuple[list[int], list[int]]:
+    """The token ids of the chosen and of the rejected response, end of turn included.
+
+    Text is tokenised as text: a response that spells `<|im_end|>` or `<image>` neither ends its turn in the middle nor
+    asks for an image.
 
     Raises:
-        UserError: a response holds the placeholder of an image, for which there is no image.
+        UnusablePair: a response spells such a token, and either the template does not write its text as it is, or the
+            tokenizer has no other tokens for it.
     """
-    placeholders = {getattr(processor, name, None) for name in PLACEHOLDER_ATTRIBUTES} - {None}
-    encoded = []
-    for name, text in (("chosen", rendered.chosen), ("rejected", rendered.rejected)):
-        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if placeholders.intersection(ids):
-            raise UserError(f"the {name} response contains an image placeholder", where=where, fix="remove this pair")
-        encoded.append(ids)
-    return PairTokens(*encoded)
+    special = special_tokens(processor)
+    return (
+        _encode(rendered.chosen, pair.chosen, special, processor.tokenizer, f"pair {pair.id}"),
+        _encode(rendered.rejected, pair.rejected, special, processor.tokenizer, f"pair {pair.id}"),
+    )
 
 
-def spelling_placeholders(pairs: Iterable[Pair], processor: Any) -> set[str]:
-    """The ids of pairs in which a response spells the placeholder of an image, as a policy now and then does.
-
-    Read again, the response would ask for an image that there is not.
-    """
-    ids = {getattr(processor, name, None) for name in PLACEHOLDER_ATTRIBUTES} - {None}
+def special_tokens(processor: Any) -> dict[str, int]:
+    """The texts that the tokenizer reads as special tokens or as placeholders of images, with their ids."""
+    tokenizer = processor.tokenizer
+    ids: set[int] = {getattr(processor, name) for name in PLACEHOLDER_ATTRIBUTES if getattr(processor, name, None)}
+    ids.update(tokenizer.all_special_ids)
+    ids.update(id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
+    ordered = sorted(ids)
     # Ids beyond the tokenizer's own have no spelling, and no text leads to them.
-    spelt = [token for token in processor.tokenizer.convert_ids_to_tokens(list(ids)) if token]
-    return {pair.id for pair in pairs if any(token in text for token in spelt for text in _response_texts(pair))}
+    return {token: id_ for token, id_ in zip(tokenizer.convert_ids_to_tokens(ordered), ordered, strict=True) if token}
 
 
-def _response_texts(pair: Pair) -> Iterator[str]:
-    for message in structured([*pair.chosen, *pair.rejected]):
-        yield from (part.get("text") or "" for part in message["content"])
+def _encode(
+    rendered: str, reply: Sequence[dict[str, Any]], special: dict[str, int], tokenizer: Any, where: str
+) -> list[int]:
+    """The ids of a rendered reply; where its text spells special tokens, that text is tokenised by itself."""
+    texts = [part.get("text") or "" for message in structured(reply) for part in message["content"]]
+    if not any(token in text for token in special for text in texts):
+        return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    ids: list[int] = []
+    rest = rendered
+    for text in filter(None, (text.strip() for text in texts)):
+        before, found, rest = rest.partition(text)
+        as_text = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if not found or set(as_text) & set(special.values()):
+            raise UnusablePair(
+                SPELLS_TOKENS,
+                f"{SPELLS_TOKENS}: {text[:60]!r}",
+                where=where,
+                fix="the pair is left out; change the response to keep it",
+            )
+        ids += tokenizer(before, add_special_tokens=False)["input_ids"] + as_text
+    return ids + tokenizer(rest, add_special_tokens=False)["input_ids"]
 
 
 def encode_prompts(processor: Any, prompts: list[str], pictures: Sequence[Sequence[Any]]) -> dict[str, Any]:
@@ -146,6 +255,7 @@ class PromptCounter:
         self._extra: dict[Any, int] = {}
 
     def count(self, prompt: str, sizes: Sequence[tuple[int, int]], *, are_frames: Sequence[bool] = ()) -> int:
+        """Tokens of a rendered prompt with images of these (width, height) in pixels."""
         text_tokens = len(self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         key = (tuple(sizes), tuple(are_frames))
         if key not in self._extra:
@@ -157,36 +267,23 @@ class PromptCounter:
         return text_tokens + self._extra[key]
 
 
-def pair_lengths(pairs: Iterable[Pair], processor: Any, images: ImageStore) -> list[PairLength]:
-    """How many tokens every pair has."""
-    counter = PromptCounter(processor)
-    lengths = []
-    for pair in pairs:
-        rendered = render_pair(pair, processor)
-        tokens = encode_responses(rendered, processor, f"pair {pair.id}")
-        sizes = [images.size(reference) for reference in pair.images]
-        are_frames = [images.is_frame(reference) for reference in pair.images]
-        prompt = counter.count(rendered.prompt, sizes, are_frames=are_frames)
-        lengths.append(PairLength(pair.id, prompt, len(tokens.chosen), len(tokens.rejected)))
-    return lengths
-
-
-def check_lengths(lengths: Sequence[PairLength], max_length: int, *, drop: bool) -> set[str]:
+def check_lengths(pairs: Sequence[TokenizedPair], max_length: int, *, drop: bool) -> set[str]:
     """The ids of pairs of which a prompt with a response is longer than `max_length` tokens.
 
     Raises:
         UserError: there are such pairs and they are not to be dropped, or dropping them leaves none.
     """
-    too_long = [length for length in lengths if length.longest > max_length]
-    if too_long and (not drop or len(too_long) == len(lengths)):
+    too_long = [pair for pair in pairs if pair.longest > max_length]
+    if too_long and (not drop or len(too_long) == len(pairs)):
         lines = [
-            f"  {pair.id}: prompt {pair.prompt}, chosen {pair.chosen}, rejected {pair.rejected} tokens"
+            f"  {pair.id}: prompt {pair.prompt_tokens}, chosen {len(pair.chosen_ids)}, "
+            f"rejected {len(pair.rejected_ids)} tokens"
             for pair in too_long[:SHOWN_PAIRS]
         ]
         if len(too_long) > SHOWN_PAIRS:
             lines.append(f"  and {len(too_long) - SHOWN_PAIRS} more")
         raise UserError(
-            f"{len(too_long)} of {len(lengths)} pairs do not fit in {max_length} tokens, and nothing is truncated:\n"
+            f"{len(too_long)} of {len(pairs)} pairs do not fit in {max_length} tokens, and nothing is truncated:\n"
             + "\n".join(lines)
             + "\n",
             fix="raise dpo.max_length, lower model.processor.max_pixels, or set dpo.too_long: drop",

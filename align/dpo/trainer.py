@@ -2,18 +2,18 @@
 
 Losses, metrics and the training loop are TRL's and transformers'; `_compute_loss` is not overridden. What is changed:
 
-* the data set holds lines of pairs.jsonl and is left alone (`align.dpo.collator` does the work);
-* reference log-probabilities come with the batch when the data set has them, and then no second model is kept;
+* the dataset holds tokenised pairs and is left alone (`align.dpo.collator` does the work);
+* reference log-probabilities come with the batch when the dataset has them, and then no second model is kept;
 * batches of the shared layout are understood (`align.dpo.shared_forward`);
 * the projector may have a learning rate of its own;
 * resuming loads every weight of a vision-language model;
-* a loss or gradient that is not a number stops the run at the last good state and names the pairs of the step.
+* a loss or gradient that is not finite stops the run at the last good state and names the pairs of the step.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,42 +27,22 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
+from align.dpo.collator import REFERENCE_COLUMNS, PairCollator
 from align.dpo.gradient_checkpointing import start_gradients_where_trained
-from align.dpo.sharding.dummy_batches import add_blank_rows
+from align.dpo.sharding.dummy_batches import add_dummy_rows
 from align.dpo.shared_forward import add_shared_rows
 from align.errors import UserError
 from align.models.modules import part_names
 from align.prefix.rows import unwrap
-from align.records import Pair, to_line
 
 # What TRL's loss and metrics read of a forward, beside `log_sum_sq_probs` for WPO weights.
 METRIC_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-
-
-def pair_dataset(
-    pairs: Sequence[Pair],
-    reference: Sequence[tuple[float, float]] | None = None,
-    lengths: Sequence[int] | None = None,
-) -> Dataset:
-    """The pairs as a data set of lines, with the log-probabilities of the reference where they are known.
-
-    `reference` has one (chosen, rejected) a pair: natural-log probabilities summed over the response's tokens.
-    `lengths` (tokens of a pair) lets `train_sampling_strategy: group_by_length` work.
-    """
-    columns: dict[str, Any] = {"pair": [to_line(pair) for pair in pairs], "index": list(range(len(pairs)))}
-    if reference is not None:
-        for position, name in enumerate(REFERENCE_COLUMNS):
-            columns[name] = [values[position] for values in reference]
-    if lengths is not None:
-        columns["length"] = list(lengths)
-    return Dataset.from_dict(columns)
 
 
 class PairTrainer(DPOTrainer):
     """DPO on image preference pairs.
 
-    `train_dataset` comes from `pair_dataset`. With its reference columns no reference model is needed; without them
+    `train_dataset` comes from `align.dpo.collator.pair_dataset`. With its reference columns no reference model is needed; without them
     `ref_model` runs beside the policy, or, with `peft_config`, the policy without its adapter does.
     """
 
@@ -74,7 +54,7 @@ class PairTrainer(DPOTrainer):
         *,
         args: DPOConfig,
         train_dataset: Dataset,
-        data_collator: Any,
+        data_collator: PairCollator,
         processor: Any,
         ref_model: nn.Module | None = None,
         peft_config: Any = None,
@@ -106,7 +86,7 @@ class PairTrainer(DPOTrainer):
             self._share_prompts()
         elif data_collator.always_images:
             for trained_or_not in filter(None, (self.model, self.ref_model)):
-                add_blank_rows(unwrap(self.accelerator.unwrap_model(trained_or_not)))
+                add_dummy_rows(unwrap(self.accelerator.unwrap_model(trained_or_not)))
 
     def _share_prompts(self) -> None:
         assert not self.aux_loss_enabled, "the load-balancing loss of experts needs the plain layout"
@@ -127,7 +107,7 @@ class PairTrainer(DPOTrainer):
         """TRL reports what is trained to its makers; this toolkit reports nothing to anybody."""
 
     def create_model_card(self, *unused: Any, **unused_too: Any) -> None:
-        """TRL's card would stand in every intermediate state; ours is written once, into the finished checkpoint."""
+        """TRL's card would stand in every trainer checkpoint; ours is written once, into the finished checkpoint."""
 
     # The step.
 
@@ -171,7 +151,7 @@ class PairTrainer(DPOTrainer):
         state = Path(self.args.output_dir) / f"checkpoint-{step}"
         if step > 0 and not state.exists():
             self._save_checkpoint(self.model, trial=None)
-        names = [Pair.model_validate_json(self.train_dataset[i]["pair"]).id for i in self._pairs_of_step]
+        names = [self.train_dataset[i]["id"] for i in self._pairs_of_step]
         raise UserError(
             f"the {what} is {value.item()} at step {step + 1}, with the pairs {', '.join(names)}; "
             + (f"the state after step {step} is kept in {state}" if step else "nothing has been trained yet"),
@@ -199,10 +179,10 @@ class PairTrainer(DPOTrainer):
                 rate = group["lr"] * self.projector_learning_rate_multiplier
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
 
-    # Intermediate states.
+    # Trainer checkpoints.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The weights of an intermediate state, under the names they have in memory.
+        """The weights of a trainer checkpoint, under the names they have in memory.
 
         transformers would write the names of the published checkpoint and, on resuming, not translate them back: most
         weights would silently stay those of the first policy (https://github.com/huggingface/transformers/issues/43701).
@@ -223,7 +203,7 @@ class PairTrainer(DPOTrainer):
         missing = [name for name in load_result.missing_keys if name in named and id(named[name]) not in loaded]
         if missing or load_result.unexpected_keys:
             raise UserError(
-                f"the intermediate state does not fit the model: missing {missing[:3]}, unexpected "
+                f"the trainer checkpoint does not fit the model: missing {missing[:3]}, unexpected "
                 f"{list(load_result.unexpected_keys)[:3]}",
                 where=self.args.output_dir,
                 fix="run again with --redo",
@@ -235,7 +215,7 @@ def _reference_is_cached() -> Iterator[None]:
     """Within the context TRL's trainer prepares nothing for reference log-probabilities that it will not compute.
 
     TRL 1.16 would hash all weights, copied to the host (33 GiB for 7B in fp32), to name its own cache, and under FSDP
-    load a second model. Can go when it does neither for a data set that has the columns already.
+    load a second model. Can go when it does neither for a dataset that has the columns already.
     """
     replaced = {"hash_module": lambda *_: None, "create_model_from_path": lambda *_, **__: None}
     before = {name: getattr(dpo_trainer, name) for name in replaced}

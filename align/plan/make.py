@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from align.config import Config
-from align.dpo.qlora import is_quantised
 from align.errors import UserError
 from align.media.images import ImageStore
+from align.models.lora import is_quantised
 from align.models.meta import with_adapter
 from align.models.modules import freeze_parts
 from align.plan.memory import STRATEGIES, How, Memory, StepBatch, in_pieces, inference_memory, training_memory
@@ -114,7 +114,7 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
     Raises:
         UserError: the checkpoint, its processor, a question or an image cannot be used.
     """
-    from align.dpo.train import position_limit
+    from align.models.limits import position_limit
     from align.models.load import load_processor, read_config
 
     processor = load_processor(config.policy, **config.model.processor)
@@ -160,7 +160,7 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
 
 def shaped_model(config: Config) -> Any:
     """The policy without storage, with its adapter or with its frozen parts."""
-    from align.dpo.train import lora_config
+    from align.models.lora import lora_config
     from align.models.meta import empty_model
 
     model = empty_model(config.policy)
@@ -304,19 +304,15 @@ def _prompts(config: Config, meter: PromptMeter, response_tokens: int) -> tuple[
         longest = config.sample.max_new_tokens
         mean = min(response_tokens, longest)
         return sizes, Lengths(mean, mean, [longest] * len(sizes), [longest] * len(sizes))
-    from align.dpo.tokenize import encode_responses, render_pair, spelling_placeholders
+    from align.dpo.tokenize import tokenize_pairs
 
     assert config.pairs_file is not None
-    given = read_jsonl(config.pairs_file, Pair)
-    spelling = spelling_placeholders(given, meter.processor)
-    pairs = [pair for pair in given if pair.id not in spelling]
-    if not pairs:
+    given = {pair.id: pair for pair in read_jsonl(config.pairs_file, Pair)}
+    if not given:
         raise UserError("no pairs in the file", where=str(config.pairs_file))
-    tokens = [
-        encode_responses(render_pair(pair, meter.processor), meter.processor, f"pair {pair.id}") for pair in pairs
-    ]
-    chosen, rejected = ([len(getattr(pair, side)) for pair in tokens] for side in ("chosen", "rejected"))
-    sizes = [meter.size(pair.id, pair.prompt, pair.images) for pair in pairs]
+    pairs = tokenize_pairs(given.values(), meter.processor, meter.images).pairs
+    chosen, rejected = [len(pair.chosen_ids) for pair in pairs], [len(pair.rejected_ids) for pair in pairs]
+    sizes = [meter.size(pair.id, given[pair.id].prompt, pair.image_files) for pair in pairs]
     longest_of = [max(both) for both in zip(chosen, rejected, strict=True)]
     sums = [sum(both) for both in zip(chosen, rejected, strict=True)]
     return sizes, Lengths(sum(chosen) / len(pairs), sum(rejected) / len(pairs), longest_of, sums)

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from align.dpo.tokenize import encode_prompts, encode_responses, render_pair, structured
+from align.dpo.tokenize import encode_prompts, structured, tokenize_pairs
 from align.media.images import ImageStore
 from align.plan.memory import StepBatch
 from align.records import Pair
@@ -102,12 +102,12 @@ def step_batch(processor: Any, pairs: Sequence[Pair], images: ImageStore, patch_
     """What a batch of these pairs is to the memory model: padded to the longest prompt and responses."""
     meter = PromptMeter(processor, images, patch_px)
     sizes = [meter.size(pair.id, pair.prompt, pair.images) for pair in pairs]
-    tokens = [encode_responses(render_pair(pair, processor), processor, f"pair {pair.id}") for pair in pairs]
+    tokens = tokenize_pairs(pairs, processor, images).pairs
     return StepBatch(
         num_rows=len(pairs),
         prompt_tokens=max(size.tokens for size in sizes),
-        chosen_tokens=max(len(pair.chosen) for pair in tokens),
-        rejected_tokens=max(len(pair.rejected) for pair in tokens),
+        chosen_tokens=max(len(pair.chosen_ids) for pair in tokens),
+        rejected_tokens=max(len(pair.rejected_ids) for pair in tokens),
         patches=sum(size.patches for size in sizes),
         pixels=sum(size.pixels for size in sizes),
     )

@@ -17,10 +17,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from align.config import Config
-from align.dpo.collator import PairCollator
-from align.dpo.settings import training_arguments
+from align.dpo.collator import PairCollator, pair_dataset
+from align.dpo.settings import training_arguments, training_fields
 from align.dpo.sharding.strategies import check_distribution, strategy_fields
-from align.dpo.trainer import PairTrainer, pair_dataset
+from align.dpo.tokenize import tokenize_pairs
+from align.dpo.trainer import PairTrainer
 from align.media.images import ImageStore
 from align.models.load import load_model, load_processor
 from align.models.modules import freeze_parts, part_names
@@ -159,7 +160,7 @@ def train(
                 model = model.to(CUDA)
             if not lora:
                 freeze_parts(model, freeze)
-            pairs = make_pairs(folder, num_processes * steps * accumulation, width=width, height=height, words=words)
+            given = make_pairs(folder, num_processes * steps * accumulation, width=width, height=height, words=words)
             settings = {
                 "gradient_accumulation_steps": accumulation,
                 "gradient_checkpointing": checkpointing,
@@ -172,13 +173,13 @@ def train(
             config = Config(
                 policy=str(folder), questions=str(folder / "questions.jsonl"), name="rehearsal", dpo=settings
             )
-            spread = strategy_fields(strategy, model)
-            args = training_arguments(config, folder / "round-1" / "trainer", CUDA, getattr(torch, dtype), spread)
-            collator = PairCollator(processor, ImageStore(folder), layout, None)
-            collator.always_images = True
+            fields = training_fields(config, folder / "round-1" / "trainer", CUDA, getattr(torch, dtype))
+            images = ImageStore(folder)
+            pairs = tokenize_pairs(given, processor, images).pairs
+            collator = PairCollator(processor, images, layout, always_images=True)
             trainer = PairTrainer(
                 model,
-                args=args,
+                args=training_arguments(strategy_fields(strategy, model) | fields),
                 train_dataset=pair_dataset(pairs, None if live else [(-100.0, -120.0)] * len(pairs)),
                 data_collator=collator,
                 processor=processor,

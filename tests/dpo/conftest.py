@@ -12,9 +12,10 @@ from accelerate import PartialState
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from align.dpo.collator import PairCollator
+from align.dpo.collator import PairCollator, pair_dataset
 from align.dpo.reference import Reference, ReferenceKey, reference_log_probs
-from align.dpo.trainer import PairTrainer, pair_dataset
+from align.dpo.tokenize import TokenizedPair, tokenize_pairs
+from align.dpo.trainer import PairTrainer
 from align.media.images import ImageStore
 from align.records import Pair
 from tests import tiny_models
@@ -42,6 +43,13 @@ def make_pairs(folder: Path, count: int, num_images: tuple[int, ...] = (1,)) -> 
             )
         )
     return pairs
+
+
+def tokenized(pairs: list[Pair], processor: Any, images: ImageStore) -> list[TokenizedPair]:
+    """The pairs as training reads them; none is left out."""
+    found = tokenize_pairs(pairs, processor, images)
+    assert not found.dropped
+    return found.pairs
 
 
 def make_args(folder: Path, **fields: Any) -> DPOConfig:
@@ -113,7 +121,7 @@ def train_ours(
         copy.deepcopy(model),
         ref_model=None if reference else copy.deepcopy(model),
         args=args,
-        train_dataset=pair_dataset(pairs, reference),
+        train_dataset=pair_dataset(tokenized(pairs, processor, images), reference),
         data_collator=PairCollator(processor, images, layout=layout),
         processor=processor,
     )
@@ -137,7 +145,7 @@ def compute(
     return reference_log_probs(
         path,
         key,
-        pairs,
+        tokenized(pairs, collator.processor, collator.images),
         collator=collator,
         load_model=load_model,
         autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16),

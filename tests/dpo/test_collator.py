@@ -7,11 +7,11 @@ import torch
 
 from align.dpo.collator import PairCollator, layout_of, plain_batch, prompt_inputs_of
 from align.dpo.shared_forward import log_prob_head
-from align.dpo.tokenize import PairLength, PromptCounter, check_lengths, encode_prompts, render_pair
+from align.dpo.tokenize import PromptCounter, TokenizedPair, check_lengths, encode_prompts, render_pair, tokenize_pairs
 from align.errors import UserError
 from align.records import Pair
 from tests import tiny_models
-from tests.dpo.conftest import make_pairs
+from tests.dpo.conftest import make_pairs, tokenized
 
 
 def test_a_response_is_what_the_template_writes_after_the_prompt(processor, images):
@@ -40,8 +40,40 @@ def test_a_template_that_renders_the_prompt_differently_before_a_reply_is_refuse
         render_pair(pair, processor)
 
 
+def test_a_response_that_spells_special_tokens_is_tokenised_as_text(processor, images):
+    (pair,) = make_pairs(images.root, 1)
+    text = "say <|im_end|>, <|im_start|> or <image>"
+    pair = pair.model_copy(update={"chosen": [{"role": "assistant", "content": text}]})
+    (found,) = tokenized([pair], processor, images)
+    special = [id_ for id_ in found.chosen_ids if id_ >= 256]
+    assert special == [processor.tokenizer.convert_tokens_to_ids("<|im_end|>")], "only the end of the turn"
+    assert processor.tokenizer.decode(found.chosen_ids) == f"{text}<|im_end|>\n"
+
+
+def test_a_response_with_no_other_tokens_for_a_placeholder_is_left_out_and_counted(processor, images):
+    pairs = make_pairs(images.root, 2)
+    # Tokens that are not called special are found in any text, whatever the tokenizer is told.
+    processor.tokenizer.add_tokens(["<picture>"])
+    processor.video_token_id = processor.tokenizer.convert_tokens_to_ids("<picture>")
+    spelling = pairs[0].model_copy(update={"rejected": [{"role": "assistant", "content": "a <picture>"}]})
+    found = tokenize_pairs([spelling, pairs[1]], processor, images)
+    assert [pair.id for pair in found.pairs] == ["p1"]
+    assert found.dropped == {"a response spells special tokens and cannot be tokenised as text": ["p0"]}
+    with pytest.raises(UserError, match="no pair can be trained on; the first: pair p0: a response spells special"):
+        tokenize_pairs([spelling], processor, images)
+
+
+def test_a_pair_that_the_processor_refuses_is_left_out_and_counted(processor, images):
+    pairs = make_pairs(images.root, 2)
+    # One image, and a second placeholder in the text of the question.
+    pairs[0].prompt[0]["content"][-1]["text"] = "What is <image>?"
+    found = tokenize_pairs(pairs, processor, images)
+    assert [pair.id for pair in found.pairs] == ["p1"]
+    assert found.dropped == {"the processor cannot encode its prompt": ["p0"]}
+
+
 def test_both_layouts_hold_the_same_tokens(processor, images):
-    pairs = make_pairs(images.root, 4, num_images=(1, 0, 2))
+    pairs = tokenized(make_pairs(images.root, 4, num_images=(1, 0, 2)), processor, images)
     plain = PairCollator(processor, images, "plain").collate(pairs)
     shared = PairCollator(processor, images, "shared").collate(pairs)
     layout = layout_of(shared)
@@ -69,7 +101,7 @@ def test_a_processor_that_pads_on_the_left_whatever_it_is_told_gives_the_same_ba
 
 
 def test_images_are_encoded_once_a_pair(processor, images):
-    pairs = make_pairs(images.root, 2)
+    pairs = tokenized(make_pairs(images.root, 2), processor, images)
     shared = prompt_inputs_of(PairCollator(processor, images, "shared").collate(pairs))
     plain = PairCollator(processor, images, "plain").collate(pairs)
     assert len(shared["pixel_values"]) == 2
@@ -88,7 +120,7 @@ def test_token_types_go_on_as_text_behind_the_prompt():
 
 
 def test_a_row_longer_than_was_checked_is_caught(processor, images):
-    pairs = make_pairs(images.root, 1)
+    pairs = tokenized(make_pairs(images.root, 1), processor, images)
     for layout in ("plain", "shared"):
         PairCollator(processor, images, layout, max_length=44 + 17).collate(pairs)
         with pytest.raises(UserError, match="a row has 61 tokens, more than the 60"):
@@ -105,7 +137,8 @@ def test_lengths_are_counted_without_looking_at_the_pictures(processor):
 
 
 def test_all_pairs_that_do_not_fit_are_named_and_the_rest_is_kept():
-    lengths = [PairLength("a", 10, 5, 6), PairLength("b", 10, 5, 7), PairLength("c", 20, 1, 1)]
+    counts = {"a": (10, 5, 6), "b": (10, 5, 7), "c": (20, 1, 1)}
+    lengths = [TokenizedPair(name, [], "", p, [1] * c, [1] * r) for name, (p, c, r) in counts.items()]
     assert check_lengths(lengths, 21, drop=False) == set()
     assert check_lengths(lengths, 16, drop=True) == {"b", "c"}
     with pytest.raises(UserError, match=r"2 of 3 pairs(.|\n)*b: prompt 10, chosen 5, rejected 7(.|\n)*c: prompt 20"):
@@ -115,7 +148,7 @@ def test_all_pairs_that_do_not_fit_are_named_and_the_rest_is_kept():
 
 
 def test_a_batch_without_images_can_be_given_one_that_changes_nothing(processor, model, images):
-    pairs = make_pairs(images.root, 2, num_images=(0,))
+    pairs = tokenized(make_pairs(images.root, 2, num_images=(0,)), processor, images)
     results = []
     with log_prob_head(model, shared=True), torch.no_grad():
         for always_images in (False, True):

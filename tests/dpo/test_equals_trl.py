@@ -10,10 +10,10 @@ from peft import LoraConfig
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from align.dpo.collator import PairCollator
-from align.dpo.trainer import PairTrainer, pair_dataset
+from align.dpo.collator import PairCollator, pair_dataset
+from align.dpo.trainer import PairTrainer
 from align.models.modules import freeze_parts, part_of
-from tests.dpo.conftest import compute, losses, make_args, make_pairs, train_ours, train_trl, trl_dataset
+from tests.dpo.conftest import compute, losses, make_args, make_pairs, tokenized, train_ours, train_trl, trl_dataset
 
 COMPARED = (
     "loss",
@@ -31,7 +31,7 @@ COMPARED = (
 )
 
 
-def assert_same_course(ours, trl, tolerance=5e-5):
+def assert_same_curve(ours, trl, tolerance=5e-5):
     assert len(losses(ours)) == len(losses(trl)) > 0
     for step, (a, b) in enumerate(zip(losses(ours), losses(trl), strict=True), start=1):
         for name in COMPARED:
@@ -44,7 +44,7 @@ def assert_same_course(ours, trl, tolerance=5e-5):
 @pytest.mark.parametrize("num_images", [(1,), (1, 2), (1, 0, 2)])
 def test_plain_batch_equals_the_collator_of_trl(tmp_path, processor, images, num_images):
     pairs = make_pairs(images.root, 4, num_images)
-    ours = PairCollator(processor, images)(list(pair_dataset(pairs)))
+    ours = PairCollator(processor, images)(list(pair_dataset(tokenized(pairs, processor, images))))
     theirs = DataCollatorForVisionPreference(processor)(list(trl_dataset(pairs, images)))
     assert set(theirs) == set(ours) - {"pair_index"}
     for name, tensor in theirs.items():
@@ -57,7 +57,7 @@ def test_twenty_steps_with_a_live_reference_equal_trl(tmp_path, processor, model
     args = {"max_steps": 20}
     trl = train_trl(model, processor, pairs, images, make_args(tmp_path / "trl", **args))
     ours = train_ours(model, processor, pairs, images, make_args(tmp_path / "ours", **args), layout=layout)
-    assert_same_course(ours, trl)
+    assert_same_curve(ours, trl)
 
 
 LOSSES = {
@@ -93,7 +93,7 @@ def test_every_loss_of_trl_gives_the_same_with_shared_prompts(tmp_path, processo
     trl = train_trl(model, processor, pairs, images, make_args(tmp_path / "trl", **args))
     ours_args = make_args(tmp_path / "ours", **args)
     ours = train_ours(model, processor, pairs, images, ours_args, layout="shared", reference=reference)
-    assert_same_course(ours, trl, tolerance=2e-4 if name == "sppo_hard" else 5e-5)
+    assert_same_curve(ours, trl, tolerance=2e-4 if name == "sppo_hard" else 5e-5)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_ways_to_train_equal_trl_with_shared_prompts(tmp_path, processor, model,
     pairs = make_pairs(images.root, 6)
     trl = train_trl(model, processor, pairs, images, make_args(tmp_path / "trl", max_steps=3, **fields))
     args = make_args(tmp_path / "ours", max_steps=3, **fields)
-    assert_same_course(train_ours(model, processor, pairs, images, args, layout="shared"), trl)
+    assert_same_curve(train_ours(model, processor, pairs, images, args, layout="shared"), trl)
 
 
 @pytest.mark.parametrize("frozen", [["vision"], ["vision", "projector"], ["language"]])
@@ -119,7 +119,7 @@ def test_frozen_parts_stay_and_the_rest_learns_as_with_trl(tmp_path, processor, 
     pairs = make_pairs(images.root, 6)
     trl = train_trl(model, processor, pairs, images, make_args(tmp_path / "trl", max_steps=3))
     ours = train_ours(model, processor, pairs, images, make_args(tmp_path / "ours", max_steps=3), layout="shared")
-    assert_same_course(ours, trl)
+    assert_same_curve(ours, trl)
     before = dict(model.named_parameters())
     for name, parameter in ours.model.named_parameters():
         assert part_of(name) not in frozen or torch.equal(parameter, before[name]), name
@@ -135,7 +135,7 @@ def test_gradients_of_shared_prompts_equal_those_of_separate_rows(tmp_path, proc
             copy.deepcopy(model),
             ref_model=copy.deepcopy(model),
             args=make_args(tmp_path, loss_type=["bco_pair", "sft"]),
-            train_dataset=pair_dataset(pairs),
+            train_dataset=pair_dataset(tokenized(pairs, processor, images)),
             data_collator=PairCollator(processor, images, layout),
             processor=processor,
         )
@@ -169,13 +169,13 @@ def test_an_adapter_learns_as_with_trl_and_merges_into_the_model(tmp_path, proce
         ours = PairTrainer(
             copy.deepcopy(model),
             args=make_args(tmp_path / "ours", max_steps=4, learning_rate=1e-2),
-            train_dataset=pair_dataset(pairs, columns),
+            train_dataset=pair_dataset(tokenized(pairs, processor, images), columns),
             data_collator=collator,
             processor=processor,
             peft_config=adapter,
         )
         ours.train()
-        assert_same_course(ours, trl)
+        assert_same_curve(ours, trl)
 
 
 def test_the_projector_learns_at_its_own_rate(tmp_path, processor, model, images):
@@ -184,7 +184,7 @@ def test_the_projector_learns_at_its_own_rate(tmp_path, processor, model, images
         copy.deepcopy(model),
         ref_model=copy.deepcopy(model),
         args=make_args(tmp_path, max_steps=1, warmup_steps=0, optim="sgd", max_grad_norm=0.0, learning_rate=1e-2),
-        train_dataset=pair_dataset(pairs),
+        train_dataset=pair_dataset(tokenized(pairs, processor, images)),
         data_collator=PairCollator(processor, images, "shared"),
         processor=processor,
         projector_learning_rate_multiplier=3.0,

@@ -4,12 +4,12 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from align.dpo.collator import PairCollator
-from align.dpo.trainer import PairTrainer, pair_dataset
+from align.dpo.collator import PairCollator, pair_dataset
+from align.dpo.trainer import PairTrainer
 from align.media.images import ImageStore
 from align.models.modules import freeze_parts
 from tests import tiny_models, tiny_vlms
-from tests.dpo.conftest import make_args, make_pairs
+from tests.dpo.conftest import make_args, make_pairs, tokenized
 
 ADAPTER = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -18,7 +18,7 @@ def trained(folder, model, processor, *, frozen=("vision",), adapter=None, **fie
     """The trainer after a step whose gradients are kept, and the tower outputs of that step that required gradients."""
     if adapter is None:
         freeze_parts(model, frozen)
-    pairs = make_pairs(folder, 2)
+    pairs = tokenized(make_pairs(folder, 2), processor, ImageStore(folder))
     trainer = PairTrainer(
         model,
         args=make_args(folder / "out", max_steps=1, learning_rate=0.0, **fields),

@@ -13,15 +13,14 @@ import pytest
 import torch
 
 from align.dpo.collator import PairCollator
-from align.dpo.tokenize import pair_lengths
 from align.dpo.train import run_dpo
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.local import LocalEngine
 from align.models.load import load_model, load_processor
 from align.records import write_jsonl
 from align.run.folder import RunDir
-from tests.dpo.conftest import compute, make_args, make_pairs, train_ours, train_trl
-from tests.dpo.test_equals_trl import assert_same_course
+from tests.dpo.conftest import compute, make_args, make_pairs, tokenized, train_ours, train_trl
+from tests.dpo.test_equals_trl import assert_same_curve
 from tests.dpo.test_processes import ROOT, write_config
 from tests.dpo.test_train import history, make_run, round_1, weights
 from tests.models import test_valley1 as valley1
@@ -56,15 +55,15 @@ def test_three_steps_behind_a_shared_prompt_are_those_of_trl(tmp_path, name, pro
     trl = train_trl(model, processor, pairs, images, make_args(tmp_path / "trl", **fields))
     args = make_args(tmp_path / "ours", **fields)
     ours = train_ours(model, processor, pairs, images, args, layout="shared", reference=reference.columns())
-    assert_same_course(ours, trl)
+    assert_same_curve(ours, trl)
 
 
 def test_lengths_counted_from_sizes_are_those_of_the_batch(name, processor, images):
     pairs = make_pairs(images.root, 6, num_images=FAMILIES[name])
     collator = PairCollator(processor, images, "plain")
-    for length, pair in zip(pair_lengths(pairs, processor, images), pairs, strict=True):
+    for pair in tokenized(pairs, processor, images):
         batch = collator.collate([pair])
-        expected = [length.prompt + length.chosen, length.prompt + length.rejected]
+        expected = [pair.prompt_tokens + len(ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
         assert batch["attention_mask"].sum(dim=1).tolist() == expected
 
 

@@ -12,7 +12,7 @@ from tests.dpo.test_train import history, make_run, round_1, weights
 
 def make_small(monkeypatch, largest: int, from_step: int = 0) -> None:
     """Give the trained model a device that has room for so many pairs at a time."""
-    make_trainer = DpoStage._trainer
+    make_trainer = DpoStage.make_trainer
 
     def with_little_memory(self, *args):
         trainer = make_trainer(self, *args)
@@ -24,7 +24,7 @@ def make_small(monkeypatch, largest: int, from_step: int = 0) -> None:
         trainer.model.model.register_forward_pre_hook(allocate, with_kwargs=True)
         return trainer
 
-    monkeypatch.setattr(DpoStage, "_trainer", with_little_memory)
+    monkeypatch.setattr(DpoStage, "make_trainer", with_little_memory)
 
 
 @pytest.mark.parametrize(

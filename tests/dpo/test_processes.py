@@ -1,4 +1,4 @@
-"""The same training in one process and in two, however the model is spread over them."""
+"""The same training in one process and in two, however the model is sharded over them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from align.dpo.train import run_dpo
 from align.media.images import ImageStore
 from align.records import write_jsonl
 from tests.dpo.conftest import make_pairs
-from tests.dpo.spread_head import mean_loss, shared_model
+from tests.dpo.sharded_head import mean_loss, shared_model
 from tests.dpo.test_train import history, make_run, round_1, weights
 
 ROOT = Path(__file__).parents[2]
@@ -60,24 +60,24 @@ def test_two_processes_train_as_one(tmp_path, strategy):
 
 
 @pytest.mark.slow
-def test_gradients_of_a_model_spread_by_fsdp2_are_those_of_one_process(tmp_path):
+def test_gradients_of_a_model_sharded_by_fsdp2_are_those_of_one_process(tmp_path):
     images = ImageStore(tmp_path / "images")
     images.root.mkdir()
     pairs = make_pairs(images.root, 4)
     write_jsonl(images.root / "pairs.jsonl", pairs)
     output = tmp_path / "gradients.pt"
-    script = Path(__file__).with_name("spread_head.py")
+    script = Path(__file__).with_name("sharded_head.py")
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, images.root, output],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         timeout=300,
     )
-    spread = torch.load(output, weights_only=True)
+    sharded = torch.load(output, weights_only=True)
     model = shared_model()
     mean_loss(model, pairs, images).backward()
     alone = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert spread.keys() == alone.keys()
+    assert sharded.keys() == alone.keys()
     total = torch.cat([gradient.flatten() for gradient in alone.values()]).norm()
     for name, gradient in alone.items():
-        assert (spread[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * total, name
+        assert (sharded[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * total, name

@@ -14,8 +14,8 @@ import torch
 from align.dpo.collator import PairCollator
 from align.dpo.reference import ReferenceKey, pairs_hash, read_reference
 from align.records import Pair
-from tests.dpo.conftest import KEY, compute, losses, make_args, make_pairs, train_ours, train_trl
-from tests.dpo.test_equals_trl import assert_same_course
+from tests.dpo.conftest import KEY, compute, losses, make_args, make_pairs, tokenized, train_ours, train_trl
+from tests.dpo.test_equals_trl import assert_same_curve
 
 
 def must_not_load():
@@ -43,7 +43,7 @@ def test_twenty_steps_with_a_cached_reference_equal_trl(tmp_path, processor, mod
     ours = train_ours(model, processor, pairs, images, args, layout=layout, reference=reference.columns())
     assert ours.ref_model is None
     assert losses(ours)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert_same_course(ours, trl)
+    assert_same_curve(ours, trl)
 
 
 def test_pairs_of_one_question_share_its_prompt(tmp_path, processor, model, images):
@@ -106,14 +106,14 @@ def test_a_file_for_anything_else_is_not_used(tmp_path, processor, model, images
     assert not torch.equal(again.logps, compute(tmp_path / "x.safetensors", pairs, collator, lambda: model).logps)
 
 
-def test_the_hash_of_pairs_sees_texts_and_images(images):
-    pairs = make_pairs(images.root, 2)
+def test_the_hash_of_pairs_sees_texts_and_images(processor, images):
+    pairs = tokenized(make_pairs(images.root, 2), processor, images)
     before = pairs_hash(pairs, images)
     assert pairs_hash(pairs, images) == before
-    changed = pairs[1].model_copy(update={"chosen": [{"role": "assistant", "content": "something else"}]})
+    changed = dataclasses.replace(pairs[1], chosen_ids=[*pairs[1].chosen_ids[:-1], 1])
     assert pairs_hash([pairs[0], changed], images) != before
     assert pairs_hash(pairs[::-1], images) != before
-    picture = images.root / pairs[0].images[0]
+    picture = images.root / pairs[0].image_files[0]
     content, age = bytearray(picture.read_bytes()), picture.stat()
     content[-20] ^= 1
     picture.write_bytes(content)

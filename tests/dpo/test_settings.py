@@ -9,7 +9,7 @@ import torch
 from trl import DPOConfig
 
 from align.config import build_config
-from align.dpo.settings import OWN_FIELDS, RECIPE, check_fields, training_arguments
+from align.dpo.settings import OWN_FIELDS, RECIPE, check_fields, training_arguments, training_fields
 from align.errors import UserError
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def test_every_field_of_trl_can_be_set_but_our_own(tmp_path):
 
 def test_what_is_set_reaches_trl_and_the_rest_is_the_recipe(tmp_path):
     set_here = {"beta": 0.3, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "adam_beta2": 0.95, "seed": 5}
-    args = training_arguments(config_with(tmp_path, **set_here), tmp_path / "t", CPU, torch.float32)
+    args = training_arguments(training_fields(config_with(tmp_path, **set_here), tmp_path / "t", CPU, torch.float32))
     for name, value in set_here.items():
         assert getattr(args, name) == value
     for name in RECIPE.keys() - set_here.keys():
@@ -38,7 +38,7 @@ def test_what_is_set_reaches_trl_and_the_rest_is_the_recipe(tmp_path):
 
 
 def test_the_run_decides_what_is_not_for_the_section_to_decide(tmp_path):
-    args = training_arguments(config_with(tmp_path, max_length=77), tmp_path / "t", CPU, torch.float32)
+    args = training_arguments(training_fields(config_with(tmp_path, max_length=77), tmp_path / "t", CPU, torch.float32))
     assert args.output_dir == str(tmp_path / "t")
     assert args.seed == 11
     assert args.max_length is None, "the limit is ours, and TRL would truncate"
@@ -52,7 +52,9 @@ def test_the_run_decides_what_is_not_for_the_section_to_decide(tmp_path):
 def test_both_names_of_checkpointing_are_understood(tmp_path, name):
     if name not in {field.name for field in dataclasses.fields(DPOConfig)}:
         pytest.skip("this transformers knows the old name only")
-    args = training_arguments(config_with(tmp_path, **{name: True}), tmp_path / "t", CPU, torch.float32)
+    args = training_arguments(
+        training_fields(config_with(tmp_path, **{name: True}), tmp_path / "t", CPU, torch.float32)
+    )
     assert args.gradient_checkpointing
 
 

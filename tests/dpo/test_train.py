@@ -13,16 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from trl import DPOConfig
 
 from align.config import Config, build_config
-from align.dpo import train
+from align.dpo.choose_layout import choose_layout
+from align.dpo.collator import PairCollator
 from align.dpo.train import DpoStage, run_dpo
+from align.dpo.trainer_checkpoints import last_checkpoint
 from align.errors import UserError
+from align.media.images import ImageStore
 from align.models.load import load_model, load_processor
 from align.records import Pair, read_jsonl, write_jsonl
 from align.run.folder import Round, RunDir
 from tests import tiny_models
-from tests.dpo.conftest import make_pairs
+from tests.dpo.conftest import make_pairs, tokenized
 
 
 def make_run(folder: Path, *, num_pairs: int = 6, dpo: dict[str, Any] | None = None, **fields: Any) -> Config:
@@ -110,14 +114,14 @@ class StopAtStep(TrainerCallback):
 
 def stop_once(monkeypatch, step: int) -> None:
     """The next training is told to stop while it does `step` + 1."""
-    make_trainer = DpoStage._trainer
+    make_trainer = DpoStage.make_trainer
 
     def with_signal(self, *args):
         trainer = make_trainer(self, *args)
         trainer.add_callback(StopAtStep(step))
         return trainer
 
-    monkeypatch.setattr(train.DpoStage, "_trainer", with_signal)
+    monkeypatch.setattr(DpoStage, "make_trainer", with_signal)
 
 
 @pytest.mark.parametrize("dpo", [{}, {"projector_learning_rate_multiplier": 3.0, "freeze": ["vision"]}])
@@ -149,7 +153,7 @@ def test_a_state_torn_while_it_was_written_is_not_used(tmp_path, monkeypatch):
     this = round_1(config)
     assert {path.name for path in this.trainer.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
     (this.trainer / "checkpoint-5" / "trainer_state.json").unlink()
-    assert train.last_state(this.trainer, 1) == this.trainer / "checkpoint-4"
+    assert last_checkpoint(this.trainer, 1) == this.trainer / "checkpoint-4"
     run_dpo(config, 1)
     assert [entry["step"] for entry in history(this.checkpoint)] == [1, 2, 3, 4, 5, 6]
 
@@ -166,16 +170,20 @@ def test_a_pair_that_does_not_fit_is_refused_with_its_token_counts(tmp_path):
     assert (counts["pairs"], counts["dropped_too_long"]) == (2, 4)
 
 
-def test_a_pair_whose_response_asks_for_an_image_is_dropped_and_counted(tmp_path):
+def test_a_pair_that_the_template_refuses_is_dropped_and_counted(tmp_path):
     config = make_run(tmp_path)
+    template = tmp_path / "policy" / "chat_template.jinja"
+    refusal = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+    template.write_text(refusal + template.read_text())
     this = round_1(config)
     pairs = read_jsonl(this.pairs, Pair)
-    pairs[1].rejected = [{"role": "assistant", "content": "look: <image>"}]
+    pairs[1].prompt = [{"role": "tool", "content": "21"}, *pairs[1].prompt]
+    pairs[2].rejected = [{"role": "assistant", "content": "look: <image>"}]
     write_jsonl(this.pairs, pairs)
     run_dpo(config, 1)
     counts = this.manifest.stage("dpo").counts
     assert counts["pairs"] == len(pairs) - 1
-    assert counts["dropped"] == {"a response spells the placeholder of an image": 1}
+    assert counts["dropped"] == {"the chat template cannot write it": 1}
     assert counts["dropped_too_long"] == 0
 
 
@@ -205,14 +213,12 @@ def test_pairs_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(UserError, match="no pair has survived"):
         run_dpo(config, 1)
     write_jsonl(this.pairs, [pairs[0], pairs[0]])
-    with pytest.raises(UserError, match="stand more than once, such as 'p0'"):
+    with pytest.raises(UserError, match="are duplicated, such as 'p0'"):
         run_dpo(config, 1)
-    answer = [{"role": "assistant", "content": "an <image> of a cat"}]
-    write_jsonl(
-        this.pairs,
-        [Pair(id="x", prompt=pairs[0].prompt, images=pairs[0].images, chosen=answer, rejected=pairs[0].chosen)],
-    )
-    with pytest.raises(UserError, match=r"pairs\.jsonl: in every pair a response spells the placeholder of an image"):
+    template = tmp_path / "policy" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
+    write_jsonl(this.pairs, pairs)
+    with pytest.raises(UserError, match="no pair can be trained on; the first: pair p0: the chat template writes the"):
         run_dpo(config, 1)
     this.pairs.unlink()
     with pytest.raises(UserError, match="there are no pairs"):
@@ -244,15 +250,15 @@ def test_an_adapter_stopped_by_sigterm_goes_on_to_the_same_weights(tmp_path, mon
 
 
 def test_live_and_cached_references_train_the_same(tmp_path):
-    courses = {}
+    curves = {}
     for reference in ("round-start", "live", "initial"):
         config = make_run(tmp_path, name=reference, dpo={"reference": reference})
         run_dpo(config, 1)
-        courses[reference] = history(round_1(config).checkpoint)
+        curves[reference] = history(round_1(config).checkpoint)
         assert round_1(config).reference.exists() == (reference != "live")
     # In the first round the first policy is the round's start.
-    assert courses["initial"] == courses["round-start"]
-    for cached, live in zip(courses["round-start"], courses["live"], strict=True):
+    assert curves["initial"] == curves["round-start"]
+    for cached, live in zip(curves["round-start"], curves["live"], strict=True):
         assert cached["loss"] == pytest.approx(live["loss"], abs=1e-4)
         assert cached["rewards/margins"] == pytest.approx(live["rewards/margins"], abs=1e-4)
 
@@ -271,7 +277,7 @@ def test_the_second_round_starts_from_the_first_and_may_refer_to_the_first_polic
 
 def test_a_loss_that_is_no_number_stops_at_the_last_good_state(tmp_path, monkeypatch):
     config = make_run(tmp_path, dpo={"gradient_accumulation_steps": 1, "num_train_epochs": 1})
-    make_trainer = DpoStage._trainer
+    make_trainer = DpoStage.make_trainer
 
     def spoil(module, inputs, output):
         output.last_hidden_state = output.last_hidden_state * float("nan")
@@ -289,7 +295,7 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_state(tmp_path, monkeyp
         return trainer
 
     with monkeypatch.context() as patch:
-        patch.setattr(DpoStage, "_trainer", with_poison)
+        patch.setattr(DpoStage, "make_trainer", with_poison)
         with pytest.raises(
             UserError, match=r"the loss is nan at step 3, with the pairs p\d; the state after step 2 is kept"
         ):
@@ -302,14 +308,14 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_state(tmp_path, monkeyp
 
 def test_a_gradient_that_is_no_number_stops_before_the_weights_are_touched(tmp_path, monkeypatch):
     config = make_run(tmp_path, dpo={"gradient_accumulation_steps": 2, "num_train_epochs": 1})
-    make_trainer = DpoStage._trainer
+    make_trainer = DpoStage.make_trainer
 
     def with_bad_gradient(self, *args):
         trainer = make_trainer(self, *args)
         trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
         return trainer
 
-    monkeypatch.setattr(DpoStage, "_trainer", with_bad_gradient)
+    monkeypatch.setattr(DpoStage, "make_trainer", with_bad_gradient)
     with pytest.raises(
         UserError, match=r"the norm of the gradient is nan at step 1, with the pairs p\d, p\d; nothing has"
     ):
@@ -326,18 +332,19 @@ def test_a_shared_prefix_that_is_not_exact_is_refused_or_replaced(tmp_path):
     model = tiny_models.llava_onevision()
     processor = tiny_models.llava_onevision_processor()
     (tmp_path / "images").mkdir()
-    pairs = make_pairs(tmp_path / "images", 1)
-    collator = train.PairCollator(processor, train.ImageStore(tmp_path / "images"), "shared")
+    store = ImageStore(tmp_path / "images")
+    pairs = tokenized(make_pairs(tmp_path / "images", 1), processor, store)
+    collator = PairCollator(processor, store, "shared")
     model.model.language_model.norm = torch.nn.Sequential(Twisted(), model.model.language_model.norm)
-    layout, note = train.choose_layout("auto", model, collator, pairs)
+    layout, note = choose_layout("auto", model, collator, pairs)
     assert layout == "plain"
     assert note.startswith("not used: shared and unshared log-probabilities differ")
     with pytest.raises(UserError, match="shared_prefix is on, but it cannot be used"):
-        train.choose_layout("on", model, collator, pairs)
+        choose_layout("on", model, collator, pairs)
 
 
 def test_pairs_may_be_grouped_by_length(tmp_path):
-    if "train_sampling_strategy" not in {field.name for field in dataclasses.fields(train.DPOConfig)}:
+    if "train_sampling_strategy" not in {field.name for field in dataclasses.fields(DPOConfig)}:
         pytest.skip("this transformers has another name for it")
     grouped = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "num_train_epochs": 1}
     config = make_run(tmp_path, num_pairs=8, dpo=grouped)

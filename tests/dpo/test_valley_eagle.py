@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from align.dpo.collator import PairCollator
-from align.dpo.tokenize import pair_lengths
 from align.dpo.train import run_dpo
 from align.models.load import load_model, load_processor
 from align.run.folder import RunDir
-from tests.dpo.conftest import compute, make_args, make_pairs, train_ours, train_trl
-from tests.dpo.test_equals_trl import assert_same_course
+from tests.dpo.conftest import compute, make_args, make_pairs, tokenized, train_ours, train_trl
+from tests.dpo.test_equals_trl import assert_same_curve
 from tests.dpo.test_train import history, make_run, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "valley_eagle_tiny"
@@ -37,23 +36,18 @@ def test_valley_eagle_trains_as_with_trl(tmp_path, processor, model, images, num
     trl = train_trl(model, processor, pairs, images, make_args(tmp_path / "trl", max_steps=3))
     args = make_args(tmp_path / "ours", max_steps=3)
     ours = train_ours(model, processor, pairs, images, args, layout="shared", reference=reference.columns())
-    assert_same_course(ours, trl)
+    assert_same_curve(ours, trl)
 
 
 def test_lengths_counted_from_sizes_are_those_of_the_batch(processor, images):
     pairs = make_pairs(images.root, 6, num_images=(1, 2, 0))
     for layout in ("plain", "shared"):
         collator = PairCollator(processor, images, layout)
-        for length, pair in zip(pair_lengths(pairs, processor, images), pairs, strict=True):
+        for pair in tokenized(pairs, processor, images):
             batch = collator.collate([pair])
-            total = length.prompt + (length.chosen + length.rejected if layout == "shared" else 0)
-            if layout == "plain":
-                assert batch["attention_mask"].sum(dim=1).tolist() == [
-                    length.prompt + length.chosen,
-                    length.prompt + length.rejected,
-                ]
-            else:
-                assert int(batch["attention_mask"].sum()) == total
+            prompt, chosen, rejected = pair.prompt_tokens, len(pair.chosen_ids), len(pair.rejected_ids)
+            expected = [prompt + chosen + rejected] if layout == "shared" else [prompt + chosen, prompt + rejected]
+            assert batch["attention_mask"].sum(dim=1).tolist() == expected
 
 
 def test_a_round_of_valley_eagle_keeps_its_form(tmp_path):

@@ -1,7 +1,7 @@
-"""A trained model in, perhaps spread over processes or adapted; what `save_checkpoint` writes out.
+"""A trained model in, perhaps sharded over processes or adapted; what `save_checkpoint` writes out.
 
 All processes call `gather_weights`; the rest happens on the main one. Under ZeRO-2 and DDP every process has all weights
-and nothing is gathered. An adapter is merged into the whole weights, and where those are spread or quantised, into
+and nothing is gathered. An adapter is merged into the weights, and where those are sharded or quantised, into
 weights loaded afresh from the round's policy.
 """
 
@@ -16,10 +16,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 def gather_weights(trainer: Any) -> dict[str, Tensor] | None:
-    """On the main process all weights by name, in CPU memory; None where the model itself has them whole.
+    """On the main process all weights by name, in CPU memory; None where the model itself has all of them.
 
     Names are those in memory, with what wrappers add: `align.models.save` takes them back. What transformers itself
-    writes under ZeRO-3 has names of neither kind (`model.model.`), since weights in pieces are loaded by a way of their
+    writes under ZeRO-3 has names of neither kind (`model.model.`), since sharded weights are loaded by a way of their
     own (https://github.com/huggingface/transformers/pull/43303), which leaves the model without its names on disk.
     """
     if not (is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled):
@@ -27,16 +27,16 @@ def gather_weights(trainer: Any) -> dict[str, Tensor] | None:
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
-def merge_adapter(model: PeftModel, gathered: dict[str, Tensor] | None, load_whole: Callable[[], Any]) -> Any:
+def merge_adapter(model: PeftModel, gathered: dict[str, Tensor] | None, load_unsharded: Callable[[], Any]) -> Any:
     """The model with its adapter merged into it, on the main process.
 
-    `load_whole` opens the round's policy again: needed where the base weights are spread (`gathered` is given) or
+    `load_unsharded` opens the round's policy again: needed where the base weights are sharded (`gathered` is given) or
     quantised, since merging into four bits would round what was learnt away.
     """
     quantised = getattr(model.get_base_model(), "is_quantized", False)
     if gathered is None and not quantised:
         return model.merge_and_unload()
     adapter = get_peft_model_state_dict(model, state_dict=gathered)
-    whole = get_peft_model(load_whole(), model.peft_config["default"])
-    set_peft_model_state_dict(whole, {name: tensor.cpu() for name, tensor in adapter.items()})
-    return whole.merge_and_unload()
+    unsharded = get_peft_model(load_unsharded(), model.peft_config["default"])
+    set_peft_model_state_dict(unsharded, {name: tensor.cpu() for name, tensor in adapter.items()})
+    return unsharded.merge_and_unload()

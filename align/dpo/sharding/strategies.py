@@ -1,6 +1,6 @@
-"""How the trained model is spread over processes: a strategy's name in, fields of the training arguments out.
+"""How the trained model is sharded over processes: a strategy's name in, fields of the training arguments out.
 
-`ddp` keeps the whole model in every process. `zero2` (DeepSpeed) spreads gradients and optimiser, `zero3` the weights
+`ddp` keeps the whole model in every process. `zero2` (DeepSpeed) shards gradients and optimiser, `zero3` the weights
 too; `fsdp2` is PyTorch's own way to do the same. An accelerate configuration that the processes were launched with goes
 before all of these. What is asked for and what one gets can differ silently, so it is checked (`check_distribution`).
 """
@@ -11,16 +11,18 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
+from trl import DPOConfig
 
 from align import accelerator
 from align.config import Config
 from align.distributed.ranks import world_size
 from align.errors import UserError
-from align.versions import install_extra
 
 # Set by `accelerate launch` for the configuration it was given.
 ACCELERATE_CHOICES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
@@ -33,7 +35,7 @@ def zero2() -> dict[str, Any]:
 
 
 def zero3() -> dict[str, Any]:
-    """As `zero2`, with the weights spread too and gathered when a state is saved (the name says 16bit, fp32 works)."""
+    """As `zero2`, with the weights sharded too and gathered when a trainer checkpoint is saved (the name says 16bit, fp32 works)."""
     return _deepspeed(
         {
             "stage": 3,
@@ -55,7 +57,7 @@ def fsdp2(model: nn.Module) -> dict[str, Any]:
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_layer_cls_to_wrap": decoder_layer_names(model),
         "state_dict_type": "FULL_STATE_DICT",
-        # Every process has the whole model anyway, for the reference log-probabilities.
+        # Every process has the unsharded model anyway, for the reference log-probabilities.
         "cpu_ram_efficient_loading": False,
     }
 
@@ -99,7 +101,7 @@ def check_strategy(strategy: str, device: torch.device) -> None:
     if strategy in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"launch.strategy is {strategy}, but deepspeed is not installed",
-            fix=f"{install_extra('deepspeed')}, or use ddp or fsdp2",
+            fix="pip install 'valley-align[deepspeed]', or use ddp or fsdp2",
         )
 
 
@@ -114,9 +116,21 @@ def process_group_backend(strategy: str, device: torch.device) -> str | None:
     return None
 
 
+def process_state(fields: dict[str, Any]) -> PartialState:
+    """This process among those of the launch, before there are training arguments; `fields` are theirs.
+
+    Models are loaded unsharded until then, whatever accelerate was configured for: see `unsharded_models`.
+    """
+    with unsharded_models():
+        if fields["use_cpu"]:
+            return PartialState(cpu=True, backend=fields.get("ddp_backend"))
+        timeout = timedelta(seconds=fields.get("ddp_timeout", DPOConfig.ddp_timeout))
+        return PartialState(backend=fields.get("ddp_backend"), timeout=timeout)
+
+
 @contextlib.contextmanager
-def whole_models() -> Iterator[None]:
-    """Within the context models are loaded whole, whatever accelerate was configured for."""
+def unsharded_models() -> Iterator[None]:
+    """Within the context models are loaded unsharded, whatever accelerate was configured for."""
     hidden = {name: os.environ.pop(name) for name in ACCELERATE_CHOICES if name in os.environ}
     try:
         yield

@@ -1,6 +1,6 @@
-"""One of two processes of `test_processes.py`: gradients of a model that FSDP2 has spread, written to a file.
+"""One of two processes of `test_processes.py`: gradients of a model that FSDP2 has sharded, written to a file.
 
-torchrun --nproc_per_node 2 tests/dpo/spread_head.py IMAGES OUTPUT
+torchrun --nproc_per_node 2 tests/dpo/sharded_head.py IMAGES OUTPUT
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from align.dpo.shared_forward import add_shared_rows
 from align.media.images import ImageStore
 from align.records import Pair, read_jsonl
 from tests import tiny_models
+from tests.dpo.conftest import tokenized
 
 
 def mean_loss(model: torch.nn.Module, pairs: list[Pair], images: ImageStore) -> torch.Tensor:
     """Minus the mean over pairs of the log-probability of the chosen over that of the rejected response."""
-    batch = PairCollator(tiny_models.llava_onevision_processor(), images, "shared").collate(pairs)
+    processor = tiny_models.llava_onevision_processor()
+    batch = PairCollator(processor, images, "shared").collate(tokenized(pairs, processor, images))
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
     chosen, rejected = model(**batch, labels=labels, fused_lm_head=True).log_probs.sum(dim=1).chunk(2)
     return (rejected - chosen).mean()

@@ -1,6 +1,6 @@
-"""One of the processes of `test_pieces.py`: reference log-probabilities of a model that none of them holds whole.
+"""One of the processes of `test_sharded_reference.py`: reference log-probabilities of a model that none of them holds whole.
 
-torchrun --nproc_per_node 2 tests/dpo/pieces_worker.py FOLDER LAYOUT
+torchrun --nproc_per_node 2 tests/dpo/sharded_reference.py FOLDER LAYOUT
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from align.dpo.choose_layout import choose_layout
 from align.dpo.collator import PairCollator
 from align.dpo.reference import reference_log_probs
-from align.dpo.sharding.shards import gathered_as_needed, loading_in_pieces
-from align.dpo.train import choose_layout
+from align.dpo.sharding.shards import gathered_as_needed, loading_sharded
 from align.media.images import ImageStore
 from align.models.load import load_model, load_processor
 from align.records import Pair, read_jsonl
-from tests.dpo.conftest import KEY
+from tests.dpo.conftest import KEY, tokenized
 
 
 def main() -> None:
     folder, layout = Path(sys.argv[1]), sys.argv[2]
     state = PartialState(cpu=True)
-    pairs = read_jsonl(folder / "pairs.jsonl", Pair)
-    collator = PairCollator(load_processor(str(folder / "policy")), ImageStore(folder), layout, always_images=True)
-    with loading_in_pieces(True):
+    processor, images = load_processor(str(folder / "policy")), ImageStore(folder)
+    pairs = tokenized(read_jsonl(folder / "pairs.jsonl", Pair), processor, images)
+    collator = PairCollator(processor, images, layout, always_images=True)
+    with loading_sharded(True):
         model = load_model(str(folder / "policy"), device=None)
-        pieces = [weakref.ref(parameter.ds_tensor) for parameter in model.parameters()]
+        shards = [weakref.ref(parameter.ds_tensor) for parameter in model.parameters()]
         held = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
         with gathered_as_needed(model):
             proof = choose_layout("auto", model, PairCollator(collator.processor, collator.images, "shared"), pairs[:2])
@@ -49,10 +50,10 @@ def main() -> None:
             state=state,
         )
     gc.collect()
-    with loading_in_pieces(True, torch.bfloat16):
+    with loading_sharded(True, torch.bfloat16):
         half = load_model(str(folder / "policy"), device=None, dtype=torch.bfloat16)
     dtypes = sorted({str(parameter.dtype) for parameter in half.parameters()})
-    found = {"held": held, "proof": proof, "freed": all(piece() is None for piece in pieces), "dtypes": dtypes}
+    found = {"held": held, "proof": proof, "freed": all(piece() is None for piece in shards), "dtypes": dtypes}
     (folder / f"{layout}-{state.process_index}.json").write_text(json.dumps(found))
 
 

@@ -1,4 +1,4 @@
-"""Reference log-probabilities and the proof of a model whose weights are spread over two processes (ZeRO-3)."""
+"""Reference log-probabilities and the equivalence check of a model whose weights are sharded over two processes (ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.dpo.conftest import KEY, compute, make_pairs
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["shared", "plain"])
-def test_a_model_that_no_process_holds_whole_gives_the_reference_of_a_whole_one(tmp_path, layout):
+def test_a_model_that_no_process_holds_gives_the_reference_of_an_unsharded_one(tmp_path, layout):
     pytest.importorskip("deepspeed")
     model, processor = tiny_models.llava_onevision(), tiny_models.llava_onevision_processor()
     model.save_pretrained(tmp_path / "policy")
@@ -29,7 +29,7 @@ def test_a_model_that_no_process_holds_whole_gives_the_reference_of_a_whole_one(
     # Seven questions and batches of two: one process has a batch less, and some batches have no image.
     pairs = make_pairs(tmp_path, 7, num_images=(1, 0, 0, 2))
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    script = Path(__file__).with_name("pieces_worker.py")
+    script = Path(__file__).with_name("sharded_reference.py")
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, tmp_path, layout],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -38,8 +38,8 @@ def test_a_model_that_no_process_holds_whole_gives_the_reference_of_a_whole_one(
     )
     collator = PairCollator(processor, ImageStore(tmp_path), layout, always_images=True)
     whole = compute(tmp_path / "whole.safetensors", pairs, collator, lambda: model)
-    spread = read_reference(tmp_path / f"{layout}.safetensors", KEY)
-    assert torch.allclose(spread.logps, whole.logps, atol=1e-5)
+    sharded = read_reference(tmp_path / f"{layout}.safetensors", KEY)
+    assert torch.allclose(sharded.logps, whole.logps, atol=1e-5)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     for rank in range(2):
         found = json.loads((tmp_path / f"{layout}-{rank}.json").read_text())

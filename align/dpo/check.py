@@ -1,0 +1,28 @@
+"""A configuration in; what of its training cannot work out, before any weight is loaded."""
+
+from __future__ import annotations
+
+from align.config import Config
+from align.dpo.trainer import check_projector
+from align.models.load import check_checkpoint
+from align.models.lora import lora_config
+from align.models.meta import empty_model, with_adapter
+from align.models.modules import freeze_parts
+
+
+def check_trained(config: Config, policy: str) -> None:
+    """Look at what would be trained, without weights.
+
+    Raises:
+        UserError: the checkpoint is not whole, an adapter finds no layers, nothing is left to train, or the projector
+            has a rate and is not trained.
+    """
+    check_checkpoint(policy, allow_pickle=config.model.allow_pickle)
+    model = empty_model(policy)
+    adapter = lora_config(config.dpo.lora, config.dpo.freeze)
+    if adapter is not None:
+        model = with_adapter(model, adapter)
+    else:
+        freeze_parts(model, config.dpo.freeze)
+    if config.dpo.projector_learning_rate_multiplier != 1.0:
+        check_projector(model)

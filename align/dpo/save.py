@@ -1,0 +1,63 @@
+"""A finished training in, the round's checkpoint out: in the form of its parent, and compared with what was trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+from align.dpo.sharding.gather import gather_weights, merge_adapter
+from align.dpo.trainer import PairTrainer
+from align.models.device import DTYPES
+from align.models.load import read_config
+from align.models.save import save_checkpoint
+from align.monitoring.cost import save_cost
+from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
+
+
+def save_trained(trainer: PairTrainer, processor: Any, folder: Path, *, policy: str, load: Callable[..., Any]) -> None:
+    """Write the finished checkpoint in the form of its parent, with the trainer's record of how it came about.
+
+    All processes call it. `load(checkpoint, device=...)` opens a model again where the trained one is sharded.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    gathered = gather_weights(trainer)
+    sharded = is_deepspeed_zero3_enabled()
+    unset_hf_deepspeed_config()
+    if trainer.is_world_process_zero():
+        if isinstance(model, PeftModel):
+            model, gathered = merge_adapter(model, gathered, lambda: load(policy, device="cpu")), None
+        elif sharded:
+            # A model that was loaded in shards does not remember the names of its tensors on disk.
+            model = load(policy, device="cpu")
+    restore_forward(model)
+    if trainer.is_world_process_zero():
+        save_checkpoint(
+            model,
+            processor,
+            folder,
+            parent=policy if Path(policy).is_dir() else None,
+            state_dict=gathered,
+            dtype=stored_dtype(policy),
+        )
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    save_cost()
+    trainer.accelerator.wait_for_everyone()
+
+
+def stored_dtype(policy: str) -> torch.dtype | None:
+    """The dtype of the parent's weights on disk, which the checkpoint keeps; None where it does not say."""
+    config = read_config(policy)
+    return DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")))
+
+
+def restore_forward(model: Any) -> None:
+    """Undo what training has done to `model.forward` and to its attention."""
+    model.__dict__.pop("forward", None)
+    with contextlib.suppress(PrefixUnsupported, AttributeError):
+        stop_shared_prefix(model)

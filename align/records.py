@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from align.errors import UserError
 
 IMAGE_TAG = "<image>"
+# Of the values of a line: far from where Python's own limit makes reading succeed and writing fail.
+MAX_DEPTH = 64
 # Half of a character outside the basic plane. JSON can write it, as a server may; UTF-8 and tokenizers cannot.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -210,25 +212,43 @@ def to_line(record: BaseModel) -> str:
     return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
+def _is_too_deep(data: Any) -> bool:
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [item for value in level for item in _items(value)]
+    return bool(level)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
 def parse_line(line: str, kind: type[RecordT], where: str) -> RecordT:
     """One JSONL line as a record; raises UserError with file and line when it is not one."""
     try:
         data = json.loads(line)
+        if not isinstance(data, dict):
+            raise UserError(f"expected a JSON object, found {type(data).__name__}", where=where)
+        if line.count("[") + line.count("{") > MAX_DEPTH and _is_too_deep(data):
+            raise RecursionError
+        return kind.model_validate(data)
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON ({error.msg} at column {error.colno})", where=where) from None
-    if not isinstance(data, dict):
-        raise UserError(f"expected a JSON object, found {type(data).__name__}", where=where)
-    try:
-        return kind.model_validate(data)
+    except RecursionError:
+        raise UserError("nested too deep", where=where, fix="leave the nested key out") from None
     except ValidationError as error:
         raise UserError(f"not a valid {kind.__name__}: {explain(error, kind)}", where=where) from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise UserError(f"not valid JSON ({str(error).partition(';')[0]})", where=where) from None
 
 
 def iter_jsonl(path: Path, kind: type[RecordT]) -> Iterator[RecordT]:
-    """The records of a file in order; blank lines are skipped."""
+    """The records of a file in order; blank lines and a byte order mark are skipped."""
     if not path.is_file():
         raise UserError("no such file", where=str(path), fix=f"expected a JSONL file of {kind.__name__} records")
-    with path.open(encoding="utf-8", errors="strict") as file:
+    with path.open(encoding="utf-8-sig", errors="strict") as file:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():

@@ -131,3 +131,22 @@ def test_an_unknown_kind_of_answer_is_told_when_the_question_is_read(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"id": "p", "question": "?", "answer_kind": "number"}\n' + line)
     with pytest.raises(UserError, match=r"q.jsonl:2: .*answer_kind: must be one of exact, .*, found 'numeric'"):
         read_questions(tmp_path / "q.jsonl")
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "q.jsonl").write_bytes('{"id": "q", "question": "Où?"}\n'.encode("utf-8-sig"))
+    assert [question.question for question in read_questions(tmp_path / "q.jsonl")] == ["Où?"]
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("[" * 50_000 + "]" * 50_000, "nested too deep"),
+        ("[" * 900 + "]" * 900, "nested too deep"),
+        ("9" * 5_000, "digits"),
+    ],
+)
+def test_what_json_cannot_read_is_one_message(value, says, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"id": "q", "question": "What?", "meta": {"a": ' + value + "}}")
+    with pytest.raises(UserError, match=rf"q\.jsonl:1: .*{says}"):
+        read_questions(tmp_path / "q.jsonl")

@@ -27,10 +27,9 @@ from align.data.sources import Table
 from align.errors import UserError
 from align.log import log
 from align.monitoring.progress import LINE_EVERY_S
-from align.records import IMAGE_TAG, Pair, Question, explain, to_line
+from align.records import IMAGE_TAG, MAX_DEPTH, Pair, Question, explain, to_line
 
 DUPLICATE, NEAR_EVALUATION = "duplicate", "near to an evaluation image"
-MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -180,9 +179,9 @@ def _check_tags(entry: Entry) -> None:
         raise BadRow("image tags and images differ", f"the text names {tags} images, the row has {len(entry.images)}")
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def _plain(value: Any, depth: int = 1) -> Any:
     """A value of `meta` as JSON can hold it: NaN is a missing value; what is no JSON stays as its text."""
-    if depth > MAX_DEPTH:
+    if depth >= MAX_DEPTH:
         raise BadRow("nested too deep")
     if isinstance(value, Mapping):
         return {str(key): _plain(item, depth + 1) for key, item in value.items()}

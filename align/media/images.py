@@ -47,7 +47,10 @@ class ImageStore:
                 fix="download it and name it by its path inside the image root",
             )
         root = self.root.resolve()
-        path = (root / reference).resolve()
+        try:
+            path = (root / reference).resolve()
+        except (OSError, ValueError, RuntimeError):  # too long for a path, with a NUL in it, or a link to itself
+            raise UserError(f"{in_short(repr(reference))} is not a path", fix="check the path of the image") from None
         if not path.is_relative_to(root):
             raise UserError(
                 f"the image {reference!r} lies outside the image root {root}", fix="move it, or set image_root"

@@ -28,6 +28,10 @@ def pair(name, chosen="yes", rejected="no", images=("0.png",), parts=1):
 
 BAD = [
     ('{"id": "torn", "prom', "no valid pair"),
+    ('{"id": ' + "[" * 50_000 + "]" * 50_000 + "}", "no valid pair"),
+    (json.dumps(pair("deep"))[:-1] + ', "meta": {"a": ' + "[" * 900 + "]" * 900 + "}}", "no valid pair"),
+    ('{"id": ' + "9" * 5_000 + "}", "no valid pair"),
+    (pair("nul", images=["a\0b.png"]), "image cannot be read"),
     (pair("same", rejected="yes"), "no valid pair"),
     (pair("a"), "id stands twice"),
     (pair("parts", parts=2), "image parts and images differ"),

@@ -23,9 +23,11 @@ CONFIG_NAME = "align.yaml"
 # Keys that have another name now; the error for the old one says so.
 RENAMED = {
     "critic.trust_sample": "critic.reliability_sample",
+    "dpo.too_long": "dpo.on_too_long",
     "pairs.k": "pairs.top_k_pairs",
     "pairs.mix_earlier": "pairs.replay_fraction",
     "pairs.mix_order": "pairs.replay_order",
+    "server.tries": "server.max_attempts",
 }
 
 
@@ -69,8 +71,8 @@ class ServerSettings(Section):
     """How servers are spoken to, where a stage names some (sample.servers, critic.servers, evaluate.servers)."""
 
     concurrency: int = Field(32, ge=1, description="requests in flight at a time, for each endpoint")
-    timeout_s: float = Field(600.0, gt=0, description="longest wait for an answer")
-    tries: int = Field(6, ge=1, description="how often a request is sent at most, on whichever endpoints")
+    timeout_s: float = Field(600.0, gt=0, description="request timeout")
+    max_attempts: int = Field(6, ge=1, description="how often a request is sent at most, on whichever endpoints")
     backoff_s: float = Field(0.5, ge=0, description="pause before the second try; it doubles with every further one")
     cooldown_s: float = Field(15.0, gt=0, description="rest of an endpoint that failed, before it is checked again")
     wait_s: float = Field(
@@ -79,7 +81,7 @@ class ServerSettings(Section):
     max_image_pixels: int = Field(4_000_000, ge=1, description="larger images are scaled down before they are sent")
     image_format: Literal["png", "jpeg"] = Field("png", description="how images travel; jpeg is smaller and loses")
     top_logprobs: int = Field(
-        20, ge=1, description="alternatives a token that a critic's server is asked to show (vLLM: --max-logprobs)"
+        20, ge=1, description="alternatives per token that a critic's server is asked to show (vLLM: --max-logprobs)"
     )
 
 
@@ -106,7 +108,7 @@ class ModelSettings(Section):
 class SampleSettings(Section):
     """Stage 1: responses of the current policy to every image question."""
 
-    num_responses: int = Field(5, ge=1, le=256, description="K, responses a question")
+    num_responses: int = Field(5, ge=1, le=256, description="K, responses per question")
     temperature: float = Field(0.7, ge=0, description="0 is greedy")
     top_p: float = Field(
         0.9, gt=0, le=1, description="nucleus sampling: keep the smallest set of tokens with this probability"
@@ -174,12 +176,12 @@ class DpoSettings(BaseModel):
     max_length: int | None = Field(
         None, ge=1, description="tokens of prompt and response together; empty: what the model's positions allow"
     )
-    too_long: Literal["refuse", "drop"] = Field(
-        "refuse", description="what to do with pairs that do not fit; nothing is ever truncated"
+    on_too_long: Literal["error", "drop"] = Field(
+        "error", description="what to do with pairs that do not fit; nothing is ever truncated"
     )
     report_to: str | list[str] = Field(
         "tensorboard",
-        description="who gets the numbers of the run: tensorboard, wandb, mlflow, a list of them, or none",
+        description="experiment trackers: tensorboard, wandb, mlflow, a list of them, or none",
     )
     lora: dict[str, Any] | None = Field(
         None, description="peft LoraConfig fields; trained as an adapter and merged at the end of the round"
@@ -197,7 +199,7 @@ class EvaluateSettings(Section):
     image_root: Path | None = Field(
         None, description="folder of their images; empty: image_root, else the folder of the file"
     )
-    num_samples: int = Field(1, ge=1, description="sampled responses a question, beside the greedy one")
+    num_samples: int = Field(1, ge=1, description="sampled responses per question, beside the greedy one")
     temperature: float = Field(0.7, gt=0, description="of the sampled responses")
     max_new_tokens: int = Field(256, ge=1, description="longest response in tokens")
     limit: int | None = Field(None, ge=1, description="only the first so many questions")
@@ -221,7 +223,7 @@ class EvaluateSettings(Section):
 class LaunchSettings(Section):
     """How many processes work, on how many machines, and how they share the model while it is trained."""
 
-    num_processes: int = Field(1, ge=1, description="processes on this machine, one a GPU")
+    num_processes: int = Field(1, ge=1, description="processes on this machine, one per GPU")
     strategy: Literal["ddp", "zero2", "zero3", "fsdp2"] = Field(
         "ddp", description="how the trained model is spread over the processes"
     )
@@ -243,7 +245,8 @@ class Config(Section):
     run_root: Path = Field(Path("runs"), description="where runs are kept")
     policy: str = Field(..., description="checkpoint to start from: a folder or a hub id")
     pairs_file: Path | None = Field(
-        None, description="pairs that exist already (JSONL): round 1 trains on them, nothing is sampled or scored"
+        None,
+        description="existing preference pairs (off-policy, JSONL): round 1 trains on them, nothing is sampled or scored",
     )
     questions: Path | None = Field(
         None, description="image questions (JSONL: id, question, images, answer); may be empty with pairs_file"
@@ -349,6 +352,10 @@ def checkpoint_config(checkpoint: str, overrides: list[str] | None = None) -> Co
 
 def build_config(data: dict[str, Any], *, base: Path, where: str = CONFIG_NAME) -> Config:
     """A checked Config from plain data; relative paths become absolute under `base`."""
+    renamed = [f"{old}: is called {new} now" for old, new in RENAMED.items() if _stands_in(data, old)]
+    if renamed:
+        problems = "\n".join(f"  - {line}" for line in renamed)
+        raise UserError(f"the configuration has keys of an earlier version:\n{problems}", where=where)
     try:
         config = Config.model_validate(_without_empty(data))
     except ValidationError as error:
@@ -492,15 +499,24 @@ def _without_empty(data: dict[str, Any], model: type[BaseModel] = Config) -> dic
     return kept
 
 
+def _stands_in(data: Any, key: str) -> bool:
+    """
+    >>> _stands_in({"dpo": {"beta": 0.1}}, "dpo.beta"), _stands_in({"dpo": None}, "dpo.beta")
+    (True, False)
+    """
+    for part in key.split("."):
+        if not isinstance(data, dict) or part not in data:
+            return False
+        data = data[part]
+    return True
+
+
 def _problems(error: ValidationError) -> list[str]:
     lines = []
     for fault in error.errors():
         path = [str(part) for part in fault["loc"]]
         key = ".".join(path)
         if fault["type"] == "extra_forbidden":
-            if key in RENAMED:
-                lines.append(f"{key}: is called {RENAMED[key]} now")
-                continue
             near = get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.5)
             lines.append(f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else ""))
         elif fault["type"] == "missing":

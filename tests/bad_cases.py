@@ -96,7 +96,7 @@ CONFIGURATIONS = [
     _config("an unknown strategy of launch", r"launch\.strategy: .*'zero9'", launch__strategy="zero9"),
     _config("an unknown reference", r"dpo\.reference: ", dpo__reference="latest"),
     _config("a negative margin", r"pairs\.min_margin: ", pairs__min_margin=-0.1),
-    _config("too long by an unknown rule", r"dpo\.too_long: ", dpo__too_long="truncate"),
+    _config("too long by an unknown rule", r"dpo\.on_too_long: ", dpo__on_too_long="truncate"),
     _config(
         "a server without a scheme", r"sample\.servers\.0\.url: must begin with http", sample__servers=["gpu1:8000"]
     ),

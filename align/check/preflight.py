@@ -204,13 +204,13 @@ def _check_limit(processor: Any, config: Config) -> None:
     # Videos are counted by `align plan`, which picks their frames.
     sizes = [meter.size(q.id, q.messages(), q.images) for q in longest if q.video is None]
     too_long = [size for size in sizes if size.tokens >= limit]
-    if too_long and config.dpo.too_long != "drop":
+    if too_long and config.dpo.on_too_long != "drop":
         worst = max(too_long, key=lambda size: size.tokens)
         raise UserError(
             f"{len(too_long)} of the {len(sizes)} longest questions do not fit in {limit} tokens, and nothing is "
             f"truncated: {worst.id} has {worst.tokens}",
             where=str(config.questions),
-            fix="raise dpo.max_length, lower model.processor.max_pixels, or set dpo.too_long: drop",
+            fix="raise dpo.max_length, lower model.processor.max_pixels, or set dpo.on_too_long: drop",
         )
 
 

@@ -36,7 +36,7 @@ RECIPE: dict[str, Any] = {
 OWN_FIELDS = {
     "output_dir": "the round's folder is the place",
     "remove_unused_columns": "the collator needs every column",
-    "truncation_mode": "nothing is ever truncated: see dpo.max_length and dpo.too_long",
+    "truncation_mode": "nothing is ever truncated: see dpo.max_length and dpo.on_too_long",
     "precompute_ref_log_probs": "reference log-probabilities are always cached: see dpo.reference",
     "precompute_ref_batch_size": "reference log-probabilities are computed per_device_train_batch_size at a time",
     "model_init_kwargs": "the checkpoint is opened as the model: section says",

@@ -286,7 +286,7 @@ def check_lengths(pairs: Sequence[TokenizedPair], max_length: int, *, drop: bool
             f"{len(too_long)} of {len(pairs)} pairs do not fit in {max_length} tokens, and nothing is truncated:\n"
             + "\n".join(lines)
             + "\n",
-            fix="raise dpo.max_length, lower model.processor.max_pixels, or set dpo.too_long: drop",
+            fix="raise dpo.max_length, lower model.processor.max_pixels, or set dpo.on_too_long: drop",
         )
     return {pair.id for pair in too_long}
 

@@ -262,7 +262,7 @@ class DpoStage:
     def _that_fit(self, pairs: list[TokenizedPair], max_length: int | None) -> list[TokenizedPair]:
         if max_length is None:
             return pairs
-        drop = check_lengths(pairs, max_length, drop=self.config.dpo.too_long == "drop")
+        drop = check_lengths(pairs, max_length, drop=self.config.dpo.on_too_long == "drop")
         if drop:
             log.warning("%d of %d pairs do not fit in %d tokens and are dropped", len(drop), len(pairs), max_length)
         return [pair for pair in pairs if pair.id not in drop]

@@ -143,7 +143,7 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
             for size, longest in zip(sizes, lengths.longest, strict=True)
             if limit is not None and size.tokens < limit < size.tokens + longest
         ],
-        drops=config.dpo.too_long == "drop",
+        drops=config.dpo.on_too_long == "drop",
         strategy=chosen.strategy,
         fits=fits,
         whole=_whole(config, shape, batch, how, machine, planner),

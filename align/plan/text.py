@@ -85,7 +85,7 @@ def _tokens(plan: Plan, width: int) -> str:
 
 
 def _does_not_fit(plan: Plan, width: int) -> list[str]:
-    happens = "would be dropped, and counted" if plan.drops else "would stop the run (dpo.too_long: refuse)"
+    happens = "would be dropped, and counted" if plan.drops else "would stop the run (dpo.on_too_long: error)"
     found = []
     if plan.never_fit:
         found.append(

@@ -164,7 +164,7 @@ def test_a_pair_that_does_not_fit_is_refused_with_its_token_counts(tmp_path):
         UserError, match=r"4 of 6 pairs do not fit in 85 tokens(.|\n)*p1: prompt 69, chosen 17, rejected 10 tokens"
     ):
         run_dpo(config, 1)
-    config = make_run(tmp_path, dpo={"max_length": 85, "too_long": "drop"}, name="drop")
+    config = make_run(tmp_path, dpo={"max_length": 85, "on_too_long": "drop"}, name="drop")
     run_dpo(config, 1)
     counts = round_1(config).manifest.stage("dpo").counts
     assert (counts["pairs"], counts["dropped_too_long"]) == (2, 4)

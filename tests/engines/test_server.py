@@ -152,7 +152,7 @@ def test_an_answer_that_trickles_in_is_bounded_by_the_timeout_too(serve):
     server = serve(behave=lambda body, count: Reply(whole, trickle_s=0.02))
     started = time.monotonic()
     with pytest.raises(UserError, match=r"q1: .*no answer within 0.2 s \(2 tries\)"):
-        collect(engine_on(server, timeout_s=0.2, tries=2), [ask_for(1)], SETTINGS)
+        collect(engine_on(server, timeout_s=0.2, max_attempts=2), [ask_for(1)], SETTINGS)
     assert time.monotonic() - started < 0.02 * len(json.dumps(whole))
 
 
@@ -169,7 +169,7 @@ def test_retry_after_is_waited_for(serve):
 
 def test_a_rest_that_outlasts_its_work_ends_in_the_next(serve):
     busy_first = serve(behave=lambda body, count: Reply({}, 429, {"Retry-After": "1"}) if count == 1 else None)
-    engine = engine_on(busy_first, tries=1)
+    engine = engine_on(busy_first, max_attempts=1)
     branched = BranchedPrompt((), None, "Judge.", (("a",),), "", ())
     answers = []
 
@@ -188,7 +188,7 @@ def test_tries_are_bounded_and_the_question_and_its_fault_are_named_while_others
 
     server = serve(behave=always)
     kept = {}
-    engine = engine_on(server, tries=4)
+    engine = engine_on(server, max_attempts=4)
     with pytest.raises(UserError) as failure:
         engine.sample([ask_for(n) for n in range(6)], SETTINGS, lambda result: kept.setdefault(result.id, result))
     assert "1 of 6 questions got no answer" in str(failure.value)
@@ -227,7 +227,7 @@ def test_a_server_that_breaks_for_good_in_the_middle_ends_the_run(serve):
     server = serve(behave=lambda body, count: broken if count > 10 else None)
     kept = {}
     with pytest.raises(UserError, match="none of the last 40 questions"):
-        engine_on(server, tries=1, cooldown_s=0.001).sample(
+        engine_on(server, max_attempts=1, cooldown_s=0.001).sample(
             [ask_for(n) for n in range(500)], SETTINGS, lambda result: kept.setdefault(result.id, result)
         )
     assert len(kept) == 10
@@ -282,7 +282,7 @@ def test_when_all_are_dead_each_is_named_with_what_it_said_last(serve):
         )
     kept = {}
     with pytest.raises(UserError) as failure:
-        engine_on(*servers, tries=10).sample(
+        engine_on(*servers, max_attempts=10).sample(
             [ask_for(n) for n in range(100)], SETTINGS, lambda result: kept.setdefault(result.id, result)
         )
     assert "no server is left" in str(failure.value)

@@ -117,7 +117,7 @@ class Fleet:
             UnansweredError: it failed too often.
             UserError: all servers are out, or a key is wrong.
         """
-        for tries in range(1, self.settings.tries + 1):
+        for tries in range(1, self.settings.max_attempts + 1):
             endpoint = await self._take(prefer)
             try:
                 if not endpoint.probed:
@@ -138,9 +138,9 @@ class Fleet:
             finally:
                 endpoint.in_flight -= 1
                 self._wake(1)
-            if tries < self.settings.tries:
+            if tries < self.settings.max_attempts:
                 await asyncio.sleep(self._pause_s(tries))
-        raise UnansweredError(f"{last} ({self.settings.tries} tries)")
+        raise UnansweredError(f"{last} ({self.settings.max_attempts} tries)")
 
     async def _check(self) -> None:
         deadline = time.monotonic() + self.settings.wait_s

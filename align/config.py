@@ -102,6 +102,10 @@ class ModelSettings(Section):
     video_frames: int | None = Field(
         None, ge=1, description="frames of a video that are looked at; empty: as the policy's family does (8 or so)"
     )
+    image_conversion: Literal["displayed", "plain"] = Field(
+        "displayed",
+        description="pictures to RGB as people see them (upright, 16 bits scaled, on white), or plain: as PIL converts",
+    )
     allow_pickle: bool = Field(False, description="open .bin weights (unsafe unless you trust their author)")
 
 

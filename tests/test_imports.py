@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "records": {"errors", "reward"},
     "config": {"errors", "reward"},
     # What stands below every stage.
-    "media": {"errors", "versions"},
+    "media": {"config", "errors", "versions"},
     "distributed": BASE,
     "monitoring": BASE | {"distributed"},
     "run": BASE | {"distributed", "media", "monitoring"},

@@ -22,7 +22,7 @@ from align.data.fingerprint import MAX_BITS, near_pairs, stack
 from align.data.pictures import Picture, PictureStore
 from align.errors import UserError
 from align.log import log
-from align.media.images import ImageStore
+from align.media.images import question_images
 from align.records import Pair, Question, Record, iter_jsonl, write_jsonl
 
 MIN_COSINE = 0.9
@@ -152,7 +152,7 @@ def _near_by_tower(
     from align.engines.image_embeddings import open_image_embedder
 
     embed = open_image_embedder(tower, config.model)
-    images = ImageStore(config.question_images, config.max_image_pixels)
+    images = question_images(config)
     log.info("embedding %d and %d images", len(pictures), len(evaluation.pictures))
     ours = embed(images.open(picture.reference) for picture in pictures)
     theirs = embed(evaluation.images.open(picture.reference) for picture in evaluation.pictures)

@@ -19,7 +19,8 @@ from typing import Any
 from align import accelerator
 from align.config import Config
 from align.errors import UserError, reward_faults
-from align.media.images import ImageStore
+from align.media.decoding import Header
+from align.media.images import ImageStore, evaluation_images, question_images, treatment_counts
 from align.records import Pair, Question, Record, parse_line, read_questions
 from reward.judge_model import BranchedPrompt
 
@@ -110,12 +111,13 @@ def _questions(path: Path, found: Preflight, area: str) -> list[Question]:
 def _data(config: Config, found: Preflight, *, decode: bool) -> None:
     from align.stages.sample import check_images, check_settings
 
-    images = ImageStore(config.question_images, config.max_image_pixels)
+    images = question_images(config)
     if config.questions is not None:
         questions = _questions(config.questions, found, "data")
-        check_images(questions, images)
+        headers = check_images(questions, images)
         if decode:
             _decode({name for question in questions for name in question.images}, images, found)
+        found.facts += [f"{count} of {len(headers)} images are {what}" for what, count in _treated(headers)]
         check_settings(config)
         found.facts.append(f"{len(questions)} questions with {sum(len(q.images) for q in questions)} images")
     if config.pairs_file is not None:
@@ -137,6 +139,11 @@ def _data(config: Config, found: Preflight, *, decode: bool) -> None:
         found.facts.append(f"{len(pairs)} pairs")
 
 
+def _treated(headers: dict[str, Header]) -> list[tuple[str, int]]:
+    """What is done to images beyond decoding them, and to how many."""
+    return treatment_counts(headers.values()).most_common()
+
+
 def _decode(names: set[str], images: ImageStore, found: Preflight) -> None:
     for name in sorted(names):
         with _noting(found, "data"):
@@ -151,7 +158,7 @@ def _evaluation(config: Config, found: Preflight, *, decode: bool) -> None:
     from align.stages.sample import check_images
 
     questions = _questions(config.evaluate.questions, found, "evaluation")[: config.evaluate.limit]
-    images = ImageStore(config.evaluation_images, config.max_image_pixels)
+    images = evaluation_images(config)
     with _noting(found, "evaluation"):
         check_images(questions, images)
         if decode:
@@ -198,7 +205,7 @@ def _check_limit(processor: Any, config: Config) -> None:
     limit = config.dpo.max_length or position_limit(read_config(config.policy))
     if config.questions is None or not config.questions.is_file() or limit is None:
         return
-    images = ImageStore(config.question_images, config.max_image_pixels)
+    images = question_images(config)
     meter = PromptMeter(processor, images)
     longest = sorted(read_questions(config.questions), key=lambda q: -len(q.question) - 1000 * len(q.images))[:LONGEST]
     # Videos are counted by `align plan`, which picks their frames.
@@ -225,7 +232,7 @@ def _critic(config: Config, found: Preflight) -> None:
     with _noting(found, "critic"), reward_faults():
         check_gates(config.critic.gates)
     plan = plan_critic(config)
-    images = ImageStore(config.question_images, config.max_image_pixels)
+    images = question_images(config)
     for model in [*plan.shared, *plan.own.values()]:
         if model.servers:
             continue
@@ -328,7 +335,7 @@ def _launch(config: Config, found: Preflight) -> None:
 def _servers(config: Config, found: Preflight) -> None:
     from align.engines.open import named_for_round, open_servers
 
-    images = ImageStore(config.question_images, config.max_image_pixels)
+    images = question_images(config)
     named = {
         "sample.servers": (config.sample.servers, config.policy, 0),
         "critic.servers": (config.critic.servers, config.critic.model, None),

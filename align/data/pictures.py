@@ -12,17 +12,19 @@ import io
 import os
 import re
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from align.data.entry import BadRow
 from align.data.fingerprint import fingerprint
 from align.data.urls import UrlCache
-from align.media.images import MAX_IMAGE_PIXELS, in_short
+from align.errors import UserError
+from align.media.decoding import Header, read_picture
+from align.media.images import in_short
 
 UNREADABLE = "image cannot be read"
 TOO_SMALL = "image too small"
@@ -56,6 +58,8 @@ class PictureStore:
     copy: bool = False
     stayed: int = 0
     written: int = 0
+    # How many pictures were turned upright, scaled to 8 bits, laid on white.
+    treated: Counter[str] = field(default_factory=Counter)
     urls: UrlCache | None = None
     _known: dict[str, Picture | BadRow] = field(default_factory=dict)
     _failed: dict[str, BadRow] = field(default_factory=dict)
@@ -133,14 +137,14 @@ class PictureStore:
 
     def _from_path(self, path: Path) -> Picture:
         inside = self._inside(path)
-        size, print_ = self._look(path, str(path))
+        header, print_ = self._look(path, str(path))
         if self.copy:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             reference = f"images/{digest[:20]}{path.suffix.lower()}"
             self._place(reference, lambda target: _link_or_copy(path, target))
-            return Picture(reference, size, print_)
+            return Picture(reference, header.size, print_)
         self.stayed += 1
-        return Picture(str(inside.relative_to(self._real_root)), size, print_)
+        return Picture(str(inside.relative_to(self._real_root)), header.size, print_)
 
     def _inside(self, path: Path) -> Path:
         """The real path of what is inside the image root; nothing else is opened, also where it is to be copied."""
@@ -157,12 +161,12 @@ class PictureStore:
 
     def _from_bytes(self, data: bytes) -> Picture:
         source = io.BytesIO(data)
-        size, print_ = self._look(source, f"{len(data)} bytes")
-        ending = (Image.open(io.BytesIO(data)).format or "png").lower().replace("jpeg", "jpg")
+        header, print_ = self._look(source, f"{len(data)} bytes")
+        ending = header.format.lower().replace("jpeg", "jpg").replace("mpo", "jpg")
         reference = f"images/{hashlib.sha256(data).hexdigest()[:20]}.{ending}"
         self._place(reference, lambda target: target.write_bytes(data))
         self.written += 1
-        return Picture(reference, size, print_)
+        return Picture(reference, header.size, print_)
 
     def _place(self, reference: str, write: Any) -> None:
         target = self.out / reference
@@ -172,22 +176,18 @@ class PictureStore:
             write(temporary)
             temporary.replace(target)
 
-    def _look(self, source: Any, name: str) -> tuple[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-        """Size and fingerprint; the whole image is decoded, so that a truncated one is found."""
+    def _look(self, source: Any, name: str) -> tuple[Header, tuple[np.ndarray, np.ndarray]]:
+        """Header and fingerprint; the whole image is decoded, so that a truncated one is found."""
         try:
-            with Image.open(source) as image:
-                width, height = image.size
-                if width * height > MAX_IMAGE_PIXELS:
-                    raise BadRow(UNREADABLE, f"{name}: {width}x{height} pixels are too many")
-                if min(width, height) < self.min_side:
-                    raise BadRow(TOO_SMALL, f"{name}: {width}x{height} pixels, the shorter side needs {self.min_side}")
-                # A JPEG may be decoded at an eighth of its size; its data are read to the end all the same.
-                image.draft("RGB", (64, 64))
-                return (width, height), fingerprint(image)
-        except BadRow:
-            raise
-        except Exception as error:  # what a broken file makes one of many decoders raise
-            raise BadRow(UNREADABLE, f"{name}: {error}") from None
+            # A JPEG may be decoded at an eighth of its size; its data are read to the end all the same.
+            header, small = read_picture(source, name, draft_px=64)
+        except UserError as error:
+            raise BadRow(UNREADABLE, error.message) from None
+        width, height = header.size
+        if min(width, height) < self.min_side:
+            raise BadRow(TOO_SMALL, f"{name}: {width}x{height} pixels, the shorter side needs {self.min_side}")
+        self.treated.update(header.treatments)
+        return header, fingerprint(small)
 
 
 def _decode_uri(uri: str) -> bytes:

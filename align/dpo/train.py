@@ -47,7 +47,7 @@ from align.dpo.trainer_checkpoints import last_checkpoint
 from align.engines.prompts import check_prompts
 from align.errors import UserError, is_out_of_memory
 from align.log import log
-from align.media.images import ImageStore
+from align.media.images import question_images
 from align.models.device import DTYPES, pick_device
 from align.models.limits import position_limit
 from align.models.load import load_model, load_processor, read_config
@@ -93,7 +93,7 @@ def run_dpo(config: Config, number: int) -> None:
             return
         if state.is_main_process:
             record_or_verify_images(
-                this.image_hashes, ImageStore(config.question_images, config.max_image_pixels), pairs
+                this.image_hashes, question_images(config), pairs
             )
     # Opened before any weights are: a login that is missing is reported at once.
     with (
@@ -172,7 +172,7 @@ class DpoStage:
     def run(self, given: list[Pair]) -> None:
         """Train on the pairs, save, and mark the stage complete."""
         started = time.monotonic()
-        images = ImageStore(self.config.question_images, self.config.max_image_pixels)
+        images = question_images(self.config)
         processor = load_processor(self.policy, **self.config.model.processor)
         check_prompts(processor, self.policy)
         max_length = self.config.dpo.max_length or position_limit(read_config(self.policy))

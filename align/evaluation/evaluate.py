@@ -20,7 +20,7 @@ from align.evaluation.kl import SERVED, OneModel, divergence, is_measured, log_p
 from align.evaluation.win_rate import WinRate, has_judge, win_rates
 from align.files import write_text
 from align.log import log
-from align.media.images import ImageStore
+from align.media.images import evaluation_images
 from align.models.video_questions import pick_frames
 from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions
 from align.run.folder import Round, RunDir
@@ -57,7 +57,7 @@ def run_evaluate(config: Config, number: int) -> None:
     this = run.round(number)
     checkpoint = run.policy(number + 1, config.policy)
     questions = read_questions(config.evaluate.questions)[: config.evaluate.limit]
-    images = ImageStore(config.evaluation_images, config.max_image_pixels)
+    images = evaluation_images(config)
     check_overlap(config, questions)
     questions = pick_frames(questions, images, config, checkpoint, served=bool(config.evaluate.servers))
     settings = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from align.config import Config
 from align.engines.judge import open_critic, plan_critic
 from align.errors import reward_faults
-from align.media.images import ImageStore
+from align.media.images import evaluation_images
 from align.monitoring.progress import progress
 from align.records import Evaluation
 from align.run.sharding import batches
@@ -46,7 +46,7 @@ def win_rates(
     Raises:
         UserError: the critic cannot be opened.
     """
-    images = ImageStore(config.evaluation_images, config.max_image_pixels)
+    images = evaluation_images(config)
     critic, _ = open_critic(plan_critic(config), config, images.open)
     found = {}
     for name, others in opponents.items():

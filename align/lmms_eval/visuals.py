@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from align.media.decoding import convert, read_picture
 from align.media.images import ImageStore
 from align.media.video import Picker, read_frames
 from align.records import IMAGE_TAG
@@ -123,7 +124,7 @@ def _opened(kind: str, source: Any, picker: Picker) -> list[Image.Image]:
         path = Path(source)
         return [ImageStore(path.parent).open(path.name)] if kind == "image" else read_frames(path, picker=picker)
     if isinstance(source, dict) and source.get("bytes"):
-        source = Image.open(BytesIO(source["bytes"]))
+        return [read_picture(BytesIO(source["bytes"]), f"{len(source['bytes'])} bytes")[1]]
     if isinstance(source, Image.Image):
-        return [source.convert("RGB")]
+        return [convert(source)]
     raise Unaskable("visuals of this kind are not supported", f"{kind} as {type(source).__name__}")

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from align.config import Config
 from align.errors import UserError
+from align.media.decoding import MAX_IMAGE_PIXELS, Header, convert, read_header, read_picture
+from align.media.rgb import Conversion
 from align.media.video_decoding import read_frame
 
-MAX_IMAGE_PIXELS = 100_000_000
 _FRAME = re.compile(r"(?P<video>.+)#frame=(?P<index>\d+)")
 FRAME_MARK = "#frame"
 # Set in `info` of a picture that is an image file and a frame of a video: some models look at frames otherwise.
@@ -31,11 +33,12 @@ class ImageStore:
     """Opens the images of a run.
 
     `root` is the folder that every image must lie in; `max_pixels` refuses decompression bombs by the size that the
-    file's header claims, before a pixel is decoded.
+    file's header claims, before a pixel is decoded. `conversion`: to RGB as people see pictures, or `plain`.
     """
 
     root: Path
     max_pixels: int = MAX_IMAGE_PIXELS
+    conversion: Conversion = "displayed"
 
     def path(self, reference: str) -> Path:
         """The file of a reference (of a frame: its video); UserError when it is a URL, leaves the root, or is not there."""
@@ -53,7 +56,8 @@ class ImageStore:
             raise UserError(f"{in_short(repr(reference))} is not a path", fix="check the path of the image") from None
         if not path.is_relative_to(root):
             raise UserError(
-                f"the image {reference!r} lies outside the image root {root}", fix="move it, or set image_root"
+                f"the image {in_short(reference)!r} lies outside the image root {root}",
+                fix="move it, or set image_root",
             )
         if not is_file(path):
             raise UserError(
@@ -62,27 +66,27 @@ class ImageStore:
         return path
 
     def size(self, reference: str) -> tuple[int, int]:
-        """(width, height) in pixels, from the header alone."""
+        """(width, height) in pixels as the picture is shown, from the header alone."""
+        return self.header(reference).size
+
+    def header(self, reference: str) -> Header:
+        """What the picture's header tells; a frame of a video file has to be decoded for it."""
         frame = _FRAME.fullmatch(reference)
         if frame:
-            return self._frame(reference, int(frame["index"])).size
-        with self._header(reference) as image:
-            return image.size
+            return Header(self._frame(reference, int(frame["index"])).size, "video frame")
+        return read_header(
+            self.path(reference), in_short(reference), max_pixels=self.max_pixels, conversion=self.conversion
+        )
 
     def open(self, reference: str | Image.Image) -> Image.Image:
-        """The image as RGB, fully decoded; the first frame of an animation. A picture in memory is handed back."""
+        """The image as RGB, fully decoded; the first frame of an animation. A picture in memory may come as well."""
         if isinstance(reference, Image.Image):
-            return reference
+            return convert(reference, conversion=self.conversion)
         frame = _FRAME.fullmatch(reference)
         if frame:
             return self._frame(reference, int(frame["index"]))
-        with self._header(reference) as image:
-            try:
-                picture = image.convert("RGB")
-            except (OSError, SyntaxError, ValueError) as error:
-                raise UserError(
-                    f"the image {reference!r} cannot be decoded ({error})", fix="replace or remove it"
-                ) from None
+        path, name = self.path(reference), in_short(reference)
+        _, picture = read_picture(path, name, max_pixels=self.max_pixels, conversion=self.conversion)
         if self.is_frame(reference):
             picture.info[FRAME_FILE_KEY] = True
         return picture
@@ -107,34 +111,27 @@ class ImageStore:
     def _frame(self, reference: str, index: int) -> Image.Image:
         return read_frame(self.path(reference), index, max_pixels=self.max_pixels)
 
-    def _header(self, reference: str) -> Image.Image:
-        path = self.path(reference)
-        try:
-            with warnings.catch_warnings():
-                # Our own limit decides; PIL's warning at a third of it would only be noise.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(path)
-        except Image.DecompressionBombError as error:
-            raise UserError(f"the image {reference!r} is too large ({error})", fix="scale it down") from None
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f"the file {reference!r} is not a readable image ({error})", fix="replace or remove it"
-            ) from None
-        width, height = image.size
-        if width * height > self.max_pixels:
-            image.close()
-            raise UserError(
-                f"the image {reference!r} has {width}x{height} pixels, more than {self.max_pixels}",
-                fix="scale it down, or raise max_image_pixels",
-            )
-        return image
+
+def question_images(config: Config) -> ImageStore:
+    """The images of a run's questions, opened as `model.image_conversion` says."""
+    return ImageStore(config.question_images, config.max_image_pixels, config.model.image_conversion)
+
+
+def evaluation_images(config: Config) -> ImageStore:
+    """The images of a run's held-out questions, opened as those of its questions."""
+    return ImageStore(config.evaluation_images, config.max_image_pixels, config.model.image_conversion)
+
+
+def treatment_counts(headers: Iterable[Header]) -> Counter[str]:
+    """How many pictures were turned upright, scaled to 8 bits, laid on white."""
+    return Counter(treatment for header in headers for treatment in header.treatments)
 
 
 def is_file(path: Path) -> bool:
     """Whether there is such a file; no for a text that is too long to be a path, as an image in base64 is."""
     try:
         return path.is_file()
-    except OSError:
+    except (OSError, ValueError, RuntimeError):
         return False
 
 

@@ -10,6 +10,8 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import Image
 
+from ..media.rgb import FORMATS, rgb
+
 # A picture whose `info` has this key is a frame decoded from a video; its value is the frame's number, -1 where not known.
 FRAME_KEY = "video_frame"
 # One whose `info` has this key is a frame that was an image file.
@@ -17,18 +19,18 @@ FRAME_FILE_KEY = "frame_file"
 
 
 def open_image(source: Any) -> Image.Image:
-    """An RGB image from an image, an array `(H, W, 3)` uint8, a path, a `file://` or `data:` address, or encoded bytes.
+    """An RGB image, upright and on white, from an image, an array `(H, W, 3)` uint8, a path, an address, or encoded bytes.
 
-    Raises ValueError for anything else.
+    Addresses are `file://` or `data:`. Raises ValueError for anything else, and where a file cannot be decoded.
     """
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return rgb(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8:
             raise ValueError(f"expected an array of bytes (uint8), found {source.dtype}")
-        return Image.fromarray(source).convert("RGB")
+        return rgb(Image.fromarray(source))
     if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source)).convert("RGB")
+        return _decoded(io.BytesIO(source), f"{len(source)} bytes")
     if isinstance(source, dict) and source.get("bytes"):
         return open_image(source["bytes"])
     if isinstance(source, dict) and source.get("path"):
@@ -40,8 +42,18 @@ def open_image(source: Any) -> Image.Image:
         if address.startswith(("http://", "https://")):
             raise ValueError(f"expected an image or a local path, found the address {address!r}; download it first")
         path = url2pathname(urlsplit(address).path) if address.startswith("file://") else address
-        return Image.open(path).convert("RGB")
+        return _decoded(path, path)
     raise ValueError(f"expected an image, an array, a path or encoded bytes, found {type(source).__name__}")
+
+
+def _decoded(file: Any, name: str) -> Image.Image:
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return rgb(image)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file makes of them
+        raise ValueError(f"the image {name!r} cannot be decoded ({error})") from None
 
 
 def as_frame(picture: Image.Image) -> Image.Image:

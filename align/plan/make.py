@@ -13,7 +13,7 @@ from typing import Any
 
 from align.config import Config
 from align.errors import UserError
-from align.media.images import ImageStore
+from align.media.images import question_images
 from align.models.lora import is_quantised
 from align.models.meta import with_adapter
 from align.models.modules import freeze_parts
@@ -120,7 +120,7 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
     processor = load_processor(config.policy, **config.model.processor)
     model = shaped_model(config)
     shape, (in_training, shared, why) = model_shape(model), sharing(config, model)
-    meter = PromptMeter(processor, ImageStore(config.question_images, config.max_image_pixels), patch_size(model))
+    meter = PromptMeter(processor, question_images(config), patch_size(model))
     sizes, lengths = _prompts(config, meter, response_tokens)
     how = training_how(config, machine, shared=in_training)
     batch = _largest_batch(config, sizes, lengths)

@@ -11,7 +11,7 @@ from align.engines.judge import MemberModel, plan_critic
 from align.engines.prompts import Prompter
 from align.errors import UserError, reward_faults
 from align.evaluation.win_rate import has_judge
-from align.media.images import ImageStore
+from align.media.images import evaluation_images, question_images
 from align.plan.branched_sizes import CountingModel, CountingScorer
 from align.plan.memory import How, Memory, inference_memory
 from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
@@ -216,7 +216,7 @@ class StagePlanner:
         questions = read_questions(evaluate.questions)[: evaluate.limit]
         meter = PromptMeter(
             self.processor,
-            ImageStore(self.config.evaluation_images, self.config.max_image_pixels),
+            evaluation_images(self.config),
             self._patch_px,
         )
         sizes = [meter.size(q.id, q.messages(), q.images) for q in questions]
@@ -264,7 +264,7 @@ class StagePlanner:
         from align.models.load import load_processor
         from align.models.meta import empty_model
 
-        store = ImageStore(self.config.question_images, self.config.max_image_pixels)
+        store = question_images(self.config)
         speed, processor, shared, patch_px = self.speed, self.processor, self.shared, 14
         if model.checkpoint != self.config.policy:
             try:

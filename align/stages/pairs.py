@@ -17,7 +17,7 @@ from align.data.pairs_file import read_pairs_file, text_of
 from align.distributed.ranks import barrier, is_main_process
 from align.errors import UserError, reward_faults
 from align.log import log
-from align.media.images import ImageStore
+from align.media.images import question_images
 from align.records import Pair, Samples, iter_jsonl, read_jsonl, write_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
@@ -83,7 +83,7 @@ def run_pairs(config: Config, number: int) -> None:
 
 def _own_pairs(config: Config, this: Round) -> Made:
     if config.pairs_file is not None and this.number == 1:
-        pairs, counts = read_pairs_file(config.pairs_file, ImageStore(config.question_images, config.max_image_pixels))
+        pairs, counts = read_pairs_file(config.pairs_file, question_images(config))
         return Made(pairs, [(len(text_of(pair.chosen)), len(text_of(pair.rejected))) for pair in pairs], counts)
     samples, scores = iter_jsonl(this.samples, Samples), iter_jsonl(this.scores, Judgement)
     return make_pairs(samples, scores, config.pairs, this.number, where=str(this.path))

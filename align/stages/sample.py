@@ -15,7 +15,8 @@ from align.distributed.ranks import is_main_process
 from align.engines.open import open_policy, served_as
 from align.errors import UserError
 from align.log import log
-from align.media.images import ImageStore
+from align.media.decoding import Header
+from align.media.images import ImageStore, question_images
 from align.models.video_questions import pick_frames
 from align.records import Question, Response, Samples, read_questions
 from align.run.folder import RunDir
@@ -41,7 +42,7 @@ def run_sample(config: Config, number: int) -> None:
     check_settings(config)
     assert config.questions is not None
     questions = round_questions(read_questions(config.questions), number, config.sample.questions_per_round)
-    images = ImageStore(config.question_images, config.max_image_pixels)
+    images = question_images(config)
     questions = pick_frames(questions, images, config, policy, served=bool(config.sample.servers))
     check_images(questions, images)
     inputs = _inputs(config.questions, policy) | served_as(config.sample.servers, number - 1)
@@ -86,18 +87,21 @@ def round_questions(questions: list[Question], number: int, per_round: int | Non
     return [questions[(start + index) % len(questions)] for index in range(per_round)]
 
 
-def check_images(questions: list[Question], images: ImageStore) -> None:
-    """Look at every image's header; raises one UserError that lists all that cannot be used."""
+def check_images(questions: list[Question], images: ImageStore) -> dict[str, Header]:
+    """The header of every image by its reference; raises one UserError that lists all that cannot be used."""
     problems = []
+    headers: dict[str, Header] = {}
     for question in questions:
         for reference in question.images:
             try:
-                images.size(reference)
+                if reference not in headers:
+                    headers[reference] = images.header(reference)
             except UserError as error:
                 problems.append(f"  - question {question.id!r}: {error}")
     if problems:
         shown = problems[:20] + ([f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise UserError(f"{len(problems)} images cannot be used:\n" + "\n".join(shown))
+    return headers
 
 
 def question_seed(seed: int, number: int, question_id: str) -> int:

@@ -18,7 +18,7 @@ from align.distributed.ranks import is_main_process
 from align.engines.judge import CriticPlan, open_critic, plan_critic
 from align.errors import UserError, reward_faults
 from align.log import log
-from align.media.images import ImageStore
+from align.media.images import ImageStore, question_images
 from align.records import Samples, read_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
@@ -45,7 +45,7 @@ def run_score(config: Config, number: int) -> None:
     this = RunDir(config.run_dir).round(number)
     this.need("sample", "scores are made from its samples", f"align sample --round {number}")
     samples = read_jsonl(this.samples, Samples)
-    images = ImageStore(config.question_images, config.max_image_pixels)
+    images = question_images(config)
     plan = plan_critic(config)
     with reward_faults():
         check_gate_names(config.critic.gates)

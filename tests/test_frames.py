@@ -6,7 +6,7 @@ import pytest
 
 from align.errors import UserError
 from align.media.images import ImageStore
-from align.media.video import evenly, frame_references, read_frames
+from align.media.video import frame_references, read_frames, uniform
 from align.models.open_image import is_frame
 from align.records import Question
 from tests.stage_runs import align, make_project, write_lines
@@ -16,8 +16,8 @@ from tests.test_video import write_video
 def test_frames_of_a_file_open_like_images(tmp_path):
     write_video(tmp_path / "clip.mp4")
     store = ImageStore(tmp_path)
-    references = frame_references(store, "clip.mp4", evenly)
-    assert references == [f"clip.mp4#frame={index}" for index in evenly(13)]
+    references = frame_references(store, "clip.mp4", uniform)
+    assert references == [f"clip.mp4#frame={index}" for index in uniform(13)]
     expected = read_frames(tmp_path / "clip.mp4", 8)
     for reference, frame in zip(references, expected, strict=True):
         assert store.open(reference).tobytes() == frame.tobytes()
@@ -51,7 +51,7 @@ def test_videos_outside_the_root_are_refused(tmp_path, video):
     (tmp_path / "outside").mkdir()
     _clip(tmp_path)
     with pytest.raises(UserError):
-        frame_references(ImageStore(tmp_path / "root"), video, evenly)
+        frame_references(ImageStore(tmp_path / "root"), video, uniform)
 
 
 def test_the_question_keeps_the_name_of_its_video():

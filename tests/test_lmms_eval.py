@@ -19,7 +19,7 @@ from align.lmms_eval.instances import generation_request, numbered
 from align.lmms_eval.results import counts_of
 from align.lmms_eval.tasks import require_lmms_eval
 from align.lmms_eval.visuals import Unaskable, dialogue_of
-from align.media.video import evenly
+from align.media.video import uniform
 from align.report import write_report
 from align.run.folder import RunDir
 from tests.lmms_tasks import CHOICES, Stock, write_tasks
@@ -220,7 +220,7 @@ def test_pictures_stand_where_the_prompt_names_them_all():
 
 def test_a_video_becomes_the_frames_that_the_family_looks_at(tmp_path):
     path = write_video(tmp_path / "clip.mp4")
-    found = dialogue_of([str(path)], "What happens?", False, lambda count, rate: evenly(count, rate, count=3))
+    found = dialogue_of([str(path)], "What happens?", False, lambda count, rate: uniform(count, rate, count=3))
     assert greys(found.images) == [0, 6, 12]
     assert [part["type"] for part in found.messages[0]["content"]] == ["image"] * 3 + ["text"]
 

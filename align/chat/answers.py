@@ -20,7 +20,7 @@ from align.engines.base import SampleRequest, SampleResult, SamplingSettings
 from align.engines.open import open_engine
 from align.engines.streaming import Stopped
 from align.media.images import ImageStore
-from align.media.video import picker_of, read_frames
+from align.media.video import frame_sampler_of, read_frames
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm")
 
@@ -101,7 +101,7 @@ class Chat:
 
     def _open(self, file: Path) -> list[Image]:
         if file.suffix.lower() in VIDEO_SUFFIXES:
-            return read_frames(file, picker=picker_of(self.engine.prompter.processor))
+            return read_frames(file, sampler=frame_sampler_of(self.engine.prompter.processor))
         return [ImageStore(file.parent).open(file.name)]
 
 

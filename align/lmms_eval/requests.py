@@ -17,7 +17,7 @@ from align.engines.base import Engine, SampleRequest, SampleResult, SamplingSett
 from align.errors import UserError
 from align.lmms_eval.instances import Answered, Request, cut_at, generation_request, numbered, scoring_request
 from align.lmms_eval.visuals import Dialogue, Unaskable, dialogue_of
-from align.media.video import picker_of
+from align.media.video import frame_sampler_of
 from align.monitoring.progress import progress
 from align.run.hashes import text_hash
 from align.run.resumable import PartialFile
@@ -138,7 +138,7 @@ class Answerer:
         """The dialogue of a request; None, and the reason kept, where it cannot be made."""
         document = self._document(request.task, request.split, request.doc_id)
         try:
-            return dialogue_of(request.look(document), request.prompt, request.gives_messages, self._picker)
+            return dialogue_of(request.look(document), request.prompt, request.gives_messages, self._sampler)
         except Unaskable as reason:
             keep(request.answered(skipped=str(reason), detail=reason.detail))
         except (UserError, OSError, ValueError) as error:
@@ -148,9 +148,9 @@ class Answerer:
             keep(request.answered(skipped="the task does not find a file", detail=str(error.code)))
         return None
 
-    def _picker(self, num_frames: int, rate: float | None) -> list[int]:
+    def _sampler(self, num_frames: int, rate: float | None) -> list[int]:
         prompter = getattr(self.engine, "prompter", None)
-        return picker_of(getattr(prompter, "processor", None), self.video_frames)(num_frames, rate)
+        return frame_sampler_of(getattr(prompter, "processor", None), self.video_frames)(num_frames, rate)
 
     def _score(self, todo: list[Request], keep: Callable[[Answered], None]) -> None:
         by_prompt = [list(same) for _, same in groupby(todo, lambda r: (r.task, r.split, r.doc_id, r.prompt))]

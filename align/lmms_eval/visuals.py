@@ -15,7 +15,7 @@ from PIL import Image
 
 from align.media.decoding import convert, read_picture
 from align.media.images import ImageStore
-from align.media.video import Picker, read_frames
+from align.media.video import FrameSampler, read_frames
 from align.records import IMAGE_TAG
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -50,7 +50,7 @@ class Dialogue:
         )
 
 
-def dialogue_of(looked: Any, prompt: str, gives_messages: bool, picker: Picker) -> Dialogue:
+def dialogue_of(looked: Any, prompt: str, gives_messages: bool, sampler: FrameSampler) -> Dialogue:
     """What a task shows of a document: its messages, or its visuals in front of the prompt.
 
     Where the prompt names every picture as <image>, they stand there; otherwise such marks are taken out, since they would
@@ -68,7 +68,7 @@ def dialogue_of(looked: Any, prompt: str, gives_messages: bool, picker: Picker) 
     for message in looked:
         content = message["content"]
         content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        dialogue.messages.append({"role": message["role"], "content": _bare(content, dialogue, picker)})
+        dialogue.messages.append({"role": message["role"], "content": _bare(content, dialogue, sampler)})
     return dialogue
 
 
@@ -82,7 +82,7 @@ def _placed(prompt: str, visuals: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [part for part in content if part["type"] != "text" or part["text"].strip()]
 
 
-def _bare(content: Sequence[dict[str, Any]], dialogue: Dialogue, picker: Picker) -> list[dict[str, Any]]:
+def _bare(content: Sequence[dict[str, Any]], dialogue: Dialogue, sampler: FrameSampler) -> list[dict[str, Any]]:
     """The parts with their pictures taken out into the dialogue."""
     parts: list[dict[str, Any]] = []
     for part in content:
@@ -90,7 +90,7 @@ def _bare(content: Sequence[dict[str, Any]], dialogue: Dialogue, picker: Picker)
             dialogue.num_marks += part["text"].count(IMAGE_TAG)
             parts.append({"type": "text", "text": part["text"].replace(IMAGE_TAG, "")})
             continue
-        pictures = _opened(part["type"], part.get("url", part.get(part["type"])), picker)
+        pictures = _opened(part["type"], part.get("url", part.get(part["type"])), sampler)
         dialogue.images += pictures
         parts += [{"type": "image"}] * len(pictures)
     return parts
@@ -115,14 +115,14 @@ def _part(visual: Any) -> dict[str, Any]:
     return {"type": "image", "url": visual}
 
 
-def _opened(kind: str, source: Any, picker: Picker) -> list[Image.Image]:
+def _opened(kind: str, source: Any, sampler: FrameSampler) -> list[Image.Image]:
     if kind not in ("image", "video"):
         raise Unaskable("sound is not supported" if kind == "audio" else f"parts of type {kind} are not supported")
     if isinstance(source, (str, Path)):
         if "://" in str(source):
             raise Unaskable("addresses are not fetched", str(source)[:80])
         path = Path(source)
-        return [ImageStore(path.parent).open(path.name)] if kind == "image" else read_frames(path, picker=picker)
+        return [ImageStore(path.parent).open(path.name)] if kind == "image" else read_frames(path, sampler=sampler)
     if isinstance(source, dict) and source.get("bytes"):
         return [read_picture(BytesIO(source["bytes"]), f"{len(source['bytes'])} bytes")[1]]
     if isinstance(source, Image.Image):

@@ -20,21 +20,21 @@ def pick_frames(
     """
     if not any(question.video for question in questions):
         return questions
-    from align.media.video import frame_references, picker_of
+    from align.media.video import frame_references, frame_sampler_of
 
     processor = None
     if not served and config.model.video_frames is None:
         from align.models.load import load_processor
 
         processor = load_processor(checkpoint, **config.model.processor)
-    picker = picker_of(processor, config.model.video_frames)
+    sampler = frame_sampler_of(processor, config.model.video_frames)
     picked, problems = [], []
     for question in questions:
         if question.video is None:
             picked.append(question)
             continue
         try:
-            picked.append(question.with_frames(frame_references(images, question.video, picker)))
+            picked.append(question.with_frames(frame_references(images, question.video, sampler)))
         except UserError as error:
             problems.append(f"  - question {question.id!r}: {error}")
     if problems:

@@ -166,6 +166,7 @@ def _settings(config: Config) -> dict[str, object]:
         "seed": config.seed,
         "processor": config.model.processor,
         "video_frames": config.model.video_frames,
+        "image_conversion": config.model.image_conversion,
     }
 
 

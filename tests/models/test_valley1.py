@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from trl.trainer.utils import disable_dropout_in_model
 
 from align.errors import UserError
-from align.media.video import picker_of, read_frames
+from align.media.video import frame_sampler_of, read_frames
 from align.models.families import FAMILIES
 from align.models.load import load_model, load_processor
 from align.models.open_image import FRAME_KEY
@@ -430,7 +430,7 @@ def test_a_video_file_gives_the_original_greedy_tokens(tmp_path):
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
-    frames = read_frames(tmp_path / "film.mkv", picker=picker_of(processor))
+    frames = read_frames(tmp_path / "film.mkv", sampler=frame_sampler_of(processor))
     assert [frame.info[FRAME_KEY] for frame in frames] == case["sampled"]
     asked = {**VALLEY1.ask(case), "images": frames}
     inputs = processor.apply_chat_template(**asked, **OPTIONS)

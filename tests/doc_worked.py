@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from tests.doc_pages import Block, blocks_of
+from tests.patience import PATIENCE_S
 
 CODE = ("align", "reward", "tests", "scripts", "docs")
 FILES = ("pyproject.toml", "README.md", "CONTRIBUTING.md")
@@ -78,7 +79,7 @@ def run_in_copy(pages: list[str], copy: Path, project: Path) -> subprocess.Compl
         capture_output=True,
         text=True,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "HOME": str(project)},
-        timeout=600,
+        timeout=PATIENCE_S,
     )
 
 

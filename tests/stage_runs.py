@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from tests.patience import PATIENCE_S
 from tests.tiny_models import random_image, save_llava_onevision
 
 SETTINGS = {
@@ -58,5 +59,5 @@ def align(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> s
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-        timeout=300,
+        timeout=PATIENCE_S,
     )

@@ -29,6 +29,7 @@ from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.open import open_engine
 from align.errors import UserError
 from align.hub.model_card import lineage_of
+from tests.patience import PATIENCE_S
 from tests.test_video import write_video
 
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=24)
@@ -180,15 +181,15 @@ def test_on_a_terminal_a_question_is_answered_and_ctrl_c_ends(pictures):
     )
     os.close(inner)
     try:
-        start = read_until(terminal, "> ", 120)
+        start = read_until(terminal, "> ")
         assert "/help" in "".join(start)
         os.write(terminal, b"/nonsense\n")
-        assert "there is no command /nonsense" in "".join(read_until(terminal, "> ", 60))
+        assert "there is no command /nonsense" in "".join(read_until(terminal, "> "))
         os.write(terminal, QUESTION.encode() + b"\n")
-        pieces = read_until(terminal, "> ", 120)
+        pieces = read_until(terminal, "> ")
         os.write(terminal, b"\x03")
-        rest = "".join(read_until(terminal, None, 60))
-        assert process.wait(timeout=60) == 0
+        rest = "".join(read_until(terminal, None))
+        assert process.wait(timeout=PATIENCE_S) == 0
     finally:
         process.kill()
         process.wait()
@@ -198,9 +199,9 @@ def test_on_a_terminal_a_question_is_answered_and_ctrl_c_ends(pictures):
     assert answer in "".join(pieces)
 
 
-def read_until(terminal, ending, seconds):
+def read_until(terminal, ending):
     """The pieces that a terminal shows, up to `ending` or (None) its end."""
-    pieces, deadline = [], time.monotonic() + seconds
+    pieces, deadline = [], time.monotonic() + PATIENCE_S
     while ending is None or not "".join(pieces).endswith(ending):
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
         assert ready, f"waited for {ending!r}, found {pieces}"

@@ -17,6 +17,7 @@ from align.chat.terminal import chat_in_terminal
 from align.demo.canvas import draw
 from align.demo.data import POLICY
 from align.engines.base import SamplingSettings
+from tests.patience import PATIENCE_S
 from tests.report.chromium import Page, find_chromium
 from tests.test_images import bomb
 
@@ -61,7 +62,7 @@ class Served:
 
     def status(self, path):
         try:
-            with urllib.request.urlopen(self.url + path, timeout=20) as answer:
+            with urllib.request.urlopen(self.url + path, timeout=PATIENCE_S) as answer:
                 return answer.status
         except urllib.error.HTTPError as error:
             return error.code
@@ -241,6 +242,6 @@ def test_a_second_page_at_the_same_address_is_told(served, capsys):
 def test_ctrl_c_ends_the_page_and_deletes_what_was_uploaded(served):
     assert list(served.temporary.glob("align-chat-*"))
     served.process.send_signal(signal.SIGINT)
-    assert served.process.wait(timeout=30) == 0
+    assert served.process.wait(timeout=PATIENCE_S) == 0
     assert list(served.temporary.glob("align-chat-*")) == []
     assert "Traceback" not in served.errors.read_text()

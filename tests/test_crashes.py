@@ -25,10 +25,8 @@ from align.stages.score import _settings
 from tests import tiny_models
 from tests.distributed.launches import ROOT, add_run
 from tests.dpo.conftest import make_pairs
+from tests.patience import PATIENCE_S
 from tests.stage_runs import SETTINGS, make_project, write_lines
-
-# A machine may be busy with other things; what these tests wait for comes at last.
-PATIENCE_S = 600
 
 
 @pytest.fixture
@@ -206,7 +204,7 @@ def test_every_stage_may_be_killed_at_any_moment(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| equal |") == 5

@@ -14,6 +14,7 @@ from align.config import LaunchSettings
 from align.distributed.launch import launch_command, raise_collected, run_processes
 from align.distributed.worker_errors import LOST, WorkerError, read_worker_errors, root_causes, worker_error_of, write
 from align.errors import UserError
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,7 +117,7 @@ def test_under_another_launcher_each_fault_is_said_once_with_its_process(command
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     errors = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0
@@ -143,5 +144,5 @@ def test_an_interrupted_command_says_that_it_goes_on(from_root):
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, message) == (130, "error: interrupted; the same command goes on from here\n")

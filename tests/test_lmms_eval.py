@@ -23,6 +23,7 @@ from align.media.video import uniform
 from align.report import write_report
 from align.run.folder import RunDir
 from tests.lmms_tasks import CHOICES, Stock, write_tasks
+from tests.patience import PATIENCE_S
 from tests.report.fake_run import FakeRun
 from tests.stage_runs import align
 from tests.test_video import greys, write_video
@@ -151,7 +152,7 @@ def said(summary, folder):
     (folder / "align.yaml").write_text(json.dumps(settings))
     environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"} | OFFLINE
     command = [sys.executable, "-c", SCRIPT, str(POLICY)]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=PATIENCE_S)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -18,6 +18,7 @@ from align.monitoring.memory import memory_usage
 from align.monitoring.progress import progress
 from align.run.folder import RunDir
 from align.status.run_status import RunMonitor, find_run, run_status
+from tests.patience import PATIENCE_S
 from tests.stage_runs import align, make_project, write_lines
 
 
@@ -192,7 +193,7 @@ def test_the_run_is_found_from_the_folder_of_its_configuration(tmp_path, monkeyp
     assert find_run(tmp_path / "runs/mine") == tmp_path / "runs/mine"
 
 
-def wait_for(look, reached, seconds=120):
+def wait_for(look, reached, seconds=PATIENCE_S):
     deadline = time.monotonic() + seconds
     while not reached(seen := look()):
         assert time.monotonic() < deadline, seen

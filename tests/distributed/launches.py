@@ -12,6 +12,7 @@ import yaml
 from align.config import Config, load_config
 from align.distributed.launch import launch_command
 from align.loop import run_stage
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {
@@ -33,7 +34,7 @@ def add_run(folder: Path, name: str, *, dpo: dict[str, Any] | None = None, **fie
     return config
 
 
-def train_in_two_processes(folder: Path, names: list[str], timeout: float = 900) -> None:
+def train_in_two_processes(folder: Path, names: list[str], timeout: float = PATIENCE_S) -> None:
     """Train the named runs, one after the other, in one launch of two processes."""
     config = load_config(folder / f"{names[0]}.yaml", ["launch.num_processes=2"])
     command = launch_command(config.launch, [str(folder / f"{name}.yaml") for name in names])

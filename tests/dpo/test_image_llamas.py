@@ -24,6 +24,7 @@ from tests.dpo.test_equals_trl import assert_same_curve
 from tests.dpo.test_processes import ROOT, write_config
 from tests.dpo.test_train import history, make_run, round_1, weights
 from tests.models import test_valley1 as valley1
+from tests.patience import PATIENCE_S
 from tests.tiny_models import random_image
 
 GOLDENS = Path(__file__).parents[1] / "golden"
@@ -134,7 +135,11 @@ def test_three_steps_under_zero3_are_those_of_one_process(tmp_path, family):
     command = [sys.executable, "-m", "align.cli", "dpo", "--config", str(write_config(tmp_path, together))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [*command, "--num-processes", "2", "--strategy", "zero3"], cwd=ROOT, env=environment, check=True, timeout=300
+        [*command, "--num-processes", "2", "--strategy", "zero3"],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        timeout=PATIENCE_S,
     )
     for a, b in zip(history(round_1(alone).checkpoint), history(round_1(together).checkpoint), strict=True):
         for metric in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):

@@ -18,6 +18,7 @@ from align.records import write_jsonl
 from tests.dpo.conftest import make_pairs
 from tests.dpo.sharded_head import mean_loss, shared_model
 from tests.dpo.test_train import history, make_run, round_1, weights
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +47,7 @@ def test_two_processes_train_as_one(tmp_path, strategy):
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
     for a, b in zip(history(round_1(alone).checkpoint), history(round_1(together).checkpoint), strict=True):
         for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
@@ -71,7 +72,7 @@ def test_gradients_of_a_model_sharded_by_fsdp2_are_those_of_one_process(tmp_path
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, images.root, output],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
     sharded = torch.load(output, weights_only=True)
     model = shared_model()

@@ -17,6 +17,7 @@ from align.media.images import ImageStore
 from align.records import write_jsonl
 from tests import tiny_models
 from tests.dpo.conftest import KEY, compute, make_pairs
+from tests.patience import PATIENCE_S
 
 
 @pytest.mark.slow
@@ -34,7 +35,7 @@ def test_a_model_that_no_process_holds_gives_the_reference_of_an_unsharded_one(t
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, tmp_path, layout],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
     collator = PairCollator(processor, ImageStore(tmp_path), layout, always_images=True)
     whole = compute(tmp_path / "whole.safetensors", pairs, collator, lambda: model)

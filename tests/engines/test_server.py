@@ -22,6 +22,7 @@ from align.errors import UserError
 from reward.judge_model import BranchedPrompt
 from tests.engines.conftest import collect
 from tests.engines.stub_server import KEY, MODEL, Reply, StubServer, completion, question_text, said
+from tests.patience import PATIENCE_S
 
 SETTINGS = SamplingSettings(temperature=1.0, max_new_tokens=16)
 FAST = ServerSettings(backoff_s=0.01, cooldown_s=0.05, timeout_s=5.0, concurrency=4)
@@ -135,25 +136,28 @@ def test_what_can_heal_is_tried_again_and_every_question_is_answered_once(serve,
 
 
 def test_a_request_that_hangs_is_given_up_after_the_timeout_and_sent_again(serve):
+    answered = threading.Event()
+
     def hang_once(body, count):
         if count == 1:
-            time.sleep(1.5)
-        return
+            answered.wait()
 
     server = serve(behave=hang_once)
     started = time.monotonic()
-    found = collect(engine_on(server, timeout_s=0.3), [ask_for(1)], SETTINGS)
+    # Were the first request waited for, this would never end.
+    found = collect(engine_on(server, timeout_s=2.0), [ask_for(1)], SETTINGS)
+    assert time.monotonic() - started >= 2.0
+    answered.set()
     assert found["q1"].texts == expected(ask_for(1))
-    assert 0.3 <= time.monotonic() - started < 1.4
 
 
 def test_an_answer_that_trickles_in_is_bounded_by_the_timeout_too(serve):
     whole = completion(["a long answer"])
-    server = serve(behave=lambda body, count: Reply(whole, trickle_s=0.02))
+    server = serve(behave=lambda body, count: Reply(whole, trickle_s=1.0))
     started = time.monotonic()
     with pytest.raises(UserError, match=r"q1: .*no answer within 0.2 s \(2 tries\)"):
         collect(engine_on(server, timeout_s=0.2, max_attempts=2), [ask_for(1)], SETTINGS)
-    assert time.monotonic() - started < 0.02 * len(json.dumps(whole))
+    assert time.monotonic() - started < len(json.dumps(whole))
 
 
 def test_retry_after_is_waited_for(serve):
@@ -178,7 +182,7 @@ def test_a_rest_that_outlasts_its_work_ends_in_the_next(serve):
 
     work = threading.Thread(target=judge_twice, daemon=True)
     work.start()
-    work.join(timeout=20)
+    work.join(timeout=PATIENCE_S)
     assert answers == [[None], ["Judge.a -> 0"]]
 
 

@@ -16,6 +16,7 @@ from align.engines.open import open_servers
 from reward.judge_model import BranchedPrompt
 from tests import tiny_vlms
 from tests.engines.conftest import collect, question
+from tests.patience import PATIENCE_S
 from tests.tiny_models import random_image
 
 pytest.importorskip("fastapi", reason="needs transformers[serving]")
@@ -45,7 +46,7 @@ def served(tmp_path_factory):
     )
     yield folder, f"http://127.0.0.1:{port}"
     process.terminate()
-    process.wait(timeout=30)
+    process.wait(timeout=PATIENCE_S)
 
 
 @pytest.mark.slow

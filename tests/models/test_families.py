@@ -17,6 +17,7 @@ from align.models.load import load_model, load_processor
 from align.models.save import save_checkpoint
 from align.models.weights import tensor_table
 from tests.models.goldens import GOLDENS, ONEVISION, VALLEY1, VL360
+from tests.patience import PATIENCE_S
 
 RED, BLUE = Image.new("RGB", (90, 60), (200, 30, 30)), Image.new("RGB", (40, 70), (10, 30, 220))
 END_OF_TURN = r"<\|im_end\|>|<\|eot_id\|>|\n###"
@@ -183,6 +184,6 @@ def test_a_checkpoint_opens_where_this_toolkit_is_not_installed(golden, model, t
     (tmp_path / "alone.py").write_text(STANDS_ALONE)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "alone.py", str(saved), json.dumps(asked), json.dumps(options)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == case["greedy"]

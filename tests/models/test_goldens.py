@@ -3,8 +3,10 @@
 from functools import cache
 
 import numpy as np
+import PIL
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.models.goldens import GOLDENS, VALLEY1, Golden
 
@@ -44,6 +46,16 @@ def collapsed(golden, inputs, fill):
         position += length
     assert next(rest, None) is None
     return kept
+
+
+# Pillow 13, which the recordings were made with, rounds otherwise when it resizes than earlier versions: by one level of
+# grey in some pixels, 0.0155 when normalised. Then the rest is equal in so far as that allows.
+RESIZES_ALIKE = Version(PIL.__version__) >= Version("13")
+ONE_LEVEL = 0.0155
+
+
+def tolerance(exact, rounded):
+    return exact if RESIZES_ALIKE else rounded
 
 
 def equal(found, recorded, atol):
@@ -94,11 +106,11 @@ def test_images_equal_the_original(golden, name):
     assert pixels.size == np.prod(shape)
     assert list(pixels.shape) == shape.tolist()[-pixels.ndim :]
     sample = pixels.reshape(-1)[golden.recorded(name, "pixel_sample_index")]
-    equal(sample, golden.recorded(name, "pixel_sample"), 1e-6)
+    equal(sample, golden.recorded(name, "pixel_sample"), tolerance(1e-6, ONE_LEVEL))
     for statistic in ("mean", "std"):
         expected = golden.recorded(name, f"pixel_{statistic}")
         if expected is not None and pixels.ndim == 4:
-            equal(getattr(pixels, statistic)(axis=(1, 2, 3)), expected.reshape(-1), 1e-5)
+            equal(getattr(pixels, statistic)(axis=(1, 2, 3)), expected.reshape(-1), tolerance(1e-5, 1e-3))
 
 
 @each_case
@@ -111,17 +123,17 @@ def test_what_enters_the_decoder_equals_the_original(golden, name):
     inputs = inputs_of(golden, name)
     with torch.no_grad():
         embeds = golden.model.model.embed(inputs["input_ids"], None, None, None, **images_of(golden, inputs))[0]
-    np.testing.assert_allclose(embeds.norm(dim=-1), norms.reshape(-1), rtol=1e-5, atol=1e-5)
-    equal(embeds.mean(dim=0), golden.recorded(name, "embed_mean").reshape(-1), 1e-4)
+    np.testing.assert_allclose(embeds.norm(dim=-1), norms.reshape(-1), rtol=1e-5, atol=tolerance(1e-5, 0.05))
+    equal(embeds.mean(dim=0), golden.recorded(name, "embed_mean").reshape(-1), tolerance(1e-4, 0.05))
 
 
 @each_case
 def test_logits_equal_the_original(golden, name):
     with torch.no_grad():
         logits = golden.model(**inputs_of(golden, name)).logits[0].numpy()
-    equal(logits[-8:], golden.recorded(name, "logits_tail"), 1e-4)
-    equal(logits[-1], golden.recorded(name, "last_logits"), 1e-4)
-    equal(logits.mean(axis=0), golden.recorded(name, "logits_mean"), 1e-4)
+    equal(logits[-8:], golden.recorded(name, "logits_tail"), tolerance(1e-4, 0.05))
+    equal(logits[-1], golden.recorded(name, "last_logits"), tolerance(1e-4, 0.05))
+    equal(logits.mean(axis=0), golden.recorded(name, "logits_mean"), tolerance(1e-4, 0.05))
 
 
 @each_case

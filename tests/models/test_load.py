@@ -224,7 +224,7 @@ def test_unknown_settings_of_a_processor_are_refused(folder):
     [
         ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
         ({"num_attention_heads": 0}, "ZeroDivisionError"),
-        ({"mlp_hidden_dim": "12"}, "found element of type str"),
+        ({"mlp_hidden_dim": "12"}, "TypeError: empty()"),
         ({"dtype": "float99"}, "no attribute 'float99'"),
         ({"grid_pinpoints": "[[384, 384"}, "expected pairs of pixels for the canvases of tiles, found '[[384, 384'"),
         ({"grid_pinpoints": [[384]]}, "expected pairs of pixels"),

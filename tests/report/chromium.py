@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PATIENCE_S
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-ANSWER_WITHIN_S = 30.0
 
 # The browser reads its commands from descriptor 3 and answers on 4; both are moved out of the way first.
 TO_3_AND_4 = """
 import fcntl, os, sys
+
 ends = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
 for number, end in zip((3, 4), ends):
     os.dup2(end, number)
@@ -60,7 +62,7 @@ class Page:
     def __exit__(self, *error: object) -> None:
         os.close(self._write)
         self._process.terminate()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=PATIENCE_S)
         os.close(self._read)
 
     def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
@@ -78,7 +80,7 @@ class Page:
 
     def wait(self, script: str) -> None:
         """Wait until a JavaScript expression is true; TimeoutError where it does not become so."""
-        deadline = time.monotonic() + ANSWER_WITHIN_S
+        deadline = time.monotonic() + PATIENCE_S
         while not self.run(script):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"still not true: {script}")
@@ -127,7 +129,7 @@ class Page:
             self.problems.append(f"request: {params['request']['url']}")
 
     def _next(self) -> dict[str, Any]:
-        deadline = time.monotonic() + ANSWER_WITHIN_S
+        deadline = time.monotonic() + PATIENCE_S
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:

@@ -12,6 +12,7 @@ from reward.critics import CRITICS, make_critic, needs, settings_of
 from reward.critics.random import RandomCritic
 from reward.errors import RewardError
 from reward.judgement import Item
+from tests.patience import PATIENCE_S
 from tests.reward.judge_models import FunctionModel
 
 
@@ -22,7 +23,7 @@ def test_reward_imports_neither_torch_nor_align_nor_transformers():
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
         "print(sorted(loaded & {'torch', 'align', 'transformers', 'trl', 'PIL'}), 'reward.critics.panel' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout.strip() == "[] True", done.stderr
 
 

@@ -1,8 +1,8 @@
-"""Numbers for judging responses: bootstrap and Wilson intervals, repetition, distinct n-grams, refusals.
+"""Numbers for judging responses: bootstrap intervals, repetition, distinct n-grams, refusals.
 
 Texts and per-question values in, plain floats and `Interval` records out. The question is the unit of resampling
 everywhere: responses to one question are not independent, so intervals over single responses would be too narrow.
-Needs numpy only; knows nothing of models, files or reports.
+Wilson's interval, for counts, stands in reward.intervals. Knows nothing of models, files or reports.
 """
 
 from __future__ import annotations
@@ -10,29 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from reward.intervals import Interval
+
 Values = Sequence[float] | Sequence[Sequence[float]]
 NGRAM = 4
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with the bounds of its confidence interval; `count` is the number of questions (or trials) behind it."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
 
 
 def bootstrap_mean(values: Values, *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Interval:
@@ -98,26 +82,6 @@ def paired_difference(a: Values, b: Values, *, seed: int = 0, resamples: int = 2
     low, high = _percentiles(drawn[:, 2] / drawn[:, 3] - drawn[:, 0] / drawn[:, 1], level)
     mean = sums_b.sum() / sizes_b.sum() - sums_a.sum() / sizes_a.sum()
     return Interval(float(mean), low, high, len(sums_a))
-
-
-def wilson(successes: int, total: int, *, level: float = 0.95) -> Interval:
-    """A proportion with its Wilson score interval (Wilson 1927), which stays inside [0, 1] even for 0 of n.
-
-    Raises:
-        ValueError: `total` is not positive, or `successes` lies outside [0, total].
-
-    >>> wilson(0, 10).low
-    0.0
-    """
-    if total <= 0 or not 0 <= successes <= total:
-        raise ValueError(f"expected 0 <= successes <= total and total > 0, found {successes} of {total}")
-    z = _normal_quantile(0.5 + level / 2)
-    share = successes / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == total else min(1.0, centre + half)
-    return Interval(share, low, high, total)
 
 
 def words(text: str) -> list[str]:
@@ -217,12 +181,6 @@ def _percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
     tail = (1 - level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _normal_quantile(probability: float) -> float:
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(probability)
 
 
 def _ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Verdicts in, rewards out: win minus loss, Bradley-Terry; and what verdicts say about the critic itself.
+"""Verdicts in, rewards out: win minus loss, Bradley-Terry.
 
 `i` beats `j` means: the verdict's winner is `i`. A soft verdict counts by its probabilities instead.
 """
@@ -140,33 +140,6 @@ def without_failures(responses: Sequence[int], failed: Mapping[tuple[int, int], 
         dropped[worst] = next(reason for pair, reason in left.items() if worst in pair)
         left = {pair: reason for pair, reason in left.items() if worst not in pair}
     return dropped
-
-
-def consistency(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None:
-    """Share of compared pairs in which both orders say the same (same winner, or a tie twice); None without any.
-
-    >>> forth = Verdict(first=0, second=1, p_first=1, p_second=0, winner=0)
-    >>> back = Verdict(first=1, second=0, p_first=1, p_second=0, winner=1)
-    >>> consistency([[forth, back]])
-    0.0
-    """
-    same = [forth.winner == back.winner for forth, back in both_orders(verdicts_by_item)]
-    return sum(same) / len(same) if same else None
-
-
-def position_bias(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None:
-    """Rate of preferring the first position minus that of the second, over pairs judged in both orders; -1 to 1.
-
-    0 is what a critic without bias gives, whatever the responses; 1 always prefers the first. None without any pair.
-    """
-    both = list(both_orders(verdicts_by_item))
-    return sum(score_of(forth) + score_of(back) for forth, back in both) / (2 * len(both)) if both else None
-
-
-def tie_rate(verdicts_by_item: Iterable[Sequence[Verdict]]) -> float | None:
-    """Share of verdicts that are ties; None without any verdict."""
-    ties = [verdict.winner is None for verdicts in verdicts_by_item for verdict in verdicts]
-    return sum(ties) / len(ties) if ties else None
 
 
 def both_orders(verdicts_by_item: Iterable[Sequence[Verdict]]) -> Iterable[tuple[Verdict, Verdict]]:

@@ -24,10 +24,10 @@ from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.open import open_engine
 from align.media.images import ImageStore
 from align.records import Question
-from align.statistics import wilson
 from reward.critics.pairwise import PairwiseCritic
 from reward.critics.tournament import PAIRINGS
 from reward.critics.verifier import VerifierCritic
+from reward.intervals import wilson
 from reward.judgement import Item, Judgement
 from reward.pairs import choose_pairs
 

@@ -23,13 +23,14 @@ def test_an_interval_weighs_questions_as_the_figure_does():
     a = line("a", [(0, 1, 0), (1, 0, 0), (0, 2, 0), (1, 2, 1)])
     b = line("b", [(0, 1, 0), (1, 0, 1), (0, 2, 0), (2, 0, 2)])
     figures = critic_figures([a[0], b[0]], [a[1], b[1]], [])
-    assert figures["consistency"] == pytest.approx(1 / 3, abs=1e-4)
+    assert figures["consistency"].value == pytest.approx(1 / 3, abs=1e-4)
+    assert (figures["consistency"].count, figures["consistency"].questions) == (3, 2)
     # Of 40 questions like a and 40 like b the interval lies around the figure.
     many = [line(f"{n}", [(v.first, v.second, v.winner) for v in (a, b)[n % 2][1].verdicts]) for n in range(80)]
     figures = critic_figures([s for s, _ in many], [s for _, s in many], [])
-    found = figures["intervals"]["consistency"]
-    assert figures["consistency"] == pytest.approx(1 / 3, abs=1e-4)
-    assert (found["low"] + found["high"]) / 2 == pytest.approx(1 / 3, abs=0.03)
+    found = figures["consistency"]
+    assert found.value == pytest.approx(1 / 3, abs=1e-4)
+    assert (found.low + found.high) / 2 == pytest.approx(1 / 3, abs=0.03)
 
 
 @pytest.mark.parametrize("where", ["options", "member"])

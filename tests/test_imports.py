@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "log": set(),
     "secrets": set(),
     "versions": {"errors"},
-    "statistics": set(),
+    "statistics": {"reward"},
     "files": {"errors", "log"},
     "records": {"errors", "reward"},
     "config": {"errors", "reward"},

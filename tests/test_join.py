@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import pytest
 
@@ -37,21 +38,26 @@ def texts_of(pair: Pair) -> tuple[str, str]:
     return tuple(side[0]["content"][0]["text"] for side in (pair.chosen, pair.rejected))  # type: ignore[return-value]
 
 
+def pairs_of(samples: list[Samples], scores: list[Judgement]) -> tuple[list[Pair], dict[str, Any]]:
+    made = make_pairs(samples, scores, PairSettings(), 1, where="-")
+    return [one.pair for one in made.pairs], made.counts
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_any_order_and_any_filter_of_either_file_gives_the_same_pairs(seed):
     rng = random.Random(seed)
     samples, scores = the_round(rng)
-    expected = {line.question_id: texts_of(line) for line in make_pairs(samples, scores, PairSettings(), 1, where="-").pairs}  # fmt: skip
+    expected = {pair.question_id: texts_of(pair) for pair in pairs_of(samples, scores)[0]}  # fmt: skip
     assert all(chosen.startswith("good") and rejected.startswith("bad") for chosen, rejected in expected.values())
     kept_samples = rng.sample(samples, rng.randint(0, NUM))
     kept_scores = rng.sample(scores, rng.randint(0, NUM))
-    made = make_pairs(kept_samples, kept_scores, PairSettings(), 1, where="-")
+    pairs, counts = pairs_of(kept_samples, kept_scores)
     both = [line.id for line in kept_samples if line.id in {score.id for score in kept_scores}]
-    assert {pair.question_id: texts_of(pair) for pair in made.pairs} == {id_: expected[id_] for id_ in both}
-    assert [pair.question_id for pair in made.pairs] == both
-    without = made.counts["questions_without_pair"].get("no line in the scores", 0)
+    assert {pair.question_id: texts_of(pair) for pair in pairs} == {id_: expected[id_] for id_ in both}
+    assert [pair.question_id for pair in pairs] == both
+    without = counts["questions_without_pair"].get("no line in the scores", 0)
     assert without == len(kept_samples) - len(both)
-    assert made.counts.get("scores_without_samples", 0) == len(kept_scores) - len(both)
+    assert counts.get("scores_without_samples", 0) == len(kept_scores) - len(both)
 
 
 @pytest.mark.parametrize("file", ["samples", "scores"])

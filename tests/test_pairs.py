@@ -9,7 +9,7 @@ import pytest
 from align.errors import UserError
 from align.records import Pair, Question, Response, Samples, read_jsonl, write_jsonl
 from align.run.folder import RunDir
-from align.stages.pairs import make_pairs, run_pairs
+from align.stages.pairs import make_pairs, pair_figures, run_pairs
 from reward.judgement import Judgement
 from reward.pairs import PairSettings
 from tests.critic_runs import config_of
@@ -32,7 +32,12 @@ def write_scored(folder: Path, number: int, samples: list[Samples], rewards: lis
     write_jsonl(this.scores, [Judgement(id=s.id, rewards=r) for s, r in zip(samples, rewards, strict=True)])
     for stage, output in (("sample", this.samples), ("score", this.scores)):
         this.manifest.begin(stage, settings={}, inputs={})
-        this.manifest.finish(stage, outputs=[output], counts={"critic": {"position_bias": 0.4}}, seconds=0.0)
+        this.manifest.finish(
+            stage,
+            outputs=[output],
+            counts={"critic": {"position_bias": {"value": 0.4, "count": 40, "questions": 4}}},
+            seconds=0.0,
+        )
 
 
 def pairs_of(folder: Path, number: int, **settings) -> list[Pair]:
@@ -49,10 +54,10 @@ def test_truncated_and_empty_responses_stay_out_and_are_counted():
     line = sampled("q", 5, 0, 9, 7, reasons=["stop", "stop", "length", "stop"])
     scores = [Judgement(id="q", rewards=[1.0, 9.0, 8.0, 0.0])]
     made = make_pairs([line], scores, PairSettings(), 1, where="here")
-    assert [(pair.responses["chosen"], pair.responses["rejected"]) for pair in made.pairs] == [(0, 3)]
+    assert [(one.pair.responses["chosen"], one.pair.responses["rejected"]) for one in made.pairs] == [(0, 3)]
     assert made.counts["dropped_responses"] == {"empty response": 1, "truncated": 1}
     kept = make_pairs([line], scores, PairSettings(keep_truncated=True), 1, where="here")
-    assert kept.pairs[0].responses == {"chosen": 2, "rejected": 3}
+    assert kept.pairs[0].pair.responses == {"chosen": 2, "rejected": 3}
 
 
 def test_lengths_are_balanced_in_tokens_over_all_questions(tmp_path):
@@ -127,3 +132,22 @@ def test_gates_hold_for_pairs_too(tmp_path):
     with pytest.raises(UserError, match=r"position_bias is 0.4.*--set critic.gates={}"):
         run_pairs(config, 1)
     assert not RunDir(tmp_path / "runs/run").round(1).pairs.exists()
+
+
+def test_pairs_are_held_against_reference_answers_and_lengths():
+    # Right over wrong twice, wrong over right once, both wrong once; the chosen one is longer in three of four.
+    rows = {"a": ("7", "8", 5, 3), "b": ("7", "9", 4, 2), "c": ("8", "7", 6, 1), "d": ("8", "9", 1, 2)}
+    samples = [
+        Samples(
+            id=name,
+            question=Question(id=name, question="How many?", answer="7"),
+            responses=[Response(text=first, num_tokens=one), Response(text=second, num_tokens=two)],
+            seed=0,
+        )
+        for name, (first, second, one, two) in rows.items()
+    ]
+    scores = [Judgement(id=name, rewards=[1.0, 0.0]) for name in rows]
+    figures = pair_figures(make_pairs(samples, scores, PairSettings(), 1, where="here"))
+    agree, longer = figures["pairs_agree_with_reference"], figures["chosen_longer"]
+    assert (agree.value, agree.count) == (pytest.approx(2 / 3), 3)
+    assert (longer.value, longer.count) == (0.75, 4)

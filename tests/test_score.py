@@ -47,9 +47,9 @@ def folder(tmp_path):
 
 def test_a_critic_that_always_prefers_the_first_is_measured_as_that(folder, critics):
     found = score(folder, **SHORT, model=str(critics / "first"))["critic"]
-    assert found["position_bias"] == 1.0
-    assert found["consistency"] == 0.0
-    assert found["image_dependence"] == 0.0
+    assert found["position_bias"]["value"] == 1.0
+    assert found["consistency"]["value"] == 0.0
+    assert found["image_dependence"]["value"] == 0.0
     # Both orders summed, it prefers nothing at all.
     assert {reward for line in score_lines(folder) for reward in line.rewards} == {0.0}
 
@@ -59,20 +59,24 @@ def test_a_critic_that_ignores_the_image_is_caught_by_both_controls_and_one_that
     for name in ("blind", "seeing"):
         write_round(tmp_path / name)
         found[name] = score(tmp_path / name, kind="pointwise", model=str(critics / name))["critic"]
-    assert found["blind"]["image_dependence_blank"] == found["blind"]["image_dependence_shuffled"] == 0.0
-    assert found["seeing"]["image_dependence_blank"] > 0.1
-    assert found["seeing"]["image_dependence_shuffled"] > 0.05
+    blind, seeing = ([found[name][f"image_dependence_{way}"] for way in ("blank", "shuffled")] for name in found)
+    assert [figure["value"] for figure in blind] == [0.0, 0.0]
+    assert seeing[0]["value"] > 0.1
+    assert seeing[1]["value"] > 0.05
     pairs = len(TEXTS) * (len(TEXTS) - 1) // 2
-    expected = {"questions": NUM_QUESTIONS, "compared": NUM_QUESTIONS * pairs}
-    assert found["seeing"]["controls"] == {"blank": expected, "shuffled": expected}
-    low, high = (found["seeing"]["intervals"]["image_dependence_blank"][end] for end in ("low", "high"))
-    assert low <= found["seeing"]["image_dependence_blank"] <= high
+    assert [figure["questions"] for figure in seeing] == [NUM_QUESTIONS] * 2
+    assert [figure["count"] for figure in seeing] == [NUM_QUESTIONS * pairs] * 2
+    assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in (*blind, *seeing))
+    assert blind[0]["high"] > 0.1  # of four questions, nothing is not known to be nothing
 
 
 def test_a_gate_stops_with_the_scores_kept_and_other_gates_go_on_without_judging_again(folder, critics):
     settings = {**SHORT, "model": str(critics / "first")}
     gates = {"max_position_bias": 0.3, "min_image_dependence": 0.1}
-    with pytest.raises(UserError, match=r"position_bias is 1, allowed at most 0.3.*image_dependence is 0"):
+    with pytest.raises(
+        UserError,
+        match=r"position_bias is 1 \(24 pairs judged in both orders\), allowed at most 0.3.*image_dependence is 0",
+    ):
         score(folder, **settings, gates=gates)
     scores = RunDir(folder / "runs/run").round(1).scores
     assert len(score_lines(folder)) == NUM_QUESTIONS
@@ -93,7 +97,7 @@ def test_a_gate_that_names_no_measure_is_told_before_anything_is_judged(folder, 
 
 def test_the_controls_are_left_out_where_nobody_looks_or_where_they_are_switched_off(tmp_path, critics):
     write_round(tmp_path / "rule", answers=True)
-    assert "controls" not in score(tmp_path / "rule", kind="verifier")["critic"]
+    assert "image_dependence" not in score(tmp_path / "rule", kind="verifier")["critic"]
     write_round(tmp_path / "off")
     counts = score(tmp_path / "off", **SHORT, model=str(critics / "first"), reliability_sample=0)
     assert "image_dependence" not in counts["critic"]
@@ -102,7 +106,7 @@ def test_the_controls_are_left_out_where_nobody_looks_or_where_they_are_switched
 
 def test_only_as_many_questions_as_asked_for_are_judged_again(folder, critics):
     found = score(folder, **SHORT, model=str(critics / "first"), reliability_sample=2)["critic"]
-    assert found["controls"]["blank"]["questions"] == 2
+    assert found["image_dependence_blank"]["questions"] == 2
     controls = read_jsonl(RunDir(folder / "runs/run").round(1).controls, Judgement)
     assert sorted(line.id.split(":")[0] for line in controls) == ["blank", "blank", "shuffled", "shuffled"]
 
@@ -137,8 +141,8 @@ def test_agreement_with_reference_answers_is_measured_where_there_are_any(tmp_pa
         for i, reward in enumerate(line.rewards)
         if i != right
     ]
-    assert found["agreement_with_reference"] == pytest.approx(sum(won) / len(won), abs=1e-4)
-    assert found["intervals"]["agreement_with_reference"]["questions"] == NUM_QUESTIONS
+    assert found["agreement_with_reference"]["value"] == pytest.approx(sum(won) / len(won), abs=1e-4)
+    assert found["agreement_with_reference"]["questions"] == NUM_QUESTIONS
 
 
 def test_a_panel_of_rule_and_model_weighs_both_and_its_members_may_bring_models_of_their_own(tmp_path, critics):
@@ -152,7 +156,7 @@ def test_a_panel_of_rule_and_model_weighs_both_and_its_members_may_bring_models_
     line = score_lines(tmp_path)[0]
     assert set(line.evidence["members"]) == {"rule", "looks", "shared"}
     assert line.evidence["correct"] == [text == "It is 7." for text in TEXTS]
-    assert 0 <= found["agreement_between_critics"] <= 1
+    assert 0 <= found["agreement_between_critics"]["value"] <= 1
     stage = RunDir(tmp_path / "runs/run").round(1).manifest.stage("score")
     assert {"critic", "critic looks"} <= set(stage.inputs)
 
@@ -194,7 +198,7 @@ def test_a_text_only_reward_model_scores_and_says_that_it_sees_nothing(folder, r
     found = score(folder, kind="scalar", model=str(reward_model))["critic"]
     rewards = [reward for line in score_lines(folder) for reward in line.rewards]
     assert len(set(rewards)) > NUM_QUESTIONS
-    assert found["image_dependence"] == 0.0
+    assert found["image_dependence"]["value"] == 0.0
     stage = RunDir(folder / "runs/run").round(1).manifest.stage("score")
     assert "text only" in stage.notes["images"]
 

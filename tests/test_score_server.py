@@ -97,8 +97,8 @@ def test_rewards_follow_the_order_that_was_built_in(tmp_path, serve, kind):
         by_reward, by_distance = nearest_first(line, shade)
         assert by_reward == by_distance
     # With the grey of the blank image all prefer shade 100, whatever the question: many preferences change.
-    assert found["image_dependence_blank"] > 0.3
-    assert found["image_dependence_shuffled"] > 0.3
+    assert found["image_dependence_blank"]["value"] > 0.3
+    assert found["image_dependence_shuffled"]["value"] > 0.3
 
 
 def test_wrong_claims_are_counted_one_by_one(tmp_path, serve):
@@ -117,4 +117,5 @@ def test_wrong_claims_are_counted_one_by_one(tmp_path, serve):
 def test_a_server_that_always_prefers_the_first_is_found_out(tmp_path, serve):
     write_round(tmp_path)
     found = judged(tmp_path, serve(always_first), "pairwise", prompt="pairwise_short")
-    assert (found["position_bias"], found["image_dependence"], found["consistency"]) == (1.0, 0.0, 0.0)
+    values = [found[name]["value"] for name in ("position_bias", "image_dependence", "consistency")]
+    assert values == [1.0, 0.0, 0.0]

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from align.statistics import bootstrap_mean, distinct_n, is_refusal, paired_difference, repetition, wilson, words
+from align.statistics import bootstrap_mean, distinct_n, is_refusal, paired_difference, repetition, words
+from reward.intervals import wilson
 
 
 def test_the_mean_over_questions_with_several_values_is_the_plain_mean():

@@ -10,7 +10,8 @@ from align.evaluation.kl import kl_of_questions
 from align.evaluation.table import COLUMNS, NOT_SHARES, columns_of, digits_of, metrics_by_round, with_interval
 from align.records import Evaluation, read_jsonl
 from align.run.folder import Round, RunDir
-from align.statistics import Interval, paired_difference
+from align.statistics import paired_difference
+from reward.intervals import Interval
 
 
 def compare_runs(one: Path, other: Path) -> dict[str, Interval]:

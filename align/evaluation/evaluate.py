@@ -26,16 +26,9 @@ from align.records import Evaluated, Evaluation, Question, read_jsonl, read_ques
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
 from align.run.sharding import OnRecord, batches, begin, finish, map_resumable
-from align.statistics import (
-    Interval,
-    bootstrap_mean,
-    distinct_n,
-    is_refusal,
-    paired_difference,
-    repetition,
-    words,
-)
+from align.statistics import bootstrap_mean, distinct_n, is_refusal, paired_difference, repetition, words
 from reward.critics.verifier import grade
+from reward.intervals import Interval
 
 if TYPE_CHECKING:
     from align.engines.base import Engine, SampleRequest, SampleResult

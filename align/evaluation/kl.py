@@ -27,7 +27,8 @@ from align.log import log
 from align.records import Evaluation, ResponseLogProbs
 from align.run.folder import Round
 from align.run.sharding import OnRecord, batches, map_resumable
-from align.statistics import Interval, bootstrap_mean, bootstrap_ratio
+from align.statistics import bootstrap_mean, bootstrap_ratio
+from reward.intervals import Interval
 
 if TYPE_CHECKING:
     from align.engines.base import Engine

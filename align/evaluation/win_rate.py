@@ -16,8 +16,9 @@ from align.media.images import evaluation_images
 from align.monitoring.progress import progress
 from align.records import Evaluation
 from align.run.sharding import batches
-from align.statistics import Interval, bootstrap_mean
+from align.statistics import bootstrap_mean
 from reward.critics import Item, Judgement
+from reward.intervals import Interval
 
 BATCH = 64
 NAMES = {"initial": "the first policy", "parent": "the round before"}

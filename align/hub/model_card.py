@@ -16,6 +16,7 @@ from align.monitoring.cost import Cost
 from align.monitoring.format import duration
 from align.run.folder import RunDir
 from align.run.manifest import StageEntry
+from reward.reliability import MEASURES, read_figures
 
 
 def write_model_card(config: Config, number: int) -> Path:
@@ -82,7 +83,9 @@ def _data(stages: dict[str, StageEntry]) -> str:
             lines.append(f"* {name}: sha256 `{digest[:16]}`")
     if "score" in stages:
         lines.append(f"* critic: {json.dumps(stages['score'].settings.get('critic'))}")
-        lines.append(f"* critic's figures: {json.dumps(stages['score'].counts.get('critic'))}")
+        for name, figure in read_figures(stages["score"].counts.get("critic")).items():
+            counted = f"{figure.count} {MEASURES[name].counted}" if name in MEASURES else str(figure.count)
+            lines.append(f"* critic, {name.replace('_', ' ')}: {figure.value:.3g} ({counted})")
     return "\n".join(lines)
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from align.records import Evaluation
 from align.report.read import RunData
-from align.statistics import Interval, bootstrap_mean, paired_difference
+from align.statistics import bootstrap_mean, paired_difference
+from reward.intervals import Interval
 
 COLUMNS = ("task", "category", "type", "dataset", "source", "subset", "skill", "topic", "kind")
 MOST_GROUPS = 12

@@ -14,7 +14,8 @@ from typing import Literal
 from align.records import Evaluated, Evaluation
 from align.report.metrics import HEADLINES, Metric, in_order, metric
 from align.report.read import RoundData, RunData
-from align.statistics import Interval, paired_difference
+from align.statistics import paired_difference
+from reward.intervals import Interval
 
 LENGTH_DRIFT = 0.25
 State = Literal["better", "worse", "unclear", "neutral"]

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from align.media.images import ImageStore
 from align.records import Evaluated, Evaluation, Pair, Question, Samples
-from align.report.critic_quality import grade_response
 from align.report.read import RoundData, RunData, find_records, list_ids
 from align.report.thumbnails import Pictures
+from reward.critics.verifier import is_correct
 from reward.judgement import Judgement, Verdict
 
 KINDS = ("gained", "lost", "stayed wrong", "stayed right", "open")
@@ -203,7 +203,7 @@ def _join(number: int, line: Samples, scores: Judgement | None, pairs: list[Pair
                 text=response.text,
                 num_tokens=response.num_tokens,
                 truncated=response.finish_reason == "length",
-                correct=grade_response(response.text, line.question),
+                correct=_correct(response.text, line.question),
                 reward=rewards[index] if index < len(rewards) else None,
                 role=roles.get(index, ""),
                 unscored=scores.unscored.get(index) if scores else None,
@@ -227,6 +227,12 @@ def _join(number: int, line: Samples, scores: Judgement | None, pairs: list[Pair
         pictures=picture(line.question, pictures),
         margin=pairs[0].margin if pairs else None,
     )
+
+
+def _correct(text: str, question: Question) -> bool | None:
+    if question.answer is None:
+        return None
+    return is_correct(text, question.answer, question=question.question, kind=question.answer_kind)
 
 
 def letter(index: int) -> str:

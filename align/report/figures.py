@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from align.statistics import Interval
+from reward.intervals import Interval
 
 WIDTH, HEIGHT = 340, 208
 LEFT, RIGHT, TOP, BOTTOM = 44, 16, 18, 26

@@ -23,7 +23,7 @@ from align.records import Evaluation, RecordT, parse_line
 from align.run.folder import Round, RunDir
 from align.run.manifest import StageEntry
 from align.run.stages import STAGES, stage_named
-from align.statistics import Interval
+from reward.intervals import Interval
 
 JSON = dict[str, Any]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from align.report.changes import Change, History, State, headline, history
-from align.report.critic_quality import Trust
+from align.report.critic_quality import Figures
 from align.report.diagnosis import find_lessons
 from align.report.metrics import metric
 from align.report.read import RunData, number
@@ -27,12 +28,12 @@ class Verdict:
     lessons: list[str] = field(default_factory=list)
 
 
-def judge(run: RunData, changes: History, control: RunData | None, trust: dict[int, Trust]) -> Verdict:
-    """The verdict on a run with these changes; `trust` holds its critic's figures by round."""
+def judge(run: RunData, changes: History, control: RunData | None, critics: Mapping[int, Figures]) -> Verdict:
+    """The verdict on a run with these changes; `critics` holds its critic's figures by round."""
     name = headline(run)
     moved = changes.overall.get(name) if name else None
     improved = moved is not None and moved.state == "better"
-    lessons = find_lessons(run, changes, trust, improved=improved)
+    lessons = find_lessons(run, changes, critics, improved=improved)
     texts = [lesson.text for lesson in lessons]
     if name is None or moved is None:
         return Verdict("neutral", *(_nothing_measured(run) if name is None else _one_round(run, name)), lessons=texts)

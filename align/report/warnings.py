@@ -5,28 +5,20 @@ Each rule states its threshold in its own words, so that a reader can disagree w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from align.report.changes import Change, History
-from align.report.critic_quality import (
-    LEAST_AGREEMENT,
-    LEAST_CONSISTENCY,
-    LEAST_IMAGE_DEPENDENCE,
-    LEAST_OPTION_MASS,
-    MOST_LENGTH_CORRELATION,
-    MOST_POSITION_BIAS,
-    Trust,
-)
+from align.report.critic_quality import Figures
 from align.report.metrics import percent, plain
 from align.report.read import RoundData, RunData, iter_objects, number
 from align.report.training_curves import end_of
 from reward.critics.base import NOTHING_TO_COMPARE
+from reward.warnings import critic_warnings
 
 CHOSEN_FALL, WEAK_ACCURACY = 0.25, 0.55
 LESS_VARIED, MOST_TRUNCATED, MOST_UNSCORED, LEAST_PAIRS = 0.2, 0.05, 0.05, 0.2
-LEAST_DECIDED = 20
 
 
 @dataclass(frozen=True)
@@ -53,11 +45,11 @@ class Warned:
     findings: list[tuple[int | None, str]]
 
 
-def find_warnings(run: RunData, history: History, trust: dict[int, Trust]) -> list[Warned]:
-    """All warnings, serious ones first, otherwise in the order of the run; `trust` holds the critic's by round."""
+def find_warnings(run: RunData, history: History, critics: Mapping[int, Figures]) -> list[Warned]:
+    """All warnings, serious ones first, otherwise in the order of the run; `critics` holds the critic's figures by round."""
     found = [*_worse_rounds(history), *_evaluation(history)]
     for data in run.trained:
-        found += [*_training(data), *_critic(data.number, trust.get(data.number, Trust())), *_losses(data)]
+        found += [*_training(data), *_critic(data.number, critics.get(data.number, {})), *_losses(data)]
     if run.setting("shared_prefix") != "off":
         found += [alarm for data in run.rounds for alarm in _fallbacks(data)]
     found += [alarm for data in run.rounds for alarm in _unfinished(data)]
@@ -130,64 +122,14 @@ def _training(data: RoundData) -> Iterator[RunWarning]:
         yield RunWarning(
             "The pairs taught hardly anything",
             f"{percent(accuracy)} of pairs are ranked as wanted at the end of training.",
-            "A coin gives 50 %. The preferences may be random, or the learning rate too small.",
+            "Random preferences give 50 %. The preferences may be random, or the learning rate too small.",
             data.number,
         )
 
 
-def _critic(round_: int, trust: Trust) -> Iterator[RunWarning]:
-    figures = trust.figures
-    consistency, bias = figures.get("consistency"), figures.get("position_bias")
-    length, agreement = figures.get("reward_length_correlation"), trust.agreement
-    if consistency is not None and consistency < LEAST_CONSISTENCY:
-        yield RunWarning(
-            "The critic contradicts itself",
-            f"It says the same in both orders for {percent(consistency)} of pairs.",
-            f"Below {percent(LEAST_CONSISTENCY, 0)} much of what it says is noise.",
-            round_,
-            serious=consistency < 0.5,
-        )
-    if bias is not None and abs(bias) > MOST_POSITION_BIAS:
-        yield RunWarning(
-            f"The critic prefers the response shown {'first' if bias > 0 else 'second'}",
-            f"Position bias {plain(bias)}.",
-            "0 is none, 1 always the first. Judging both orders cancels it, at the price of ties.",
-            round_,
-        )
-    looks = [x for name in ("blank", "shuffled") if (x := figures.get(f"image_dependence_{name}")) is not None]
-    if looks and min(looks) < LEAST_IMAGE_DEPENDENCE:
-        yield RunWarning(
-            "The critic hardly looks at the image",
-            f"With another image in its place, {percent(min(looks))} of its preferences change.",
-            "A critic that knows nothing without the image changes about half of them.",
-            round_,
-            serious=min(looks) < 0.02,
-        )
-    mass = figures.get("mean_option_mass")
-    if mass is not None and mass < LEAST_OPTION_MASS:
-        yield RunWarning(
-            "The critic wants to say something else",
-            f"The answers it is offered have {percent(mass)} of its probability.",
-            "Its prompt may not fit it: see critic.prompt.",
-            round_,
-            serious=mass < 0.05,
-        )
-    if length is not None and abs(length) > MOST_LENGTH_CORRELATION:
-        yield RunWarning(
-            f"The critic likes {'longer' if length > 0 else 'shorter'} responses",
-            f"Among comparable responses to a question, reward and length correlate by {plain(length)}.",
-            f"Beyond {plain(MOST_LENGTH_CORRELATION)} length may be what is learned.",
-            round_,
-        )
-    if agreement is not None and agreement.count >= LEAST_DECIDED and agreement.mean < LEAST_AGREEMENT:
-        yield RunWarning(
-            "The critic does not know the right answers",
-            f"Where a right response met a wrong one, it chose the right one in {percent(agreement.mean)} of "
-            f"{agreement.count:,} pairs ({percent(agreement.low)} to {percent(agreement.high)}).",
-            f"A coin gives 50 %; below {percent(LEAST_AGREEMENT, 0)} the pairs teach little that is true.",
-            round_,
-            serious=agreement.high < 0.5,
-        )
+def _critic(round_: int, figures: Figures) -> Iterator[RunWarning]:
+    for warned in critic_warnings(figures):
+        yield RunWarning(warned.title, warned.finding, warned.advice, round_, serious=warned.serious)
 
 
 def _losses(data: RoundData) -> Iterator[RunWarning]:

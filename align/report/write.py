@@ -23,8 +23,8 @@ from align.report import funnel as flow
 from align.report import metrics
 from align.report.by_category import find_places
 from align.report.changes import Change, history
-from align.report.critic_quality import measure_trust
-from align.report.critic_quality import rows as trust_rows
+from align.report.critic_quality import critic_figures
+from align.report.critic_quality import rows as critic_rows
 from align.report.examples import build_browser, letter, marks
 from align.report.metrics import Metric
 from align.report.read import RunData, read_run
@@ -89,7 +89,7 @@ def render(
     backdrop: bool,
 ) -> str:
     """The page as text."""
-    trust = {data.number: measure_trust(data, run.problems) for data in run.trained}
+    critics = {data.number: critic_figures(data) for data in run.trained}
     changes = history(run)
     figures = held_out_figures(run, changes, control)
     browser = build_browser(
@@ -100,13 +100,13 @@ def render(
         max_training=max_training,
     )
     costs = flow.costs(run)
-    alarms = find_warnings(run, changes, trust)
-    trust = {number: item for number, item in trust.items() if item.figures}
+    alarms = find_warnings(run, changes, critics)
+    critics = {number: found for number, found in critics.items() if found}
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment().get_template("report.html.j2").render(
         run=run,
         control=control,
-        verdict=judge(run, changes, control, trust),
+        verdict=judge(run, changes, control, critics),
         figures=figures,
         steps=_table_of_steps([changes.steps.get(figure.metric.name, []) for figure in figures if not figure.quiet]),
         places=find_places(run),
@@ -114,8 +114,8 @@ def render(
         endings=endings(run),
         ending_names=list(ENDING_KEYS.values()),
         published_source=published_source(),
-        trust=trust,
-        trust_rows=trust_rows(trust),
+        critics=critics,
+        critic_rows=critic_rows(critics),
         funnels=flow.funnels(run),
         costs=costs,
         stages=[stage for stage in STAGES if any(cost.stage == stage for cost in costs)],

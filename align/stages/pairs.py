@@ -18,14 +18,16 @@ from align.distributed.ranks import barrier, is_main_process
 from align.errors import UserError, reward_faults
 from align.log import log
 from align.media.images import question_images
-from align.records import Pair, Samples, iter_jsonl, read_jsonl, write_jsonl
+from align.records import Pair, Question, Samples, iter_jsonl, read_jsonl, write_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
 from align.run.sharding import begin
 from align.stages.critic_metrics import check_gates
 from align.stages.join import join_scores, scores_by_id
+from reward.critics.verifier import is_correct
 from reward.judgement import Judgement
 from reward.pairs import Chosen, PairChoice, PairSettings, choose_pairs
+from reward.reliability import Figure, share
 from reward.replay import balance_lengths, draw_replay, mean_log_ratio
 
 STAGE = "pairs"
@@ -33,12 +35,23 @@ LOPSIDED = "dropped to balance lengths"
 NOT_IN_SCORES = "no line in the scores"
 
 
+@dataclass(frozen=True)
+class MadePair:
+    """A pair with the lengths of chosen and rejected, in tokens where they were sampled, else in characters.
+
+    `right` says whether the right response was chosen over a wrong one; None where the reference answer does not tell.
+    """
+
+    pair: Pair
+    lengths: tuple[int, int]
+    right: bool | None = None
+
+
 @dataclass
 class Made:
-    """A round's own pairs; `lengths` are those of chosen and rejected, in tokens where they were sampled, else in characters."""
+    """A round's own pairs, and what became of every response and pair, by reason."""
 
-    pairs: list[Pair] = field(default_factory=list)
-    lengths: list[tuple[int, int]] = field(default_factory=list)
+    pairs: list[MadePair] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,10 +86,12 @@ def run_pairs(config: Config, number: int) -> None:
         if not made.pairs:
             this.manifest.note(STAGE, counts=made.counts)
             raise _nothing_left(config, this, made.counts)
-        replayed = replay(made.pairs, earlier, config)
-        counts = made.counts | {"pairs": len(made.pairs) + len(replayed)}
+        pairs = [one.pair for one in made.pairs]
+        replayed = replay(pairs, earlier, config)
+        counts = made.counts | {"pairs": len(pairs) + len(replayed)}
         counts |= {"replayed_pairs": len(replayed)} if earlier else {}
-        write_jsonl(this.pairs, [*made.pairs, *replayed])
+        counts["figures"] = {name: figure.model_dump(exclude_none=True) for name, figure in pair_figures(made).items()}
+        write_jsonl(this.pairs, [*pairs, *replayed])
         this.manifest.finish(STAGE, outputs=[this.pairs], counts=counts)
     barrier()
 
@@ -84,7 +99,9 @@ def run_pairs(config: Config, number: int) -> None:
 def _own_pairs(config: Config, this: Round) -> Made:
     if config.pairs_file is not None and this.number == 1:
         pairs, counts = read_pairs_file(config.pairs_file, question_images(config))
-        return Made(pairs, [(len(text_of(pair.chosen)), len(text_of(pair.rejected))) for pair in pairs], counts)
+        return Made(
+            [MadePair(pair, (len(text_of(pair.chosen)), len(text_of(pair.rejected)))) for pair in pairs], counts
+        )
     samples, scores = iter_jsonl(this.samples, Samples), iter_jsonl(this.scores, Judgement)
     return make_pairs(samples, scores, config.pairs, this.number, where=str(this.path))
 
@@ -132,8 +149,10 @@ def make_pairs(
         if chosen.why_none:
             without[chosen.why_none] += 1
         for choice in chosen.pairs:
-            made.pairs.append(_pair(line, score, choice, number))
-            made.lengths.append((line.responses[choice.chosen].num_tokens, line.responses[choice.rejected].num_tokens))
+            sides = line.responses[choice.chosen], line.responses[choice.rejected]
+            lengths = sides[0].num_tokens, sides[1].num_tokens
+            right = _right(line.question, sides[0].text, sides[1].text)
+            made.pairs.append(MadePair(_pair(line, score, choice, number), lengths, right))
     made.counts = {
         "questions": questions,
         "pairs": len(made.pairs),
@@ -148,16 +167,41 @@ def make_pairs(
 
 def balance(made: Made, limit: float | None) -> None:
     """Drop the pairs that keep lengths from balancing; counts how many, and the mean log ratio before and after."""
-    before = mean_log_ratio(made.lengths)
-    made.counts["mean_log_length_ratio"] = round(before or 0.0, 4)
+    lengths = [one.lengths for one in made.pairs]
+    made.counts["mean_log_length_ratio"] = round(mean_log_ratio(lengths) or 0.0, 4)
     if limit is None:
         return
-    kept = balance_lengths(made.lengths, limit=limit)
+    kept = balance_lengths(lengths, limit=limit)
     num_dropped = len(made.pairs) - len(kept)
     if num_dropped:
         made.counts["dropped_pairs"] = made.counts["dropped_pairs"] | {LOPSIDED: num_dropped}
-    made.pairs, made.lengths = [made.pairs[index] for index in kept], [made.lengths[index] for index in kept]
-    made.counts["mean_log_length_ratio_balanced"] = round(mean_log_ratio(made.lengths) or 0.0, 4)
+    made.pairs = [made.pairs[index] for index in kept]
+    made.counts["mean_log_length_ratio_balanced"] = round(mean_log_ratio([lengths[i] for i in kept]) or 0.0, 4)
+
+
+def pair_figures(made: Made) -> dict[str, Figure]:
+    """PAIR_MEASURES of a round's own pairs, where there is anything to take them of."""
+    by_question: dict[str, list[MadePair]] = {}
+    for one in made.pairs:
+        by_question.setdefault(one.pair.question_id or one.pair.id, []).append(one)
+    unequal = [[m.lengths for m in own if m.lengths[0] != m.lengths[1]] for own in by_question.values()]
+    known = [[m.right for m in own if m.right is not None] for own in by_question.values()]
+    found = {
+        "pairs_agree_with_reference": share((sum(rights), len(rights)) for rights in known),
+        "chosen_longer": share((sum(a > b for a, b in lengths), len(lengths)) for lengths in unequal),
+    }
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _right(question: Question, chosen: str, rejected: str) -> bool | None:
+    """Whether the chosen response is right and the rejected one wrong, or the other way round (False)."""
+    if question.answer is None:
+        return None
+    better, worse = (
+        is_correct(text, question.answer, question=question.question, kind=question.answer_kind)
+        for text in (chosen, rejected)
+    )
+    return better if better is not None and worse is not None and better != worse else None
 
 
 def replay(pairs: Sequence[Pair], earlier: Sequence[Pair], config: Config) -> list[Pair]:

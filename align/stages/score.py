@@ -24,9 +24,10 @@ from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
 from align.run.image_hashes import record_or_verify_images
 from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
-from align.stages.critic_metrics import check_gates, control_items, critic_figures, doubts, item_of
+from align.stages.critic_metrics import check_gates, control_items, critic_figures, item_of
 from reward.critics import Critic, Item, Judgement
 from reward.reliability import check_gates as check_gate_names
+from reward.warnings import critic_warnings
 
 STAGE = "score"
 DEFAULT_BATCH = 16
@@ -84,9 +85,10 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
             work = _judge(opened, lambda control: control.item, size)
             controls = map_resumable(this.controls, Judgement, items, work, label=f"{label}, other images")
             outputs = [*outputs, this.controls]
-    counts["critic"] = critic_figures(samples, done.records, controls.records)
-    for doubt in doubts(counts["critic"]):
-        log.warning("%s", doubt)
+    figures = critic_figures(samples, done.records, controls.records)
+    counts["critic"] = {name: figure.model_dump(exclude_none=True) for name, figure in figures.items()}
+    for warned in critic_warnings(figures):
+        log.warning("%s: %s", warned.title, warned.finding)
     finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=done.notes | controls.notes)
 
 

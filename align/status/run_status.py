@@ -19,7 +19,7 @@ from align.errors import UserError
 from align.monitoring.format import duration
 from align.monitoring.progress import figure_texts
 from align.report.changes import history
-from align.report.critic_quality import measure_trust
+from align.report.critic_quality import critic_figures
 from align.report.read import RunData, read_run
 from align.report.warnings import find_warnings
 from align.run.folder import Round, RunDir
@@ -249,8 +249,8 @@ def _run_warnings(run: RunData) -> list[str]:
     for data in run.trained:
         if data.number in training and len(data.log) < MIN_STEPS:
             data.log = []
-    trust = {data.number: measure_trust(data, run.problems) for data in run.trained}
-    found = [warned for warned in find_warnings(run, history(run), trust) if warned.title != "Not finished"]
+    critics = {data.number: critic_figures(data) for data in run.trained}
+    found = [warned for warned in find_warnings(run, history(run), critics) if warned.title != "Not finished"]
     return [
         (f"round {number}: " if number is not None else "")
         + f"{warned.title}. {finding.replace('at the end of training', 'by now') if number in training else finding}"

@@ -29,12 +29,14 @@ def stage_metrics(this: Round, stage: str) -> dict[str, float]:
 
 def _flat(counts: dict[str, Any]) -> dict[str, float]:
     """
-    >>> _flat({"scored": 9, "unscored": {"no answer": 2, "torn": 1}, "critic": {"position_bias": 0.1, "intervals": {}}})
+    >>> _flat({"scored": 9, "unscored": {"no answer": 2, "torn": 1}, "critic": {"position_bias": {"value": 0.1, "count": 9}}})
     {'scored': 9.0, 'unscored': 3.0, 'critic/position_bias': 0.1}
     """
     found: dict[str, float] = {}
     for name, value in counts.items():
-        if isinstance(value, dict) and all(type(count) is int for count in value.values()):
+        if isinstance(value, dict) and "value" in value:
+            found[name] = float(value["value"])
+        elif isinstance(value, dict) and all(type(count) is int for count in value.values()):
             if value:
                 found[name] = float(sum(value.values()))
         elif isinstance(value, dict):

@@ -250,6 +250,12 @@ def grade(
     return Grade(outcome.score, outcome.correct, None if outcome.read is None else str(outcome.read), found_kind)
 
 
+def is_correct(response: str, reference: str, *, question: str = "", kind: str | None = None) -> bool | None:
+    """Whether a response is right by the reference answer; None if that is not of the given kind."""
+    found = grade(response, reference, question=question, kind=kind)
+    return None if found is None else found.correct
+
+
 class VerifierCritic:
     """Rewards 1 for a right answer and 0 for a wrong one.
 

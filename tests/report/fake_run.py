@@ -19,6 +19,8 @@ from align.config import Config, build_config, dump_config
 from align.evaluation.evaluate import measure
 from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, write_jsonl
 from align.run.folder import Round, RunDir
+from align.stages.critic_metrics import critic_figures
+from align.stages.pairs import Made, MadePair, pair_figures
 from reward.judgement import Judgement, Verdict
 
 TASKS = ("count", "colour", "largest")
@@ -139,7 +141,7 @@ class FakeRun:
         notes = {"shared_prefix": "exact, max error 9.5e-07"}
         for name, stage_counts, seconds in (
             ("sample", sampled, 21.5),
-            ("score", score_counts(scores), 33.25),
+            ("score", score_counts(samples, scores), 33.25),
             ("pairs", counts, 0.25),
             ("dpo", {"pairs": len(pairs), "steps": self.steps}, 47.0),
         ):
@@ -172,7 +174,7 @@ class FakeRun:
 
 def make_pairs(samples: list[Samples], scores: list[Judgement]) -> tuple[list[Pair], dict[str, Any]]:
     """Best against worst, with the counts that the pairs stage writes."""
-    pairs, tied = [], 0
+    pairs, made, tied = [], [], 0
     for line, score in zip(samples, scores, strict=True):
         rewards = [reward or 0.0 for reward in score.rewards]
         best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
@@ -195,23 +197,28 @@ def make_pairs(samples: list[Samples], scores: list[Judgement]) -> tuple[list[Pa
                 responses={"chosen": best, "rejected": worst},
             )
         )
+        sides = line.responses[best], line.responses[worst]
+        good = [line.question.answer in side.text.strip(".").split() for side in sides]
+        right = good[0] if good[0] != good[1] else None
+        made.append(MadePair(pairs[-1], (sides[0].num_tokens, sides[1].num_tokens), right))
     counts = {
         "questions": len(samples),
         "pairs": len(pairs),
         "dropped_responses": {"same text as another response": 3},
         "dropped_pairs": {"not picked by the strategy": 5 * len(pairs)},
         "questions_without_pair": {"all rewards tied": tied},
+        "figures": {name: figure.model_dump() for name, figure in pair_figures(Made(made)).items()},
     }
     return pairs, counts
 
 
-def score_counts(scores: list[Judgement]) -> dict[str, Any]:
+def score_counts(samples: list[Samples], scores: list[Judgement]) -> dict[str, Any]:
     return {
         "questions": len(scores),
         "scored": sum(len(score.rewards) for score in scores),
         "unscored": {},
         "verdicts": sum(len(score.verdicts) for score in scores),
-        "critic": {"consistency": 0.8125, "position_bias": 0.0417, "tie_rate": 0.0},
+        "critic": {name: figure.model_dump() for name, figure in critic_figures(samples, scores, []).items()},
     }
 
 

@@ -25,7 +25,7 @@ from align.report.figures import (
     y_scale,
 )
 from align.report.metrics import percent
-from align.statistics import Interval
+from reward.intervals import Interval
 
 FINITE = st.floats(-1e6, 1e6)
 

@@ -249,11 +249,11 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run):
     (run / "round-2/evaluation.json").write_text("{")
     (run / "round-2/manifest.json").write_text("[broken")
     scores = run / "round-1/scores.jsonl"
-    scores.write_text("not json\n" + scores.read_text())
+    scores.write_text(scores.read_text().replace('"rewards": [', '"rewards": ["much", '))
     text = read(write_report(run)).text
     assert "round-2/evaluation.json: cannot be read" in text
     assert "manifest is damaged" in text
-    assert "round-1/scores.jsonl:1: not valid JSON" in text
+    assert re.search(r"round-1/scores\.jsonl:\d+: not a valid Judgement: rewards\.0", text)
     assert "Better: right answers rose" in text
 
 

@@ -10,7 +10,7 @@ import pytest
 from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, write_jsonl
 from align.report.by_category import find_places
 from align.report.changes import history
-from align.report.critic_quality import Trust, measure_trust
+from align.report.critic_quality import Figures
 from align.report.examples import MOST_PICTURES, MOST_RATIONALES, build_browser, picture
 from align.report.funnel import duration, funnels, reasons
 from align.report.metrics import metric, percent, plain
@@ -19,8 +19,9 @@ from align.report.thumbnails import Pictures
 from align.report.verdict import judge
 from align.report.warnings import find_warnings
 from align.run.folder import Round
-from align.statistics import Interval, wilson
+from reward.intervals import Interval, wilson
 from reward.judgement import Judgement, Verdict
+from reward.reliability import Figure
 
 
 def one_round(number: int, **metrics: tuple[float, float, float]) -> RoundData:
@@ -33,12 +34,23 @@ def a_run(*rounds: RoundData, **config: object) -> RunData:
     return RunData("run", Path("nowhere"), config=dict(config), rounds=list(rounds))
 
 
-def verdict(run: RunData, trust: dict[int, Trust] | None = None):
-    return judge(run, history(run), None, trust or {})
+def critic(**values: float) -> Figures:
+    """Figures with these values, each over 100 comparisons."""
+    return {name: Figure(value=value, count=100, questions=50) for name, value in values.items()}
 
 
-def titles(run: RunData, trust: dict[int, Trust] | None = None) -> set[str]:
-    return {alarm.title for alarm in find_warnings(run, history(run), trust or {})}
+def agreeing_critic(right: int, total: int) -> Figures:
+    found = wilson(right, total)
+    figure = Figure(value=found.mean, low=found.low, high=found.high, count=total, questions=total)
+    return {"pairs_agree_with_reference": figure}
+
+
+def verdict(run: RunData, critics: dict[int, Figures] | None = None):
+    return judge(run, history(run), None, critics or {})
+
+
+def titles(run: RunData, critics: dict[int, Figures] | None = None) -> set[str]:
+    return {alarm.title for alarm in find_warnings(run, history(run), critics or {})}
 
 
 def test_means_whose_intervals_lie_apart_are_better():
@@ -119,7 +131,7 @@ def lengthy(last_accuracy: float, last_tokens: float = 15.0) -> RunData:
     )
 
 
-LOVES_LENGTH = {1: Trust({"reward_length_correlation": 0.8, "chosen_longer": 0.95})}
+LOVES_LENGTH = {1: critic(length_correlation=0.8, chosen_longer=0.95)}
 
 
 def test_a_critic_that_loves_length_is_said_to_have_taught_length():
@@ -150,43 +162,43 @@ def test_a_small_drift_is_length_learned_only_where_nothing_else_was(tokens, tau
 
 def test_longer_responses_are_not_blamed_on_a_critic_that_ignores_or_dislikes_length():
     for correlation in (0.05, -0.8):
-        assert verdict(lengthy(0.5), {1: Trust({"reward_length_correlation": correlation})}).lessons == []
+        assert verdict(lengthy(0.5), {1: critic(length_correlation=correlation)}).lessons == []
 
 
 def test_a_critic_that_likes_length_in_one_round_and_brevity_in_the_next_taught_neither():
-    likes, dislikes = (Trust({"reward_length_correlation": value}) for value in (0.9, -0.4))
+    likes, dislikes = (critic(length_correlation=value) for value in (0.9, -0.4))
     assert verdict(lengthy(0.5), {1: likes, 2: dislikes}).lessons == []
     assert verdict(lengthy(0.5), {1: likes, 2: likes}).lessons != []
 
 
 def test_responses_that_became_shorter_are_laid_on_a_critic_that_loves_brevity():
-    brief = {1: Trust({"reward_length_correlation": -0.8, "chosen_longer": 0.1})}
+    brief = {1: critic(length_correlation=-0.8, chosen_longer=0.1)}
     (text,) = verdict(lengthy(0.5, 3.0), brief).lessons
     assert "6.00 tokens a response became 3.00 (\u221250\u00a0%)" in text
     assert "the shorter response was chosen in 90.0\u00a0%" in text
 
 
-def agreeing(*rounds: tuple[int, int]) -> dict[int, Trust]:
+def agreeing(*rounds: tuple[int, int]) -> dict[int, Figures]:
     """(right, all) of the pairs that set a right response against a wrong one, by round."""
-    return {number: Trust({}, wilson(right, total)) for number, (right, total) in enumerate(rounds, start=1)}
+    return {number: agreeing_critic(right, total) for number, (right, total) in enumerate(rounds, start=1)}
 
 
 def unmoved() -> RunData:
     return a_run(one_round(0, greedy_accuracy=(0.5, 0.45, 0.55)), one_round(1, greedy_accuracy=(0.5, 0.45, 0.55)))
 
 
-def test_preferences_like_a_coin_s_are_called_so():
+def test_preferences_no_better_than_random_are_called_so():
     found = verdict(unmoved(), agreeing((52, 100), (49, 100)))
-    assert found.title.endswith("; its preferences were no better than a coin's.")
+    assert found.title.endswith("; its preferences were no better than random.")
     (text,) = found.lessons
     # 101 of 200; Wilson: (0.505 + 0.0096) / 1.0192 -+ 0.0686, by hand.
-    assert "in 50\u00a0% of 200 pairs (44\u00a0% to 57\u00a0%; a coin gives 50\u00a0%)" in text
+    assert "in 50\u00a0% of 200 pairs (44\u00a0% to 57\u00a0%; random preferences give 50\u00a0%)" in text
 
 
-def test_a_run_that_rose_on_a_coin_s_preferences_says_so_in_its_first_sentence():
+def test_a_run_that_rose_on_random_preferences_says_so_in_its_first_sentence():
     found = verdict(lengthy(0.9), agreeing((100, 200)))
     assert found.title.startswith("Better")
-    assert found.title.endswith("; its preferences were no better than a coin's.")
+    assert found.title.endswith("; its preferences were no better than random.")
 
 
 @pytest.mark.parametrize(
@@ -306,23 +318,21 @@ def test_few_pairs_are_an_alarm():
         ({"consistency": 0.69}, "The critic contradicts itself"),
         ({"position_bias": 0.2}, "The critic prefers the response shown first"),
         ({"position_bias": -0.2}, "The critic prefers the response shown second"),
-        ({"reward_length_correlation": -0.4}, "The critic likes shorter responses"),
+        ({"length_correlation": -0.4}, "The critic likes shorter responses"),
     ],
 )
 def test_figures_beyond_their_limits_are_alarms(figures, title):
     run = a_run(one_round(1))
-    assert titles(run, {1: Trust(figures)}) == {title}
-    assert (
-        titles(run, {1: Trust({"consistency": 0.9, "position_bias": 0.02, "reward_length_correlation": 0.1})}) == set()
-    )
+    assert titles(run, {1: critic(**figures)}) == {title}
+    assert titles(run, {1: critic(consistency=0.9, position_bias=0.02, length_correlation=0.1)}) == set()
 
 
 def test_a_critic_that_chooses_wrong_answers_is_an_alarm_once_enough_pairs_say_so():
     run = a_run(one_round(1))
     title = "The critic does not know the right answers"
-    assert title in titles(run, {1: Trust({}, wilson(50, 100))})
-    assert title not in titles(run, {1: Trust({}, wilson(5, 10))})
-    assert title not in titles(run, {1: Trust({}, wilson(90, 100))})
+    assert title in titles(run, {1: agreeing_critic(50, 100)})
+    assert title not in titles(run, {1: agreeing_critic(5, 10)})
+    assert title not in titles(run, {1: agreeing_critic(90, 100)})
 
 
 def test_the_plain_path_is_an_alarm_unless_it_was_asked_for():
@@ -336,7 +346,7 @@ def test_the_plain_path_is_an_alarm_unless_it_was_asked_for():
 
 def test_alarms_of_several_rounds_stand_under_one_title():
     run = a_run(one_round(1), one_round(2))
-    found = find_warnings(run, history(run), {1: Trust({"consistency": 0.6}), 2: Trust({"consistency": 0.4})})
+    found = find_warnings(run, history(run), {1: critic(consistency=0.6), 2: critic(consistency=0.4)})
     assert len(found) == 1
     assert [number for number, _ in found[0].findings] == [1, 2]
     assert found[0].serious
@@ -387,36 +397,6 @@ def test_one_group_alone_is_no_place():
     for data in rounds:
         data.lines = [line("q0", right=True), line("q1", right=False)]
     assert find_places(a_run(*rounds)) is None
-
-
-def write_scored(folder: Path, lines: list[tuple[str | None, list[tuple[str, int, float]]]]) -> RoundData:
-    """A round of questions with these answers, each with responses as (text, tokens, reward)."""
-    data = RoundData(1, Round(folder, 1))
-    samples, scores = [], []
-    for index, (answer, responses) in enumerate(lines):
-        question = {"id": f"q{index}", "question": "How many?", "answer": answer, "answer_kind": "number"}
-        said = [{"text": text, "num_tokens": tokens} for text, tokens, _ in responses]
-        samples.append({"id": f"q{index}", "question": question, "responses": said, "seed": 0})
-        scores.append({"id": f"q{index}", "rewards": [reward for _, _, reward in responses]})
-    data.folder.samples.write_text("".join(json.dumps(line) + "\n" for line in samples))
-    data.folder.scores.write_text("".join(json.dumps(line) + "\n" for line in scores))
-    return data
-
-
-def test_length_correlation_is_within_questions(tmp_path):
-    # The first question has long responses and low rewards, the second short and high; within each, longer is better.
-    low, high = [("x", 100, -5.0), ("x", 101, -4.0)], [("x", 1, 5.0), ("x", 2, 6.0)]
-    data = write_scored(tmp_path, [(None, low), (None, high)])
-    assert measure_trust(data, []).figures == {"reward_length_correlation": pytest.approx(1.0)}
-
-
-def test_short_right_answers_do_not_make_a_critic_that_loves_brevity(tmp_path):
-    knows = [("3", 1, 1.0), ("3", 2, 1.0), ("It is 4", 9, -1.0), ("It is 5", 8, -1.0)]
-    assert "reward_length_correlation" not in measure_trust(write_scored(tmp_path, [("3", knows)]), []).figures
-    brief = [("3", 1, 1.0), ("3", 2, 0.0), ("It is 4", 9, -1.0), ("It is 5", 8, 0.0)]
-    assert measure_trust(write_scored(tmp_path, [("3", brief)]), []).figures == {
-        "reward_length_correlation": pytest.approx(-1.0)
-    }
 
 
 @pytest.mark.parametrize(
@@ -481,6 +461,20 @@ def test_of_a_video_frames_from_first_to_last_are_shown():
     assert shown.about == "6 of 16 frames of clip"
     few = picture(question.model_copy(update={"images": frames[:3], "meta": {}}), Pictures(None))
     assert (len(few.shown), few.about) == (3, "3 frames")
+
+
+def write_scored(folder: Path, lines: list[tuple[str | None, list[tuple[str, int, float]]]]) -> RoundData:
+    """A round of questions with these answers, each with responses as (text, tokens, reward)."""
+    data = RoundData(1, Round(folder, 1))
+    samples, scores = [], []
+    for index, (answer, responses) in enumerate(lines):
+        question = {"id": f"q{index}", "question": "How many?", "answer": answer, "answer_kind": "number"}
+        said = [{"text": text, "num_tokens": tokens} for text, tokens, _ in responses]
+        samples.append({"id": f"q{index}", "question": question, "responses": said, "seed": 0})
+        scores.append({"id": f"q{index}", "rewards": [reward for _, _, reward in responses]})
+    data.folder.samples.write_text("".join(json.dumps(line) + "\n" for line in samples))
+    data.folder.scores.write_text("".join(json.dumps(line) + "\n" for line in scores))
+    return data
 
 
 def test_of_many_responses_chosen_and_rejected_come_first_and_keep_their_letters(tmp_path):

@@ -298,7 +298,7 @@ def test_where_the_verifier_knows_nothing_the_panel_does_not_know_what_is_correc
     [judgement] = PanelCritic(critics).judge([THREE])
     assert judgement.evidence["correct"] == [None] * 3
     found = choose_pairs(
-        judgement.rewards, THREE.responses, PairSettings("correct_incorrect"), correct=judgement.evidence["correct"]
+        judgement.rewards, THREE.responses, PairSettings(strategy="correct_incorrect"), correct=judgement.evidence["correct"]
     )
     assert (found.pairs, found.why_none) == ([], NO_CORRECTNESS)
     # Of two verifiers the one that knows is asked.

@@ -17,7 +17,7 @@ from reward.critics.tournament import next_matches, swiss_rounds
 from reward.errors import RewardError
 from reward.judgement import Item
 from reward.pairs import choose_pairs
-from reward.ranking import consistency, position_bias, tie_rate
+from reward.reliability import consistency, position_bias, tie_rate
 from tests.reward.judge_models import FunctionModel, QualityModel, two_responses
 
 # The response that names more of what is in the picture is better: 0 to 4 of "abcd".
@@ -103,16 +103,16 @@ def test_nothing_to_compare_is_unscored_not_zero(responses):
 def test_always_the_first_gives_zero_rewards_and_is_caught_as_bias():
     [judgement] = PairwiseCritic(QualityModel(lambda image, text: 0.0, lean=5.0), prompt="pairwise_short").judge([ITEM])
     assert judgement.rewards == [0.0] * 5
-    assert position_bias([judgement.verdicts]) == 1.0
-    assert consistency([judgement.verdicts]) == 0.0
+    assert position_bias([judgement.verdicts]).value == 1.0
+    assert consistency([judgement.verdicts]).value == 0.0
 
 
 def test_a_lean_towards_the_first_cancels_in_the_sum_of_both_orders():
     critic = PairwiseCritic(QualityModel(letters_seen, lean=1.5), prompt="pairwise_short", soft=True)
     [judgement] = critic.judge([ITEM])
     assert ranking_of(judgement.rewards) == ORDER
-    assert 0 < position_bias([judgement.verdicts]) < 1
-    assert tie_rate([judgement.verdicts]) == 0.0
+    assert 0 < position_bias([judgement.verdicts]).value < 1
+    assert tie_rate([judgement.verdicts]).value == 0.0
 
 
 def test_a_comparison_that_failed_unscores_as_few_responses_as_possible():

@@ -11,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward.judgement import Verdict
-from reward.ranking import (
-    bradley_terry,
-    consistency,
-    position_bias,
-    score_of,
-    tie_rate,
-    win_minus_loss,
-    without_failures,
-)
+from reward.ranking import bradley_terry, score_of, win_minus_loss, without_failures
+from reward.reliability import consistency, position_bias, tie_rate
 
 
 def verdict(first: int, second: int, winner: int | None, p_first: float | None = None) -> Verdict:
@@ -165,21 +158,21 @@ def test_showing_the_mirror_image_of_every_comparison_changes_no_reward(rows, so
 
 def test_consistency_bias_and_ties_of_the_table():
     # Pairs with both orders: {0,1} same, {0,2} not, {1,2} not (a tie against a winner).
-    assert consistency([TABLE]) == pytest.approx(1 / 3)
+    assert consistency([TABLE]).value == pytest.approx(1 / 3)
     # First position: (0,1) +1, (1,0) -1, (0,2) +1, (2,0) +1, (1,2) 0, (2,1) +1: 3 of 6.
-    assert position_bias([TABLE]) == pytest.approx(0.5)
-    assert tie_rate([TABLE]) == pytest.approx(1 / 6)
+    assert position_bias([TABLE]).value == pytest.approx(0.5)
+    assert tie_rate([TABLE]).value == pytest.approx(1 / 6)
 
 
 def test_bias_is_one_for_the_first_and_minus_one_for_the_second():
-    assert position_bias([[verdict(i, j, i) for i, j in permutations(range(3), 2)]]) == 1.0
-    assert position_bias([[verdict(i, j, j) for i, j in permutations(range(3), 2)]]) == -1.0
+    assert position_bias([[verdict(i, j, i) for i, j in permutations(range(3), 2)]]).value == 1.0
+    assert position_bias([[verdict(i, j, j) for i, j in permutations(range(3), 2)]]).value == -1.0
 
 
 def test_an_unbiased_critic_shows_no_bias_even_where_the_order_of_responses_is_not_balanced():
     # Only one order of 0-1 was judged: it says nothing about position.
     assert position_bias([[verdict(0, 1, 0)]]) is None
-    assert position_bias([[verdict(0, 1, 0), verdict(1, 0, 0), verdict(0, 2, 0)]]) == 0.0
+    assert position_bias([[verdict(0, 1, 0), verdict(1, 0, 0), verdict(0, 2, 0)]]).value == 0.0
 
 
 def test_nothing_compared_measures_nothing():

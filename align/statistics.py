@@ -22,7 +22,7 @@ NGRAM = 4
 def bootstrap_mean(values: Values, *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Interval:
     """The mean over all values with a percentile interval from resampling whole questions with replacement.
 
-    `values` holds a number a question, or a list of numbers a question (several responses); a question with more
+    `values` holds one number per question, or a list of numbers per question (several responses); a question with more
     responses weighs more, as in the plain mean. Questions without a value are left out of mean and count.
 
     Raises:
@@ -42,7 +42,7 @@ def bootstrap_ratio(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> Interval:
-    """All `sums` over all `sizes` (one of each a question, as of nats and tokens), with an interval as above.
+    """All `sums` over all `sizes` (one of each per question, as of nats and tokens), with an interval as above.
 
     >>> bootstrap_ratio([1.0, 3.0], [2.0, 6.0]).mean
     0.5

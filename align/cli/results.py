@@ -36,8 +36,8 @@ def report(
     ] = None,
     max_held_out: Annotated[int, typer.Option(min=0, help="Most held-out questions to embed with their images.")] = 60,
     max_training: Annotated[int, typer.Option(min=0, help="Most training questions to embed.")] = 40,
-    backdrop: Annotated[
-        bool, typer.Option(help="Offer the published course of Valley2-DPO behind the training curves.")
+    reference_curve: Annotated[
+        bool, typer.Option(help="Offer the published curve of Valley2-DPO behind the training curves.")
     ] = True,
 ) -> None:
     """One HTML page of the run: curves, pairs, critic, questions with their responses."""
@@ -53,7 +53,7 @@ def report(
         out=out,
         max_held_out=max_held_out,
         max_training=max_training,
-        backdrop=backdrop,
+        reference_curve=reference_curve,
     )
     say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)", next_command="open it in a browser")
 

@@ -15,11 +15,11 @@ from align.statistics import bootstrap_mean, paired_difference
 from reward.intervals import Interval
 
 COLUMNS = ("task", "category", "type", "dataset", "source", "subset", "skill", "topic", "kind")
-MOST_GROUPS = 12
+MAX_GROUPS = 12
 
 
 @dataclass(frozen=True)
-class Place:
+class Category:
     """A group's share of right responses at first and last, with the paired change."""
 
     name: str
@@ -30,13 +30,13 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Places:
+class Categories:
     column: str
     which: str
-    places: list[Place]
+    categories: list[Category]
 
 
-def find_places(run: RunData) -> Places | None:
+def by_category(run: RunData) -> Categories | None:
     """None with fewer than two evaluated rounds, without reference answers, or where nothing tells groups apart."""
     rounds = [data for data in run.rounds if data.lines]
     if len(rounds) < 2:
@@ -55,15 +55,15 @@ def find_places(run: RunData) -> Places | None:
     groups: dict[str, list[tuple[Evaluation, Evaluation]]] = {}
     for before, after in both:
         groups.setdefault(_group(after, column) or "other", []).append((before, after))
-    places = [_place(name, lines, sampled=sampled) for name, lines in groups.items()]
-    places.sort(key=lambda place: (-place.difference.mean, place.name))
-    return Places(column, "sampled" if sampled else "greedy", places)
+    found = [_category(name, lines, sampled=sampled) for name, lines in groups.items()]
+    found.sort(key=lambda category: (-category.difference.mean, category.name))
+    return Categories(column, "sampled" if sampled else "greedy", found)
 
 
-def _place(name: str, lines: list[tuple[Evaluation, Evaluation]], *, sampled: bool) -> Place:
+def _category(name: str, lines: list[tuple[Evaluation, Evaluation]], *, sampled: bool) -> Category:
     first = [_right(before, sampled=sampled) for before, _ in lines]
     last = [_right(after, sampled=sampled) for _, after in lines]
-    return Place(name, len(lines), bootstrap_mean(first), bootstrap_mean(last), paired_difference(first, last))
+    return Category(name, len(lines), bootstrap_mean(first), bootstrap_mean(last), paired_difference(first, last))
 
 
 def _right(line: Evaluation, *, sampled: bool) -> list[float]:
@@ -73,7 +73,7 @@ def _right(line: Evaluation, *, sampled: bool) -> list[float]:
 def _column(lines: list[Evaluation]) -> str | None:
     for column in (*COLUMNS, "answer_kind"):
         groups = Counter(_group(line, column) for line in lines)
-        if 2 <= len(groups) <= MOST_GROUPS:
+        if 2 <= len(groups) <= MAX_GROUPS:
             return column
     return None
 

@@ -32,10 +32,12 @@ class Diagnosis:
     text: str
 
 
-def find_lessons(run: RunData, changes: History, critics: Mapping[int, Figures], *, improved: bool) -> list[Diagnosis]:
+def find_diagnoses(
+    run: RunData, changes: History, critics: Mapping[int, Figures], *, improved: bool
+) -> list[Diagnosis]:
     """What was learned, the most telling first; `improved` says that the run's held-out number rose beyond chance."""
     found = [_length(changes, list(critics.values()), improved=improved), _preferences(run, list(critics.values()))]
-    return [lesson for lesson in found if lesson is not None]
+    return [diagnosis for diagnosis in found if diagnosis is not None]
 
 
 def _length(changes: History, critics: Sequence[Figures], *, improved: bool) -> Diagnosis | None:
@@ -55,7 +57,7 @@ def _length(changes: History, critics: Sequence[Figures], *, improved: bool) -> 
         return None
     return Diagnosis(
         "part of it is length" if improved else "what it learned is length",
-        f"{'Part of what' if improved else 'What'} was learned is length: {plain(length.first)} tokens a response became "
+        f"{'Part of what' if improved else 'What'} was learned is length: {plain(length.first)} tokens per response became "
         f"{plain(length.last)} ({'+' if drift > 0 else ''}{percent(drift, 0)}), and among comparable responses the "
         f"critic's rewards follow length (correlation {_span(follows)}){_chosen(critics, longer=drift > 0)}.",
     )

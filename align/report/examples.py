@@ -19,10 +19,10 @@ from reward.judgement import Judgement, Verdict
 
 KINDS = ("gained", "lost", "stayed wrong", "stayed right", "open")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-WIDEST_TABLE = 8
+MAX_TABLE = 8
 ROLES = ("chosen", "rejected", "")
-MOST_RATIONALES = 24
-MOST_PICTURES = 6
+MAX_RATIONALES = 24
+MAX_PICTURES = 6
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Trained:
 
 
 @dataclass
-class Browser:
+class Examples:
     """`totals` and `shown` count held-out questions by kind; `num_training` all sampled questions of all rounds."""
 
     held_out: list[HeldOut] = field(default_factory=list)
@@ -97,18 +97,18 @@ class Browser:
     missing: list[str] = field(default_factory=list)
 
 
-def build_browser(
+def pick_examples(
     run: RunData, *, question_images: Pictures, evaluation_images: Pictures, max_held_out: int, max_training: int
-) -> Browser:
-    browser = Browser()
-    _add_held_out(browser, run, evaluation_images, max_held_out)
-    _add_training(browser, run, question_images, max_training)
+) -> Examples:
+    examples = Examples()
+    _add_held_out(examples, run, evaluation_images, max_held_out)
+    _add_training(examples, run, question_images, max_training)
     for pictures in (evaluation_images, question_images):
-        browser.missing += [f"{count} × {reason}" for reason, count in pictures.missing.most_common()]
-    return browser
+        examples.missing += [f"{count} × {reason}" for reason, count in pictures.missing.most_common()]
+    return examples
 
 
-def _add_held_out(browser: Browser, run: RunData, pictures: Pictures, most: int) -> None:
+def _add_held_out(examples: Examples, run: RunData, pictures: Pictures, most: int) -> None:
     rounds = [data for data in run.rounds if data.lines]
     if not rounds:
         return
@@ -118,15 +118,15 @@ def _add_held_out(browser: Browser, run: RunData, pictures: Pictures, most: int)
     for id_ in ids:
         by_kind[_kind([table[id_] for _, table in tables if id_ in table])].append(id_)
     picked = set(share_out(by_kind, most))
-    browser.num_held_out = len(ids)
-    browser.totals = {kind: len(members) for kind, members in by_kind.items() if members}
-    browser.shown = {kind: sum(id_ in picked for id_ in members) for kind, members in by_kind.items() if members}
+    examples.num_held_out = len(ids)
+    examples.totals = {kind: len(members) for kind, members in by_kind.items() if members}
+    examples.shown = {kind: sum(id_ in picked for id_ in members) for kind, members in by_kind.items() if members}
     kinds = {id_: kind for kind, members in by_kind.items() for id_ in members}
     for id_ in ids:
         if id_ in picked:
             lines = [(number, table[id_]) for number, table in tables if id_ in table]
             question = lines[-1][1].question
-            browser.held_out.append(HeldOut(question, kinds[id_], lines, picture(question, pictures)))
+            examples.held_out.append(HeldOut(question, kinds[id_], lines, picture(question, pictures)))
 
 
 def _kind(lines: Sequence[Evaluation]) -> str:
@@ -146,8 +146,8 @@ def share_out(groups: dict[str, list[str]], most: int) -> list[str]:
     """
     picked: list[str] = []
     longest = max((len(members) for members in groups.values()), default=0)
-    for place in range(longest):
-        picked += [members[place] for members in groups.values() if place < len(members)]
+    for rank in range(longest):
+        picked += [members[rank] for members in groups.values() if rank < len(members)]
     return picked[:most]
 
 
@@ -162,16 +162,16 @@ def spread(items: Sequence[str], most: int) -> list[str]:
     return [items[index * len(items) // most] for index in range(most)]
 
 
-def _add_training(browser: Browser, run: RunData, pictures: Pictures, most: int) -> None:
+def _add_training(examples: Examples, run: RunData, pictures: Pictures, most: int) -> None:
     rounds = [data for data in run.trained if data.folder.samples.is_file()]
     left = most
-    for place, data in enumerate(rounds):
+    for index, data in enumerate(rounds):
         ids = list_ids(data.folder.samples)
-        browser.num_training += len(ids)
-        quota = left // (len(rounds) - place)
+        examples.num_training += len(ids)
+        quota = left // (len(rounds) - index)
         wanted = spread(ids, quota)
         left -= len(wanted)
-        browser.training += _trained(data, wanted, pictures, run.problems)
+        examples.training += _trained(data, wanted, pictures, run.problems)
 
 
 def _trained(data: RoundData, ids: list[str], pictures: Pictures, problems: list[str]) -> list[Trained]:
@@ -212,7 +212,7 @@ def _join(number: int, line: Samples, scores: Judgement | None, pairs: list[Pair
     verdicts = scores.verdicts if scores else []
     spoken = [verdict for verdict in verdicts if verdict.rationale]
     table = verdict_table(len(candidates), verdicts)
-    if len(candidates) > WIDEST_TABLE:
+    if len(candidates) > MAX_TABLE:
         candidates.sort(key=lambda candidate: (ROLES.index(candidate.role), -(candidate.reward or 0.0)))
     return Trained(
         question=line.question,
@@ -220,7 +220,7 @@ def _join(number: int, line: Samples, scores: Judgement | None, pairs: list[Pair
         candidates=candidates,
         table=table,
         rationales=sorted(spoken, key=lambda verdict: -(verdict.first in roles) - (verdict.second in roles))[
-            :MOST_RATIONALES
+            :MAX_RATIONALES
         ],
         num_rationales=len(spoken),
         num_verdicts=len(verdicts),
@@ -247,7 +247,7 @@ def verdict_table(size: int, verdicts: Iterable[Verdict]) -> list[list[Verdict |
         if 0 <= verdict.first < size and 0 <= verdict.second < size:
             table[verdict.first][verdict.second] = verdict
             any_verdict = True
-    return table if any_verdict and size <= WIDEST_TABLE else []
+    return table if any_verdict and size <= MAX_TABLE else []
 
 
 def marks(responses: Sequence[Evaluated]) -> str:
@@ -260,9 +260,9 @@ def picture(question: Question, pictures: Pictures) -> Pictured:
     """The first few of a question's images; of a video's frames some from its first to its last."""
     references, video = question.images, question.meta.get("video")
     frames = len(references) > 1 and all(ImageStore.is_frame(reference) for reference in references)
-    if frames and len(references) > MOST_PICTURES:
-        references = [references[round(i * (len(references) - 1) / (MOST_PICTURES - 1))] for i in range(MOST_PICTURES)]
-    shown = [Picture(reference, pictures.uri(reference)) for reference in references[:MOST_PICTURES]]
+    if frames and len(references) > MAX_PICTURES:
+        references = [references[round(i * (len(references) - 1) / (MAX_PICTURES - 1))] for i in range(MAX_PICTURES)]
+    shown = [Picture(reference, pictures.uri(reference)) for reference in references[:MAX_PICTURES]]
     about = f"{len(shown)} of {len(question.images)} " if len(shown) < len(question.images) else ""
     if frames:
         about = f"{about or len(shown)} frames".replace("  ", " ") + (f" of {video}" if isinstance(video, str) else "")

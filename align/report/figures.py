@@ -199,42 +199,48 @@ def _describe_rounds(curves: Sequence[Curve], show: Callable[[float], str]) -> s
 
 
 @dataclass(frozen=True)
-class Lane:
-    """One round's training: `series` holds (step, value) points by kind, `backdrop` (share of the round, value)."""
+class Panel:
+    """One round's training: `series` holds (step, value) points by kind, `reference_curve` (share of the round, value)."""
 
     number: int
     series: dict[str, list[tuple[float, float]]]
-    backdrop: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    reference_curve: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 def training_chart(
-    title: str, lanes: Sequence[Lane], *, backdrop: bool = False, baseline: float | None = None
+    title: str, panels: Sequence[Panel], *, reference_curve: bool = False, baseline: float | None = None
 ) -> Chart:
-    """The rounds' courses side by side, each in a lane of its own: raw values faint, running mean strong."""
-    values = [v for lane in lanes for points in lane.series.values() for _, v in points]
-    values += [v for lane in lanes for points in lane.backdrop.values() for _, v in points] if backdrop else []
+    """The training curves of the rounds side by side, each in a panel of its own: raw values faint, running mean strong."""
+    values = [v for panel in panels for points in panel.series.values() for _, v in points]
+    values += (
+        [v for panel in panels for points in panel.reference_curve.values() for _, v in points]
+        if reference_curve
+        else []
+    )
     values += [] if baseline is None else [baseline]
     y = y_scale(values)
-    chart = Chart(title, _describe_training(lanes))
+    chart = Chart(title, _describe_training(panels))
     chart.y_ticks = [Label(LEFT - 8, y(tick), show_tick(tick, y, False), anchor="end") for tick in y.ticks]
     if baseline is not None:
         chart.lines.append(Path(f"M{LEFT},{y(baseline)}H{WIDTH - RIGHT}", "baseline"))
-    lane_width = (WIDTH - RIGHT - LEFT) / len(lanes)
-    for index, lane in enumerate(lanes):
-        start, end = LEFT + index * lane_width, LEFT + (index + 1) * lane_width
+    panel_width = (WIDTH - RIGHT - LEFT) / len(panels)
+    for index, panel in enumerate(panels):
+        start, end = LEFT + index * panel_width, LEFT + (index + 1) * panel_width
         if index:
             chart.dividers.append(round(start, 1))
-        chart.labels.append(Label(round((start + end) / 2, 1), HEIGHT - 8, _lane_name(lane.number, len(lanes)), "axis"))
-        if backdrop:
+        chart.labels.append(
+            Label(round((start + end) / 2, 1), HEIGHT - 8, _panel_name(panel.number, len(panels)), "axis")
+        )
+        if reference_curve:
             share = Scale(0, 1, start + 3, end - 3)
-            for kind, points in lane.backdrop.items():
-                chart.lines.append(Path(path_of([(share(s), y(v)) for s, v in points]), f"backdrop {kind}"))
-        _draw_lane(chart, lane, Scale(*_steps_of(lane), start + 3, end - 3), y)
+            for kind, points in panel.reference_curve.items():
+                chart.lines.append(Path(path_of([(share(s), y(v)) for s, v in points]), f"reference-curve {kind}"))
+        _draw_panel(chart, panel, Scale(*_steps_of(panel), start + 3, end - 3), y)
     return chart
 
 
-def _draw_lane(chart: Chart, lane: Lane, x: Scale, y: Scale) -> None:
-    for kind, points in lane.series.items():
+def _draw_panel(chart: Chart, panel: Panel, x: Scale, y: Scale) -> None:
+    for kind, points in panel.series.items():
         if not points:
             continue
         if len(points) == 1:
@@ -246,26 +252,26 @@ def _draw_lane(chart: Chart, lane: Lane, x: Scale, y: Scale) -> None:
         chart.lines.append(Path(path_of([(x(s), y(v)) for s, v in thinned(smooth, 160)]), kind))
 
 
-def _steps_of(lane: Lane) -> tuple[float, float]:
-    steps = [step for points in lane.series.values() for step, _ in points]
+def _steps_of(panel: Panel) -> tuple[float, float]:
+    steps = [step for points in panel.series.values() for step, _ in points]
     low, high = min(steps, default=0.0), max(steps, default=1.0)
     return (low, high) if high > low else (low - 1, low + 1)
 
 
-def _lane_name(number: int, count: int) -> str:
+def _panel_name(number: int, count: int) -> str:
     return f"round {number}" if count <= 4 else str(number)
 
 
-def _describe_training(lanes: Sequence[Lane]) -> str:
+def _describe_training(panels: Sequence[Panel]) -> str:
     parts = []
-    for lane in lanes:
-        ends = [f"{kind} {points[0][1]:.3f} to {points[-1][1]:.3f}" for kind, points in lane.series.items() if points]
-        parts.append(f"round {lane.number}: {', '.join(ends) or 'no values'}")
+    for panel in panels:
+        ends = [f"{kind} {points[0][1]:.3f} to {points[-1][1]:.3f}" for kind, points in panel.series.items() if points]
+        parts.append(f"round {panel.number}: {', '.join(ends) or 'no values'}")
     return "; ".join(parts)
 
 
 def running_mean(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A centred mean over about a tenth of the points; a short course is left as it is."""
+    """A centred mean over about a tenth of the points; a short curve is left as it is."""
     half = len(points) // 20
     if half < 1:
         return points

@@ -67,7 +67,7 @@ _SHOWN = {
 
 
 def funnels(run: RunData) -> list[Funnel]:
-    """One a round that has counted anything."""
+    """One per round that has counted anything."""
     found = [Funnel(data.number, _steps(data), _others(data)) for data in run.trained]
     return [funnel for funnel in found if funnel.steps]
 

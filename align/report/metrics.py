@@ -85,13 +85,13 @@ _METRICS = (
     Metric("win_rate_parent", "Wins against the round before", "comparisons by the critic, both orders, a tie is half", 1, against="before"),
     Metric("win_rate_previous", "Wins against the round before", "comparisons by the critic, both orders, a tie is half", 1, against="before"),
     Metric("hallucination", "Names what is not there", "sampled responses that name something absent from the image", -1, True, _hallucinates),
-    Metric("response_tokens", "Tokens a response", "how long sampled responses are", 0, False, lambda line, r: float(r.num_tokens)),
+    Metric("response_tokens", "Tokens per response", "how long sampled responses are", 0, False, lambda line, r: float(r.num_tokens)),
     Metric("truncated", "Cut off", "responses that ran into the token limit", -1, True, lambda line, r: float(r.finish_reason == "length")),
     Metric("repetition", "Repetition", "share of 4-grams that stood before in the same response", -1, True, lambda line, r: repetition(r.text)),
     Metric("refusals", "Refusals", "responses that decline to answer", -1, True, lambda line, r: float(is_refusal(r.text))),
     Metric("distinct_2", "Distinct bigrams", "different bigrams over all bigrams: variety of wording", 0),
-    Metric("kl", "Distance from the first policy", "KL divergence on the round's own samples at their temperature, nats a response", 0, False),
-    Metric("kl_per_token", "Distance a token", "the same divergence, nats a token", 0, False),
+    Metric("kl", "Distance from the first policy", "KL divergence on the round's own samples at their temperature, nats per response", 0, False),
+    Metric("kl_per_token", "Distance per token", "the same divergence, nats per token", 0, False),
 )  # fmt: skip
 METRICS = {metric.name: metric for metric in _METRICS}
 

@@ -12,7 +12,7 @@ from PIL import Image
 from align.errors import UserError
 from align.media.images import ImageStore
 
-LONGEST_SIDE_PX = 448
+MAX_SIDE_PX = 448
 JPEG_QUALITY = 82
 
 
@@ -44,7 +44,7 @@ class Pictures:
 def encode(image: Image.Image) -> str:
     """PNG or JPEG, whichever is smaller: PNG for drawings and screenshots, JPEG for photographs."""
     image = image.convert("RGB")
-    image.thumbnail((LONGEST_SIDE_PX, LONGEST_SIDE_PX), Image.Resampling.LANCZOS)
+    image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
     files = {}
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": JPEG_QUALITY, "optimize": True})):
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Rounds in, charts out: held-out curves over rounds, and the courses of training with the published one behind them."""
+"""Rounds in, charts out: held-out curves over rounds, and training curves with a published one behind them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.report.changes import Change, History
-from align.report.figures import Chart, Curve, Lane, rounds_chart, training_chart
+from align.report.figures import Chart, Curve, Panel, rounds_chart, training_chart
 from align.report.metrics import Metric, in_order, metric
 from align.report.read import RoundData, RunData
 
@@ -25,19 +25,19 @@ class HeldOutFigure:
 
 @dataclass(frozen=True)
 class TrainingFigure:
-    """A course with, where wanted, a second drawing that has the published course behind it."""
+    """A training curve with, where wanted, a second drawing that has the published one behind it (the reference curve)."""
 
     title: str
     explanation: str
     kinds: list[tuple[str, str]]
     chart: Chart
-    with_backdrop: Chart | None
+    with_reference: Chart | None
 
 
 # Title, what it says, baseline, and the trainer's keys with the class that colours each.
 _TRAINING: tuple[tuple[str, str, float | None, dict[str, str]], ...] = (
     ("Loss", "dashed: ln 2, a policy that equals its reference", 0.6931, {"loss": "loss"}),
-    ("Accuracy", "pairs whose chosen response has the higher reward; dashed: a coin", 0.5, {"rewards/accuracies": "accuracy"}),
+    ("Accuracy", "pairs whose chosen response has the higher reward; dashed: random preferences", 0.5, {"rewards/accuracies": "accuracy"}),
     ("Margin", "reward of the chosen minus that of the rejected response", 0.0, {"rewards/margins": "margin"}),
     ("Rewards", "beta times the log-probability ratio to the reference", 0.0, {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
 )  # fmt: skip
@@ -71,19 +71,19 @@ def _points(name: str, run: RunData) -> list[tuple[int, Any]]:
     return [(data.number, data.metrics[name]) for data in run.rounds if name in data.metrics]
 
 
-def training_figures(run: RunData, *, backdrop: bool) -> list[TrainingFigure]:
+def training_figures(run: RunData, *, reference_curve: bool) -> list[TrainingFigure]:
     """Loss, accuracy, margin and rewards over the rounds' training; empty when nothing was trained yet."""
-    published = read_published() if backdrop else {}
+    published = read_published() if reference_curve else {}
     figures = []
     for title, explanation, baseline, keys in _TRAINING:
-        lanes = [_lane(data, keys, published) for data in run.trained]
-        lanes = [lane for lane in lanes if any(lane.series.values())]
-        if not lanes:
+        panels = [_panel(data, keys, published) for data in run.trained]
+        panels = [panel for panel in panels if any(panel.series.values())]
+        if not panels:
             continue
         if title == "Loss" and not _sigmoid_alone(run):
             explanation, baseline = f"sum of the terms {_terms(run)}, each with its weight", None
-        plain = training_chart(title, lanes, baseline=baseline)
-        behind = training_chart(title, lanes, backdrop=True, baseline=baseline) if published else None
+        plain = training_chart(title, panels, baseline=baseline)
+        behind = training_chart(title, panels, reference_curve=True, baseline=baseline) if published else None
         kinds = [(kind, kind) for kind in keys.values()] if len(keys) > 1 else []
         figures.append(TrainingFigure(title, explanation, kinds, plain, behind))
     return figures
@@ -99,17 +99,17 @@ def _sigmoid_alone(run: RunData) -> bool:
     return run.setting("dpo", "loss_type") in (None, "sigmoid", ["sigmoid"])
 
 
-def _lane(data: RoundData, keys: dict[str, str], published: dict[str, list[tuple[float, float]]]) -> Lane:
+def _panel(data: RoundData, keys: dict[str, str], published: dict[str, list[tuple[float, float]]]) -> Panel:
     series = {
-        kind: [(entry.get("step", float(place)), entry[key]) for place, entry in enumerate(data.log) if key in entry]
+        kind: [(entry.get("step", float(index)), entry[key]) for index, entry in enumerate(data.log) if key in entry]
         for key, kind in keys.items()
     }
-    return Lane(data.number, series, {kind: published[key] for key, kind in keys.items() if key in published})
+    return Panel(data.number, series, {kind: published[key] for key, kind in keys.items() if key in published})
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Where a round's training arrived: means over the last fifth of its course, by the trainer's key."""
+    """Where a round's training arrived: means over the last fifth of its steps, by the trainer's key."""
 
     number: int
     steps: int
@@ -126,7 +126,7 @@ ENDING_KEYS = {
 
 
 def endings(run: RunData) -> list[Ending]:
-    """One a round that has logged any training."""
+    """One per round that has logged any training."""
     return [
         Ending(
             data.number,
@@ -139,14 +139,14 @@ def endings(run: RunData) -> list[Ending]:
 
 
 def end_of(data: RoundData, key: str) -> float | None:
-    """Mean of a logged number over the last fifth of the course."""
+    """Mean of a logged number over the last fifth of the steps."""
     values = [entry[key] for entry in data.log if key in entry]
     tail = values[-max(1, len(values) // 5) :]
     return sum(tail) / len(tail) if tail else None
 
 
 def read_published() -> dict[str, list[tuple[float, float]]]:
-    """The course of Valley2-DPO by the trainer's key, as (share of the training, mean over a window of steps)."""
+    """The training curves of Valley2-DPO by the trainer's key, as (share of the training, mean over a window of steps)."""
     data = _published()
     steps = data["steps"]
     return {

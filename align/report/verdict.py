@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from align.report.changes import Change, History, State, headline, history
 from align.report.critic_quality import Figures
-from align.report.diagnosis import find_lessons
+from align.report.diagnosis import find_diagnoses
 from align.report.metrics import metric
 from align.report.read import RunData, number
 
@@ -16,16 +16,16 @@ from align.report.read import RunData, number
 class Verdict:
     """`state` colours it, `title` says it, `detail` says how sure.
 
-    `alarms` are rounds worse than their parent, `control` compares with the control, `lessons` say what was learned
+    `warnings` are rounds worse than their parent, `control` compares with the control, `diagnoses` say what was learned
     instead of being right, or besides.
     """
 
     state: State
     title: str
     detail: str
-    alarms: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     control: str | None = None
-    lessons: list[str] = field(default_factory=list)
+    diagnoses: list[str] = field(default_factory=list)
 
 
 def judge(run: RunData, changes: History, control: RunData | None, critics: Mapping[int, Figures]) -> Verdict:
@@ -33,18 +33,18 @@ def judge(run: RunData, changes: History, control: RunData | None, critics: Mapp
     name = headline(run)
     moved = changes.overall.get(name) if name else None
     improved = moved is not None and moved.state == "better"
-    lessons = find_lessons(run, changes, critics, improved=improved)
-    texts = [lesson.text for lesson in lessons]
+    diagnoses = find_diagnoses(run, changes, critics, improved=improved)
+    texts = [diagnosis.text for diagnosis in diagnoses]
     if name is None or moved is None:
-        return Verdict("neutral", *(_nothing_measured(run) if name is None else _one_round(run, name)), lessons=texts)
+        return Verdict("neutral", *(_nothing_measured(run) if name is None else _one_round(run, name)), diagnoses=texts)
     title, waiting = _title(moved), _waiting(run)
     if waiting:
         title = title.replace(":", " so far:", 1)
-    if lessons:
-        title = f"{title[:-1]}; {lessons[0].short}."
-    alarms = [_alarm(step) for step in changes.steps[name] if step.state == "worse"]
+    if diagnoses:
+        title = f"{title[:-1]}; {diagnoses[0].short}."
+    warnings = [_warning(step) for step in changes.steps[name] if step.state == "worse"]
     detail = f"{_detail(moved)} {waiting}".strip()
-    return Verdict(moved.state, title, detail, alarms, _control(name, moved, control), texts)
+    return Verdict(moved.state, title, detail, warnings, _control(name, moved, control), texts)
 
 
 def _waiting(run: RunData) -> str:
@@ -122,7 +122,7 @@ def _detail(moved: Change) -> str:
     ).replace("95 %", "95\u00a0%")
 
 
-def _alarm(step: Change) -> str:
+def _warning(step: Change) -> str:
     size = step.metric.show_change(step.difference.mean)
     return (
         f"Round {step.last_round} is worse than {_round(step.first_round)}: {step.metric.label.lower()} "

@@ -18,7 +18,7 @@ from reward.critics.base import NOTHING_TO_COMPARE
 from reward.warnings import critic_warnings
 
 CHOSEN_FALL, WEAK_ACCURACY = 0.25, 0.55
-LESS_VARIED, MOST_TRUNCATED, MOST_UNSCORED, LEAST_PAIRS = 0.2, 0.05, 0.05, 0.2
+LESS_VARIED, MAX_TRUNCATED, MAX_UNSCORED, MIN_PAIRS = 0.2, 0.05, 0.05, 0.2
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ def find_warnings(run: RunData, history: History, critics: Mapping[int, Figures]
     for data in run.trained:
         found += [*_training(data), *_critic(data.number, critics.get(data.number, {})), *_losses(data)]
     if run.setting("shared_prefix") != "off":
-        found += [alarm for data in run.rounds for alarm in _fallbacks(data)]
-    found += [alarm for data in run.rounds for alarm in _unfinished(data)]
+        found += [warning for data in run.rounds for warning in _fallbacks(data)]
+    found += [warning for data in run.rounds for warning in _unfinished(data)]
     found += _leaks(run)
     return sorted(_by_title(found), key=lambda item: not item.serious)
 
 
-def _by_title(alarms: list[RunWarning]) -> list[Warned]:
+def _by_title(warnings: list[RunWarning]) -> list[Warned]:
     groups: dict[str, list[RunWarning]] = {}
-    for alarm in alarms:
-        groups.setdefault(alarm.title, []).append(alarm)
+    for warning in warnings:
+        groups.setdefault(warning.title, []).append(warning)
     return [
         Warned(title, group[0].advice, any(a.serious for a in group), [(a.number, a.finding) for a in group])
         for title, group in groups.items()
@@ -94,7 +94,7 @@ def _evaluation(history: History) -> Iterator[RunWarning]:
     if length is not None:
         yield RunWarning(
             f"Responses became {'longer' if length.last > length.first else 'shorter'}",
-            f"{plain(length.first)} tokens a response at first, {plain(length.last)} at last "
+            f"{plain(length.first)} tokens per response at first, {plain(length.last)} at last "
             f"({percent(length.last / length.first - 1, 0)}).",
             "A quarter more or less suggests that length itself was rewarded.",
         )
@@ -135,7 +135,7 @@ def _critic(round_: int, figures: Figures) -> Iterator[RunWarning]:
 def _losses(data: RoundData) -> Iterator[RunWarning]:
     sample, judged = data.counts("sample"), data.judged
     responses, truncated = number(sample.get("responses")), number(sample.get("truncated"))
-    if responses and truncated and truncated / responses > MOST_TRUNCATED:
+    if responses and truncated and truncated / responses > MAX_TRUNCATED:
         yield RunWarning(
             "Many responses were cut off",
             f"{truncated:,.0f} of {responses:,.0f} ran into sample.max_new_tokens.",
@@ -143,7 +143,7 @@ def _losses(data: RoundData) -> Iterator[RunWarning]:
             data.number,
         )
     unscored = total(_failures(judged.get("unscored")))
-    if responses and unscored / responses > MOST_UNSCORED:
+    if responses and unscored / responses > MAX_UNSCORED:
         yield RunWarning(
             "The critic could not score much",
             f"{unscored:,.0f} of {responses:,.0f} responses have no reward though there was something to judge.",
@@ -152,11 +152,11 @@ def _losses(data: RoundData) -> Iterator[RunWarning]:
             serious=True,
         )
     questions, pairs = number(sample.get("questions")), number(judged.get("pairs"))
-    if questions and pairs is not None and pairs / questions < LEAST_PAIRS:
+    if questions and pairs is not None and pairs / questions < MIN_PAIRS:
         yield RunWarning(
             "Few questions gave a pair",
             f"{pairs:,.0f} pairs from {questions:,.0f} questions.",
-            "More responses a question or a higher temperature gives more.",
+            "More responses per question or a higher temperature gives more.",
             data.number,
         )
 
@@ -203,7 +203,7 @@ def _unfinished(data: RoundData) -> Iterator[RunWarning]:
 
 
 def _leaks(run: RunData) -> Iterator[RunWarning]:
-    """Held-out images that were also trained on; only told apart where both lie in one folder."""
+    """Held-out images that were also trained on; only compared where both lie in one folder."""
     if run.question_images is None or run.question_images != run.evaluation_images:
         return
     held_out = {image for data in run.evaluated for line in data.lines for image in line.question.images}

@@ -19,13 +19,12 @@ from markupsafe import Markup
 
 from align.errors import UserError
 from align.files import make_folder, write_text
-from align.report import funnel as flow
-from align.report import metrics
-from align.report.by_category import find_places
+from align.report import funnel, metrics
+from align.report.by_category import by_category
 from align.report.changes import Change, history
 from align.report.critic_quality import critic_figures
 from align.report.critic_quality import rows as critic_rows
-from align.report.examples import build_browser, letter, marks
+from align.report.examples import letter, marks, pick_examples
 from align.report.metrics import Metric
 from align.report.read import RunData, read_run
 from align.report.thumbnails import Pictures
@@ -47,13 +46,13 @@ def write_report(
     out: Path | None = None,
     max_held_out: int = 60,
     max_training: int = 40,
-    backdrop: bool = True,
+    reference_curve: bool = True,
 ) -> Path:
     """Write the report of a run, finished or not, and return its path (default: report.html in the run's folder).
 
     `control` is another run whose curves stand beside this one's. The image roots default to those of the run's
-    configuration. At most `max_held_out` and `max_training` questions are embedded with their images. `backdrop`
-    adds the published course of Valley2-DPO, which the reader can switch on behind the training curves.
+    configuration. At most `max_held_out` and `max_training` questions are embedded with their images. `reference_curve`
+    adds the published curves of Valley2-DPO, which the reader can switch on behind the training curves.
 
     Raises:
         UserError: `run` or `control` is not a run directory, or the file cannot be written.
@@ -67,7 +66,7 @@ def write_report(
         evaluation_images=Pictures(evaluation_image_root or data.evaluation_images),
         max_held_out=max_held_out,
         max_training=max_training,
-        backdrop=backdrop,
+        reference_curve=reference_curve,
     )
     path = out or RunDir(run).report
     make_folder(path.parent)
@@ -86,21 +85,21 @@ def render(
     evaluation_images: Pictures,
     max_held_out: int,
     max_training: int,
-    backdrop: bool,
+    reference_curve: bool,
 ) -> str:
     """The page as text."""
     critics = {data.number: critic_figures(data) for data in run.trained}
     changes = history(run)
     figures = held_out_figures(run, changes, control)
-    browser = build_browser(
+    examples = pick_examples(
         run,
         question_images=question_images,
         evaluation_images=evaluation_images,
         max_held_out=max_held_out,
         max_training=max_training,
     )
-    costs = flow.costs(run)
-    alarms = find_warnings(run, changes, critics)
+    costs = funnel.costs(run)
+    warnings = find_warnings(run, changes, critics)
     critics = {number: found for number, found in critics.items() if found}
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment().get_template("report.html.j2").render(
@@ -109,14 +108,14 @@ def render(
         verdict=judge(run, changes, control, critics),
         figures=figures,
         steps=_table_of_steps([changes.steps.get(figure.metric.name, []) for figure in figures if not figure.quiet]),
-        places=find_places(run),
-        training=training_figures(run, backdrop=backdrop),
+        by_category=by_category(run),
+        training=training_figures(run, reference_curve=reference_curve),
         endings=endings(run),
         ending_names=list(ENDING_KEYS.values()),
         published_source=published_source(),
         critics=critics,
         critic_rows=critic_rows(critics),
-        funnels=flow.funnels(run),
+        funnels=funnel.funnels(run),
         costs=costs,
         stages=[stage for stage in STAGES if any(cost.stage == stage for cost in costs)],
         gpu_hours=_total(cost.gpu_hours for cost in costs),
@@ -124,8 +123,8 @@ def render(
         tokens_read=_total(cost.tokens_read for cost in costs),
         tokens_written=_total(cost.tokens_written for cost in costs),
         kl_note=_kl_left_out(run),
-        alarms=alarms,
-        browser=browser,
+        warnings=warnings,
+        examples=examples,
         written=max((stage.written for data in run.rounds for stage in data.stages.values() if stage.written), default=None),
         versions=_versions(run),
         problems=list(dict.fromkeys(run.problems + (control.problems if control else []))),
@@ -174,8 +173,8 @@ def environment() -> Environment:
         "percent": metrics.percent,
         "plain": metrics.plain,
         "count": lambda value: f"{value:,.0f}",
-        "duration": flow.duration,
-        "hours": flow.hours,
+        "duration": funnel.duration,
+        "hours": funnel.hours,
     }
     found.filters["shorten_paths"] = shorten_paths
     return found

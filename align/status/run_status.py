@@ -1,6 +1,6 @@
 """A run directory in, where it stands out: stages, progress, speed, losses, warnings; read-only, from any terminal.
 
-A running stage is told from three sources: the round's manifest (which stages have begun and which are complete), the
+What a running stage does is read from three sources: the round's manifest (which stages have begun and which are complete), the
 process that holds the round (is it still there?), and what its processes write every two seconds (`align.monitoring.heartbeat`).
 Finished questions are counted in the files themselves, so the number also holds after a kill.
 """
@@ -54,7 +54,7 @@ class RunStatus:
 
     @property
     def text(self) -> str:
-        """What a person reads, a line a stage."""
+        """What a person reads, one line per stage."""
         lines = [f"{self.path}: {self.working or ('complete' if self.complete else 'nothing is running')}"]
         lines += [f"  round {s.round}  {s.stage:<8}  {s.state:<8}  {s.detail}".rstrip() for s in self.stages]
         return "\n".join([*lines, *(f"WARNING: {warning}" for warning in self.warnings)])
@@ -114,7 +114,7 @@ class RunMonitor:
         ]
         progress, losses = StageProgress.of(this, heartbeats), ""
         if name == "dpo" and (logged := _logged(this)):
-            # Written with every step, and so ahead of what stands in the course.
+            # Written with every step, and so ahead of the heartbeats.
             losses = _losses(logged[-NUM_LOSSES:])
             if progress.steps:
                 progress = replace(progress, done=max(progress.done, logged[-1]["step"]), figures={})
@@ -141,7 +141,7 @@ class RunMonitor:
         return dict(counts) | {"unscored": dict(unscored)}
 
     def _known_warnings(self, rounds: list[Round], stages: list[StageStatus]) -> list[str]:
-        """The report's warnings that can be told by now; worked out again when a stage or a training has moved."""
+        """The report's warnings that hold by now; computed again when a stage or a training has moved."""
         key = [(stage.round, stage.stage, stage.state) for stage in stages], [_num_logged(this) for this in rounds]
         if self._run_warnings[0] != key:
             self._run_warnings = (key, _run_warnings(read_run(self.path)))

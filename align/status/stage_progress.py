@@ -40,12 +40,14 @@ class LockHolder:
     def of(cls, this: Round) -> LockHolder:
         heartbeats = [data for path in sorted(this.path.glob(".progress-*.json")) if (data := _read(path)) is not None]
         holder = _read(this.path / ".holder.json")
-        main = next((beat for beat in heartbeats if beat.get("work")), heartbeats[0] if heartbeats else None)
+        main = next(
+            (heartbeat for heartbeat in heartbeats if heartbeat.get("work")), heartbeats[0] if heartbeats else None
+        )
         stage = main["stage"] if main else None
         if holder is None:
             return cls(stage, False, "", "", heartbeats)
-        # A beat of an earlier holder, which was killed, says nothing of this one.
-        heartbeats = [beat for beat in heartbeats if beat["alive"] >= _timestamp(holder["since"]) - 1]
+        # A heartbeat of an earlier holder, which was killed, says nothing of this one.
+        heartbeats = [heartbeat for heartbeat in heartbeats if heartbeat["alive"] >= _timestamp(holder["since"]) - 1]
         if heartbeats:
             stage = heartbeats[0]["stage"]
         elif stage is None:
@@ -63,7 +65,7 @@ class LockHolder:
 def _is_alive(holder: dict[str, Any], heartbeats: list[dict[str, Any]]) -> bool:
     """Whether the process is there; on another machine it is believed as long as it writes."""
     if holder["host"] != socket.gethostname():
-        return not heartbeats or time.time() - max(beat["alive"] for beat in heartbeats) < SILENT_S
+        return not heartbeats or time.time() - max(heartbeat["alive"] for heartbeat in heartbeats) < SILENT_S
     import psutil
 
     try:
@@ -87,7 +89,7 @@ class StageProgress:
 
     @classmethod
     def of(cls, this: Round, heartbeats: list[dict[str, Any]]) -> StageProgress:
-        works = [beat["work"] for beat in heartbeats if beat.get("work")]
+        works = [heartbeat["work"] for heartbeat in heartbeats if heartbeat.get("work")]
         if not works:
             return cls(memory=_memory(heartbeats))
         first = works[0]
@@ -126,18 +128,18 @@ def stall_warnings(heartbeats: list[dict[str, Any]]) -> list[str]:
     """Whether a process has fallen silent, or all of them make no progress."""
     now = time.time()
     found = [
-        f"process {number} has not been heard of for {duration(now - beat['alive'])}"
-        for number, beat in enumerate(heartbeats)
-        if now - beat["alive"] > SILENT_S
+        f"process {number} has not been heard of for {duration(now - heartbeat['alive'])}"
+        for number, heartbeat in enumerate(heartbeats)
+        if now - heartbeat["alive"] > SILENT_S
     ]
-    works = [beat["work"] for beat in heartbeats if beat.get("work")]
+    works = [heartbeat["work"] for heartbeat in heartbeats if heartbeat.get("work")]
     moved = [work["moved"] for work in works if work["moved"] is not None]
     if moved:
         idle, speed = now - max(moved), sum(work["speed"] for work in works)
         if idle > max(STALE_S, STALE_STEPS / max(speed, 1e-9)):
             found.append(f"no progress for {duration(idle)}, where {rate(speed)} was usual")
-    elif heartbeats and now - min(beat["started"] for beat in heartbeats) > FIRST_STEP_S:
-        found.append(f"nothing is finished after {duration(now - min(beat['started'] for beat in heartbeats))}")
+    elif heartbeats and now - min(heartbeat["started"] for heartbeat in heartbeats) > FIRST_STEP_S:
+        found.append(f"nothing is finished after {duration(now - min(heartbeat['started'] for heartbeat in heartbeats))}")
     return found
 
 
@@ -158,7 +160,7 @@ def _memory(heartbeats: list[dict[str, Any]]) -> str:
     """Of the process that takes most."""
     if not heartbeats:
         return ""
-    most = max((beat["memory"] for beat in heartbeats), key=lambda memory: memory["peak"])
+    most = max((heartbeat["memory"] for heartbeat in heartbeats), key=lambda memory: memory["peak"])
     each = " in the largest process" if len(heartbeats) > 1 else ""
     return f"memory {size(most['used'])} (peak {size(most['peak'])}){each}"
 

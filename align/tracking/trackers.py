@@ -213,7 +213,7 @@ class _Wandb:
             log.info("tracking: wandb, %s", without_secrets(str(where)))
 
     def go_on_after(self, step: int) -> None:
-        """Its steps only grow: what is done again stands there twice, at the same place of the axis."""
+        """Its steps only grow: what is done again is duplicated there, at the same point of the axis."""
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self._run.log(numbers | {self._axis: step})
@@ -224,7 +224,7 @@ class _Wandb:
 
 class _MLflow:
     def __init__(self, config: Config, part: str) -> None:
-        # A server that is not there is told within seconds, not after its default of minutes.
+        # A server that is not there is reported within seconds, not after its default of minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         from mlflow import MlflowClient
 
@@ -283,7 +283,7 @@ def _parameters(config: Config) -> dict[str, Any]:
 def _kept_id(config: Config, tracker: str, part: str, make: Callable[[], str]) -> str:
     """The id under which a part of this run stands at a tracker; made when it is first asked for.
 
-    A training that was begun anew (--redo) is another one.
+    A training that was restarted (--redo) is another one.
     """
     path = config.run_dir / ".trackers.json"
     kept: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

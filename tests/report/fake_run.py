@@ -147,7 +147,7 @@ class FakeRun:
         ):
             begin(this, name)
             if name == "dpo":
-                write_course(this, self.steps, learns=not self.random_critic)
+                write_training_log(this, self.steps, learns=not self.random_critic)
             finish(this, name, stage_counts, seconds, notes)
 
     def _samples(self, question: Question, skill: float) -> Samples:
@@ -234,8 +234,8 @@ def finish(this: Round, stage: str, counts: dict[str, Any], seconds: float, note
     this.manifest_path.write_text(json.dumps(data))
 
 
-def write_course(this: Round, steps: int, *, learns: bool) -> None:
-    """trainer_state.json with a course that starts at ln 2 and reward 0."""
+def write_training_log(this: Round, steps: int, *, learns: bool) -> None:
+    """trainer_state.json with a training curve that starts at ln 2 and reward 0."""
     rng = np.random.default_rng(this.number)
     history = []
     for step in range(1, steps + 1):

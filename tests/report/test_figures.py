@@ -16,7 +16,7 @@ from align.report.figures import (
     TOP,
     WIDTH,
     Curve,
-    Lane,
+    Panel,
     rounds_chart,
     running_mean,
     show_tick,
@@ -73,9 +73,9 @@ def numbers(path: str) -> list[float]:
     return [float(number) for number in re.findall(r"-?[\d.]+", path)]
 
 
-def test_every_round_keeps_to_its_lane():
-    lanes = [Lane(n, {"loss": [(s, 0.7 - 0.01 * s) for s in range(n * 5)]}) for n in (1, 2, 3)]
-    chart = training_chart("Loss", lanes)
+def test_every_round_keeps_to_its_panel():
+    panels = [Panel(n, {"loss": [(s, 0.7 - 0.01 * s) for s in range(n * 5)]}) for n in (1, 2, 3)]
+    chart = training_chart("Loss", panels)
     width = (WIDTH - LEFT - RIGHT) / 3
     for index, line in enumerate(chart.lines):
         xs = numbers(line.d)[::2]
@@ -85,7 +85,7 @@ def test_every_round_keeps_to_its_lane():
 
 
 def test_one_step_alone_is_a_dot():
-    chart = training_chart("Loss", [Lane(1, {"loss": [(1.0, 0.69)]})])
+    chart = training_chart("Loss", [Panel(1, {"loss": [(1.0, 0.69)]})])
     assert len(chart.dots) == 1
 
 

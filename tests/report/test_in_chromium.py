@@ -92,13 +92,11 @@ def test_questions_open_by_keyboard_alone(page, report):
     assert page.run("document.querySelector('.q').open")
 
 
-def test_the_published_course_appears_on_request(page, report):
+def test_the_reference_curve_appears_on_request(page, report):
     page.open(report, width=1440)
-    visible = (
-        "[...document.querySelectorAll('.line.backdrop')].filter(line => line.getBoundingClientRect().width > 0).length"
-    )
+    visible = "[...document.querySelectorAll('.line.reference-curve')].filter(line => line.getBoundingClientRect().width > 0).length"
     assert page.run(visible) == 0
-    page.run("document.getElementById('backdrop').click()")
+    page.run("document.getElementById('reference-curve').click()")
     assert page.run(visible) > 0
 
 

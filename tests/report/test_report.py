@@ -298,9 +298,9 @@ def test_verdicts_and_rationales_of_training_questions_are_shown(built):
     assert "chosen" in page.text
 
 
-def test_the_published_course_is_optional(built, tmp_path):
+def test_the_reference_curve_is_optional(built, tmp_path):
     with_it = read(write_report(built / "critic", out=tmp_path / "a.html"))
-    without = read(write_report(built / "critic", out=tmp_path / "b.html", backdrop=False))
+    without = read(write_report(built / "critic", out=tmp_path / "b.html", reference_curve=False))
     assert "Valley2-DPO" in with_it.text
     assert "Valley2-DPO" not in without.text
 

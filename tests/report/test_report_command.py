@@ -35,7 +35,7 @@ def test_a_run_is_reported_by_its_folder_alone(runs, tmp_path, monkeypatch):
 
 def test_a_report_has_the_size_and_the_place_that_were_asked_for(runs, tmp_path):
     out = tmp_path / "new/page.html"
-    few = ["--max-held-out", "3", "--max-training", "2", "--no-backdrop"]
+    few = ["--max-held-out", "3", "--max-training", "2", "--no-reference-curve"]
     report(str(runs / "critic"), "--control", str(runs / "random"), "--out", str(out), *few)
     page = out.read_text(encoding="utf-8")
     assert page.count('<details class="q"') == 5

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, write_jsonl
-from align.report.by_category import find_places
+from align.report.by_category import by_category
 from align.report.changes import history
 from align.report.critic_quality import Figures
-from align.report.examples import MOST_PICTURES, MOST_RATIONALES, build_browser, picture
+from align.report.examples import MAX_PICTURES, MAX_RATIONALES, pick_examples, picture
 from align.report.funnel import duration, funnels, reasons
 from align.report.metrics import metric, percent, plain
 from align.report.read import RoundData, RunData, Stage
@@ -50,7 +50,7 @@ def verdict(run: RunData, critics: dict[int, Figures] | None = None):
 
 
 def titles(run: RunData, critics: dict[int, Figures] | None = None) -> set[str]:
-    return {alarm.title for alarm in find_warnings(run, history(run), critics or {})}
+    return {warning.title for warning in find_warnings(run, history(run), critics or {})}
 
 
 def test_means_whose_intervals_lie_apart_are_better():
@@ -111,13 +111,13 @@ def line(id_: str, *, right: bool, task: str = "a") -> Evaluation:
     return Evaluation(id=id_, question=question, greedy=Evaluated(text="yes", num_tokens=1, correct=right))
 
 
-def test_a_worse_round_is_an_alarm_even_when_the_last_one_is_better():
+def test_a_worse_round_is_a_warning_even_when_the_last_one_is_better():
     means = ((0.4, 0.36, 0.44), (0.7, 0.66, 0.74), (0.5, 0.46, 0.54))
     run = a_run(*(one_round(number, greedy_accuracy=values) for number, values in enumerate(means)))
     found = verdict(run)
     assert found.state == "better"
-    assert len(found.alarms) == 1
-    assert found.alarms[0].startswith("Round 2 is worse than round 1")
+    assert len(found.warnings) == 1
+    assert found.warnings[0].startswith("Round 2 is worse than round 1")
 
 
 def lengthy(last_accuracy: float, last_tokens: float = 15.0) -> RunData:
@@ -137,8 +137,8 @@ LOVES_LENGTH = {1: critic(length_correlation=0.8, chosen_longer=0.95)}
 def test_a_critic_that_loves_length_is_said_to_have_taught_length():
     found = verdict(lengthy(0.5), LOVES_LENGTH)
     assert found.title.endswith("; what it learned is length.")
-    (text,) = found.lessons
-    assert text.startswith("What was learned is length: 6.00 tokens a response became 15.0 (+150\u00a0%)")
+    (text,) = found.diagnoses
+    assert text.startswith("What was learned is length: 6.00 tokens per response became 15.0 (+150\u00a0%)")
     assert "correlation 0.800" in text
     assert "the longer response was chosen in 95.0\u00a0% of the pairs of unequal length" in text
     assert "Responses became longer" in titles(lengthy(0.5), LOVES_LENGTH)
@@ -149,32 +149,32 @@ def test_length_is_only_part_of_it_when_the_model_became_better():
     found = verdict(lengthy(0.9), LOVES_LENGTH)
     assert found.state == "better"
     assert found.title.endswith("; part of it is length.")
-    assert found.lessons[0].startswith("Part of what was learned")
+    assert found.diagnoses[0].startswith("Part of what was learned")
 
 
 @pytest.mark.parametrize(("tokens", "taught"), [(6.8, True), (6.2, False)])
 def test_a_small_drift_is_length_learned_only_where_nothing_else_was(tokens, taught):
     # From 6 tokens: 13 % is a drift for a run that did not improve (a twentieth), 3 % is none.
     run, better = lengthy(0.5, tokens), lengthy(0.9, tokens)
-    assert bool(verdict(run, LOVES_LENGTH).lessons) is taught
-    assert verdict(better, LOVES_LENGTH).lessons == []
+    assert bool(verdict(run, LOVES_LENGTH).diagnoses) is taught
+    assert verdict(better, LOVES_LENGTH).diagnoses == []
 
 
 def test_longer_responses_are_not_blamed_on_a_critic_that_ignores_or_dislikes_length():
     for correlation in (0.05, -0.8):
-        assert verdict(lengthy(0.5), {1: critic(length_correlation=correlation)}).lessons == []
+        assert verdict(lengthy(0.5), {1: critic(length_correlation=correlation)}).diagnoses == []
 
 
 def test_a_critic_that_likes_length_in_one_round_and_brevity_in_the_next_taught_neither():
     likes, dislikes = (critic(length_correlation=value) for value in (0.9, -0.4))
-    assert verdict(lengthy(0.5), {1: likes, 2: dislikes}).lessons == []
-    assert verdict(lengthy(0.5), {1: likes, 2: likes}).lessons != []
+    assert verdict(lengthy(0.5), {1: likes, 2: dislikes}).diagnoses == []
+    assert verdict(lengthy(0.5), {1: likes, 2: likes}).diagnoses != []
 
 
 def test_responses_that_became_shorter_are_laid_on_a_critic_that_loves_brevity():
     brief = {1: critic(length_correlation=-0.8, chosen_longer=0.1)}
-    (text,) = verdict(lengthy(0.5, 3.0), brief).lessons
-    assert "6.00 tokens a response became 3.00 (\u221250\u00a0%)" in text
+    (text,) = verdict(lengthy(0.5, 3.0), brief).diagnoses
+    assert "6.00 tokens per response became 3.00 (\u221250\u00a0%)" in text
     assert "the shorter response was chosen in 90.0\u00a0%" in text
 
 
@@ -190,7 +190,7 @@ def unmoved() -> RunData:
 def test_preferences_no_better_than_random_are_called_so():
     found = verdict(unmoved(), agreeing((52, 100), (49, 100)))
     assert found.title.endswith("; its preferences were no better than random.")
-    (text,) = found.lessons
+    (text,) = found.diagnoses
     # 101 of 200; Wilson: (0.505 + 0.0096) / 1.0192 -+ 0.0686, by hand.
     assert "in 50\u00a0% of 200 pairs (44\u00a0% to 57\u00a0%; random preferences give 50\u00a0%)" in text
 
@@ -206,29 +206,31 @@ def test_a_run_that_rose_on_random_preferences_says_so_in_its_first_sentence():
     [(60, "wrong more often than right"), (112, "no better than"), (116, "hardly better"), (150, None)],
 )
 def test_how_preferences_agree_with_reference_answers_has_four_grades(right, short):
-    lessons = verdict(unmoved(), agreeing((right, 200))).title
-    assert short in lessons if short else lessons.startswith("No improvement shown") and "preferences" not in lessons
+    diagnoses = verdict(unmoved(), agreeing((right, 200))).title
+    assert (
+        short in diagnoses if short else diagnoses.startswith("No improvement shown") and "preferences" not in diagnoses
+    )
 
 
 def test_few_pairs_say_nothing_about_preferences():
-    assert verdict(unmoved(), agreeing((5, 10))).lessons == []
+    assert verdict(unmoved(), agreeing((5, 10))).diagnoses == []
 
 
 def test_without_reference_answers_training_tells_whether_there_was_anything_to_learn():
     def trained(accuracy: float) -> RunData:
-        data = course(0.1, 0.2, accuracy)
+        data = after_training(0.1, 0.2, accuracy)
         data.metrics = {"greedy_accuracy": Interval(0.5, 0.45, 0.55, 100)}
         return a_run(one_round(0, greedy_accuracy=(0.5, 0.45, 0.55)), data)
 
     assert verdict(trained(0.51)).title.endswith("; training learned hardly anything from its pairs.")
-    assert verdict(trained(0.9)).lessons == []
+    assert verdict(trained(0.9)).diagnoses == []
 
 
 def test_lengths_alone_leave_open_whether_it_improved_but_not_what_was_learned():
     run = a_run(one_round(0, response_tokens=(6, 5.8, 6.2)), one_round(1, response_tokens=(15, 14, 16)))
     found = verdict(run, LOVES_LENGTH)
     assert found.title == "It is not known whether the model improved."
-    assert found.lessons[0].startswith("What was learned is length")
+    assert found.diagnoses[0].startswith("What was learned is length")
 
 
 def with_wins(*rates: dict[str, tuple[float, float, float]]) -> RunData:
@@ -245,11 +247,11 @@ def test_a_win_rate_is_held_against_one_half_and_not_against_the_round_before_s(
     states = [(step.first_round, step.last_round, step.state) for step in history(run).steps["win_rate_parent"]]
     assert states == [(0, 1, "better"), (1, 2, "better"), (2, 3, "worse")]
     assert "win_rate_parent" not in history(run).overall
-    (alarm,) = [
-        alarm for alarm in find_warnings(run, history(run), {}) if "wins against the round before" in alarm.title
+    (warning,) = [
+        warning for warning in find_warnings(run, history(run), {}) if "wins against the round before" in warning.title
     ]
-    assert [number for number, _ in alarm.findings] == [3]
-    assert alarm.serious
+    assert [number for number, _ in warning.findings] == [3]
+    assert warning.serious
 
 
 @pytest.mark.parametrize(
@@ -273,22 +275,22 @@ def test_responses_that_had_nothing_to_be_compared_with_are_no_failure_of_the_cr
     assert "The critic could not score much" in titles(a_run(scored(unscored={alike: 200, "timeout": 60})))
 
 
-def course(chosen: float, margin: float, accuracy: float) -> RoundData:
+def after_training(chosen: float, margin: float, accuracy: float) -> RoundData:
     data = one_round(1)
     data.log = [{"step": 1.0, "rewards/chosen": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5}]
     data.log += [{"step": 2.0, "rewards/chosen": chosen, "rewards/margins": margin, "rewards/accuracies": accuracy}]
     return data
 
 
-def test_a_chosen_reward_that_falls_with_the_rejected_one_is_an_alarm():
-    assert "The chosen reward fell" in titles(a_run(course(-2.0, 4.0, 0.9)))
-    # The published Valley2-DPO course ends here: a fall, but a fifth of the margin only.
-    assert "The chosen reward fell" not in titles(a_run(course(-0.93, 4.90, 0.92)))
+def test_a_chosen_reward_that_falls_with_the_rejected_one_is_an_warning():
+    assert "The chosen reward fell" in titles(a_run(after_training(-2.0, 4.0, 0.9)))
+    # The published Valley2-DPO training ends here: a fall, but a fifth of the margin only.
+    assert "The chosen reward fell" not in titles(a_run(after_training(-0.93, 4.90, 0.92)))
 
 
-def test_pairs_that_teach_nothing_are_an_alarm():
-    assert "The pairs taught hardly anything" in titles(a_run(course(0.0, 0.01, 0.52)))
-    assert "The pairs taught hardly anything" not in titles(a_run(course(0.0, 1.0, 0.8)))
+def test_pairs_that_teach_nothing_are_an_warning():
+    assert "The pairs taught hardly anything" in titles(a_run(after_training(0.0, 0.01, 0.52)))
+    assert "The pairs taught hardly anything" not in titles(a_run(after_training(0.0, 1.0, 0.8)))
 
 
 def scored(**counts: object) -> RoundData:
@@ -300,14 +302,14 @@ def scored(**counts: object) -> RoundData:
     return data
 
 
-def test_losses_beyond_a_twentieth_are_alarms():
+def test_losses_beyond_a_twentieth_are_warnings():
     assert "Many responses were cut off" in titles(a_run(scored(truncated=21)))
     assert "Many responses were cut off" not in titles(a_run(scored(truncated=20)))
     assert "The critic could not score much" in titles(a_run(scored(unscored={"timeout": 15, "nonsense": 6})))
     assert "The critic could not score much" not in titles(a_run(scored(unscored={"timeout": 20})))
 
 
-def test_few_pairs_are_an_alarm():
+def test_few_pairs_are_an_warning():
     assert "Few questions gave a pair" in titles(a_run(scored(pairs=19)))
     assert "Few questions gave a pair" not in titles(a_run(scored(pairs=20)))
 
@@ -321,13 +323,13 @@ def test_few_pairs_are_an_alarm():
         ({"length_correlation": -0.4}, "The critic likes shorter responses"),
     ],
 )
-def test_figures_beyond_their_limits_are_alarms(figures, title):
+def test_figures_beyond_their_limits_are_warnings(figures, title):
     run = a_run(one_round(1))
     assert titles(run, {1: critic(**figures)}) == {title}
     assert titles(run, {1: critic(consistency=0.9, position_bias=0.02, length_correlation=0.1)}) == set()
 
 
-def test_a_critic_that_chooses_wrong_answers_is_an_alarm_once_enough_pairs_say_so():
+def test_a_critic_that_chooses_wrong_answers_is_a_warning_once_enough_pairs_say_so():
     run = a_run(one_round(1))
     title = "The critic does not know the right answers"
     assert title in titles(run, {1: agreeing_critic(50, 100)})
@@ -335,7 +337,7 @@ def test_a_critic_that_chooses_wrong_answers_is_an_alarm_once_enough_pairs_say_s
     assert title not in titles(run, {1: agreeing_critic(90, 100)})
 
 
-def test_the_plain_path_is_an_alarm_unless_it_was_asked_for():
+def test_the_plain_path_is_a_warning_unless_it_was_asked_for():
     data = one_round(1)
     data.stages["sample"] = Stage("sample", "complete", notes={"shared_prefix": "not used: sliding windows"})
     assert "The shared prefix was not used" in titles(a_run(data))
@@ -344,7 +346,7 @@ def test_the_plain_path_is_an_alarm_unless_it_was_asked_for():
     assert "The shared prefix was not used" not in titles(a_run(data))
 
 
-def test_alarms_of_several_rounds_stand_under_one_title():
+def test_warnings_of_several_rounds_stand_under_one_title():
     run = a_run(one_round(1), one_round(2))
     found = find_warnings(run, history(run), {1: critic(consistency=0.6), 2: critic(consistency=0.4)})
     assert len(found) == 1
@@ -383,10 +385,10 @@ def test_places_compare_the_same_questions_by_task():
         line("q0", right=True, task="count"),
         line("q2", right=True),
     ]
-    found = find_places(a_run(*rounds))
+    found = by_category(a_run(*rounds))
     assert found is not None
     assert (found.column, found.which) == ("task", "greedy")
-    assert [(place.name, place.first.mean, place.last.mean) for place in found.places] == [
+    assert [(category.name, category.first.mean, category.last.mean) for category in found.categories] == [
         ("count", 0, 1),
         ("colour", 1, 1),
     ]
@@ -396,7 +398,7 @@ def test_one_group_alone_is_no_place():
     rounds = [one_round(0), one_round(1)]
     for data in rounds:
         data.lines = [line("q0", right=True), line("q1", right=False)]
-    assert find_places(a_run(*rounds)) is None
+    assert by_category(a_run(*rounds)) is None
 
 
 @pytest.mark.parametrize(
@@ -444,12 +446,12 @@ def test_many_rationales_and_frames_are_cut_and_counted(tmp_path):
     write_jsonl(data.folder.samples, [Samples(id="q", question=question, responses=responses, seed=0)])
     write_jsonl(data.folder.scores, [Judgement(id="q", rewards=[0.0] * 10, verdicts=verdicts)])
     pictures = Pictures(None)
-    browser = build_browser(
+    examples = pick_examples(
         a_run(data), question_images=pictures, evaluation_images=pictures, max_held_out=1, max_training=1
     )
-    (item,) = browser.training
-    assert (len(item.rationales), item.num_rationales) == (MOST_RATIONALES, 90)
-    assert (len(item.pictures.shown), item.pictures.about) == (MOST_PICTURES, "6 of 40 images")
+    (item,) = examples.training
+    assert (len(item.rationales), item.num_rationales) == (MAX_RATIONALES, 90)
+    assert (len(item.pictures.shown), item.pictures.about) == (MAX_PICTURES, "6 of 40 images")
     assert item.table == []
 
 
@@ -486,10 +488,10 @@ def test_of_many_responses_chosen_and_rejected_come_first_and_keep_their_letters
         responses={"chosen": 6, "rejected": 0},
     )  # fmt: skip
     write_jsonl(data.folder.pairs, [pair])
-    browser = build_browser(
+    examples = pick_examples(
         a_run(data), question_images=Pictures(None), evaluation_images=Pictures(None), max_held_out=1, max_training=1
     )
-    (item,) = browser.training
+    (item,) = examples.training
     first, second, *rest = item.candidates
     assert [(first.letter, first.role), (second.letter, second.role)] == [("G", "chosen"), ("A", "rejected")]
     rewards = [candidate.reward for candidate in rest]
@@ -508,6 +510,6 @@ def test_a_run_with_rounds_to_come_is_better_only_so_far():
 def test_a_stage_that_refused_says_why():
     data = one_round(1)
     data.stages["pairs"] = Stage("pairs", "running", refused="no pair is left of 4 questions: tie (4)")
-    (alarm,) = find_warnings(a_run(data), history(a_run(data)), {})
-    assert (alarm.title, alarm.serious) == ("Refused", True)
-    assert alarm.findings == [(1, "pairs: no pair is left of 4 questions: tie (4)")]
+    (warning,) = find_warnings(a_run(data), history(a_run(data)), {})
+    assert (warning.title, warning.serious) == ("Refused", True)
+    assert warning.findings == [(1, "pairs: no pair is left of 4 questions: tie (4)")]

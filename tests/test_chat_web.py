@@ -60,6 +60,15 @@ class Served:
         assert self.process.stdout is not None
         assert self.url in self.process.stdout.readline(), self.errors.read_text()
 
+    def stop(self):
+        """Ends it as Ctrl-C does; what it said on standard error."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
+        return self.errors.read_text()
+
     def status(self, path):
         try:
             with urllib.request.urlopen(self.url + path, timeout=PATIENCE_S) as answer:

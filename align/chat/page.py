@@ -18,6 +18,7 @@ from typing import Any
 import gradio as gr
 
 from align.chat.answers import VIDEO_SUFFIXES, Answers, Chat, Exchange
+from align.chat.guard import in_one_line
 from align.engines.base import SamplingSettings
 from align.errors import UserError
 from align.hub.model_card import lineage_of
@@ -257,8 +258,9 @@ def _told(control: Callable[..., Changes]) -> Callable[..., Changes]:
         except UserError as error:
             gr.Warning(html.escape(str(error)), duration=None, title="Not answered")
             yield gr.skip()
-        except Exception:
-            log.exception("a visitor's question failed")
+        except Exception as error:
+            log.error("a visitor's question failed: %s", in_one_line(error))
+            log.debug("where it failed", exc_info=True)
             text = "This went wrong, and it is not your fault; the terminal that serves the page says more."
             gr.Warning(text, duration=None, title="Not answered")
             yield gr.skip()

@@ -9,17 +9,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import typer
 
 from align.chat.answers import Chat
-from align.chat.guard import Guard
+from align.chat.guard import Guard, in_one_line
 from align.engines.base import SamplingSettings
 from align.errors import UserError
 from align.log import log
@@ -65,8 +67,13 @@ def chat_on_page(checkpoints: Sequence[str], settings: SamplingSettings, address
 
 def _launch(blocks: Any, address: Address, uploads: Path) -> None:
     import gradio
+    import gradio.queueing
     from starlette.middleware import Middleware
 
+    # Gradio prints a traceback for every event that fails, those of malformed requests too; no setting changes that.
+    gradio.queueing.traceback = OneLine  # type: ignore[assignment]
+    # Where a tunnel is opened, its name is known only after the launch.
+    names = {address.host, socket.gethostname()}
     blocks.launch(
         server_name=address.host,
         server_port=address.port,
@@ -80,13 +87,27 @@ def _launch(blocks: Any, address: Address, uploads: Path) -> None:
         mcp_server=False,
         enable_monitoring=False,
         max_file_size=MAX_FILE_SIZE,
-        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads)]},
+        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, names=names)]},
         theme=gradio.themes.Default(font=FONTS, font_mono=MONO_FONTS),
         css_paths=Path(__file__).with_name("page.css"),
     )
+    if blocks.share_url:
+        names.add(str(urlsplit(blocks.share_url).hostname))
     typer.echo(f"the page: {blocks.share_url or blocks.local_url}   (Ctrl-C ends it)")
     if address.share or address.host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("whoever reaches this address can talk to the model; there is no password")
+
+
+class OneLine:
+    """Stands where Gradio looks for `traceback`: what an event raised is one line of the log."""
+
+    @staticmethod
+    def print_exc() -> None:
+        """Logs the exception that is being handled; its traceback goes to the debug level."""
+        error = sys.exc_info()[1]
+        assert error is not None
+        log.warning("a request to the page failed: %s", in_one_line(error))
+        log.debug("where it failed", exc_info=True)
 
 
 def _require_gradio() -> None:

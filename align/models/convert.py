@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from align.errors import UserError
 from align.models.delta import apply_delta
-from align.models.files import read_json, write_json
+from align.models.files import inside, read_json, write_json
 from align.models.llava_lmms import hf_layout
 from align.models.weights import INDEX_FILE, SINGLE_FILE, tensor_table, weight_files
 
@@ -189,14 +189,14 @@ def _dtype_name(source: Path) -> str:
 
 def _copy_generation_config(source: Path, work: Path) -> None:
     if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", work / "generation_config.json")
+        shutil.copyfile(inside(source, "generation_config.json"), work / "generation_config.json")
 
 
 def _copy_other_files(source: Path, work: Path) -> None:
     """Everything but weights, where only the names of tensors change."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and ".index." not in path.name:
-            shutil.copyfile(path, work / path.name)
+            shutil.copyfile(inside(source, path.name), work / path.name)
 
 
 @contextmanager

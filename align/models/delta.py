@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.errors import UserError
-from align.models.files import read_json, write_json
-from align.models.weights import INDEX_FILE, SINGLE_FILE, has_pickle, weight_files
+from align.models.files import inside, write_json
+from align.models.weights import INDEX_FILE, SINGLE_FILE, has_pickle, shards_of, weight_files
 
 RESIZED = ("model.embed_tokens.weight", "lm_head.weight")
 # What a Llama does not have and a delta brings whole.
@@ -55,7 +55,7 @@ def apply_delta(
         _write(differences, originals, work)
         for path in sorted(delta.iterdir()):
             if path.suffix in COPIED_SUFFIXES and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, work / path.name)
+                shutil.copyfile(inside(delta, path.name), work / path.name)
         work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -113,7 +113,7 @@ class _Weights:
         index = self.folder / "pytorch_model.bin.index.json"
         if not index.is_file():
             return [self.folder / "pytorch_model.bin"]
-        return sorted({self.folder / name for name in read_json(index)["weight_map"].values()})
+        return shards_of(index)
 
     def _names(self, path: Path) -> list[str]:
         if path.suffix == ".bin":

@@ -9,6 +9,32 @@ from typing import Any
 from align.errors import UserError
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The file of this name in a checkpoint folder.
+
+    A link may lead elsewhere in the folder, or to the blobs of the Hub's cache, where a folder of snapshots is all links.
+    Raises UserError where the name or a link leads out of it: a foreign checkpoint must not name files of this machine.
+    """
+    path = folder / name
+    try:
+        real, root = path.resolve(), folder.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name!r} is not the name of a file ({error})", where=str(folder)) from None
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not real.is_relative_to(root) and not real.is_relative_to(blobs):
+        raise UserError(
+            f"expected files inside the folder, found {name!r}, which leads to {real}",
+            where=str(folder),
+            fix="copy the file into the folder, or remove the link",
+        )
+    return path
+
+
+def files_inside(folder: Path) -> list[Path]:
+    """All files in a folder and below it. Raises UserError as `inside` does."""
+    return [inside(folder, str(path.relative_to(folder))) for path in sorted(folder.rglob("*"))]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError naming the file and the place of the fault."""
     try:

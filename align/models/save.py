@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from align.errors import UserError
 from align.models.families import Family, family_of
-from align.models.files import read_json, write_json
+from align.models.files import files_inside, inside, read_json, write_json
 from align.models.remote_code import add_code
 from align.models.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, tensor_table, weight_files
 
@@ -275,7 +275,10 @@ def _write_companions(processor: Any, folder: Path, parent: Path | None, *, with
         _forget_origin(folder / "tokenizer_config.json")
         return
     for path in carried:
+        assert parent is not None
+        inside(parent, path.name)
         if path.is_dir():
+            files_inside(path)
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)

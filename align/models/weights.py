@@ -61,7 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     if not index.is_file():
         return []
-    shards = sorted({folder / name for name in _weight_map(index).values()})
+    shards = shards_of(index)
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise UserError(
@@ -70,6 +70,20 @@ def weight_files(folder: Path) -> list[Path]:
             fix="download the folder again",
         )
     return shards
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index names, all beside it.
+
+    Raises UserError for one that is elsewhere: it would be read, and be part of no hash of the folder.
+    """
+    names = set(_weight_map(index).values())
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not Path(name).suffix:
+            raise UserError(
+                f"expected names of files beside the index, found {name!r}", where=str(index), fix="move the file there"
+            )
+    return [index.parent / name for name in sorted(names)]
 
 
 def tensor_table(folder: Path) -> dict[str, TensorInfo]:

@@ -295,3 +295,64 @@ def test_only_what_was_left_of_the_same_folder_is_cleared(model, processor, tmp_
     assert (tmp_path / ".a.b.new-7").is_dir()
     save_checkpoint(model, processor, tmp_path / "[a]")
     assert not (tmp_path / ".[a].new-7").exists()
+
+
+def linked_parent(tmp_path, name, target):
+    """A copy of the golden with one file that is a link."""
+    parent = copy_of(GOLDEN, tmp_path / "parent")
+    (parent / name).unlink(missing_ok=True)
+    (parent / name).symlink_to(target)
+    return parent
+
+
+def copy_of(source, target):
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.is_file():
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json", "additional_chat_templates"])
+def test_a_link_out_of_the_parent_is_not_copied_into_the_child(tmp_path, model, processor, name):
+    secret = tmp_path / "secret"
+    if name.endswith("templates"):
+        secret.mkdir()
+        (secret / "a.jinja").write_text("a secret")
+    else:
+        secret.write_text("a secret")
+    with pytest.raises(UserError, match=f"expected files inside the folder, found '{name}'"):
+        save_checkpoint(model, processor, tmp_path / "child", parent=linked_parent(tmp_path, name, secret))
+    assert not (tmp_path / "child").exists()
+
+
+def test_a_link_in_a_folder_of_the_parent_is_refused_too(tmp_path, model, processor):
+    (tmp_path / "secret").write_text("a secret")
+    parent = copy_of(GOLDEN, tmp_path / "parent")
+    (parent / "additional_chat_templates").mkdir()
+    (parent / "additional_chat_templates" / "a.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="expected files inside the folder"):
+        save_checkpoint(model, processor, tmp_path / "child", parent=parent)
+
+
+def test_links_inside_the_folder_and_to_the_hub_s_cache_are_followed(tmp_path, model, processor):
+    cache = tmp_path / "models--bytedance--valley"
+    parent = copy_of(GOLDEN, cache / "snapshots" / "0123")
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "abcd").write_text("Apache-2.0")
+    (parent / "LICENSE").symlink_to("../../blobs/abcd")
+    (parent / "NOTICE").symlink_to("LICENSE")
+    child = save_checkpoint(model, processor, tmp_path / "child", parent=parent)
+    for name in ("LICENSE", "NOTICE"):
+        assert not (child / name).is_symlink()
+        assert (child / name).read_text() == "Apache-2.0"
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "..", "", 5, None])
+def test_an_index_names_only_files_beside_it(tmp_path, name):
+    folder = copy_of(GOLDEN, tmp_path / "checkpoint")
+    (folder / "model.safetensors").rename(tmp_path / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    for look in (tensor_table, load_model):
+        with pytest.raises(UserError, match="expected names of files beside the index"):
+            look(folder)

@@ -184,7 +184,7 @@ class DpoStage:
         collator = PairCollator(processor, images, "shared", max_length, always_images)
         with loading_sharded(self.strategy == "zero3", self.dtype):
             model = self.load(self.policy)
-            with gathered_as_needed(model):
+            with gathered_as_needed(model), self._autocast():
                 first = pairs[: self.fields["per_device_train_batch_size"]]
                 layout, note = choose_layout(self.config.shared_prefix, model, collator, first)
             collator = replace(collator, layout=layout)
@@ -269,13 +269,12 @@ class DpoStage:
 
     def _reference(self, model: Any, pairs: list[TokenizedPair], collator: PairCollator) -> list[tuple[float, float]]:
         checkpoint = self.config.policy if self.config.dpo.reference == "initial" else self.policy
-        half = torch.bfloat16 if self.fields["bf16"] else torch.float16 if self.fields.get("fp16") else None
         key = ReferenceKey(
             weights=checkpoint_hash(checkpoint),
             processor=text_hash(checkpoint_hash(self.policy), json.dumps(self.config.model.processor, sort_keys=True)),
             pairs=pairs_hash(pairs, collator.images),
             layout=collator.layout,
-            arithmetic=f"{self.dtype}/{half}".replace("torch.", "") + self._bits(),
+            arithmetic=f"{self.dtype}/{self._autocast_dtype}".replace("torch.", "") + self._bits(),
             max_length=str(collator.max_length),
         )
         reference = reference_log_probs(
@@ -284,12 +283,21 @@ class DpoStage:
             pairs,
             collator=collator,
             load_model=lambda: model if checkpoint == self.policy else self.load(checkpoint),
-            autocast=lambda: torch.autocast(self.device.type, half, enabled=half is not None),
+            autocast=self._autocast,
             batch_size=self.fields["per_device_train_batch_size"],
             state=self.state,
             num_workers=self.fields["dataloader_num_workers"],
         )
         return reference.columns(self.fields.get("ld_alpha"))
+
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.fields["bf16"] else torch.float16 if self.fields.get("fp16") else None
+
+    def _autocast(self) -> torch.autocast:
+        """The arithmetic of training, for what is computed before there is a trainer."""
+        dtype = self._autocast_dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def _bits(self) -> str:
         lora = self.config.dpo.lora

@@ -40,7 +40,7 @@ from align.engines.unshared_path import (
 from align.errors import UserError, is_out_of_memory
 from align.monitoring.cost import count_tokens
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix, use_shared_prefix
-from align.prefix.equivalence import Equivalence, failed, tolerance_for
+from align.prefix.equivalence import Equivalence, failed
 from align.prefix.layout import Segment
 from align.prefix.rows import placeholder_ids
 from reward.judge_model import BranchedPrompt
@@ -239,7 +239,7 @@ class LocalEngine:
         except Exception as error:
             if is_out_of_memory(error) or not (proving or isinstance(error, PrefixUnsupported)):
                 raise
-            self._decide("samples", failed(error, tolerance_for(self.model)))
+            self._decide("samples", failed(error))
             return False
         if proving:
             self._decide("samples", check_decoding(self.model, inputs, decoded))
@@ -338,7 +338,7 @@ class LocalEngine:
         try:
             return shared(inputs, trees) if self.fallback_reason is None else None
         except PrefixUnsupported as error:
-            self._decide("branches", failed(error, tolerance_for(self.model)))
+            self._decide("branches", failed(error))
         except Exception as error:
             # A single prompt with very many branches: one after the other they need less.
             if not is_out_of_memory(error) or len(trees) > 1:

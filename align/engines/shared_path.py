@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 
 from align.engines.decoding import Branches, DecodeOutput, Sampler, decode, prefill
 from align.engines.prompts import PromptTree, of_segments
-from align.errors import is_out_of_memory
 from align.prefix.attention import AttentionPlan, active_layout
-from align.prefix.equivalence import Equivalence, check_equivalence, compare, failed, tolerance_for
+from align.prefix.equivalence import Equivalence, check_equivalence
 from align.prefix.layout import Layout, Segment
-from align.prefix.log_probs import forward_segments, head_of, row_hidden_states, unshared_segments
+from align.prefix.log_probs import forward_segments, head_of, row_hidden_states
 from align.prefix.rows import backbone_of, placeholder_ids, prompt_positions_of
 from align.prefix.token_stats import token_stats
 
@@ -184,15 +183,9 @@ def check_decoding(model: PreTrainedModel, inputs: dict[str, Any], decoded: Deco
             shared += values[:length]
         rows.append(row)
     layout = Layout.build(inputs["attention_mask"], rows, pad_token_id=0)
-    tolerance = tolerance_for(model)
-    try:
-        with torch.no_grad():
-            unshared = unshared_segments(model, inputs, layout).log_probs
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return failed(error, tolerance)
-    return compare(torch.tensor(shared), unshared[layout.is_token].cpu(), tolerance)
+    is_token = layout.is_token.cpu()
+    found = torch.zeros(is_token.shape).masked_scatter(is_token, torch.tensor(shared))
+    return check_equivalence(model, inputs, layout, found)
 
 
 def check_branches(model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[PromptTree]) -> Equivalence:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from align.prefix.attention import PrefixUnsupported, active_layout
 from align.prefix.layout import Layout, Segment
-from align.prefix.rows import backbone_of, row_inputs
+from align.prefix.rows import backbone_of, padded_left, row_inputs
 from align.prefix.token_stats import OUTPUTS, TokenStats, token_stats
 
 
@@ -132,14 +132,18 @@ def unshared_segments(
     outputs: Sequence[str] = ("log_probs",),
     *,
     temperature: float = 1.0,
+    left_padding: int = 0,
 ) -> TokenStats:
     """The values of `forward_segments` from separate full sequences, one forward of the batch per path.
 
     Positions and masks are the model's own. Every forward has all rows, so that images need no taking apart.
+    `left_padding` tokens in front of every sequence change no value but for rounding.
     """
     total: dict[str, Tensor | None] = dict.fromkeys(OUTPUTS)
     for paths in _paths(layout):
-        stats = _path_stats(model, prompt_inputs, layout, paths, outputs, temperature)
+        stats = _path_stats(
+            model, prompt_inputs, layout, paths, outputs=outputs, temperature=temperature, left_padding=left_padding
+        )
         for name in OUTPUTS:
             value, before = getattr(stats, name), total[name]
             if value is not None:
@@ -170,8 +174,10 @@ def _path_stats(
     prompt_inputs: Mapping[str, Any],
     layout: Layout,
     paths: list[tuple[list[int], set[int]]],
+    *,
     outputs: Sequence[str],
     temperature: float,
+    left_padding: int,
 ) -> TokenStats:
     """Statistics in the shape of `layout`, zero for tokens that are not read from these paths."""
     device = layout.input_ids.device
@@ -184,8 +190,8 @@ def _path_stats(
         [[Segment(layout.input_ids[b, c].tolist())] for b, c in enumerate(columns)],
         pad_token_id=0,
     ).to(device)
-    inputs = row_inputs(model, prompt_inputs, single, packed=True)
-    hidden = backbone_of(model)(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    inputs = padded_left(row_inputs(model, prompt_inputs, single, packed=True), left_padding)
+    hidden = backbone_of(model)(**inputs, use_cache=False, return_dict=True).last_hidden_state[:, left_padding:]
     # A packed row has its first segment token right behind the last real prompt token.
     lengths = layout.prompt_lengths[:, None]
     offsets = torch.arange(single.input_ids.shape[1], device=device)[None]

@@ -41,11 +41,7 @@ def row_inputs(
     prompt_ids = prompt_inputs["input_ids"]
     inputs = dict(prompt_inputs)
     inputs.pop("position_ids", None)
-    per_token = [
-        name
-        for name, value in inputs.items()
-        if isinstance(value, Tensor) and not value.is_floating_point() and value.shape == prompt_ids.shape
-    ]
+    per_token = _per_token(inputs)
     extra = layout.input_ids.new_zeros(layout.input_ids.shape)
     tails = {"input_ids": layout.input_ids, "attention_mask": layout.is_token}
     for name in {*per_token, "input_ids", "attention_mask"}:
@@ -64,6 +60,24 @@ def row_inputs(
         segment_positions = segment_positions.expand(len(prompt_positions), -1, -1)
     inputs["position_ids"] = torch.cat([prompt_positions, segment_positions], dim=-1)
     return inputs
+
+
+def padded_left(inputs: dict[str, Any], count: int) -> dict[str, Any]:
+    """The backbone's inputs with so many masked tokens in front of every row."""
+    if not count:
+        return inputs
+    fronts = {name: inputs[name].new_zeros(len(inputs[name]), count) for name in _per_token(inputs)}
+    return inputs | {name: torch.cat([front, inputs[name]], dim=1) for name, front in fronts.items()}
+
+
+def _per_token(inputs: Mapping[str, Any]) -> list[str]:
+    """Which of the inputs have a number for every token."""
+    shape = inputs["input_ids"].shape
+    return [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and not value.is_floating_point() and value.shape == shape
+    ]
 
 
 def prompt_positions_of(

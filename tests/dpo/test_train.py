@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -338,7 +339,7 @@ def test_a_shared_prefix_that_is_not_exact_is_refused_or_replaced(tmp_path):
     model.model.language_model.norm = torch.nn.Sequential(Twisted(), model.model.language_model.norm)
     layout, note = choose_layout("auto", model, collator, pairs)
     assert layout == "plain"
-    assert note.startswith("not used: shared and unshared log-probabilities differ")
+    assert re.match("not used: (shared and unshared log-probabilities differ|the check cannot tell)", note)
     with pytest.raises(UserError, match="shared_prefix is on, but it cannot be used"):
         choose_layout("on", model, collator, pairs)
 

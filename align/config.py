@@ -245,7 +245,7 @@ class LaunchSettings(Section):
 class Config(Section):
     """The whole of align.yaml."""
 
-    name: str = Field("run", pattern=r"^[\w.-]+$", description="the run's name; its folder is run_root/name")
+    name: str = Field("run", pattern=r"^[\w.-]*\w[\w.-]*$", description="the run's name; its folder is run_root/name")
     run_root: Path = Field(Path("runs"), description="where runs are kept")
     policy: str = Field(..., description="checkpoint to start from: a folder or a hub id")
     pairs_file: Path | None = Field(
@@ -260,7 +260,7 @@ class Config(Section):
     )
     max_image_pixels: int = Field(100_000_000, ge=1, description="larger images are refused")
     rounds: int = Field(3, ge=1, description="rounds of sample, score and dpo")
-    seed: int = Field(0, ge=0, description="of everything random")
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything random")
     shared_prefix: Literal["auto", "on", "off"] = Field(
         "auto", description="encode each question once; auto: where the first batch proves it exact"
     )
@@ -295,16 +295,19 @@ class Config(Section):
 
     @property
     def run_dir(self) -> Path:
+        """The run's folder."""
         return self.run_root / self.name
 
     @property
     def question_images(self) -> Path:
+        """The folder that images of questions and pairs lie in."""
         data = self.questions or self.pairs_file
         assert data is not None
         return self.image_root or data.parent
 
     @property
     def evaluation_images(self) -> Path:
+        """The folder that images of held-out questions lie in."""
         if self.evaluate.image_root is not None:
             return self.evaluate.image_root
         return self.image_root or (self.evaluate.questions.parent if self.evaluate.questions else Path())
@@ -330,12 +333,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        data = _parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", where=str(path)) from None
     except UnicodeDecodeError:
         raise UserError("not UTF-8 text", where=str(path)) from None
-    except yaml.YAMLError as error:
+    except _BAD_YAML as error:
         raise UserError(f"not valid YAML: {_yaml_problem(error)}", where=str(path)) from None
     if data is None:
         data = {}
@@ -435,15 +438,38 @@ def _scalar(value: Any) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads 5e-7 as the number it is meant to be."""
+    """Safe YAML that reads 5e-7 as the number it is meant to be.
+
+    It refuses a key given twice, and an alias inside of an anchored value: with those a file of a few lines can stand for
+    more than any memory holds, or for itself.
+    """
+
+    _anchored = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node of the document; raises ComposerError for an alias within an anchor."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            if self._anchored:
+                raise yaml.composer.ComposerError(None, None, "an alias inside of an anchored value", event.start_mark)
+            return super().compose_node(parent, index)
+        anchored = getattr(event, "anchor", None) is not None
+        self._anchored += anchored
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._anchored -= anchored
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Keys and values; raises ConstructorError for a key that is given twice or is no name."""
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no name", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} is duplicated", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -460,7 +486,17 @@ def _add_float_resolver() -> None:
 _add_float_resolver()
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+# What PyYAML raises: of its own, for a date that is none (ValueError), for what is nested too deep.
+_BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_StrictLoader)
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep"
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
@@ -471,8 +507,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise UserError(f"--set expects key=value, found {override!r}", fix="for example --set dpo.learning_rate=5e-7")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+        value = _parse_yaml(text)
+    except _BAD_YAML as error:
         raise UserError(f"--set {key}: the value is not valid YAML ({_yaml_problem(error)})") from None
     *parents, last = key.strip().split(".")
     node = data

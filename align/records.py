@@ -268,7 +268,7 @@ def read_questions(path: Path) -> list[Question]:
     for number, question in enumerate(iter_jsonl(path, Question), start=1):
         if question.id in seen:
             raise UserError(
-                f"the id {question.id!r} stands twice (records {seen[question.id]} and {number})",
+                f"the id {question.id!r} is duplicated (records {seen[question.id]} and {number})",
                 where=str(path),
                 fix="give every question an id of its own",
             )

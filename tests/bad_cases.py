@@ -73,7 +73,7 @@ def _pairs(name: str, says: str, text: str | bytes | None) -> Bad:
 
 CONFIGURATIONS = [
     Bad("yaml that is none", "config", r"not valid YAML.*line 2", files={"align.yaml": "policy: a\n\t- b: [\n"}),
-    Bad("a key twice", "config", r"the key 'policy' stands twice", files={"align.yaml": "policy: a\npolicy: b\n"}),
+    Bad("a key twice", "config", r"the key 'policy' is duplicated", files={"align.yaml": "policy: a\npolicy: b\n"}),
     Bad("a list for keys", "config", r"expected keys and values, found list", files={"align.yaml": "- policy\n"}),
     Bad("not UTF-8", "config", r"not UTF-8 text", files={"align.yaml": b"policy: \xff\xfe\n"}),
     Bad("an empty file", "config", r"policy: required", files={"align.yaml": ""}),
@@ -318,7 +318,7 @@ DATA = [
     _questions("a misspelt column", r"questions\.jsonl:1: .*'image' \(did you mean 'images'", question(image="x")),
     _questions("no id", r"id: Field required", line(question="What?")),
     _questions("an empty id", r"questions\.jsonl:1: .*id: ", question(id="")),
-    _questions("an id twice", r"the id 'q0' stands twice", question() + question()),
+    _questions("an id twice", r"the id 'q0' is duplicated", question() + question()),
     _questions("an empty question", r"the question is empty", question(question=" <image> ")),
     _questions("tags without images", r"names 2 <image> but there are 1 images", question(question="<image><image>?")),
     _questions("images that are a text", r"questions\.jsonl:1: .*images: ", question(images="images/0.png")),
@@ -332,7 +332,7 @@ DATA = [
     Bad("an empty image", "sample", r"is not a readable image", files={"images/0.png": b""}),
     Bad("an image too large", "sample", r"pixels, more than 100", {"max_image_pixels": 100}),
     Bad("the wrong image root", "sample", r"there is no image", {"image_root": "elsewhere"}),
-    _held_out("a held-out id twice", r"the id 'e' stands twice", question(id="e") + question(id="e", question="Who?")),
+    _held_out("a held-out id twice", r"the id 'e' is duplicated", question(id="e") + question(id="e", question="Who?")),
     _held_out("no held-out file", r"eval\.jsonl: no such file", None),
     _held_out("an empty held-out file", r"no questions in the file", ""),
     _held_out("a bad held-out line", r"eval\.jsonl:1: not a valid Question", line(id="e")),

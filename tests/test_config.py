@@ -5,6 +5,7 @@ import yaml
 
 from align.config import RENAMED, build_config, commented_config, dump_config, find_config, load_config
 from align.errors import UserError
+from align.run.folder import RunDir
 
 MINIMAL = "policy: ./policy\nquestions: questions.jsonl\n"
 
@@ -46,7 +47,7 @@ def test_all_faults_are_told_at_once_with_the_nearest_key(tmp_path):
     [
         ("policy: [", r"not valid YAML: .*line 1"),
         ("- a\n", "expected keys and values, found list"),
-        (MINIMAL + "seed: 1\nseed: 2\n", "'seed' stands twice"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "'seed' is duplicated"),
         ("", "policy: required"),
         ("policy: !!python/object:os.system x\n", "not valid YAML"),
     ],
@@ -110,3 +111,47 @@ def test_a_key_that_was_renamed_names_its_new_one(tmp_path, old):
     path.write_text(yaml.safe_dump({"policy": "./p", "questions": "q.jsonl", section: {key: 1}}))
     with pytest.raises(UserError, match=rf"{re.escape(old)}: is called {re.escape(RENAMED[old])} now"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("name: 2024-13-45\n", r"not valid YAML: month must be in 1\.\.12"),
+        ("? [a, b]\n: 1\n", r"not valid YAML: a key is no name \(line 1"),
+        ("? {a: b}\n: 1\n", r"not valid YAML: a key is no name"),
+        ("dpo: &a\n  lora: *a\n", r"not valid YAML: an alias inside of an anchored value \(line 2"),
+        ("a: &a [x]\nb: &b [*a, *a]\n", r"not valid YAML: an alias inside of an anchored value \(line 2"),
+        ("dpo: " + "[" * 3000 + "]" * 3000 + "\n", r"not valid YAML: nested too deep"),
+        (MINIMAL + "name: ..\n", r"name: .*found '\.\.'"),
+        (MINIMAL + "name: .\n", r"name: .*found '\.'"),
+        (MINIMAL + "seed: 4294967296\n", r"seed: .*less than 4294967296"),
+    ],
+)
+def test_yaml_that_is_hostile_or_odd_is_one_message(tmp_path, text, complaint):
+    path = tmp_path / "align.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        load_config(path)
+
+
+def test_a_plain_alias_and_a_byte_order_mark_are_read(tmp_path):
+    path = tmp_path / "align.yaml"
+    path.write_text("\ufeff" + MINIMAL + "sample: &same {temperature: 0.5}\n")
+    assert load_config(path).sample.temperature == 0.5
+    path.write_text(MINIMAL + "critic:\n  gates: &gates {max_position_bias: 0.3}\n  options: *gates\n")
+    assert load_config(path).critic.options == {"max_position_bias": 0.3}
+
+
+def test_a_persons_own_configuration_is_never_written_over(tmp_path):
+    path = tmp_path / "align.yaml"
+    path.write_text("# my comment\n" + MINIMAL)
+    config = load_config(path, ["run_root=..", f"name={tmp_path.name}"])
+    assert config.run_dir.resolve() == tmp_path.resolve()
+    with pytest.raises(UserError, match=r"would write its own over it; give the run a folder of its own"):
+        RunDir(config.run_dir).write_config_once(dump_config(config))
+    assert path.read_text().startswith("# my comment")
+    # What the message says works, and what was written by the toolkit is written anew until a stage has begun.
+    config = load_config(path, ["name=own"])
+    RunDir(config.run_dir).write_config_once(dump_config(config))
+    RunDir(config.run_dir).write_config_once(dump_config(load_config(path, ["name=own", "seed=7"])))
+    assert load_config(config.run_dir / "align.yaml").seed == 7

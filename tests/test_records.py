@@ -64,7 +64,7 @@ def test_a_bad_line_names_file_line_and_fault(tmp_path, line, message):
 def test_duplicate_ids_and_empty_files_are_refused(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"id": "a", "question": "What?"}\n' * 2)
-    with pytest.raises(UserError, match=r"'a' stands twice \(records 1 and 2\)"):
+    with pytest.raises(UserError, match=r"'a' is duplicated \(records 1 and 2\)"):
         read_questions(path)
     path.write_text("\n")
     with pytest.raises(UserError, match="no questions"):

@@ -27,7 +27,7 @@ def test_an_image_that_was_replaced_by_one_of_the_same_size_is_named(store, tmp_
     assert json.loads(noted.read_text())["a.bmp"] == hashlib.sha256((tmp_path / "a.bmp").read_bytes()).hexdigest()
     (tmp_path / "a.bmp").write_bytes((tmp_path / "b.bmp").read_bytes())
     record_or_verify_images(noted, store, [ask("b.bmp")])
-    with pytest.raises(UserError, match=r"'a\.bmp' is not the one that this round has worked with"):
+    with pytest.raises(UserError, match=r"'a\.bmp' is not the one that was used so far"):
         record_or_verify_images(noted, store, [ask("b.bmp", "a.bmp")])
 
 

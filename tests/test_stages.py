@@ -159,7 +159,7 @@ def test_images_that_were_replaced_since_sampling_are_refused(project, tmp_path,
     shutil.copy(folder / "images/1.png", folder / "images/2.png")
     result = align(folder, stage, "--round", "1", "--redo")
     assert result.returncode == 2, result.stdout + result.stderr
-    assert "the image 'images/2.png' is not the one that this round has worked with" in result.stderr
+    assert "the image 'images/2.png' is not the one that was used so far" in result.stderr
     (folder / "images/2.png").write_bytes((project / "images/2.png").read_bytes())
     assert align(folder, "score", "--round", "1").returncode == 0
 
@@ -216,7 +216,7 @@ BAD_INPUT = [
     (_remove_image, ["sample"], "no image 'images/1.png'"),
     (_break_image, ["sample"], "not a readable image"),
     (_empty_question, ["sample"], "questions.jsonl:1: .*question is empty"),
-    (_duplicate_ids, ["sample"], "'q0' stands twice"),
+    (_duplicate_ids, ["sample"], "'q0' is duplicated"),
     (_not_json, ["sample"], "questions.jsonl:2: not valid JSON"),
     (_no_questions, ["sample"], "no questions"),
     (_bad_yaml, ["sample"], "not valid YAML"),

@@ -20,7 +20,7 @@ SHOWN = 20
 def read_pairs_file(path: Path, images: ImageStore) -> tuple[list[Pair], dict[str, Any]]:
     """The usable pairs in file order, and counts as the pairs stage keeps them.
 
-    Dropped: lines that are no pair, ids that stand twice, messages without a role or text, empty responses, prompts
+    Dropped: lines that are no pair, ids that are duplicated, messages without a role or text, empty responses, prompts
     whose image parts are not as many as the images, and pairs with an image that cannot be opened.
     """
     pairs: list[Pair] = []
@@ -70,7 +70,7 @@ def text_of(messages: list[dict[str, Any]]) -> str:
 def _why_not(pair: Pair, seen: set[str], images: ImageStore, where: str) -> tuple[str, str] | None:
     """Why a pair cannot be used, in short and with its place; None where it can."""
     if pair.id in seen:
-        return "id stands twice", f"{where}: the id {pair.id!r} stands twice"
+        return "id is duplicated", f"{where}: the id {pair.id!r} is duplicated"
     if not all(map(_is_message, [*pair.prompt, *pair.chosen, *pair.rejected])):
         return (
             "a message without a role or text",

@@ -92,9 +92,7 @@ def run_dpo(config: Config, number: int) -> None:
             log.info("round %d is trained already: %s", number, this.checkpoint)
             return
         if state.is_main_process:
-            record_or_verify_images(
-                this.image_hashes, question_images(config), pairs
-            )
+            record_or_verify_images(this.image_hashes, question_images(config), pairs)
     # Opened before any weights are: a login that is missing is reported at once.
     with (
         tracking(config, f"round-{number}") if state.is_main_process else contextlib.nullcontext(Trackers()) as trackers

@@ -25,6 +25,7 @@ from align.models.video_questions import pick_frames
 from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
+from align.run.image_hashes import record_or_verify_images
 from align.run.sharding import OnRecord, batches, begin, finish, map_resumable
 from align.statistics import bootstrap_mean, distinct_n, is_refusal, paired_difference, repetition, words
 from reward.critics.verifier import grade
@@ -66,6 +67,10 @@ def run_evaluate(config: Config, number: int) -> None:
     if not begin(this.manifest, STAGE, settings=settings, inputs=inputs):
         log.info("round %d is evaluated already: %s", number, this.evaluation)
         return
+    if is_main_process():
+        record_or_verify_images(
+            run.evaluation_hashes, images, questions, otherwise="give the run another name: its rounds are compared"
+        )
 
     def open_engine(name: str) -> Engine:
         return open_policy(config, name, config.evaluate.servers, made_in_round=number, open_image=images.open)

@@ -27,6 +27,11 @@ from align.monitoring.cost import forget_cost
 from align.run.manifest import Manifest, now
 from align.run.stages import TABLE, stages_from
 
+# The first line of a run's own align.yaml.
+RESOLVED = (
+    "# The configuration of this run, as resolved when it began. Written by the toolkit, not read for a new run.\n"
+)
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -37,6 +42,11 @@ class RunDir:
     @property
     def config(self) -> Path:
         return self.path / "align.yaml"
+
+    @property
+    def evaluation_hashes(self) -> Path:
+        """The contents of held-out images, which all rounds must be shown alike."""
+        return self.path / "evaluation-images.json"
 
     @property
     def report(self) -> Path:
@@ -63,10 +73,20 @@ class RunDir:
         return str(before.checkpoint)
 
     def write_config_once(self, text: str) -> None:
-        """Keep the configuration as resolved when the first stage began; later changes show in the manifests."""
-        if not any(self.path.glob("round-*/manifest.json")):
-            make_folder(self.path)
-            write_text(self.config, text)
+        """Keep the configuration as resolved when the first stage began; later changes show in the manifests.
+
+        Raises UserError where a file of that name is there that was not written here: a person's own.
+        """
+        if any(self.path.glob("round-*/manifest.json")):
+            return
+        make_folder(self.path)
+        if self.config.is_file() and not self.config.read_bytes().startswith(RESOLVED.encode()):
+            raise UserError(
+                "the run's folder holds a configuration that this toolkit has not written, and would write its own over it",
+                where=str(self.config),
+                fix="give the run a folder of its own: set name, or run_root",
+            )
+        write_text(self.config, RESOLVED + text)
 
 
 @dataclass(frozen=True)

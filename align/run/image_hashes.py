@@ -16,21 +16,42 @@ from align.files import write_text
 from align.media.images import ImageStore
 from align.records import Pair, Question
 
+ROUND_ANEW = "restart the round: run its first stage with --redo"
 
-def record_or_verify_images(noted_in: Path, images: ImageStore, seen: Iterable[Question | Pair]) -> None:
+
+def record_or_verify_images(
+    noted_in: Path, images: ImageStore, seen: Iterable[Question | Pair], *, otherwise: str = ROUND_ANEW
+) -> None:
     """Note the contents of images that are new to the file `noted_in`, hold those of all others against it.
 
     Call it on one process. Raises UserError where a file has other contents than noted, or cannot be read.
     """
-    noted = json.loads(noted_in.read_text(encoding="utf-8")) if noted_in.is_file() else {}
+    noted = _read(noted_in)
     found = images.file_hashes(reference for record in seen for reference in record.images)
     changed = [name for name, digest in found.items() if noted.get(name, digest) != digest]
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(
-            f"the image {changed[0]!r}{others} is not the one that this round has worked with so far",
+            f"the image {changed[0]!r}{others} is not the one that was used so far",
             where=str(noted_in),
-            fix="put it back as it was, or begin the round anew: run its first stage with --redo",
+            fix=f"put it back as it was, or {otherwise}",
         )
     if found.keys() - noted.keys():
         write_text(noted_in, json.dumps(noted | found, indent=0, ensure_ascii=False) + "\n")
+
+
+def _read(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(noted, dict) and all(isinstance(digest, str) for digest in noted.values()):
+            return noted
+        problem = "expected names and hashes"
+    except (ValueError, RecursionError) as error:
+        problem = str(error).splitlines()[0]
+    raise UserError(
+        f"the record of images is damaged ({problem})",
+        where=str(path),
+        fix="restore it from a copy; or remove it, if you know that no image has changed since the stage began",
+    )

@@ -105,6 +105,7 @@ def check_images(questions: list[Question], images: ImageStore) -> dict[str, Hea
 
 
 def question_seed(seed: int, number: int, question_id: str) -> int:
+    """The seed of a question's responses in a round: of nothing but these three."""
     return int(text_hash(str(seed), str(number), question_id)[:15], 16)
 
 
@@ -141,6 +142,7 @@ def _sample(
 
 
 def responses_of(result: SampleResult) -> list[Response]:
+    """An engine's answer as records."""
     return [
         Response(text=text, num_tokens=num_tokens, finish_reason=reason)
         for text, num_tokens, reason in zip(result.texts, result.num_tokens, result.finish_reasons, strict=True)
@@ -166,6 +168,8 @@ def _settings(config: Config) -> dict[str, object]:
         "seed": config.seed,
         "processor": config.model.processor,
         "video_frames": config.model.video_frames,
+        "model": {"dtype": config.model.dtype, "attention": config.model.attention},
+        "shared_prefix": config.shared_prefix,
         "image_conversion": config.model.image_conversion,
     }
 

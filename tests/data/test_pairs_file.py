@@ -33,7 +33,7 @@ BAD = [
     ('{"id": ' + "9" * 5_000 + "}", "no valid pair"),
     (pair("nul", images=["a\0b.png"]), "image cannot be read"),
     (pair("same", rejected="yes"), "no valid pair"),
-    (pair("a"), "id stands twice"),
+    (pair("a"), "id is duplicated"),
     (pair("parts", parts=2), "image parts and images differ"),
     (pair("empty", rejected=" "), "empty response"),
     (pair("gone", images=["gone.png"]), "image cannot be read"),

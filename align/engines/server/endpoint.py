@@ -212,7 +212,7 @@ def endpoints_of(servers: Sequence[Server], model: str | None) -> list[Endpoint]
     for endpoint in endpoints:
         if [(other.url, other.model) for other in endpoints].count((endpoint.url, endpoint.model)) > 1:
             raise UserError(
-                f"the server {endpoint.url} stands twice", fix="name each once; server.concurrency gives it more to do"
+                f"the server {endpoint.url} is duplicated", fix="name each once; server.concurrency gives it more to do"
             )
         if endpoint.model is None and not endpoint.check_model:
             raise UserError(f"the server {endpoint.url} needs the name of its model", fix="set model beside its url")

@@ -451,7 +451,12 @@ class _StrictLoader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if self._anchored:
-                raise yaml.composer.ComposerError(None, None, "an alias inside of an anchored value", event.start_mark)
+                raise yaml.composer.ComposerError(
+                    None,
+                    None,
+                    "an alias inside of an anchored value",
+                    event.start_mark,  # type: ignore[arg-type]
+                )
             return super().compose_node(parent, index)
         anchored = getattr(event, "anchor", None) is not None
         self._anchored += anchored

@@ -71,7 +71,7 @@ def _launch(blocks: Any, address: Address, uploads: Path) -> None:
     from starlette.middleware import Middleware
 
     # Gradio prints a traceback for every event that fails, those of malformed requests too; no setting changes that.
-    gradio.queueing.traceback = OneLine  # type: ignore[assignment]
+    gradio.queueing.traceback = OneLine
     # Where a tunnel is opened, its name is known only after the launch.
     names = {address.host, socket.gethostname()}
     blocks.launch(

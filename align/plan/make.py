@@ -370,7 +370,7 @@ def _assumptions(config: Config, machine: Machine, how: How, lengths: Lengths, s
     if config.questions is not None:
         lines.append(
             f"responses of {lengths.chosen:g} tokens for times (--response-tokens), of {config.sample.max_new_tokens} "
-            f"(sample.max_new_tokens) for memory; {config.pairs.max_per_question} pairs a question (pairs.max_per_question)"
+            f"(sample.max_new_tokens) for memory; {config.pairs.max_per_question or 'all'} pairs per question (pairs.max_per_question)"
         )
     if how.quantised:
         lines.append("four bits are arithmetic here: they were never measured")

@@ -170,6 +170,13 @@ class StagePlanner:
                 read += round(judge.scorer.scored * sum(s.tokens + longer for s in judge.sizes))
         return cost, read, written
 
+    def _pairs_per_question(self) -> int:
+        """The most that `pairs.max_per_question` allows; without a limit, all pairs of the responses."""
+        if self.config.questions is None:
+            return 1
+        responses = self.config.sample.num_responses
+        return self.config.pairs.max_per_question or responses * (responses - 1) // 2
+
     def _training(self) -> list[StageCost]:
         config = self.config
         fields = config.dpo.trainer_fields()
@@ -178,7 +185,7 @@ class StagePlanner:
         epochs = float(fields.get("num_train_epochs", 1))
         spread = self.how.strategy != "ddp"
         training = Training(
-            pairs=config.pairs.max_per_question if config.questions is not None else 1,
+            pairs=self._pairs_per_question(),
             chosen=self.lengths.chosen,
             rejected=self.lengths.rejected,
             rows=rows,

@@ -139,7 +139,9 @@ def stall_warnings(heartbeats: list[dict[str, Any]]) -> list[str]:
         if idle > max(STALE_S, STALE_STEPS / max(speed, 1e-9)):
             found.append(f"no progress for {duration(idle)}, where {rate(speed)} was usual")
     elif heartbeats and now - min(heartbeat["started"] for heartbeat in heartbeats) > FIRST_STEP_S:
-        found.append(f"nothing is finished after {duration(now - min(heartbeat['started'] for heartbeat in heartbeats))}")
+        found.append(
+            f"nothing is finished after {duration(now - min(heartbeat['started'] for heartbeat in heartbeats))}"
+        )
     return found
 
 

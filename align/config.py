@@ -242,6 +242,15 @@ class LaunchSettings(Section):
     )
 
 
+class SaveSettings(Section):
+    """How trained checkpoints are written."""
+
+    code: Literal["parent", "toolkit", "both"] = Field(
+        "parent",
+        description="modelling files for trust_remote_code of our families: parent's own where it brought some, or the toolkit's",
+    )
+
+
 class Config(Section):
     """The whole of align.yaml."""
 
@@ -269,6 +278,7 @@ class Config(Section):
     critic: CriticSettings = Field(default_factory=CriticSettings, description="judgement")
     pairs: PairSettings = Field(default_factory=PairSettings, description="preference pairs")
     dpo: DpoSettings = Field(default_factory=DpoSettings, description="training")
+    save: SaveSettings = Field(default_factory=SaveSettings, description="checkpoints")
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="held-out numbers")
     launch: LaunchSettings = Field(default_factory=LaunchSettings, description="processes")
     server: ServerSettings = Field(default_factory=ServerSettings, description="how servers are spoken to")

@@ -15,15 +15,18 @@ from align.dpo.sharding.gather import gather_weights, merge_adapter
 from align.dpo.trainer import PairTrainer
 from align.models.device import DTYPES
 from align.models.load import read_config
-from align.models.save import save_checkpoint
+from align.models.save import Code, save_checkpoint
 from align.monitoring.cost import save_cost
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 
 
-def save_trained(trainer: PairTrainer, processor: Any, folder: Path, *, policy: str, load: Callable[..., Any]) -> None:
+def save_trained(
+    trainer: PairTrainer, processor: Any, folder: Path, *, policy: str, load: Callable[..., Any], code: Code = "parent"
+) -> None:
     """Write the finished checkpoint in the form of its parent, with the trainer's record of how it came about.
 
-    All processes call it. `load(checkpoint, device=...)` opens a model again where the trained one is sharded.
+    All processes call it. `load(checkpoint, device=...)` opens a model again where the trained one is sharded. `code`: as
+    in `save_checkpoint`.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     gathered = gather_weights(trainer)
@@ -44,6 +47,7 @@ def save_trained(trainer: PairTrainer, processor: Any, folder: Path, *, policy: 
             parent=policy if Path(policy).is_dir() else None,
             state_dict=gathered,
             dtype=stored_dtype(policy),
+            code=code,
         )
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
     save_cost()

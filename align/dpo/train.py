@@ -202,7 +202,14 @@ class DpoStage:
         check_distribution(self.strategy, trainer.accelerator.distributed_type)
         parameters = count_parameters(trainer.model)
         self._train(trainer)
-        save_trained(trainer, processor, self.this.checkpoint, policy=self.policy, load=self.load)
+        save_trained(
+            trainer,
+            processor,
+            self.this.checkpoint,
+            policy=self.policy,
+            load=self.load,
+            code=self.config.save.code,
+        )
         if trainer.is_world_process_zero():
             counts = _counts(trainer, tokenized, num_too_long=len(tokenized.pairs) - len(pairs))
             # Of all processes and of earlier attempts; what the reference reads comes on top.

@@ -12,6 +12,7 @@ from align.config import Config
 from align.evaluation.table import COLUMNS, benchmark_rows, columns_of, metrics_by_round, with_interval
 from align.files import write_text
 from align.models.inspect import licence_of
+from align.models.remote_code import whose_code
 from align.monitoring.cost import Cost
 from align.monitoring.format import duration
 from align.run.folder import RunDir
@@ -36,11 +37,24 @@ def write_model_card(config: Config, number: int) -> Path:
         _results(run, number),
         _cost(run, number),
         _benchmarks(run.round(number).benchmarks),
-        "## Use\n\nThis folder opens where its parent opened. Intended for research on preference alignment; it inherits "
+        f"## Use\n\nThis folder opens where its parent opened{_code(path.parent)}. Intended for research on preference alignment; it inherits "
         "its parent's licence, biases and limits, and what its critic prefers is not a guarantee of truth.",
     ]
     write_text(path, f"---\n{heading}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n")
     return path
+
+
+CODE = {
+    "parent": "; with `trust_remote_code=True` it runs the modelling files that the parent brought, in the environment that "
+    "those ask for",
+    "toolkit": "; with `trust_remote_code=True` it runs the toolkit's modelling files, which need transformers 5",
+    None: "",
+}
+
+
+def _code(folder: Path) -> str:
+    """Whose modelling files are in the folder, as the end of a sentence."""
+    return CODE[whose_code(folder)] if (folder / "config.json").is_file() else ""
 
 
 def _heading(config: Config, parent: str) -> dict[str, Any]:

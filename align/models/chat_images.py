@@ -58,6 +58,9 @@ class ImageChatProcessor(ProcessorMixin):
     # A file of our own: the originals' processors refuse keys in processor_config.json that they do not know.
     settings_file: ClassVar[str] = "processor_settings.json"
 
+    # Keywords of the authors' own processor whose values config.json has here; any other value is refused.
+    published_keywords: ClassVar[tuple[str, ...]] = ()
+
     takes_videos: ClassVar[bool] = True
 
     image_token_id: int
@@ -114,11 +117,17 @@ class ImageChatProcessor(ProcessorMixin):
         chat_template = kwargs.pop("chat_template", None)
         hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         tokenizer_settings = {name: kwargs.pop(name) for name in TOKENIZER_KEYWORDS if name in kwargs}
+        published = {name: kwargs.pop(name) for name in cls.published_keywords if name in kwargs}
         for name in kwargs:
             near = difflib.get_close_matches(name, cls.settings, n=1) or [", ".join(cls.settings)]
             raise ValueError(f"unknown setting {name!r} of {cls.__name__}; did you mean {near[0]}?")
         if not isinstance(config, cls.config_class):
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+        for name, value in published.items():
+            # A config.json that says nothing of it has both encoders.
+            stated = getattr(config, name, False if name == "only_navit" else value)
+            if value != stated:
+                raise ValueError(f"{name}: expected {stated!r} as in the checkpoint's config.json, found {value!r}")
         stored, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub)
         tokenizer = AutoTokenizer.from_pretrained(
             pretrained_model_name_or_path, config=config, trust_remote_code=False, **hub, **tokenizer_settings
@@ -246,7 +255,11 @@ class ImageChatProcessor(ProcessorMixin):
         `input_ids` and `attention_mask` `(B, L)` int64 and, where there are images, the tensors of the modelling file.
         Raises ValueError where marks and images differ in number, for images that cannot be used, and for `truncation`,
         which would cut images in two.
+
+        One dict `{"conversations": [...], "images": [...]}` in place of all this is how ByteDance's processors are called.
         """
+        if isinstance(images, dict) and "conversations" in images:
+            return self._published_call(images, return_tensors=return_tensors or "pt", **unused)
         if text is None:
             raise ValueError("expected text")
         unknown = [name for name, value in unused.items() if value is not None]
@@ -273,6 +286,31 @@ class ImageChatProcessor(ProcessorMixin):
         data: dict[str, Any] = self._pad(ids, padding, padding_side or self.tokenizer.padding_side)
         data.update(pixels.arrays())
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _published_call(
+        self,
+        sample: dict[str, Any],
+        *,
+        inference: bool = True,
+        return_tensors: str | None = "pt",
+        **template_kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs `(1, L)` of a conversation of `{"role", "content"}` or `{"from", "value"}` turns and its images.
+
+        They are this toolkit's (`model.generate(**inputs)`). Raises ValueError for `inference=False`, which asks for labels.
+        """
+        if not inference:
+            raise ValueError("inference=False asks for training labels, which this processor does not make")
+        turns = [_turn(turn) for turn in sample["conversations"]]
+        return self.apply_chat_template(
+            turns,
+            images=list(_as_list(sample.get("images"))),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors=return_tensors,
+            **template_kwargs,
+        )
 
     def _encode(self, text: str, images: list[Any], videos: list[list[Any]], pixels: Pixels) -> list[int]:
         """Token ids of one text, every piece between its marks on its own as the originals do it."""
@@ -349,6 +387,16 @@ def _images_per_text(images: Any, num_marks: list[int], blank: Any) -> list[list
     if blank is not None:
         samples = [own or [blank] * (count == 1) for own, count in zip(samples, num_marks, strict=True)]
     return samples
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn of a published conversation as a chat message.
+
+    >>> _turn({"from": "human", "value": "<image>?"})
+    {'role': 'user', 'content': '<image>?'}
+    """
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    return {"role": {"human": "user", "gpt": "assistant"}.get(str(role), role), "content": content}
 
 
 def _is_one(conversation: Sequence[Any]) -> bool:

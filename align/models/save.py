@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -26,13 +26,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from align.errors import UserError
 from align.models.families import Family, family_of
 from align.models.files import files_inside, inside, read_json, write_json
-from align.models.remote_code import add_code
+from align.models.remote_code import add_code, has_code
 from align.models.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, tensor_table, weight_files
 
+Code = Literal["parent", "toolkit", "both", "none"]
 # What wrappers put in front of, or into, the names of a state dict.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 # A parent's tokenizer, processor and licence. Whatever else lies in its folder tells of the parent, not of the child.
-CARRIED = (
+COMPANION_FILES = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -59,7 +60,7 @@ def save_checkpoint(
     parent: str | os.PathLike | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
-    auto_map: bool = True,
+    code: Code = "parent",
     max_shard_size: str | int = "5GB",
     extra_files: Mapping[str, str | Path] | None = None,
 ) -> Path:
@@ -68,9 +69,10 @@ def save_checkpoint(
     `parent`: the folder the model came from, by default the one it remembers; without one, the files are those of
     transformers with the legacy keys put back. `state_dict`: the weights where the model's own are sharded or wrapped, as
     accelerate, FSDP or DeepSpeed gather them. `dtype`: cast floating-point weights, by default they stay as they are.
-    `auto_map`: for our own families, put the modelling files into the folder in place of the parent's, so that it opens
-    with `trust_remote_code=True` where this toolkit is not installed; False keeps the parent's. `extra_files`: further files of the checkpoint by name,
-    as text or as a path to copy. Call it on one process only.
+    `code`, of our own families: which modelling files make the folder open with `trust_remote_code=True` where this toolkit
+    is not installed. `parent`: those that the parent brought, the toolkit's where it brought none; `toolkit`: the toolkit's
+    in their place; `both`: as `parent`, with the toolkit's beside them; `none`: the toolkit's never.
+    `extra_files`: further files of the checkpoint by name, as text or as a path to copy. Call it on one process only.
 
     Raises UserError where the tensors are not exactly those of the parent, with the names that are missing or too many.
     """
@@ -94,10 +96,10 @@ def save_checkpoint(
             _save_as_transformers(model, kept, work, max_shard_size)
             _check_tensors({name: info.shape for name, info in tensor_table(work).items()}, expected)
         _write_config(model, work, parent_folder, stored_dtype(weights))
-        replace_code = family is not None and auto_map
-        _write_companions(processor, work, parent_folder, with_code=not replace_code)
-        if family is not None and auto_map:
-            add_code(family, work)
+        keeps_parents = code == "none" or (code != "toolkit" and parent_folder is not None and has_code(parent_folder))
+        _write_companions(processor, work, parent_folder, with_code=family is None or keeps_parents)
+        if family is not None and (code == "both" or not keeps_parents):
+            add_code(family, work, keep_parents=keeps_parents)
         for name, content in (extra_files or {}).items():
             _write_extra(work / name, content)
         _replace(work, final)
@@ -269,12 +271,12 @@ def _legacy_keys(config: dict[str, Any], dtype_name: str) -> dict[str, Any]:
 
 def _write_companions(processor: Any, folder: Path, parent: Path | None, *, with_code: bool) -> None:
     """Tokenizer, processor and the parent's own code: copied where there is a parent, else written by the processor."""
-    carried = [path for path in sorted(parent.iterdir()) if _is_carried(path.name, with_code)] if parent else []
-    if not any(path.name.startswith(("tokenizer", "vocab")) for path in carried):
+    companions = [path for path in sorted(parent.iterdir()) if _is_companion(path.name, with_code)] if parent else []
+    if not any(path.name.startswith(("tokenizer", "vocab")) for path in companions):
         processor.save_pretrained(folder)
         _forget_origin(folder / "tokenizer_config.json")
         return
-    for path in carried:
+    for path in companions:
         assert parent is not None
         inside(parent, path.name)
         if path.is_dir():
@@ -295,8 +297,8 @@ def _forget_origin(tokenizer_config: Path) -> None:
             write_json(tokenizer_config, kept)
 
 
-def _is_carried(name: str, with_code: bool) -> bool:
-    return any(fnmatch(name, pattern) for pattern in (*CARRIED, *(["*.py"] if with_code else [])))
+def _is_companion(name: str, with_code: bool) -> bool:
+    return any(fnmatch(name, pattern) for pattern in (*COMPANION_FILES, *(["*.py"] if with_code else [])))
 
 
 def _write_extra(path: Path, content: str | Path) -> None:

@@ -37,7 +37,7 @@ def export(weights: Path, folder: Path, tokenizer: PreTrainedTokenizerFast, log:
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     processor = ValleyProcessor(tokenizer, config=model.config)
-    save_checkpoint(model, processor, folder, dtype=torch.float16, auto_map=False)
+    save_checkpoint(model, processor, folder, dtype=torch.float16, code="none")
     _tidy(folder)
     same, num = _same_answers(model, folder, RowMaker(tokenizer))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -162,7 +162,7 @@ def test_without_a_parent_the_legacy_keys_are_put_back(tmp_path):
 
 
 def test_switched_off_no_code_travels(model, processor, tmp_path):
-    saved = save_checkpoint(model, processor, tmp_path / "saved", auto_map=False)
+    saved = save_checkpoint(model, processor, tmp_path / "saved", code="none")
     assert list(saved.glob("*.py")) == []
     assert json.loads((saved / "config.json").read_text()) == json.loads((GOLDEN / "config.json").read_text())
 
@@ -172,25 +172,6 @@ def test_travelling_code_is_not_used_where_this_toolkit_is_installed(model, proc
     (saved / "modeling_valley_eagle.py").write_text("raise SystemExit('code of a checkpoint was run')")
     assert type(load_model(saved)) is type(model)
     assert type(load_processor(saved)) is type(processor)
-
-
-def test_a_parents_own_code_gives_way_to_ours(model, processor, tmp_path):
-    parent = save_checkpoint(model, processor, tmp_path / "parent", auto_map=False)
-    edit(parent / "config.json", auto_map={"AutoModel": "modeling_theirs.Theirs"})
-    (parent / "modeling_theirs.py").write_text("")
-    (parent / "processor_config.json").write_text(
-        json.dumps(
-            {"processor_class": "ValleyProcessor", "auto_map": {"AutoProcessor": "theirs.Theirs"}, "anyres": True}
-        )
-    )
-    ours = save_checkpoint(model, processor, tmp_path / "ours", parent=parent)
-    assert not (ours / "modeling_theirs.py").exists()
-    config = json.loads((ours / "processor_config.json").read_text())
-    assert config["auto_map"]["AutoProcessor"] == "processing_valley_eagle.ValleyProcessor"
-    assert config["anyres"] is True
-    theirs = save_checkpoint(model, processor, tmp_path / "theirs", parent=parent, auto_map=False)
-    assert (theirs / "modeling_theirs.py").exists()
-    assert json.loads((theirs / "config.json").read_text())["auto_map"] == {"AutoModel": "modeling_theirs.Theirs"}
 
 
 def test_transformers_own_models_keep_their_parents_names_and_keys(tmp_path):
@@ -279,7 +260,7 @@ def test_a_generation_config_that_transformers_would_refuse_is_no_reason_to_lose
 
 
 def test_every_chat_template_and_mistrals_tokenizer_are_carried(model, processor, tmp_path):
-    parent = save_checkpoint(model, processor, tmp_path / "parent", auto_map=False)
+    parent = save_checkpoint(model, processor, tmp_path / "parent", code="none")
     (parent / "additional_chat_templates").mkdir()
     (parent / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (parent / "tekken.json").write_text("{}")
@@ -313,7 +294,7 @@ def copy_of(source, target):
     return target
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json", "additional_chat_templates"])
+@pytest.mark.parametrize("name", ["LICENSE", "special_tokens_map.json", "additional_chat_templates"])
 def test_a_link_out_of_the_parent_is_not_copied_into_the_child(tmp_path, model, processor, name):
     secret = tmp_path / "secret"
     if name.endswith("templates"):

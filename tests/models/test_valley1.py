@@ -145,7 +145,7 @@ def test_every_pooling_is_saved_as_it_was(tmp_path, pooling):
     model(**inputs).logits.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
-    saved = save_checkpoint(model, load_processor(folder), tmp_path / "saved", auto_map=False)
+    saved = save_checkpoint(model, load_processor(folder), tmp_path / "saved", code="none")
     before, after = load_file(folder / "model.safetensors"), load_file(saved / "model.safetensors")
     assert set(after) == set(before)
     assert set(EXTRA_TENSORS[pooling]) <= set(after)
@@ -177,7 +177,7 @@ def test_chinese_valley_opens_with_the_other_tower_and_is_saved_as_it_was(tmp_pa
     with torch.no_grad():
         # The two encoders differ in how they were trained, not in what they compute.
         torch.testing.assert_close(model(**inputs).logits, clip(**inputs).logits, rtol=0, atol=1e-5)
-    saved = save_checkpoint(model, processor, tmp_path / "saved", auto_map=False)
+    saved = save_checkpoint(model, processor, tmp_path / "saved", code="none")
     before, after = load_file(folder / "model.safetensors"), load_file(saved / "model.safetensors")
     assert set(after) == set(before)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -43,6 +43,14 @@ class Valley25Processor(ValleyChatProcessor):
         "text_only_image",
         "num_video_frames",
     )
+    # Those of Valley-Eagle's tiles have no effect here.
+    published_keywords = (
+        "only_navit",
+        "anyres",
+        "grid_pinpoints",
+        "only_crop_single_image",
+        "use_special_start_end_token",
+    )
     image_inputs = ("pixel_values", "image_grid_thw")
 
     def __init__(

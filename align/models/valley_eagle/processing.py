@@ -46,6 +46,13 @@ class ValleyProcessor(ValleyChatProcessor):
         "default_system",
         "text_only_image",
     )
+    published_keywords = (
+        "only_navit",
+        "anyres",
+        "grid_pinpoints",
+        "only_crop_single_image",
+        "use_special_start_end_token",
+    )
     settings_file = "valley_processor.json"
 
     def __init__(

@@ -15,8 +15,8 @@ import torch
 from bench_common import Comparison, arguments, compare_in_turn, finish, growth, print_growth, prompt_inputs, start
 
 from align.engines.base import SamplingSettings
-from align.engines.sampling import SeededSampler, uniforms
-from align.engines.shared_path import sample_behind
+from align.engines.decoding import Branches, Decoder, prefill
+from align.engines.sampling import SeededSampler
 from align.prefix.attention import stop_shared_prefix, use_shared_prefix
 
 NEW_TOKENS = 64
@@ -31,9 +31,14 @@ def compare(
 
     def ours() -> Any:
         use_shared_prefix(model)
-        numbers = uniforms(range(batch_size), num_samples, NEW_TOKENS).to(inputs["input_ids"].device)
-        chooser = SeededSampler(SETTINGS, numbers, inputs["input_ids"])
-        return sample_behind(model, inputs, chooser, num_samples=num_samples, max_new_tokens=NEW_TOKENS, eos=[])
+        sampler = SeededSampler(SETTINGS, inputs["input_ids"].device)
+        sampler.begin(range(batch_size), range(batch_size), num_samples, inputs)
+        decoder = Decoder(model, sampler, max_new_tokens=NEW_TOKENS, eos=[])
+        decoder.add(
+            Branches.behind(prefill(model, inputs, decoder.cache, range(batch_size)), [num_samples] * batch_size)
+        )
+        while decoder.num_branches:
+            decoder.step()
 
     @torch.no_grad()
     def theirs() -> Any:

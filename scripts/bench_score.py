@@ -24,9 +24,10 @@ from bench_common import (
     start,
 )
 
+from align.engines.batching import Batch
 from align.engines.prompts import PromptTree
-from align.engines.shared_path import shared_log_probs
-from align.prefix.attention import stop_shared_prefix, use_shared_prefix
+from align.engines.shared_path import SharedPath
+from align.prefix.attention import stop_shared_prefix
 from align.prefix.layout import Segment
 
 TAIL_TOKENS = 12
@@ -71,8 +72,7 @@ def compare(
     count = len(tree.leaf_segments)
 
     def ours() -> torch.Tensor:
-        use_shared_prefix(model)
-        return torch.tensor(shared_log_probs(model, inputs, [tree])[0])
+        return torch.tensor(SharedPath(model, []).log_probs(Batch([0], [tree], inputs, [prompt]))[0])
 
     @torch.no_grad()
     def theirs(batch_size: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.engines import local, shared_path
+from align.engines import shared_path
 from align.engines.local import LocalEngine
 from align.errors import UserError, is_out_of_memory
 from align.prefix import equivalence
@@ -68,15 +68,15 @@ def test_memory_that_ends_in_the_first_batch_says_nothing_about_the_architecture
 ):
     requests = [question(i, num_images=0) for i in range(4)]
     expected = collect(LocalEngine(text_model(), text_tokenizer()), requests, WARM)
-    original, sizes = local.sample_behind, []
+    original, sizes = shared_path.prefill, []
 
-    def limited(model, inputs, *args, **kwargs):
-        sizes.append(len(inputs["input_ids"]))
+    def limited(model, inputs, cache, rows):
+        sizes.append(len(rows))
         if sizes[-1] > 1:
             raise error
-        return original(model, inputs, *args, **kwargs)
+        return original(model, inputs, cache, rows)
 
-    monkeypatch.setattr(local, "sample_behind", limited)
+    monkeypatch.setattr(shared_path, "prefill", limited)
     engine = LocalEngine(text_model(), text_tokenizer())
     assert collect(engine, requests, WARM) == expected
     assert sizes[0] > 1
@@ -100,14 +100,14 @@ def test_memory_that_ends_in_the_check_of_equivalence_is_raised(monkeypatch: pyt
 def test_memory_that_ends_while_judgements_are_checked_halves_the_batch(monkeypatch: pytest.MonkeyPatch):
     prompts = [BranchedPrompt((), None, "Q: ", (("a ", f"{i} "), ("a ", "c ")), "? ", ("y", "no")) for i in range(4)]
     expected = LocalEngine(text_model(), text_tokenizer()).log_probs(prompts)
-    original = shared_path.check_equivalence
+    original = equivalence.unshared_segments
 
-    def limited(model, inputs, layout):
+    def limited(model, inputs, layout, **settings):
         if len(inputs["input_ids"]) > 1:
             raise RuntimeError("HIP error: out of memory")
-        return original(model, inputs, layout)
+        return original(model, inputs, layout, **settings)
 
-    monkeypatch.setattr(shared_path, "check_equivalence", limited)
+    monkeypatch.setattr(equivalence, "unshared_segments", limited)
     engine = LocalEngine(text_model(), text_tokenizer())
     found = engine.log_probs(prompts)
     assert engine.fallback_reason is None

@@ -7,7 +7,7 @@ has about as many tokens as keep the cores busy. Running out of memory halves th
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -15,30 +15,50 @@ from transformers import PreTrainedModel
 from align import accelerator
 from align.errors import UserError
 
+# What items are: questions to sample responses to, prompts with branches to be judged.
+SAMPLES, BRANCHES = "samples", "branches"
+# Items of a batch as long as nobody knows how large items are.
+FIRST_ITEMS = 2
 # More does not make a CPU faster, and needs memory.
 CPU_TOKENS = 8192
 # Beyond this a GPU gains nothing from wider batches.
 GPU_TOKENS = 131_072
 # Of the free memory; the rest is for the vision towers, fragmentation and logits.
 MEMORY_SHARE = 0.6
+# Questions being decoded, over those that are read at once: while some wait for their last responses, others begin.
+HELD_SHARE = 2
 
 
 @dataclass
 class BatchSizer:
-    """`fixed`: items a batch, None: as memory allows. `num_halvings` counts how often memory ran out."""
+    """`fixed`: items per batch, None: as memory allows. `num_halvings` counts how often memory ran out."""
 
     model: PreTrainedModel
     fixed: int | None = None
     num_halvings: int = 0
     _limit: int | None = None
+    _sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def num_items(self, prompt_tokens: int, new_tokens: int = 0) -> int:
-        """Items in a batch, at least 1, of which each reads and then writes so many tokens."""
-        if self.fixed is not None:
-            count = self.fixed
-        else:
-            count = self._by_memory(prompt_tokens, new_tokens)
-        return max(1, count if self._limit is None else min(count, self._limit))
+    def saw(self, kind: str, prompt_tokens: int, new_tokens: int = 0) -> None:
+        """Remember an item of a kind that reads and then writes so many tokens."""
+        before = self._sizes.get(kind, (1, 0))
+        self._sizes[kind] = max(before[0], prompt_tokens), max(before[1], new_tokens)
+
+    def knows(self, kind: str) -> bool:
+        """Whether an item of this kind has been seen."""
+        return kind in self._sizes
+
+    def num_items(self, kind: str) -> int:
+        """Items of a kind in a batch, at least 1: such that as many of the largest one that was seen fit."""
+        if kind not in self._sizes:
+            return self._limited(min(FIRST_ITEMS, self.fixed or FIRST_ITEMS))
+        return self._limited(self.fixed or self._by_memory(kind))
+
+    def num_held(self, kind: str) -> int:
+        """Items whose keys may be kept at a time, while items are begun in batches."""
+        if self.fixed is not None or kind not in self._sizes:
+            return self.num_items(kind)
+        return self._limited(_held_share(kind) * self._by_memory(kind))
 
     def halve(self, num_items: int) -> None:
         """After `num_items` ran out of memory; raises UserError when it was only one."""
@@ -52,14 +72,21 @@ class BatchSizer:
         gc.collect()
         accelerator.empty_cache()
 
-    def _by_memory(self, prompt_tokens: int, new_tokens: int) -> int:
-        device = next(self.model.parameters()).device
-        free = accelerator.free_memory(device)
+    def _limited(self, count: int) -> int:
+        return max(1, count if self._limit is None else min(count, self._limit))
+
+    def _by_memory(self, kind: str) -> int:
+        prompt_tokens, new_tokens = self._sizes[kind]
+        free = accelerator.free_memory(next(self.model.parameters()).device)
         if free is None:
-            return CPU_TOKENS // prompt_tokens
+            return max(1, CPU_TOKENS // prompt_tokens)
         cached, working = token_bytes(self.model)
-        needed = prompt_tokens * (cached + working) + new_tokens * cached
-        return min(GPU_TOKENS // prompt_tokens, int(free * MEMORY_SHARE) // needed)
+        needed = prompt_tokens * working + _held_share(kind) * (prompt_tokens + new_tokens) * cached
+        return max(1, min(GPU_TOKENS // prompt_tokens, int(free * MEMORY_SHARE) // needed))
+
+
+def _held_share(kind: str) -> int:
+    return HELD_SHARE if kind == SAMPLES else 1
 
 
 def token_bytes(model: PreTrainedModel) -> tuple[int, int]:

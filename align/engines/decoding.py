@@ -1,288 +1,386 @@
-"""A prompt encoded once in, many branches grown token by token behind it out.
+"""Prompts encoded once in, the branches behind them decoded token by token out: continuous batching.
 
-A row of the batch is one question with all its branches. A step feeds one token a branch, `(rows, slots)`; what a slot
-sees of the row's keys is kept as a mask that grows by the step's own columns. So the prompt's keys exist once whatever
-the number of branches, and memory is P + K*R tokens a question. Branches that have ended leave the batch whenever
-enough of them have: the keys that nobody sees any more are dropped, and the row with them when it was the last.
+A question has a row of the cache, which all its branches see: the prompt's keys exist once whatever the number of
+branches. A step feeds one token per living branch, `(1, N)`. A branch that ends leaves at once, and its columns go to
+the others of its row; a question whose last branch has ended leaves its row to the next one. The host waits once per
+step: for the tokens themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 
+from align.engines.kv_cache import PromptPlacement, RowCache, TokenPlacement, to_device
+from align.engines.sampling import Sampler, not_finite
 from align.prefix.attention import AttentionPlan, active_layout
 from align.prefix.log_probs import head_of, require_every_layer
-from align.prefix.rows import backbone_of
+from align.prefix.plans import BranchPlan
+from align.prefix.rows import backbone_of, prompt_positions_of
 from align.prefix.token_stats import final_logits
 
-# Buffers of keys grow by this many tokens a row.
-CAPACITY_STEP = 256
-# Drop ended branches when fewer than this part of the slots is alive: each drop copies the keys that remain.
-COMPACT_BELOW = 0.7
+# The attention looks at a multiple of so many keys: kernels are chosen, and cuDNN's graphs built, per length.
+KEYS_STEP = 64
+# Rows move together when fewer than this part of them has a question: the attention computes all up to the last.
+DENSE_ENOUGH = 0.7
 
 
-class PreallocatedLayer(DynamicLayer):
-    """A cache layer with room to grow: appending copies the new keys only, not the whole cache."""
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts of `rows` of a cache: their `mask` `(n, P)` bool, the position behind each `(n,)`, their number
+    of position axes (None: one, left out), and the state of each one's last token `(n, H)`."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.capacity: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
-        if self.capacity is None or self.capacity[0].shape[-2] < stop:
-            old = (self.keys, self.values) if start else None
-            self.capacity = (_with_capacity(key_states, stop), _with_capacity(value_states, stop))
-            if old is not None:
-                self.capacity[0][:, :, :start], self.capacity[1][:, :, :start] = old
-        self.capacity[0][:, :, start:stop] = key_states
-        self.capacity[1][:, :, start:stop] = value_states
-        return self._show(stop)
-
-    def _show(self, length: int) -> tuple[Tensor, Tensor]:
-        """The filled part of the room becomes the layer's keys and values."""
-        assert self.capacity is not None
-        self.dtype, self.device, self.is_initialized = self.capacity[0].dtype, self.capacity[0].device, True
-        self.keys, self.values = self.capacity[0][:, :, :length], self.capacity[1][:, :, :length]
-        return self.keys, self.values
-
-    def keep(self, rows: Tensor, columns: Tensor) -> None:
-        """Keep these rows `(B',)` and, of each, these key columns `(B', L')`."""
-        length = columns.shape[1]
-
-        def take(old: Tensor) -> Tensor:
-            kept = old[rows[:, None], :, columns].transpose(1, 2)
-            capacity = _with_capacity(kept, length)
-            capacity[:, :, :length] = kept
-            return capacity
-
-        assert self.keys is not None
-        assert self.values is not None
-        self.capacity = (take(self.keys), take(self.values))
-        self._show(length)
-
-
-def _with_capacity(states: Tensor, length: int) -> Tensor:
-    """Uninitialised states like these for `length` tokens and some more."""
-    return states.new_empty(*states.shape[:2], length + CAPACITY_STEP, states.shape[3])
-
-
-def preallocated_cache() -> Cache:
-    """An empty cache whose layers have room to grow."""
-    return Cache(layer_class_to_replicate=PreallocatedLayer)
-
-
-@dataclass
-class Branches:
-    """The branches of a batch before their first new token.
-
-    `visible` `(B, K, L)` bool: what each branch sees of the L keys in `cache`. `position` `(B, K)` int64: position of
-    its first new token. `hidden` `(B, K, H)`: the state that predicts it. `alive` `(B, K)` bool: False on slots that
-    only fill up a row with fewer branches.
-    """
-
-    cache: Cache
-    visible: Tensor
-    position: Tensor
+    rows: list[int]
+    mask: Tensor
+    next_position: Tensor
+    num_axes: int | None
     hidden: Tensor
-    alive: Tensor
-
-
-@dataclass
-class DecodeOutput:
-    """What grew: `tokens[b][k]` with the end token if it came, whether it came, and the tokens' log-probabilities
-    under the unfiltered distribution (empty unless asked for)."""
-
-    tokens: list[list[list[int]]]
-    stopped: list[list[bool]]
-    log_probs: list[list[list[float]]] = field(default_factory=list)
-
-
-# Gets logits (N, V), and for each the row and branch it belongs to (N,), and the step; gives tokens (N,).
-Sampler = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, inputs: dict[str, Any], positions: Tensor) -> tuple[Cache, Tensor]:
-    """Encode right-padded prompts once: their cache, and `(B, P, H)` hidden states.
-
-    `positions` `(B, P)` or `(axes, B, P)`. The model must have been given to `use_shared_prefix`.
-    """
-    cache = preallocated_cache()
-    with active_layout(AttentionPlan(inputs["input_ids"].shape[1], None)) as plan:
+def prefill(model: PreTrainedModel, inputs: dict[str, Any], cache: RowCache, rows: Sequence[int]) -> Prompts:
+    """Encode right-padded prompts once, into rows of the cache. The model must have been given to `use_shared_prefix`."""
+    mask = inputs["attention_mask"].bool()
+    positions, next_position = prompt_positions_of(model, inputs, mask)
+    width = mask.shape[1]
+    cache.reserve(max(rows) + 1, width)
+    cache.placement = PromptPlacement(to_device(rows, mask.device), width)
+    with active_layout(AttentionPlan(width, None)) as plan:
         output = backbone_of(model)(
             **{**inputs, "position_ids": positions}, past_key_values=cache, use_cache=True, return_dict=True
         )
     require_every_layer(model, plan.num_calls)
-    return cache, output.last_hidden_state
+    hidden = output.last_hidden_state
+    last = (mask.sum(dim=1) - 1).to(hidden.device)
+    at = torch.arange(len(mask), device=hidden.device)
+    num_axes = len(positions) if positions.ndim == 3 else None
+    return Prompts(list(rows), mask, next_position, num_axes, hidden[at, last])
 
 
-@torch.no_grad()
-def decode(
-    model: PreTrainedModel,
-    branches: Branches,
-    choose: Sampler,
-    *,
-    max_new_tokens: int,
-    eos_token_ids: list[int],
-    num_position_axes: int | None = None,
-    with_log_probs: bool = False,
-    on_row: Callable[[int, list[list[int]], list[bool]], None] | None = None,
-) -> DecodeOutput:
-    """Grow every branch until its end token, or `max_new_tokens`.
+@dataclass(frozen=True)
+class Branches:
+    """Branches before their first new token, of questions in `rows` of the cache.
 
-    `on_row(b, tokens, stopped)` is called as soon as all branches of a row have ended. `num_position_axes` is that of
-    models with several position axes.
-    """
-    state = _State(branches, max_new_tokens, with_log_probs)
-    head = head_of(model)
-    backbone = backbone_of(model)
-    end = torch.tensor(eos_token_ids, device=branches.hidden.device)
-    hidden = branches.hidden
-    for step in range(max_new_tokens):
-        logits, _ = final_logits(hidden.flatten(0, 1), head.weight, head.bias, head.softcap, head.logit_scale)
-        tokens = choose(logits, state.row.repeat_interleave(state.num_slots), state.branch.flatten(), step)
-        log_probs = None
-        if with_log_probs:
-            log_probs = logits.log_softmax(dim=-1).gather(1, tokens[:, None]).view(state.alive.shape)
-        tokens = tokens.view(state.alive.shape)
-        finished = state.record(step, tokens, torch.isin(tokens, end), log_probs)
-        if on_row is not None:
-            for b in finished:
-                on_row(b, *state.result_of(b))
-        if not state.any_alive() or step + 1 == max_new_tokens:
-            break
-        kept = state.compact()
-        tokens = tokens if kept is None else tokens[kept[0]].gather(1, kept[1])
-        positions = state.next_positions(step)
-        with active_layout(AttentionPlan(0, state.extend_mask())):
-            hidden = backbone(
-                input_ids=tokens,
-                position_ids=positions
-                if num_position_axes is None
-                else positions.expand(num_position_axes, *positions.shape),
-                past_key_values=state.cache,
-                use_cache=True,
-                return_dict=True,
-            ).last_hidden_state
-    decoded = state.result()
-    if on_row is not None:
-        for b in state.unfinished:
-            on_row(b, decoded.tokens[b], decoded.stopped[b])
-    return decoded
-
-
-class _State:
-    """Which slots are alive, what they see, and what they have said.
-
-    Slots move when the batch is compacted; `row` `(B',)` and `branch` `(B', K')` say which question and branch a slot
-    belongs to. What was said is kept on the device, `(B, K, max_new_tokens)`, until a row is finished.
+    `visible` `(n, K, L)` bool: what each branch sees of the first L keys of its row. `position` `(n, K)` int64: of its
+    first new token. `hidden` `(n, K, H)`: the state that predicts it. `counts`: how many of the K each question has.
     """
 
-    def __init__(self, branches: Branches, max_new_tokens: int, with_log_probs: bool) -> None:
-        device = branches.hidden.device
-        batch, slots = branches.alive.shape
-        self.cache = branches.cache
-        self.visible = branches.visible
-        self.position = branches.position
-        self.alive = branches.alive.clone()
-        self.exists = branches.alive
-        self.row = torch.arange(batch, device=device)
-        self.branch = torch.arange(slots, device=device).expand(batch, slots)
-        self.generated_ids = torch.zeros(batch, slots, max_new_tokens, dtype=torch.int64, device=device)
-        self.generated_log_probs = torch.zeros(batch, slots, max_new_tokens, device=device) if with_log_probs else None
-        self.length = torch.zeros(batch, slots, dtype=torch.int64, device=device)
-        self.stopped = torch.zeros(batch, slots, dtype=torch.bool, device=device)
-        self.unfinished = list(range(batch))
-        self._alive_host = self.alive.cpu()
+    rows: list[int]
+    visible: Tensor
+    position: Tensor
+    hidden: Tensor
+    counts: list[int]
+    num_axes: int | None = None
+
+    @classmethod
+    def behind(cls, prompts: Prompts, counts: Sequence[int]) -> Branches:
+        """So many branches right behind each prompt."""
+        most = max(counts)
+        return cls(
+            rows=prompts.rows,
+            visible=prompts.mask[:, None].expand(-1, most, -1),
+            position=prompts.next_position[:, None].expand(-1, most),
+            hidden=prompts.hidden[:, None].expand(-1, most, -1),
+            counts=list(counts),
+            num_axes=prompts.num_axes,
+        )
+
+
+@dataclass
+class Decoded:
+    """What a question's branches became: `tokens[k]` with the end token if it came, whether it came, and the tokens'
+    log-probabilities under the unfiltered distribution (empty unless asked for)."""
+
+    ticket: int
+    tokens: list[list[int]]
+    stopped: list[bool]
+    log_probs: list[list[float]]
+
+
+@dataclass
+class _Branch:
+    """A branch. `lane`: its place among the living of its row."""
+
+    row: int
+    lane: int
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+    stopped: bool = False
+
+
+@dataclass
+class _Question:
+    """A row in use: `num_columns` of it have been given out, of which `free` ones are nobody's any more.
+
+    `prompt`: what each branch sees at first `(L,)`, the position of its first new token `()` and the state that predicts
+    it `(H,)`; kept where more branches may be wanted.
+    """
+
+    ticket: int
+    branches: list[_Branch]
+    num_columns: int
+    num_living: int
+    prompt: tuple[Tensor, Tensor, Tensor] | None = None
+    free: list[int] = field(default_factory=list)
+
+
+class Decoder:
+    """Decodes the branches of whatever questions are added to it, a token each per step.
+
+    A question has a `ticket`, which the sampler hears as its number: the lowest that is not in use. `more` gets the
+    ticket, the tokens and whether each branch ended by itself once the last one of a question has, and says how many
+    branches it wants further behind the same prompt, which is still encoded.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampler: Sampler,
+        *,
+        max_new_tokens: int,
+        eos: Sequence[int],
+        with_log_probs: bool = False,
+        more: Callable[[int, list[list[int]], list[bool]], int] | None = None,
+    ) -> None:
+        self.model = model
+        self.sampler = sampler
+        self.max_new_tokens = max_new_tokens
+        self.eos = frozenset(eos)
+        self.with_log_probs = with_log_probs
+        self.more = more
+        self.cache = RowCache()
+        self._head = head_of(model)
+        self._questions: dict[int, _Question] = {}
+        self._living: list[_Branch] = []
+        self._num_axes: int | None = None
+        # (R, K, C): what every lane sees of its row; (N,): positions of first new tokens; (N, H): what predicts the next.
+        self._visible = torch.zeros(0, 0, 0, dtype=torch.bool)
+        self._position = torch.zeros(0, dtype=torch.int64)
+        self._hidden = torch.zeros(0, 0)
+        self._places: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
-    def num_slots(self) -> int:
-        return self.alive.shape[1]
+    def num_questions(self) -> int:
+        """Questions of which a branch still lives."""
+        return len(self._questions)
 
-    def any_alive(self) -> bool:
-        return bool(self._alive_host.any())
+    @property
+    def num_branches(self) -> int:
+        """Branches that still live."""
+        return len(self._living)
 
-    def record(self, step: int, tokens: Tensor, ends: Tensor, log_probs: Tensor | None) -> list[int]:
-        """Note a step's tokens of the living; returns the questions of which the last branch has just ended."""
-        # Every slot writes, also those that have ended: what stands behind `length` is never read.
-        at = (self.row[:, None], self.branch)
-        self.generated_ids[(*at, step)] = tokens
-        if self.generated_log_probs is not None and log_probs is not None:
-            self.generated_log_probs[(*at, step)] = log_probs
-        self.length[at] += self.alive
-        self.stopped[at] |= self.alive & ends
-        self.alive = self.alive & ~ends
-        before, self._alive_host = self._alive_host.any(dim=1), self.alive.cpu()
-        over = before & ~self._alive_host.any(dim=1)
-        finished = self.row.cpu()[over].tolist() if bool(over.any()) else []
-        self.unfinished = [b for b in self.unfinished if b not in finished]
-        return finished
+    def free_rows(self, count: int) -> list[int]:
+        """The lowest rows that no question has."""
+        return [row for row in range(len(self._questions) + count) if row not in self._questions][:count]
 
-    def compact(self) -> tuple[Tensor, Tensor] | None:
-        """Drop what has ended when it is worth the copy: the kept rows `(B',)` and slots `(B', K')`, or None."""
-        alive = self._alive_host
-        counts = alive.sum(dim=1)
-        width = int(counts.max())
-        if int((counts > 0).sum()) * width > COMPACT_BELOW * alive.numel():
-            return None
-        device = self.alive.device
-        rows = (counts > 0).nonzero()[:, 0]
-        # Living slots first; a row with fewer of them than the widest keeps an ended one as a filler.
-        slots = (~alive[rows]).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
-        rows, slots = rows.to(device), slots.to(device)
-        self.alive = self.alive[rows].gather(1, slots)
-        self.branch = self.branch[rows].gather(1, slots)
-        self.position = self.position[rows].gather(1, slots)
-        self.row = self.row[rows]
-        visible = self.visible[rows].gather(1, slots[:, :, None].expand(-1, -1, self.visible.shape[2]))
-        needed = (visible & self.alive[:, :, None]).any(dim=1)
-        columns = (~needed).to(torch.int8).argsort(dim=1, stable=True)[:, : int(needed.sum(dim=1).max())]
-        visible = visible.gather(2, columns[:, None].expand(-1, visible.shape[1], -1))
-        self.visible = visible & needed.gather(1, columns)[:, None]
-        # A filler, and a column that only fills up, must not leave a slot without anything to see.
-        self.visible |= ~self.visible.any(dim=2, keepdim=True)
-        for layer in self.cache.layers:
-            layer.keep(rows, columns)
-        self._alive_host = self.alive.cpu()
-        return rows, slots
+    def free_tickets(self, count: int) -> list[int]:
+        """The lowest numbers that no question has."""
+        taken = {question.ticket for question in self._questions.values()}
+        return [ticket for ticket in range(len(taken) + count) if ticket not in taken][:count]
 
-    def next_positions(self, step: int) -> Tensor:
-        """`(B', K')` positions of the tokens said in this step."""
-        return self.position + step
+    def add(self, branches: Branches) -> list[int]:
+        """Take in questions whose prompts (and segments) are in the cache; returns their tickets."""
+        _, num_lanes, width = branches.visible.shape
+        device = branches.hidden.device
+        self._reserve(max(branches.rows) + 1, num_lanes, width, branches.visible.device)
+        rows = to_device(branches.rows, branches.visible.device)
+        self._visible[rows] = False
+        self._visible[rows, :num_lanes, :width] = branches.visible
+        tickets = self.free_tickets(len(branches.rows))
+        taken = []
+        for i, (row, count, ticket) in enumerate(zip(branches.rows, branches.counts, tickets, strict=True)):
+            new = [_Branch(row, lane) for lane in range(count)]
+            prompt = None
+            if self.more is not None:
+                prompt = branches.visible[i, 0], branches.position[i, 0], branches.hidden[i, 0]
+            self._questions[row] = _Question(ticket, new, width, count, prompt)
+            self._living += new
+            taken += [i * num_lanes + lane for lane in range(count)]
+        at = to_device(taken, device)
+        hidden = branches.hidden.flatten(0, 1)[at]
+        position = branches.position.flatten().to(device)[at]
+        self._hidden = torch.cat([self._hidden, hidden]) if self._hidden.numel() else hidden
+        self._position = torch.cat([self._position.to(device), position])
+        self._num_axes = branches.num_axes or self._num_axes
+        self._places = None
+        return tickets
 
-    def extend_mask(self) -> Tensor:
-        """Add this step's columns, of which each slot sees its own: the mask `(B', 1, K', L + K')`."""
-        own = torch.eye(self.num_slots, dtype=torch.bool, device=self.visible.device)
-        self.visible = torch.cat([self.visible, own.expand(len(self.visible), -1, -1)], dim=2)
-        return self.visible[:, None]
-
-    def result_of(self, b: int) -> tuple[list[list[int]], list[bool]]:
-        """Tokens and ends of the branches of one question."""
-        branches = self.exists[b].nonzero()[:, 0].tolist()
-        generated_ids, length, stopped = (
-            self.generated_ids[b].tolist(),
-            self.length[b].tolist(),
-            self.stopped[b].tolist(),
+    @torch.no_grad()
+    def step(self) -> list[Decoded]:
+        """Give every branch one token more; returns the questions of which the last branch has ended by it."""
+        head = self._head
+        logits, _ = final_logits(
+            self._hidden.to(head.weight.device), head.weight, head.bias, head.softcap, head.logit_scale
         )
-        return [generated_ids[k][: length[k]] for k in branches], [stopped[k] for k in branches]
+        questions = [self._questions[branch.row] for branch in self._living]
+        who = to_device(
+            [
+                [question.ticket for question in questions],
+                [branch.lane for branch in self._living],
+                [len(branch.tokens) for branch in self._living],
+            ],
+            logits.device,
+        )
+        tokens = self.sampler(logits, *who)
+        log_probs = None
+        if self.with_log_probs:
+            log_probs = logits.log_softmax(dim=-1).gather(1, tokens.clamp(min=0)[:, None])[:, 0].tolist()
+        lasting, ended = self._record(tokens.tolist(), log_probs)
+        if len(lasting) < len(self._living):
+            at = to_device(lasting, tokens.device)
+            tokens = tokens[at]
+            self._position = self._position[at.to(self._position.device)]
+            self._living = [self._living[i] for i in lasting]
+            self._places = None
+        self._hidden = self._forward(tokens) if self._living else self._hidden[:0]
+        return [decoded for row in ended if (decoded := self._finish(row)) is not None]
 
-    def result(self) -> DecodeOutput:
-        results = [self.result_of(b) for b in range(len(self.generated_ids))]
-        log_probs = []
-        if self.generated_log_probs is not None:
-            values = self.generated_log_probs.tolist()
-            for b, (tokens, _) in enumerate(results):
-                branches = self.exists[b].nonzero()[:, 0].tolist()
-                log_probs.append(
-                    [values[b][k][: len(generated_ids)] for k, generated_ids in zip(branches, tokens, strict=True)]
-                )
-        return DecodeOutput([tokens for tokens, _ in results], [stopped for _, stopped in results], log_probs)
+    def _record(self, tokens: list[int], log_probs: list[float] | None) -> tuple[list[int], list[int]]:
+        """Note a step's tokens: which branches go on, and the rows of which none does."""
+        lasting, ended = [], []
+        for i, (branch, token) in enumerate(zip(self._living, tokens, strict=True)):
+            if token < 0:
+                raise not_finite()
+            branch.tokens.append(token)
+            if log_probs is not None:
+                branch.log_probs.append(log_probs[i])
+            branch.stopped = token in self.eos
+            if not branch.stopped and len(branch.tokens) < self.max_new_tokens:
+                lasting.append(i)
+                continue
+            question = self._questions[branch.row]
+            question.free += branch.columns
+            question.num_living -= 1
+            if not question.num_living:
+                ended.append(branch.row)
+        return lasting, ended
+
+    def _finish(self, row: int) -> Decoded | None:
+        """What became of a row's question, whose place is free then; None where it wants more branches."""
+        question = self._questions[row]
+        decoded = Decoded(
+            question.ticket,
+            [branch.tokens for branch in question.branches],
+            [branch.stopped for branch in question.branches],
+            [branch.log_probs for branch in question.branches] if self.with_log_probs else [],
+        )
+        count = self.more(decoded.ticket, decoded.tokens, decoded.stopped) if self.more is not None else 0
+        if count:
+            self._extend(row, count)
+            return None
+        del self._questions[row]
+        return decoded
+
+    def _extend(self, row: int, count: int) -> None:
+        """Begin so many branches more behind the prompt of a row whose branches have all ended."""
+        question = self._questions[row]
+        assert question.prompt is not None
+        visible, position, hidden = question.prompt
+        self._reserve(0, count, 0, self._visible.device)
+        self._visible[row] = False
+        self._visible[row, :count, : len(visible)] = visible
+        new = [_Branch(row, lane) for lane in range(count)]
+        question.branches += new
+        question.num_living = count
+        self._living += new
+        self._hidden = torch.cat([self._hidden, hidden.expand(count, -1)])
+        self._position = torch.cat([self._position, position.to(self._position.device).expand(count)])
+        self._places = None
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        """Feed each living branch its last token, `(N,)`; gives the states that predict the next ones, `(N, H)`."""
+        self._move_together()
+        columns = [self._column_for(branch) for branch in self._living]
+        num_keys = max(self._questions[branch.row].num_columns for branch in self._living)
+        num_keys = -(-num_keys // KEYS_STEP) * KEYS_STEP
+        num_rows = max(branch.row for branch in self._living) + 1
+        self._reserve(num_rows, 0, num_keys, self._visible.device)
+        device = self._visible.device
+        row, lane, column, step = to_device(
+            [
+                [branch.row for branch in self._living],
+                [branch.lane for branch in self._living],
+                columns,
+                [len(branch.tokens) - 1 for branch in self._living],
+            ],
+            device,
+        )
+        # A column that another branch has left is seen by nobody but its new owner.
+        self._visible[row, :, column] = lane[:, None] == torch.arange(self._visible.shape[1], device=device)
+        self.cache.placement = TokenPlacement(row, column, num_rows, num_keys)
+        positions = (self._position + step.to(self._position.device))[None]
+        if self._num_axes is not None:
+            positions = positions.expand(self._num_axes, 1, -1)
+        with active_layout(self._plan(num_rows, num_keys)):
+            output = backbone_of(self.model)(
+                input_ids=tokens[None],
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+            )
+        return output.last_hidden_state[0]
+
+    def _column_for(self, branch: _Branch) -> int:
+        """A place for a branch's next key: one that an ended branch has left, else a new one."""
+        question = self._questions[branch.row]
+        if question.free:
+            column = question.free.pop()
+        else:
+            column = question.num_columns
+            question.num_columns += 1
+        branch.columns.append(column)
+        return column
+
+    def _plan(self, num_rows: int, num_keys: int) -> BranchPlan:
+        """Which query stands where for the attention, and what it sees."""
+        if self._places is None:
+            by_row: list[list[int]] = [[] for _ in range(num_rows)]
+            for i, branch in enumerate(self._living):
+                by_row[branch.row].append(i)
+            most = max(map(len, by_row))
+            place = [0] * len(self._living)
+            for row, members in enumerate(by_row):
+                for k, i in enumerate(members):
+                    place[i] = row * most + k
+            query = [members + [0] * (most - len(members)) for members in by_row]
+            lane = [[self._living[i].lane for i in members] + [-1] * (most - len(members)) for members in by_row]
+            device = self._visible.device
+            self._places = to_device(query, device), to_device(place, device), to_device(lane, device)
+        query, place, lane = self._places
+        seen = self._visible[:num_rows, :, :num_keys]
+        mask = seen.gather(1, lane.clamp(min=0)[:, :, None].expand(-1, -1, num_keys))
+        # Where no query stands something must be seen, too.
+        mask |= ~mask.any(dim=2, keepdim=True)
+        return BranchPlan(mask[:, None], query, place)
+
+    def _move_together(self) -> None:
+        """Fill the gaps between rows in use from behind, once they are too many."""
+        rows = sorted(self._questions)
+        if len(rows) > DENSE_ENOUGH * (rows[-1] + 1):
+            return
+        gaps = [row for row in range(len(rows)) if row not in self._questions]
+        sources = rows[len(rows) - len(gaps) :]
+        self.cache.move(sources, gaps)
+        self._visible[gaps] = self._visible[sources]
+        for source, gap in zip(sources, gaps, strict=True):
+            question = self._questions.pop(source)
+            self._questions[gap] = question
+            for branch in question.branches:
+                branch.row = gap
+        self._places = None
+
+    def _reserve(self, num_rows: int, num_lanes: int, num_columns: int, device: torch.device) -> None:
+        """Room for so many rows, lanes and columns, in the cache and in what says who sees what."""
+        self.cache.reserve(num_rows, num_columns)
+        old = self._visible
+        size = (self.cache.num_rows, max(num_lanes, old.shape[1]), self.cache.capacity)
+        if old.shape != size:
+            self._visible = torch.zeros(size, dtype=torch.bool, device=device)
+            self._visible[: old.shape[0], : old.shape[1], : old.shape[2]] = old.to(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -40,26 +40,38 @@ class PromptTree:
     options: list[list[int]]
 
 
-def of_segments(values: Tensor, trees: Sequence[PromptTree]) -> list[list[list[float]]]:
-    """From `(B, S)` values of the tokens of whole rows to those of each tree's segments.
+def of_segments(values: Tensor, rows: Sequence[Sequence[Segment]]) -> list[list[list[float]]]:
+    """From `(B, S)` values of the tokens of whole rows to those of each row's segments.
 
-    >>> of_segments(torch.tensor([[1.0, 2.0, 3.0]]), [PromptTree("", [Segment([7]), Segment([8, 9])], [0, 1], [])])
+    >>> of_segments(torch.tensor([[1.0, 2.0, 3.0]]), [[Segment([7]), Segment([8, 9])]])
     [[[1.0], [2.0, 3.0]]]
     """
     found = []
-    for row, tree in zip(values.tolist(), trees, strict=True):
+    for row, segments in zip(values.tolist(), rows, strict=True):
         rest = iter(row)
-        found.append([[next(rest) for _ in segment.token_ids] for segment in tree.segments])
+        found.append([[next(rest) for _ in segment.token_ids] for segment in segments])
     return found
+
+
+class Processor(Protocol):
+    """What a processor of texts and images (or, for models of texts alone, a tokenizer) is used for here."""
+
+    def apply_chat_template(self, conversation: Any, **settings: Any) -> Any:
+        """A chat as the model's prompt."""
+        ...
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        """Texts and images as the model's inputs."""
+        ...
 
 
 class Prompter:
     """Renders and encodes prompts with a processor (or, for text-only models, a tokenizer)."""
 
-    def __init__(self, processor: Any, open_image: Callable[[Any], Any]) -> None:
-        self.processor = processor
+    def __init__(self, processor: Processor, open_image: Callable[[Any], Any]) -> None:
+        self.processor: Any = processor
         self.open_image = open_image
-        self.tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+        self.tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else self.processor.tokenizer
         # A fast tokenizer keeps how it pads, and whether it splits special tokens, from one call to the next: two
         # threads (`align.engines.prefetch`) would get each other's tokens.
         self._one_at_a_time = threading.Lock()

@@ -8,7 +8,7 @@ function in double precision, over the tokens that the settings keep.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,12 +17,16 @@ from torch import Tensor
 from align.engines.base import SamplingSettings
 from align.errors import UserError
 
+# Gets logits (N, V) and, for each, its question, the index of its branch and how many tokens that has, all (N,); gives
+# tokens (N,), below zero where logits are not finite.
+Sampler = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
 # The nucleus nearly always lies within this many likeliest tokens; where it does not, all are sorted.
 NUCLEUS_GUESS = 512
 
 
-def uniforms(seeds: Sequence[int], num_samples: int, num_steps: int) -> Tensor:
-    """`(len(seeds), num_samples, num_steps)` float64 in [0, 1): one Philox stream for every seed and sample index.
+def uniforms(seeds: Sequence[int], num_samples: int, num_steps: int, *, first: int = 0) -> Tensor:
+    """`(len(seeds), num_samples, num_steps)` float64 in [0, 1): one Philox stream per seed and sample index from `first` on.
 
     A stream begins in the same way however long it is and however many stand beside it.
 
@@ -32,7 +36,7 @@ def uniforms(seeds: Sequence[int], num_samples: int, num_steps: int) -> Tensor:
     numbers = np.empty((len(seeds), num_samples, num_steps))
     for row, seed in enumerate(seeds):
         for index in range(num_samples):
-            key = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=16).digest()
+            key = hashlib.blake2b(f"{seed}/{first + index}".encode(), digest_size=16).digest()
             stream = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
             numbers[row, index] = stream.random(num_steps)
     return torch.from_numpy(numbers)
@@ -63,7 +67,9 @@ def choose(logits: Tensor, settings: SamplingSettings, uniform: Tensor | None) -
 def _nucleus(scores: Tensor, ids: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
     """The likeliest tokens in falling order, `(N, M)` scores and ids; those outside of the nucleus have -inf."""
     probabilities = scores.softmax(dim=-1)
-    count = scores.shape[-1] if ids is not None else min(NUCLEUS_GUESS, scores.shape[-1])
+    # On an accelerator, to see whether the guess is enough would be a wait of the host: there all are sorted.
+    guess = NUCLEUS_GUESS if scores.device.type == "cpu" else scores.shape[-1]
+    count = scores.shape[-1] if ids is not None else min(guess, scores.shape[-1])
     top, order = probabilities.topk(count, dim=-1)
     before = top.cumsum(dim=-1) - top
     if count < scores.shape[-1] and bool((before[:, -1] < top_p).any()):
@@ -81,36 +87,75 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-class SeededSampler:
-    """Chooses tokens by each branch's own numbers; knows what a branch has said, where repetition is penalised.
+def not_finite() -> UserError:
+    """What is said of logits of which no token can be sampled."""
+    return UserError(
+        "the model's logits are not finite (NaN or infinity)",
+        fix="set model.dtype to float32 or bfloat16; where that does not help, the weights are broken",
+    )
 
-    `numbers` `(B, K, steps)`, `prompt_ids` `(B, P)`.
+
+class SeededSampler:
+    """Samples tokens by each branch's own numbers; knows what a branch has said, where repetition is penalised.
+
+    A question is begun under a number of its own, its ticket, that may be used again once the question is finished.
     """
 
-    def __init__(self, settings: SamplingSettings, numbers: Tensor, prompt_ids: Tensor) -> None:
+    def __init__(self, settings: SamplingSettings, device: torch.device) -> None:
         self.settings = settings
-        self.numbers = numbers
-        self.prompt_ids = prompt_ids
-        self.seen: Tensor | None = None
+        self.device = device
+        self._numbers = torch.zeros(0, 0, settings.max_new_tokens, dtype=torch.float64, device=device)
+        self._prompt_ids: dict[int, Tensor] = {}
+        self._seen: Tensor | None = None
 
-    def __call__(self, logits: Tensor, row: Tensor, branch: Tensor, step: int) -> Tensor:
-        """Tokens `(N,)` for logits `(N, V)` of these rows and branches `(N,)`.
+    def begin(self, tickets: Sequence[int], seeds: Sequence[int], num_samples: int, inputs: dict[str, Tensor]) -> None:
+        """Begin questions with prompts `input_ids` and `attention_mask` `(n, P)`, each with samples 0 to `num_samples`."""
+        for ticket, ids, mask in zip(tickets, inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
+            # Padding counts as the first token: it must not be taken for something that was said.
+            self._prompt_ids[ticket] = torch.where(mask, ids, ids[0])
+        self.draw(tickets, seeds, 0, num_samples)
 
-        Raises:
-            UserError: there are logits that are not numbers, of which no token could be chosen.
-        """
+    def draw(self, tickets: Sequence[int], seeds: Sequence[int], first: int, num_samples: int) -> None:
+        """Let the branches of begun questions be the samples `first` to `first + num_samples`."""
+        numbers = uniforms(seeds, num_samples, self.settings.max_new_tokens, first=first).to(self.device)
+        old = self._numbers
+        size = (max(max(tickets) + 1, old.shape[0]), max(num_samples, old.shape[1]), old.shape[2])
+        if old.shape != size:
+            self._numbers = old.new_zeros(size)
+            self._numbers[: old.shape[0], : old.shape[1]] = old
+        self._numbers[list(tickets), :num_samples] = numbers
+        if self._seen is not None:
+            self._see_prompts(tickets)
+
+    def __call__(self, logits: Tensor, question: Tensor, branch: Tensor, step: Tensor) -> Tensor:
+        """Tokens `(N,)` for logits `(N, V)` of these questions and branches at these steps `(N,)`; -1 where logits are
+        not finite, of which no token could be sampled."""
         if self.settings.repetition_penalty != 1.0:
-            if self.seen is None:
-                generated_ids = logits.new_zeros(len(self.prompt_ids), logits.shape[-1], dtype=torch.bool)
-                generated_ids.scatter_(1, self.prompt_ids, True)
-                self.seen = generated_ids[:, None].repeat(1, self.numbers.shape[1], 1)
-            logits = penalise_repetition(logits, self.seen[row, branch], self.settings.repetition_penalty)
-        if not bool(logits.amax(dim=-1).isfinite().all()):
-            raise UserError(
-                "the model's logits are not numbers",
-                fix="set model.dtype to float32 or bfloat16; where that does not help, the weights are broken",
-            )
-        tokens = choose(logits, self.settings, self.numbers[row, branch, step])
-        if self.seen is not None:
-            self.seen[row, branch, tokens] = True
-        return tokens
+            if self._seen is None or self._seen.shape[:2] != self._numbers.shape[:2]:
+                self._widen(logits.shape[-1])
+            assert self._seen is not None
+            logits = penalise_repetition(logits, self._seen[question, branch], self.settings.repetition_penalty)
+        finite = logits.amax(dim=-1).isfinite()
+        tokens = choose(logits, self.settings, self._numbers[question, branch, step])
+        if self._seen is not None:
+            self._seen[question, branch, tokens] = True
+        return torch.where(finite, tokens, -1)
+
+    def _widen(self, vocab_size: int) -> None:
+        """Room for what all begun questions and branches have said."""
+        old = self._seen
+        num_tickets, num_branches, _ = self._numbers.shape
+        self._seen = torch.zeros(num_tickets, num_branches, vocab_size, dtype=torch.bool, device=self.device)
+        if old is not None:
+            self._seen[: old.shape[0], : old.shape[1]] = old
+        for ticket, ids in self._prompt_ids.items():
+            known = old.shape[1] if old is not None and ticket < old.shape[0] else 0
+            self._seen[ticket, known:, ids] = True
+
+    def _see_prompts(self, tickets: Sequence[int]) -> None:
+        """The branches of these questions have said nothing but seen their prompts."""
+        assert self._seen is not None
+        for ticket in tickets:
+            if ticket < len(self._seen):
+                self._seen[ticket] = False
+                self._seen[ticket, :, self._prompt_ids[ticket]] = True

@@ -1,206 +1,277 @@
 """The shared path: what is asked of a batch of questions, computed behind prompts that are encoded once.
 
-The counterpart of `align.engines.unshared_path`. Inputs are right-padded and on the model's device, the model has been given to
-`use_shared_prefix`. Raises PrefixUnsupported where the architecture does not allow it.
+The counterpart of `align.engines.unshared_path`. Raises PrefixUnsupported where the architecture does not allow it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from align.engines.decoding import Branches, DecodeOutput, Sampler, decode, prefill
+from align.engines.base import SampleRequest
+from align.engines.batching import Batch
+from align.engines.decoding import Branches, Decoded, Decoder, Prompts, prefill
+from align.engines.kv_cache import RowCache, SegmentPlacement, to_device
 from align.engines.prompts import PromptTree, of_segments
-from align.prefix.attention import AttentionPlan, active_layout
-from align.prefix.equivalence import Equivalence, check_equivalence
+from align.engines.sampling_run import SampleQueue, SamplingRun
+from align.prefix.attention import AttentionPlan, active_layout, use_shared_prefix
 from align.prefix.layout import Layout, Segment
-from align.prefix.log_probs import forward_segments, head_of, row_hidden_states
-from align.prefix.rows import backbone_of, placeholder_ids, prompt_positions_of
+from align.prefix.log_probs import head_of, hidden_to_stats
+from align.prefix.rows import backbone_of
 from align.prefix.token_stats import token_stats
 
-# What the first batch is checked on: so many tokens of each sample, so many branches of each prompt.
-CHECK_TOKENS = 64
-CHECK_BRANCHES = 4
+# Segments are computed in chunks of about as many tokens as the prompt has, at least these: they need no more memory.
+CHUNK_TOKENS = 256
+# New questions are begun once there is room for this part of a batch.
+REFILL_SHARE = 0.25
 
 
-def sample_behind(
-    model: PreTrainedModel,
-    inputs: dict[str, Any],
-    choose: Sampler,
-    *,
-    num_samples: int,
-    max_new_tokens: int,
-    eos: list[int],
-    on_row: Callable[[int, list[list[int]], list[bool]], None] | None = None,
-    with_log_probs: bool = False,
-) -> DecodeOutput:
-    """Grow `num_samples` branches behind every prompt; see `grow` for the rest."""
-    mask = inputs["attention_mask"].bool()
-    positions, start = prompt_positions_of(model, inputs, mask)
-    cache, hidden = prefill(model, inputs, positions)
-    last = mask.sum(dim=1) - 1
-    rows = torch.arange(len(mask), device=mask.device)
-    shape = (len(mask), num_samples)
-    branches = Branches(
-        cache=cache,
-        visible=mask[:, None].expand(-1, num_samples, -1),
-        position=start[:, None].expand(shape),
-        hidden=hidden[rows, last][:, None].expand(-1, num_samples, -1),
-        alive=torch.ones(shape, dtype=torch.bool, device=mask.device),
-    )
-    return decode(
-        model,
-        branches,
-        choose,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos,
-        num_position_axes=len(positions) if positions.ndim == 3 else None,
-        with_log_probs=with_log_probs,
-        on_row=on_row,
-    )
+class SharedPath:
+    """Every prompt encoded once, its branches behind it."""
+
+    def __init__(self, model: PreTrainedModel, eos: Sequence[int]) -> None:
+        use_shared_prefix(model)
+        self.model = model
+        self.eos = list(eos)
+
+    def sample(self, queue: SampleQueue, run: SamplingRun) -> None:
+        """Answer all questions of the queue; one begins as soon as others have left room for it."""
+        decoder = self._decoder(run)
+        while queue or decoder.num_branches:
+            count = _room(queue, decoder)
+            if count:
+                self._begin(queue.take(count), decoder, run)
+            for decoded in decoder.step():
+                run.finish(decoded.ticket, decoded.tokens, decoded.stopped)
+
+    def sample_batch(self, batch: Batch[SampleRequest], run: SamplingRun) -> list[Decoded]:
+        """The samples of one batch with their log-probabilities, for the check of equivalence; nothing is finished."""
+        decoder = self._decoder(run, with_log_probs=True)
+        tickets = self._begin(batch, decoder, run)
+        found: dict[int, Decoded] = {}
+        while decoder.num_branches:
+            found |= {decoded.ticket: decoded for decoded in decoder.step()}
+        return [found[ticket] for ticket in tickets]
+
+    def _decoder(self, run: SamplingRun, *, with_log_probs: bool = False) -> Decoder:
+        return Decoder(
+            self.model,
+            run.sampler,
+            max_new_tokens=run.settings.max_new_tokens,
+            eos=self.eos,
+            with_log_probs=with_log_probs,
+            more=run.num_more if run.wants_more else None,
+        )
+
+    def _begin(self, batch: Batch[SampleRequest], decoder: Decoder, run: SamplingRun) -> list[int]:
+        run.begin(decoder.free_tickets(len(batch)), batch)
+        prompts = prefill(self.model, batch.inputs, decoder.cache, decoder.free_rows(len(batch)))
+        return decoder.add(Branches.behind(prompts, [request.num_samples for request in batch.items]))
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch[PromptTree]) -> list[np.ndarray]:
+        """Per tree `(num_branches, num_options)`: log-probabilities of each option behind each branch."""
+        trees = [_with_options(tree) for tree in batch.items]
+        tables = [np.zeros((len(tree.leaf_segments), len(tree.options))) for tree in batch.items]
+        head = head_of(self.model)
+        for chunk in self._chunks(batch.inputs, trees):
+            reads = [
+                (b, read)
+                for b, (tree, kept) in enumerate(zip(batch.items, chunk.kept, strict=True))
+                for read in _reads(tree, kept, chunk.layout.last[b].tolist())
+            ]
+            row, at, token = to_device(
+                [[b for b, _ in reads], [read.at for _, read in reads], [read.token for _, read in reads]],
+                chunk.hidden.device,
+            )
+            values = token_stats(
+                chunk.hidden[row, chunk.index_of(at)].to(head.weight.device),
+                head.weight,
+                head.bias,
+                token.to(head.weight.device),
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+            ).log_probs.tolist()
+            for (b, read), value in zip(reads, values, strict=True):
+                tables[b][read.branch, read.option] += value
+        return tables
+
+    @torch.no_grad()
+    def loglikelihood(self, batch: Batch[PromptTree], *, temperature: float = 1.0) -> list[list[list[float]]]:
+        """Per tree and segment the log-probabilities of its tokens at a sampling temperature."""
+        found: list[list[list[float]]] = [[[] for _ in tree.segments] for tree in batch.items]
+        for chunk in self._chunks(batch.inputs, [tree.segments for tree in batch.items]):
+            at = chunk.index_of(chunk.layout.predicted_at.to(chunk.hidden.device))
+            hidden = chunk.hidden.gather(1, at[:, :, None].expand(-1, -1, chunk.hidden.shape[-1]))
+            values = hidden_to_stats(self.model, hidden, chunk.layout, temperature=temperature).log_probs
+            for b, by_segment in enumerate(of_segments(values, chunk.rows)):
+                for index, own in zip(chunk.kept[b], by_segment, strict=True):
+                    found[b][index] = own
+        return found
+
+    @torch.no_grad()
+    def generate(self, batch: Batch[PromptTree], *, max_new_tokens: int) -> list[list[list[int]]]:
+        """Greedy answers of all branches, `[tree][branch]`, decoded side by side behind the tree."""
+        decoder = Decoder(self.model, _greedy, max_new_tokens=max_new_tokens, eos=self.eos)
+        prompts = prefill(self.model, batch.inputs, decoder.cache, range(len(batch)))
+        rows = [tree.segments for tree in batch.items]
+        layout = Layout.build(batch.inputs["attention_mask"], rows, pad_token_id=0)
+        hidden = _segment_states(self.model, decoder.cache, prompts, layout)
+        most = max(len(tree.leaf_segments) for tree in batch.items)
+        leaves = [
+            tree.leaf_segments + tree.leaf_segments[:1] * (most - len(tree.leaf_segments)) for tree in batch.items
+        ]
+        ends = layout.last.gather(1, to_device(leaves, layout.last.device)) - layout.prompt_mask.shape[1]
+        assert bool((ends >= 0).all()), "a leaf has at least the template's rest"
+        at = torch.arange(len(batch), device=hidden.device)[:, None]
+        position = prompts.next_position[:, None] + layout.path_position.gather(1, ends)
+        tickets = decoder.add(
+            Branches(
+                rows=prompts.rows,
+                visible=layout.mask()[:, 0][at.to(ends.device), ends],
+                position=position + 1,
+                hidden=hidden[at, ends.to(hidden.device)],
+                counts=[len(tree.leaf_segments) for tree in batch.items],
+                num_axes=prompts.num_axes,
+            )
+        )
+        answers: dict[int, list[list[int]]] = {}
+        while decoder.num_branches:
+            answers |= {decoded.ticket: decoded.tokens for decoded in decoder.step()}
+        return [answers[ticket] for ticket in tickets]
+
+    def _chunks(self, inputs: dict[str, Any], rows: Sequence[Sequence[Segment]]) -> Iterator[_Chunk]:
+        """The segments behind every prompt, some at a time, each chunk with its states."""
+        cache = RowCache()
+        prompts = prefill(self.model, inputs, cache, range(len(rows)))
+        most = max(inputs["input_ids"].shape[1], CHUNK_TOKENS)
+        for kept in itertools.zip_longest(*(chunks_of(row, most) for row in rows), fillvalue=[]):
+            parts = [renumbered(row, indices) for row, indices in zip(rows, kept, strict=True)]
+            layout = Layout.build(inputs["attention_mask"], parts, pad_token_id=0)
+            hidden = _segment_states(self.model, cache, prompts, layout)
+            yield _Chunk(list(kept), parts, layout, torch.cat([prompts.hidden[:, None], hidden], dim=1))
 
 
-@torch.no_grad()
-def shared_log_probs(model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[PromptTree]) -> list[np.ndarray]:
-    """Per prompt `(num_branches, num_options)`: all branches with all options in one row behind the prompt."""
-    rows = [[*tree.segments, *_option_segments(tree)] for tree in trees]
-    layout = Layout.build(inputs["attention_mask"], rows, pad_token_id=0)
-    reads = [_reads(tree, last) for tree, last in zip(trees, layout.last.tolist(), strict=True)]
-    at = torch.tensor([(b, *read) for b, row in enumerate(reads) for read in row], device=layout.last.device)
-    hidden = row_hidden_states(model, inputs, layout)
-    head = head_of(model)
-    values = token_stats(
-        hidden[at[:, 0], at[:, 1]].to(head.weight.device),
-        head.weight,
-        head.bias,
-        at[:, 2].to(head.weight.device),
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-    ).log_probs.tolist()
-    found = iter(values)
+@dataclass(frozen=True)
+class _Chunk:
+    """Some segments of every row: their indices `kept`, themselves `rows`, their layout, and `hidden` `(B, 1 + S, H)`,
+    the state of the prompt's last token and those of the segments'."""
+
+    kept: list[list[int]]
+    rows: list[list[Segment]]
+    layout: Layout
+    hidden: Tensor
+
+    def index_of(self, at: Tensor) -> Tensor:
+        """From places in the row `[prompt (P) | segments (S)]` that predict a segment to places in `hidden`."""
+        return (at - self.layout.prompt_mask.shape[1] + 1).clamp(min=0)
+
+
+def _segment_states(model: PreTrainedModel, cache: RowCache, prompts: Prompts, layout: Layout) -> Tensor:
+    """`(B, S, H)`: states of segments behind the prompts in the cache, which then has their keys right behind it."""
+    width, length = layout.prompt_mask.shape[1], layout.input_ids.shape[1]
+    cache.reserve(len(prompts.rows), width + length)
+    cache.placement = SegmentPlacement(width, width + length)
+    positions = prompts.next_position[:, None] + layout.path_position
+    if prompts.num_axes is not None:
+        positions = positions.expand(prompts.num_axes, -1, -1)
+    with active_layout(AttentionPlan(0, layout.mask())):
+        return backbone_of(model)(
+            input_ids=layout.input_ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
+        ).last_hidden_state
+
+
+def chunks_of(segments: Sequence[Segment], most: int) -> list[list[int]]:
+    """Indices of segments in chunks of at most so many tokens: a child of the prompt is with all that stands below it.
+
+    A larger child is a chunk of its own.
+
+    >>> row = [Segment([1, 2]), Segment([3], 0), Segment([4, 5]), Segment([6], 1), Segment([7, 8])]
+    >>> chunks_of(row, 6), chunks_of(row, 1)
+    ([[0, 1, 2, 3], [4]], [[0, 1, 3], [2], [4]])
+    """
+    top: list[int] = []
+    groups: dict[int, list[int]] = {}
+    for index, segment in enumerate(segments):
+        top.append(index if segment.parent is None else top[segment.parent])
+        groups.setdefault(top[index], []).append(index)
+    chunks: list[list[int]] = []
+    room = 0
+    for group in groups.values():
+        size = sum(len(segments[index].token_ids) for index in group)
+        if size > room or not chunks:
+            chunks.append([])
+            room = most
+        chunks[-1] += group
+        room -= size
+    return [sorted(chunk) for chunk in chunks]
+
+
+def renumbered(segments: Sequence[Segment], kept: Sequence[int]) -> list[Segment]:
+    """Some segments, with the parents' new numbers."""
+    new = {old: number for number, old in enumerate(kept)}
     return [
-        np.array([[sum(next(found) for _ in option) for option in tree.options] for _ in tree.leaf_segments])
-        for tree in trees
+        Segment(segments[old].token_ids, None if segments[old].parent is None else new[segments[old].parent])
+        for old in kept
     ]
 
 
-def _option_segments(tree: PromptTree) -> list[Segment]:
-    """A segment below every leaf for every option of several tokens; its last token is predicted, not read."""
-    return [Segment(option[:-1], leaf) for leaf in tree.leaf_segments for option in tree.options if len(option) > 1]
+def _with_options(tree: PromptTree) -> list[Segment]:
+    """A tree's segments, and one below every leaf for every option of several tokens; its last token is not read."""
+    return [
+        *tree.segments,
+        *(Segment(option[:-1], leaf) for leaf in tree.leaf_segments for option in tree.options if len(option) > 1),
+    ]
 
 
-def _reads(tree: PromptTree, last: list[int]) -> list[tuple[int, int]]:
-    """For every token of every option of every branch: where in the row it is predicted, and its id.
+@dataclass(frozen=True)
+class _Read:
+    """A token of an option of a branch, and where in the row it is predicted."""
+
+    branch: int
+    option: int
+    at: int
+    token: int
+
+
+def _reads(tree: PromptTree, kept: Sequence[int], last: Sequence[int]) -> list[_Read]:
+    """Every token of every option of the branches whose leaves are among the segments `kept` of `_with_options`.
 
     `last` is the row's part of `Layout.last`.
     """
-    reads = []
+    end_of = dict(zip(kept, last, strict=False))
     segment = len(tree.segments)
-    for leaf in tree.leaf_segments:
-        for option in tree.options:
-            reads.append((last[leaf], option[0]))
+    reads = []
+    for branch, leaf in enumerate(tree.leaf_segments):
+        for o, option in enumerate(tree.options):
+            if leaf in end_of:
+                reads.append(_Read(branch, o, end_of[leaf], option[0]))
             if len(option) > 1:
-                first = last[segment] - (len(option) - 2)
-                reads += [(first + i, token) for i, token in enumerate(option[1:])]
+                if segment in end_of:
+                    first = end_of[segment] - (len(option) - 2)
+                    reads += [_Read(branch, o, first + i, token) for i, token in enumerate(option[1:])]
                 segment += 1
     return reads
 
 
-@torch.no_grad()
-def shared_loglikelihood(
-    model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[PromptTree], *, temperature: float
-) -> list[list[list[float]]]:
-    """Per tree and segment the log-probabilities of its tokens."""
-    layout = Layout.build(inputs["attention_mask"], [tree.segments for tree in trees], pad_token_id=0)
-    return of_segments(forward_segments(model, inputs, layout, temperature=temperature).log_probs, trees)
+def _greedy(logits: Tensor, *_: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
 
 
-@torch.no_grad()
-def shared_generate(
-    model: PreTrainedModel,
-    inputs: dict[str, Any],
-    trees: Sequence[PromptTree],
-    *,
-    max_new_tokens: int,
-    eos: list[int],
-) -> list[list[list[int]]]:
-    """Greedy answers of all branches, growing side by side behind the prompt."""
-    layout = Layout.build(inputs["attention_mask"], [tree.segments for tree in trees], pad_token_id=0)
-    positions, start = prompt_positions_of(model, inputs, layout.prompt_mask)
-    axes = len(positions) if positions.ndim == 3 else None
-    cache, _ = prefill(model, inputs, positions)
-    segment_positions = start[:, None] + layout.path_position
-    mask = layout.mask()
-    with active_layout(AttentionPlan(0, mask)):
-        hidden = backbone_of(model)(
-            input_ids=layout.input_ids,
-            position_ids=segment_positions if axes is None else segment_positions.expand(axes, -1, -1),
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        ).last_hidden_state
-    slots = max(len(tree.leaf_segments) for tree in trees)
-    leaf_segments = torch.tensor(
-        [tree.leaf_segments + tree.leaf_segments[:1] * (slots - len(tree.leaf_segments)) for tree in trees]
-    )
-    alive = torch.tensor([[k < len(tree.leaf_segments) for k in range(slots)] for tree in trees])
-    leaf_segments, alive = leaf_segments.to(hidden.device), alive.to(hidden.device)
-    ends = layout.last.gather(1, leaf_segments) - layout.prompt_mask.shape[1]
-    assert bool((ends >= 0).all()), "a leaf has at least the template's rest"
-    rows = torch.arange(len(trees), device=hidden.device)[:, None]
-    branches = Branches(
-        cache=cache,
-        visible=mask[:, 0][rows, ends],
-        position=segment_positions.gather(1, ends) + 1,
-        hidden=hidden[rows, ends],
-        alive=alive,
-    )
-    return decode(
-        model,
-        branches,
-        lambda logits, *_: logits.argmax(dim=-1),
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos,
-        num_position_axes=axes,
-    ).tokens
-
-
-def check_decoding(model: PreTrainedModel, inputs: dict[str, Any], decoded: DecodeOutput) -> Equivalence:
-    """Compare the log-probabilities found while growing with those of the same samples as full sequences."""
-    stop_tokens = placeholder_ids(model)
-    rows, shared = [], []
-    for tokens, log_probs in zip(decoded.tokens, decoded.log_probs, strict=True):
-        row = []
-        for generated_ids, values in zip(tokens, log_probs, strict=True):
-            # A sampled image placeholder would be taken for an image when fed in together with one.
-            length = next((i for i, token in enumerate(generated_ids) if token in stop_tokens), len(generated_ids))
-            length = min(length, CHECK_TOKENS)
-            row.append(Segment(generated_ids[:length]))
-            shared += values[:length]
-        rows.append(row)
-    layout = Layout.build(inputs["attention_mask"], rows, pad_token_id=0)
-    is_token = layout.is_token.cpu()
-    found = torch.zeros(is_token.shape).masked_scatter(is_token, torch.tensor(shared))
-    return check_equivalence(model, inputs, layout, found)
-
-
-def check_branches(model: PreTrainedModel, inputs: dict[str, Any], trees: Sequence[PromptTree]) -> Equivalence:
-    """Compare whole rows with separate sequences on a few branches of each prompt."""
-    rows = []
-    for tree in trees:
-        wanted: set[int] = set()
-        for leaf in tree.leaf_segments[:CHECK_BRANCHES]:
-            node: int | None = leaf
-            while node is not None:
-                wanted.add(node)
-                node = tree.segments[node].parent
-        new = {old: index for index, old in enumerate(sorted(wanted))}
-        parents = {old: tree.segments[old].parent for old in new}
-        rows.append(
-            [Segment(tree.segments[old].token_ids, None if p is None else new[p]) for old, p in parents.items()]
-        )
-    return check_equivalence(model, inputs, Layout.build(inputs["attention_mask"], rows, pad_token_id=0))
+def _room(queue: SampleQueue, decoder: Decoder) -> int:
+    """How many questions to begin now: several at a time, or whatever there is room for where nothing is left to do."""
+    if not queue:
+        return 0
+    batch, held = queue.sizer.num_items(queue.kind), queue.sizer.num_held(queue.kind)
+    per_question = max(1, max(request.num_samples for request in queue.items))
+    room = min(held - decoder.num_questions, batch - -(-decoder.num_branches // per_question))
+    if not decoder.num_branches:
+        return max(1, room)
+    return room if room >= max(1, REFILL_SHARE * batch) else 0

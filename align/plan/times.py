@@ -27,7 +27,7 @@ from align.plan.speed import (
 )
 from align.prefix.plans import GROUPING_PAYS
 
-# Until an engine knows how large its items are (`align.engines.local.CHECK_ITEMS`).
+# Until an engine knows how large its items are (`align.engines.batch_size.FIRST_ITEMS`).
 FIRST_BATCH = 2
 
 

@@ -119,6 +119,26 @@ class GroupedPlan(AttentionPlan):
         return torch.cat([prompt, self._grouped(states[:, :, self.prompt_width :])], dim=2)
 
 
+class BranchPlan(AttentionPlan):
+    """One token per branch of many rows, all in one entry of the batch: N queries, each over the keys of its own row.
+
+    So layers compute nothing for rows with fewer branches than others; only here are they laid side by side. `mask`
+    `(R, 1, K, E)` bool: what the K places of a row see of its E keys. `query` `(R, K)`: which of the N queries stands at
+    a place (any, where none does). `place` `(N,)`: where among the `R * K` a query stands.
+    """
+
+    def __init__(self, mask: Tensor, query: Tensor, place: Tensor) -> None:
+        super().__init__(0, mask)
+        self.query = query
+        self.place = place
+        self.num_queries = len(place)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+        by_row = query[0].transpose(0, 1)[self.query.to(query.device)].transpose(1, 2)
+        out = self._masked(by_row, key, value, scale=scale, dropout=dropout)
+        return out.transpose(1, 2).flatten(0, 1)[self.place.to(out.device)].transpose(0, 1)[None]
+
+
 # Scores computed under one mask, over those of the groups: from here on groups are used. On CPU, 4 heads on 2 of width
 # 64, behind 1000 tokens: 5 segments of 64 (ratio 1.2) take 3.9 ms under one mask and 4.6 in groups, 20 of 100 (2.7)
 # 46 and 28; with gradients 14 and 17, 154 and 92.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from align.engines.base import SampleRequest, SampleResult, SamplingSettings
+from align.engines.decoding import Branches, Decoded, Decoder, prefill
 from align.engines.local import LocalEngine
+from align.engines.sampling import Sampler
+from align.prefix.attention import use_shared_prefix
 from tests import tiny_models
 
 TEXT_TEMPLATE = (
@@ -70,3 +74,25 @@ def collect(engine: LocalEngine, requests: list[SampleRequest], settings: Sampli
 
     engine.sample(requests, settings, keep)
     return found
+
+
+def decode(
+    model: Any,
+    inputs: dict[str, Any],
+    sampler: Sampler,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    eos: list[int],
+    on_finished: Callable[[Decoded], None] = lambda decoded: None,
+) -> list[Decoded]:
+    """Samples behind one batch of prompts; the sampler gets the prompts' numbers, in order."""
+    use_shared_prefix(model)
+    decoder = Decoder(model, sampler, max_new_tokens=max_new_tokens, eos=eos)
+    prompts = prefill(model, inputs, decoder.cache, range(len(inputs["input_ids"])))
+    found = dict.fromkeys(decoder.add(Branches.behind(prompts, [num_samples] * len(prompts.rows))))
+    while decoder.num_branches:
+        for decoded in decoder.step():
+            found[decoded.ticket] = decoded
+            on_finished(decoded)
+    return list(found.values())

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from align.engines import shared_path
 from align.engines.local import LocalEngine
 from align.engines.prompts import Prompter
+from align.engines.shared_path import SharedPath
 from align.errors import UserError
 from reward.judge_model import BranchedPrompt
 from tests import tiny_models
@@ -63,7 +65,7 @@ def test_log_probs_equal_those_of_full_prompts(onevision: tuple[Any, Any]):
         assert expected.std(axis=0).min() > 1e-3, "the branches differ"
 
 
-def test_the_plain_path_gives_the_same_log_probs(onevision: tuple[Any, Any]):
+def test_the_unshared_path_gives_the_same_log_probs(onevision: tuple[Any, Any]):
     prompts = [comparison(0), comparison(1)]
     shared = LocalEngine(*onevision).log_probs(prompts)
     unshared = LocalEngine(*onevision, shared_prefix="off").log_probs(prompts)
@@ -158,28 +160,45 @@ def test_nothing_asked_is_nothing_answered(onevision: tuple[Any, Any]):
     assert engine.generate([], max_new_tokens=3) == []
 
 
-def test_an_ask_too_large_for_one_row_is_asked_branch_by_branch(
+def test_a_prompt_too_large_for_memory_goes_branch_by_branch(
     onevision: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    from align.engines import local
-    from align.engines.shared_path import shared_log_probs
-
     prompts = [comparison(0), comparison(1), comparison(2)]
     expected = LocalEngine(*onevision).log_probs(prompts)
-    large = prompts[1].branches
+    original = SharedPath.log_probs
 
-    def limited(model: Any, inputs: Any, trees: Any) -> Any:
-        if any(len(tree.leaf_segments) == len(large) and "strict" in tree.prompt for tree in trees):
+    def limited(self: SharedPath, batch: Any) -> Any:
+        if any("strict" in tree.prompt for tree in batch.items):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return shared_log_probs(model, inputs, trees)
+        return original(self, batch)
 
-    monkeypatch.setattr(local, "shared_log_probs", limited)
+    monkeypatch.setattr(SharedPath, "log_probs", limited)
     engine = LocalEngine(*onevision)
     found = engine.log_probs(prompts)
     for ours, theirs in zip(found, expected, strict=True):
         assert np.abs(ours - theirs).max() <= 1e-4
     assert engine.fallback_reason is None
     assert "branch by branch" in engine.notes["large_prompts"]
+
+
+@pytest.mark.parametrize("most", [1, 40, 10_000])
+def test_values_do_not_depend_on_how_branches_are_cut_into_chunks(
+    onevision: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, most: int
+):
+    prompts = [comparison(0), comparison(1), comparison(2, with_image=False)]
+    expected = LocalEngine(*onevision, shared_prefix="off").log_probs(prompts)
+    original, sizes = shared_path.chunks_of, []
+
+    def cut(segments: Any, _: int) -> Any:
+        chunks = original(segments, most)
+        sizes.append(len(chunks))
+        return chunks
+
+    monkeypatch.setattr(shared_path, "chunks_of", cut)
+    found = LocalEngine(*onevision).log_probs(prompts)
+    assert max(sizes) == {1: 3, 40: 3, 10_000: 1}[most]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-4
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ import pytest
 import torch
 from scipy import stats
 
-from align.engines import batch_size as budget_module
-from align.engines import local
-from align.engines.base import SampleRequest, SamplingSettings
-from align.engines.decoding import Branches, decode, prefill
+from align.engines import batch_size, shared_path
+from align.engines.base import SampleRequest, SampleResult, SamplingSettings
+from align.engines.batch_size import BatchSizer
+from align.engines.decoding import Branches, Decoder, prefill
 from align.engines.local import LocalEngine
-from align.engines.shared_path import sample_behind
+from align.engines.sampling import SeededSampler
 from align.errors import UserError
-from align.prefix.attention import use_shared_prefix
-from tests.engines.conftest import collect, question, text_model, text_tokenizer
+from align.prefix.attention import PrefixUnsupported, use_shared_prefix
+from tests.engines.conftest import collect, decode, question, text_model, text_tokenizer
 from tests.prefix.prefix_models import SUPPORTED, gemma3_sliding, make
 
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=12)
@@ -49,13 +49,10 @@ def test_greedy_branches_are_generates_tokens_in_every_family(family: str):
     # A token that one row says early ends it there, while others go on: rows then leave the batch one by one.
     eos = [free[0][4]]
     expected = [generated(model, inputs, row, 20, eos) for row in rows]
-    use_shared_prefix(model)
-    decoded = sample_behind(
-        model, inputs, lambda logits, *_: logits.argmax(dim=-1), num_samples=2, max_new_tokens=20, eos=eos
-    )
-    assert decoded.tokens == [[tokens, tokens] for tokens in expected]
-    assert decoded.stopped == [[tokens[-1] in eos] * 2 for tokens in expected]
-    assert decoded.stopped[0] == [True, True]
+    decoded = decode(model, inputs, lambda logits, *_: logits.argmax(dim=-1), num_samples=2, max_new_tokens=20, eos=eos)
+    assert [found.tokens for found in decoded] == [[tokens, tokens] for tokens in expected]
+    assert [found.stopped for found in decoded] == [[tokens[-1] in eos] * 2 for tokens in expected]
+    assert decoded[0].stopped == [True, True]
 
 
 def test_greedy_samples_are_generates_text_through_the_processor(onevision: tuple[Any, Any]):
@@ -78,15 +75,15 @@ def test_samples_do_not_depend_on_order_batch_or_how_many_there_are(onevision: t
     assert len({text for result in first.values() for text in result.texts}) > 20, "samples differ"
     backwards = collect(LocalEngine(*onevision), requests[::-1], WARM)
     assert backwards == first
-    for batch_size in (1, 4):
-        assert collect(LocalEngine(*onevision, batch_size=batch_size), requests, WARM) == first
+    for at_a_time in (1, 4):
+        assert collect(LocalEngine(*onevision, batch_size=at_a_time), requests, WARM) == first
     fewer = collect(LocalEngine(*onevision), [question(i, num_samples=2) for i in range(6)], WARM)
     assert {key: result.texts for key, result in fewer.items()} == {
         key: result.texts[:2] for key, result in first.items()
     }
 
 
-def test_the_plain_path_gives_the_same_samples(onevision: tuple[Any, Any]):
+def test_the_unshared_path_gives_the_same_samples(onevision: tuple[Any, Any]):
     requests = [question(i) for i in range(3)]
     engine = LocalEngine(*onevision, shared_prefix="off")
     assert collect(engine, requests, WARM) == collect(LocalEngine(*onevision), requests, WARM)
@@ -131,21 +128,21 @@ def branch_probabilities(model: Any, prompt: list[int], depth: int, temperature:
 
 
 def sample_counts(model: Any, prompt: list[int], depth: int, temperature: float, num_samples: int) -> torch.Tensor:
-    from align.engines.sampling import SeededSampler, uniforms
-
     how = SamplingSettings(temperature=temperature, max_new_tokens=depth)
     inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.int64)}
     vocab, rows, per_row = model.config.vocab_size, 20, num_samples // 20
     inputs = {name: value.repeat(rows, 1) for name, value in inputs.items()}
-    sampler = SeededSampler(how, uniforms(range(rows), per_row, depth), inputs["input_ids"])
-    decoded = sample_behind(model, inputs, sampler, num_samples=per_row, max_new_tokens=depth, eos=[])
-    index = torch.tensor(decoded.tokens).view(-1, depth) @ torch.tensor([vocab**i for i in reversed(range(depth))])
+    sampler = SeededSampler(how, torch.device("cpu"))
+    sampler.begin(range(rows), range(rows), per_row, inputs)
+    decoded = decode(model, inputs, sampler, num_samples=per_row, max_new_tokens=depth, eos=[])
+    index = torch.tensor([found.tokens for found in decoded]).view(-1, depth) @ torch.tensor(
+        [vocab**i for i in reversed(range(depth))]
+    )
     return torch.bincount(index, minlength=vocab**depth).double().view(*[vocab] * depth)
 
 
 def test_samples_follow_the_exact_distribution_and_a_wrong_temperature_is_noticed():
     model = tiny_vocabulary()
-    use_shared_prefix(model)
     prompt, depth, num_samples = [1, 3, 0, 2], 3, 4000
     counts = sample_counts(model, prompt, depth, 0.8, num_samples)
     expected = branch_probabilities(model, prompt, depth, 0.8) * num_samples
@@ -159,15 +156,13 @@ def test_samples_follow_the_exact_distribution_and_a_wrong_temperature_is_notice
 
 def test_branches_of_a_question_are_independent():
     model = tiny_vocabulary()
-    use_shared_prefix(model)
-    from align.engines.sampling import SeededSampler, uniforms
-
     inputs = {"input_ids": torch.tensor([[1, 3]]).repeat(2000, 1), "attention_mask": torch.ones(2000, 2).long()}
     how = SamplingSettings(temperature=1.0, max_new_tokens=1)
-    sampler = SeededSampler(how, uniforms(range(2000), 2, 1), inputs["input_ids"])
-    decoded = sample_behind(model, inputs, sampler, num_samples=2, max_new_tokens=1, eos=[])
+    sampler = SeededSampler(how, torch.device("cpu"))
+    sampler.begin(range(2000), range(2000), 2, inputs)
+    decoded = decode(model, inputs, sampler, num_samples=2, max_new_tokens=1, eos=[])
     table = torch.zeros(4, 4)
-    for first, second in decoded.tokens:
+    for first, second in (found.tokens for found in decoded):
         table[first[0], second[0]] += 1
     assert stats.chi2_contingency(table.numpy()).pvalue > 0.01
 
@@ -196,63 +191,142 @@ def tiny_vocabulary() -> Any:
 
 def test_ended_branches_leave_the_batch_and_the_others_do_not_notice():
     model, inputs = make(SUPPORTED["qwen2"])
-    use_shared_prefix(model)
-    widths: list[tuple[int, int, int]] = []
+    sizes: list[int] = []
 
-    def choose(logits: torch.Tensor, row: torch.Tensor, branch: torch.Tensor, step: int) -> torch.Tensor:
+    def sampler(logits: torch.Tensor, row: torch.Tensor, branch: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         # Branch k of row b ends (token 1) after 2 + 3b + 4k tokens; what else it says is the model's choice.
-        widths.append((step, int(row.unique().numel()), len(row)))
-        generated_ids = logits[:, 2:].argmax(dim=-1) + 2
-        return torch.where(step + 1 >= 2 + 3 * row + 4 * branch, torch.ones_like(generated_ids), generated_ids)
+        sizes.append(len(row))
+        said = logits[:, 2:].argmax(dim=-1) + 2
+        return torch.where(step + 1 >= 2 + 3 * row + 4 * branch, torch.ones_like(said), said)
 
-    decoded = sample_behind(model, inputs, choose, num_samples=4, max_new_tokens=30, eos=[1])
-    for b, row in enumerate(decoded.tokens):
-        assert [len(tokens) for tokens in row] == [2 + 3 * b + 4 * k for k in range(4)]
-        longest = row[-1]
-        for tokens in row:
+    decoded = decode(model, inputs, sampler, num_samples=4, max_new_tokens=30, eos=[1])
+    for b, found in enumerate(decoded):
+        assert [len(tokens) for tokens in found.tokens] == [2 + 3 * b + 4 * k for k in range(4)]
+        longest = found.tokens[-1]
+        for tokens in found.tokens:
             assert tokens[:-1] == longest[: len(tokens) - 1], "all branches say the same until they end"
-    assert widths[0][1:] == (3, 12)
-    assert widths[-1][2] <= 2, "at the end only what still grows is computed"
-    assert [size for _, _, size in widths] == sorted((size for _, _, size in widths), reverse=True)
+    # Nothing is computed for a branch that has ended: exactly as many tokens as were sampled.
+    assert sum(sizes) == sum(2 + 3 * b + 4 * k for b in range(3) for k in range(4))
 
 
 def test_a_question_is_handed_over_as_soon_as_its_last_sample_has_ended():
     model, inputs = make(SUPPORTED["qwen2"])
-    use_shared_prefix(model)
     steps, order = [], []
 
-    def choose(logits: torch.Tensor, row: torch.Tensor, branch: torch.Tensor, step: int) -> torch.Tensor:
-        steps.append(step)
+    def sampler(logits: torch.Tensor, row: torch.Tensor, branch: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        steps.append(int(step.max()))
         return torch.where(row == 1, 1, 5)
 
-    sample_behind(
+    decode(
         model,
         inputs,
-        choose,
+        sampler,
         num_samples=2,
         max_new_tokens=4,
         eos=[1],
-        on_row=lambda b, tokens, stopped: order.append((b, steps[-1], stopped)),
+        on_finished=lambda found: order.append((found.ticket, steps[-1], found.stopped)),
     )
     assert order == [(1, 0, [True, True]), (0, 3, [False, False]), (2, 3, [False, False])]
 
 
-def test_the_prompts_keys_are_stored_once():
+def test_the_prompts_keys_are_stored_once_and_ended_branches_leave_their_columns():
     model, inputs = make(SUPPORTED["qwen2"])
     use_shared_prefix(model)
-    mask = inputs["attention_mask"].bool()
-    cache, hidden = prefill(model, inputs, torch.arange(mask.shape[1]).expand(mask.shape))
-    shape = (len(mask), 7)
-    branches = Branches(
-        cache=cache,
-        visible=mask[:, None].expand(-1, 7, -1),
-        position=mask.sum(dim=1)[:, None].expand(shape),
-        hidden=hidden[:, -1:].expand(-1, 7, -1),
-        alive=torch.ones(shape, dtype=torch.bool),
+    width = inputs["input_ids"].shape[1]
+    for ends_after, num_columns in ((6, 7 * 5), (2, 7 + 6)):
+
+        def sampler(logits, row, branch, step, ends_after=ends_after):
+            # All branches but the first end early; the first takes their columns before it gets new ones.
+            return torch.where((branch > 0) & (step + 1 >= ends_after), 1, 5)
+
+        decoder = Decoder(model, sampler, max_new_tokens=6 if ends_after == 6 else 14, eos=[1])
+        prompts = prefill(model, inputs, decoder.cache, range(3))
+        decoder.add(Branches.behind(prompts, [7] * 3))
+        last_columns = 0
+        while decoder.num_branches:
+            decoder.step()
+            if decoder.num_branches:
+                last_columns = int(decoder.cache.placement.column.max()) + 1
+        # The last token is never read: P + K * (R - 1) keys a question at most, not K * (P + R).
+        assert last_columns <= width + num_columns
+
+
+def one_by_one(model: Any, requests: list[SampleRequest], settings: SamplingSettings) -> dict[str, SampleResult]:
+    """What the samples are when nothing stands beside a question."""
+    engine = LocalEngine(model, text_tokenizer(), batch_size=1)
+    return {key: value for request in requests for key, value in collect(engine, [request], settings).items()}
+
+
+def test_places_that_are_left_go_to_waiting_questions_and_no_sample_changes(monkeypatch: pytest.MonkeyPatch):
+    model = text_model()
+    with torch.no_grad():
+        model.lm_head.weight[258] *= 2.0  # Ends come early or late.
+    settings = SamplingSettings(temperature=1.0, max_new_tokens=40, top_p=0.95)
+    requests = [question(i, num_images=0, num_samples=2 + i % 3) for i in range(24)]
+    expected = one_by_one(model, requests, settings)
+    lengths = {length for result in expected.values() for length in result.num_tokens}
+    assert min(lengths) < 8
+    assert max(lengths) == 40
+    begun: list[tuple[int, int]] = []
+    original = shared_path.prefill
+
+    def noting(model: Any, inputs: Any, cache: Any, rows: Any) -> Any:
+        begun.append((len(rows), min(rows)))
+        return original(model, inputs, cache, rows)
+
+    monkeypatch.setattr(shared_path, "prefill", noting)
+    monkeypatch.setattr(batch_size, "CPU_TOKENS", 400)
+    for order in (requests, requests[::-1], sorted(requests, key=lambda request: request.id)):
+        begun.clear()
+        engine = LocalEngine(model, text_tokenizer())
+        assert collect(engine, order, settings) == expected
+        assert len(begun) > 3, "questions begin while others are being answered"
+        assert sum(1 for _, row in begun if row == 0) < len(begun), "beside them"
+
+
+def test_a_second_call_begins_with_a_whole_batch(onevision: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
+    original = shared_path.prefill
+
+    def noting(model: Any, inputs: Any, cache: Any, rows: Any) -> Any:
+        sizes.append(len(rows))
+        return original(model, inputs, cache, rows)
+
+    monkeypatch.setattr(shared_path, "prefill", noting)
+    engine = LocalEngine(*onevision)
+    collect(engine, [question(i) for i in range(8)], WARM)
+    assert sizes[0] == 2, "until one knows how large a question is, and whether prompts can be shared"
+    sizes.clear()
+    collect(engine, [question(i) for i in range(8)], WARM)
+    assert sizes[0] == 8
+
+
+@pytest.mark.parametrize("shared_prefix", ["on", "off"])
+def test_more_samples_are_drawn_behind_the_same_prompt(
+    onevision: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, shared_prefix: str
+):
+    prefills: list[int] = []
+    original = shared_path.prefill
+
+    def noting(model: Any, inputs: Any, cache: Any, rows: Any) -> Any:
+        prefills.append(len(rows))
+        return original(model, inputs, cache, rows)
+
+    monkeypatch.setattr(shared_path, "prefill", noting)
+    settings = SamplingSettings(temperature=1.2, max_new_tokens=9, top_p=0.95, repetition_penalty=1.2)
+    wanted = {f"q{i}": 2 + 3 * (i % 3) for i in range(7)}
+    found: dict[str, SampleResult] = {}
+    engine = LocalEngine(*onevision, shared_prefix=shared_prefix)
+    engine.sample(
+        [question(i, num_samples=2) for i in range(7)],
+        settings,
+        lambda result: found.__setitem__(result.id, result),
+        more=lambda result: min(4, wanted[result.id] - len(result.texts)),
     )
-    decode(model, branches, lambda logits, *_: logits.argmax(dim=-1), max_new_tokens=5, eos_token_ids=[])
-    # The fifth token is never read: P + K * (R - 1) keys a question, not K * (P + R).
-    assert cache.get_seq_length() == mask.shape[1] + 7 * 4
+    assert {key: len(result.texts) for key, result in found.items()} == wanted
+    at_once = [question(i, num_samples=wanted[f"q{i}"]) for i in range(7)]
+    assert sum(prefills) == (7 if shared_prefix == "on" else 0)
+    assert found == collect(LocalEngine(*onevision), at_once, settings)
 
 
 def test_a_sliding_window_falls_back_and_says_so():
@@ -275,13 +349,13 @@ def test_a_model_whose_cache_is_wrong_falls_back_before_anything_is_kept(monkeyp
     requests = [question(i, num_images=0) for i in range(3)]
     expected = collect(LocalEngine(model, text_tokenizer(), shared_prefix="off"), requests, WARM)
 
-    def forgetful(*args: Any, **kwargs: Any) -> Any:
-        cache, hidden = prefill(*args, **kwargs)
+    def forgetful(model: Any, inputs: Any, cache: Any, rows: Any) -> Any:
+        prompts = prefill(model, inputs, cache, rows)
         for layer in cache.layers:
             layer.values.zero_()
-        return cache, hidden
+        return prompts
 
-    monkeypatch.setattr("align.engines.shared_path.prefill", forgetful)
+    monkeypatch.setattr(shared_path, "prefill", forgetful)
     engine = LocalEngine(model, text_tokenizer())
     assert collect(engine, requests, WARM) == expected
     assert "differ" in (engine.fallback_reason or "")
@@ -294,13 +368,13 @@ def test_running_out_of_memory_halves_the_batch_and_every_question_is_answered_o
     expected = collect(LocalEngine(*onevision), requests, WARM)
     sizes = []
 
-    def limited(model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        sizes.append(len(inputs["input_ids"]))
+    def limited(model: Any, inputs: dict[str, torch.Tensor], cache: Any, rows: Any) -> Any:
+        sizes.append(len(rows))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return sample_behind(model, inputs, *args, **kwargs)
+        return prefill(model, inputs, cache, rows)
 
-    monkeypatch.setattr(local, "sample_behind", limited)
+    monkeypatch.setattr(shared_path, "prefill", limited)
     engine = LocalEngine(*onevision, batch_size=7)
     assert collect(engine, requests, WARM) == expected
     assert engine.fallback_reason is None
@@ -313,20 +387,19 @@ def test_what_ran_out_of_memory_is_let_go_before_the_next_try(
 ):
     held: list[weakref.ref] = []
 
-    class Watching(budget_module.BatchSizer):
+    class Watching(BatchSizer):
         def halve(self, num_items: int) -> None:
             gone.append(held[-1]() is None)
             super().halve(num_items)
 
-    def limited(model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        if len(inputs["input_ids"]) > 1:
-            cache = torch.zeros(1)
+    def limited(model: Any, inputs: dict[str, torch.Tensor], cache: Any, rows: Any) -> Any:
+        if len(rows) > 1:
             held.append(weakref.ref(cache))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return sample_behind(model, inputs, *args, **kwargs)
+        return prefill(model, inputs, cache, rows)
 
     gone: list[bool] = []
-    monkeypatch.setattr(local, "sample_behind", limited)
+    monkeypatch.setattr(shared_path, "prefill", limited)
     engine = LocalEngine(*onevision)
     engine.batch_sizer = Watching(engine.model, 2)
     assert len(collect(engine, [question(i) for i in range(2)], WARM)) == 2
@@ -334,11 +407,11 @@ def test_what_ran_out_of_memory_is_let_go_before_the_next_try(
 
 
 @pytest.mark.parametrize("shared_prefix", ["auto", "off"])
-def test_logits_that_are_no_numbers_are_an_error_and_no_samples(shared_prefix: str):
+def test_logits_that_are_not_finite_are_an_error_and_no_samples(shared_prefix: str):
     model = text_model()
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
-    with pytest.raises(UserError, match="not numbers"):
+    with pytest.raises(UserError, match="not finite"):
         collect(LocalEngine(model, text_tokenizer(), shared_prefix=shared_prefix), [question(0, num_images=0)], WARM)
 
 
@@ -348,18 +421,25 @@ def test_one_question_too_large_for_memory_is_an_error_that_says_so(
     def never(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(local, "sample_behind", never)
+    monkeypatch.setattr(shared_path, "prefill", never)
     with pytest.raises(UserError, match="single question"):
         collect(LocalEngine(*onevision), [question(0)], WARM)
 
 
 def test_a_batch_is_as_large_as_the_tokens_allow():
     model = text_model()
-    found = budget_module.BatchSizer(model)
-    assert found.num_items(1000, 500) == budget_module.CPU_TOKENS // 1000
-    assert found.num_items(10**9) == 1
-    assert budget_module.BatchSizer(model, fixed=3).num_items(10**9) == 3
-    cached, _ = budget_module.token_bytes(model)
+    sizer = BatchSizer(model)
+    assert sizer.num_items("samples") == 2
+    sizer.saw("samples", 1000, 500)
+    assert sizer.num_items("samples") == batch_size.CPU_TOKENS // 1000
+    assert sizer.num_held("samples") == 2 * (batch_size.CPU_TOKENS // 1000)
+    assert sizer.num_items("branches") == 2, "another kind of items"
+    sizer.saw("samples", 10**9)
+    assert sizer.num_items("samples") == 1
+    fixed = BatchSizer(model, fixed=3)
+    fixed.saw("samples", 10**9)
+    assert fixed.num_items("samples") == fixed.num_held("samples") == 3
+    cached, _ = batch_size.token_bytes(model)
     # Two layers, keys and values, two heads of width 8, four bytes each.
     assert cached == 2 * 2 * 2 * 8 * 4
 
@@ -396,8 +476,6 @@ def test_valley_eagle_samples_through_its_own_processor_with_images_and_without(
 
 
 def test_a_refusal_after_the_first_batch_falls_back_and_loses_nothing(monkeypatch: pytest.MonkeyPatch):
-    from align.prefix.attention import PrefixUnsupported
-
     model, requests = text_model(), [question(i, num_images=0) for i in range(6)]
     expected = collect(LocalEngine(model, text_tokenizer(), shared_prefix="off"), requests, WARM)
     calls = []
@@ -406,9 +484,9 @@ def test_a_refusal_after_the_first_batch_falls_back_and_loses_nothing(monkeypatc
         calls.append(1)
         if len(calls) > 2:
             raise PrefixUnsupported("images see both ways")
-        return sample_behind(*args, **kwargs)
+        return prefill(*args, **kwargs)
 
-    monkeypatch.setattr(local, "sample_behind", refuses_later)
+    monkeypatch.setattr(shared_path, "prefill", refuses_later)
     engine = LocalEngine(model, text_tokenizer(), batch_size=2)
     assert collect(engine, requests, WARM) == expected
     assert "images see both ways" in engine.notes["shared_prefix"]

@@ -345,17 +345,17 @@ class Decoder:
             for i, branch in enumerate(self._living):
                 by_row[branch.row].append(i)
             most = max(map(len, by_row))
-            place = [0] * len(self._living)
+            places = [0] * len(self._living)
             for row, members in enumerate(by_row):
                 for k, i in enumerate(members):
-                    place[i] = row * most + k
-            query = [members + [0] * (most - len(members)) for members in by_row]
-            lane = [[self._living[i].lane for i in members] + [-1] * (most - len(members)) for members in by_row]
+                    places[i] = row * most + k
+            queries = [members + [0] * (most - len(members)) for members in by_row]
+            lanes = [[self._living[i].lane for i in members] + [0] * (most - len(members)) for members in by_row]
             device = self._visible.device
-            self._places = to_device(query, device), to_device(place, device), to_device(lane, device)
+            self._places = to_device(queries, device), to_device(places, device), to_device(lanes, device)
         query, place, lane = self._places
         seen = self._visible[:num_rows, :, :num_keys]
-        mask = seen.gather(1, lane.clamp(min=0)[:, :, None].expand(-1, -1, num_keys))
+        mask = seen.gather(1, lane[:, :, None].expand(-1, -1, num_keys))
         # Where no query stands something must be seen, too.
         mask |= ~mask.any(dim=2, keepdim=True)
         return BranchPlan(mask[:, None], query, place)

@@ -22,7 +22,8 @@ CAPACITY_STEP = 256
 class Placement(Protocol):
     """Where the states of the next forward go. `num_keys`: how many columns its queries may see."""
 
-    num_keys: int
+    @property
+    def num_keys(self) -> int: ...
 
     def store(self, states: Tensor, stored: Tensor) -> Tensor:
         """Put new states into the stored ones `(R, heads, C, D)`; returns what the attention shall see."""
@@ -115,12 +116,14 @@ class RowLayer(DynamicLayer):
         """Store and show the states as the cache's placement says."""
         placement = self.cache.placement
         assert placement is not None
-        self.keys, self.values = self._roomy(self.keys, key_states), self._roomy(self.values, value_states)
-        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-        return placement.store(key_states, self.keys), placement.store(value_states, self.values)
+        keys, values = self._roomy("keys", key_states), self._roomy("values", value_states)
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.dtype, self.device = keys.dtype, keys.device
+        return placement.store(key_states, keys), placement.store(value_states, values)
 
-    def _roomy(self, stored: Tensor | None, states: Tensor) -> Tensor:
-        """The stored states, moved to where there is room for the cache's rows and columns."""
+    def _roomy(self, name: str, states: Tensor) -> Tensor:
+        """The stored keys or values, moved to where there is room for the cache's rows and columns."""
+        stored: Tensor | None = getattr(self, name)
         size = (self.cache.num_rows, states.shape[1], self.cache.capacity, states.shape[3])
         if stored is not None and stored.shape == size:
             return stored

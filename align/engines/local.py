@@ -149,7 +149,7 @@ class LocalEngine:
             return PromptTree(prompt, segments, list(range(len(segments))), [])
 
         self._answer(
-            [LazyTree(given[i].images, len(str(given[i].messages)), lambda i=i: tree_of(i)) for i in places],
+            [LazyTree(given[i].images, len(str(given[i].messages)), functools.partial(tree_of, i)) for i in places],
             lambda path, batch: path.loglikelihood(batch, temperature=temperature),
             on_value=lambda i, value: on_result(given[places[i]].id, value),
         )

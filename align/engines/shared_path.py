@@ -216,11 +216,8 @@ def chunks_of(segments: Sequence[Segment], most: int) -> list[list[int]]:
 
 def renumbered(segments: Sequence[Segment], kept: Sequence[int]) -> list[Segment]:
     """Some segments, with the parents' new numbers."""
-    new = {old: number for number, old in enumerate(kept)}
-    return [
-        Segment(segments[old].token_ids, None if segments[old].parent is None else new[segments[old].parent])
-        for old in kept
-    ]
+    new: dict[int | None, int | None] = {None: None, **{old: number for number, old in enumerate(kept)}}
+    return [Segment(segments[old].token_ids, new[segments[old].parent]) for old in kept]
 
 
 def _with_options(tree: PromptTree) -> list[Segment]:

@@ -36,7 +36,9 @@ def check_samples(
     try:
         decoded = sample()
     except Exception as error:
-        return _failed(error), []
+        if not _is_the_architectures(error):
+            raise
+        return failed(error), []
     stops = placeholder_ids(model)
     rows, shared = [], []
     for question in decoded:
@@ -58,16 +60,16 @@ def check_branches(model: PreTrainedModel, eos: Sequence[int], batch: Batch[Prom
     try:
         found = SharedPath(model, eos).loglikelihood(part)
     except Exception as error:
-        return _failed(error)
+        if not _is_the_architectures(error):
+            raise
+        return failed(error)
     shared = [value for row in found for segment in row for value in segment]
     return _compared(model, batch.inputs, [tree.segments for tree in trees], shared)
 
 
-def _failed(error: Exception) -> Equivalence:
-    """What the architecture raised; raises what is no fault of it."""
-    if isinstance(error, UserError) or is_out_of_memory(error):
-        raise error
-    return failed(error)
+def _is_the_architectures(error: Exception) -> bool:
+    """Whether an exception says something about the model's architecture."""
+    return not isinstance(error, UserError) and not is_out_of_memory(error)
 
 
 def _compared(

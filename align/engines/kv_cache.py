@@ -85,9 +85,12 @@ class RowCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """What transformers' layers call: store the states as placed, and return what they shall see."""
+        assert self.placement is not None
         while len(self.layers) <= layer_idx:
-            self.layers.append(RowLayer(self))
-        return self.layers[layer_idx].update(key_states, value_states)
+            self.layers.append(RowLayer())
+        layer = self.layers[layer_idx]
+        layer.make_room(self.num_rows, self.capacity, key_states, value_states)
+        return self.placement.store(key_states, layer.keys), self.placement.store(value_states, layer.values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0 for prompts, which begin here; the number of columns otherwise."""
@@ -106,32 +109,28 @@ class RowCache(Cache):
 
 
 class RowLayer(DynamicLayer):
-    """The keys and values of one layer."""
+    """The keys and values of one layer. It does not know its cache, which would then outlive its last user."""
 
-    def __init__(self, cache: RowCache) -> None:
-        super().__init__()
-        self.cache = cache
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store and show the states as the cache's placement says."""
-        placement = self.cache.placement
-        assert placement is not None
-        keys, values = self._roomy("keys", key_states), self._roomy("values", value_states)
+    def make_room(self, num_rows: int, capacity: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Have so many rows and columns for states like these; what is stored stays."""
+        keys, values = (
+            _roomy(self.keys, num_rows, capacity, key_states),
+            _roomy(self.values, num_rows, capacity, value_states),
+        )
         self.keys, self.values, self.is_initialized = keys, values, True
         self.dtype, self.device = keys.dtype, keys.device
-        return placement.store(key_states, keys), placement.store(value_states, values)
 
-    def _roomy(self, name: str, states: Tensor) -> Tensor:
-        """The stored keys or values, moved to where there is room for the cache's rows and columns."""
-        stored: Tensor | None = getattr(self, name)
-        size = (self.cache.num_rows, states.shape[1], self.cache.capacity, states.shape[3])
-        if stored is not None and stored.shape == size:
-            return stored
-        # Zeros: what no query sees is still multiplied, by 0, and must be finite.
-        roomy = states.new_zeros(size)
-        if stored is not None:
-            roomy[: stored.shape[0], :, : stored.shape[2]] = stored
-        return roomy
+
+def _roomy(stored: Any, num_rows: int, capacity: int, states: Tensor) -> Tensor:
+    """The stored keys or values, moved to where there is room."""
+    size = (num_rows, states.shape[1], capacity, states.shape[3])
+    if stored is not None and stored.shape == size:
+        return stored
+    # Zeros: what no query sees is still multiplied, by 0, and must be finite.
+    roomy = states.new_zeros(size)
+    if stored is not None:
+        roomy[: stored.shape[0], :, : stored.shape[2]] = stored
+    return roomy
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -404,6 +405,25 @@ def test_what_ran_out_of_memory_is_let_go_before_the_next_try(
     engine.batch_sizer = Watching(engine.model, 2)
     assert len(collect(engine, [question(i) for i in range(2)], WARM)) == 2
     assert gone == [True]
+
+
+def test_the_keys_are_let_go_with_the_call(onevision: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
+    caches: list[weakref.ref] = []
+
+    def noting(model: Any, inputs: Any, cache: Any, rows: Any) -> Any:
+        caches.append(weakref.ref(cache))
+        return prefill(model, inputs, cache, rows)
+
+    monkeypatch.setattr(shared_path, "prefill", noting)
+    engine = LocalEngine(*onevision)
+    gc.collect()
+    gc.disable()
+    try:
+        collect(engine, [question(i) for i in range(3)], WARM)
+        assert caches
+        assert all(cache() is None for cache in caches), "without waiting for the garbage collector"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("shared_prefix", ["auto", "off"])

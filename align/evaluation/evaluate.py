@@ -64,7 +64,7 @@ def run_evaluate(config: Config, number: int) -> None:
         inputs["first policy"] = checkpoint_hash(config.policy)
     if number and has_judge(config):
         inputs |= plan_critic(config).identities()
-    if not begin(this.manifest, STAGE, settings=settings, inputs=inputs):
+    if not begin(this.manifest, STAGE, settings=settings, inputs=inputs, image_root=images.root):
         log.info("round %d is evaluated already: %s", number, this.evaluation)
         return
     if is_main_process():

@@ -17,20 +17,32 @@ from align.monitoring.cost import Cost
 from align.monitoring.format import duration
 from align.run.folder import RunDir
 from align.run.manifest import StageEntry
+from align.run.outdated import outdated_rounds, policy_hash
 from reward.reliability import MEASURES, read_figures
 
 
 def write_model_card(config: Config, number: int) -> Path:
-    """Write the card of round `number`'s checkpoint from what the run directory says; called again when more is known."""
+    """Write the card of round `number`'s checkpoint from what the run directory says; called again when more is known.
+
+    Cards of later rounds that are built on an earlier checkpoint of this round are written again, to say so.
+    """
     run = RunDir(config.run_dir)
-    parent = run.policy(number, config.policy)
+    outdated = outdated_rounds(run.rounds())
+    for later in outdated:
+        if later > number and (run.round(later).checkpoint / "README.md").is_file():
+            _write_card(config, run, later, outdated[later])
+    return _write_card(config, run, number, outdated.get(number))
+
+
+def _write_card(config: Config, run: RunDir, number: int, outdated: str | None) -> Path:
+    parent = config.policy if number == 1 else str(run.round(number - 1).checkpoint)
     path = run.round(number).checkpoint / "README.md"
     stages = run.round(number).manifest.stages()
     heading = yaml.safe_dump(_heading(config, parent), sort_keys=False).strip()
     sections = [
         f"# {config.name}, round {number}",
-        "A vision-language model aligned by iterative DPO: the policy answered image questions several times, a critic "
-        "judged the answers, and DPO trained the full model on the resulting preference pairs.",
+        _summary(stages),
+        f"**Round {number} {outdated}.** Its parent cannot be looked at any more." if outdated else "",
         _lineage(config, run, number),
         _data(stages),
         _training(config, stages),
@@ -57,6 +69,28 @@ def _code(folder: Path) -> str:
     return CODE[whose_code(folder)] if (folder / "config.json").is_file() else ""
 
 
+def _summary(stages: dict[str, StageEntry]) -> str:
+    """What was done to the parent, as this round's manifest tells it."""
+    pairs = (
+        "the policy answered image questions several times, a critic judged the answers, and DPO trained"
+        if "sample" in stages
+        else "DPO trained"
+    )
+    on = "on the resulting preference pairs" if "sample" in stages else "on existing preference pairs (off-policy)"
+    return f"A vision-language model aligned by iterative DPO: {pairs} {_trained(stages.get('dpo'))} {on}."
+
+
+def _trained(dpo: StageEntry | None) -> str:
+    settings = dpo.settings.get("dpo", {}) if dpo else {}
+    lora = settings.get("lora")
+    if lora is not None:
+        how = ", ".join(f"{name} {lora[key]}" for key, name in (("r", "rank"), ("lora_alpha", "alpha")) if key in lora)
+        kind = "QLoRA" if lora.get("quantize") else "LoRA"
+        return f"an adapter ({kind}{', ' + how if how else ''}), merged into the weights,"
+    frozen = settings.get("freeze")
+    return f"the model but for its frozen parts ({', '.join(map(str, frozen))})" if frozen else "the full model"
+
+
 def _heading(config: Config, parent: str) -> dict[str, Any]:
     heading: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     licence = licence_of(parent)
@@ -80,10 +114,8 @@ def _lineage(config: Config, run: RunDir, number: int) -> str:
     rows = ["## Lineage", "", "| round | parent (sha256) | questions | pairs | seed |", "|---|---|---|---|---|"]
     for earlier in range(1, number + 1):
         stages = run.round(earlier).manifest.stages()
-        sample, pairs, dpo = (stages.get(name) for name in ("sample", "pairs", "dpo"))
-        parent = next(
-            (entry.inputs["policy"][:16] for entry in (sample, dpo) if entry and "policy" in entry.inputs), ""
-        )
+        sample, pairs = stages.get("sample"), stages.get("pairs")
+        parent = (policy_hash(stages) or "")[:16]
         counts = [sample.counts.get("questions", "") if sample else "", pairs.counts.get("pairs", "") if pairs else ""]
         rows.append(f"| {earlier} | `{parent}` | {counts[0]} | {counts[1]} | {config.seed} |")
     name = config.policy if not Path(config.policy).exists() else Path(config.policy).name
@@ -107,6 +139,16 @@ def _training(config: Config, stages: dict[str, StageEntry]) -> str:
     entry = stages.get("dpo")
     settings = entry.settings if entry else config.dpo.model_dump(mode="json")
     lines = ["## Training", "", "```json", json.dumps(settings, indent=2, default=str), "```"]
+    effective = (entry.model_extra or {}).get("training") if entry else None
+    if effective:
+        lines += [
+            "",
+            "In effect, defaults with them:",
+            "",
+            "```json",
+            json.dumps(effective, indent=2, default=str),
+            "```",
+        ]
     if entry and entry.versions:
         lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in entry.versions.items()) + "."]
     return "\n".join(lines)

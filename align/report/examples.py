@@ -7,7 +7,7 @@ says how many of how many it shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from align.media.images import ImageStore
@@ -98,12 +98,18 @@ class Examples:
 
 
 def pick_examples(
-    run: RunData, *, question_images: Pictures, evaluation_images: Pictures, max_held_out: int, max_training: int
+    run: RunData,
+    *,
+    question_images: Callable[[RoundData], Pictures],
+    evaluation_images: Pictures,
+    max_held_out: int,
+    max_training: int,
 ) -> Examples:
+    """The questions to embed; `question_images` opens the images of a round's questions."""
     examples = Examples()
     _add_held_out(examples, run, evaluation_images, max_held_out)
     _add_training(examples, run, question_images, max_training)
-    for pictures in (evaluation_images, question_images):
+    for pictures in {id(found): found for found in [evaluation_images, *map(question_images, run.trained)]}.values():
         examples.missing += [f"{count} × {reason}" for reason, count in pictures.missing.most_common()]
     return examples
 
@@ -162,7 +168,7 @@ def spread(items: Sequence[str], most: int) -> list[str]:
     return [items[index * len(items) // most] for index in range(most)]
 
 
-def _add_training(examples: Examples, run: RunData, pictures: Pictures, most: int) -> None:
+def _add_training(examples: Examples, run: RunData, pictures: Callable[[RoundData], Pictures], most: int) -> None:
     rounds = [data for data in run.trained if data.folder.samples.is_file()]
     left = most
     for index, data in enumerate(rounds):
@@ -171,7 +177,7 @@ def _add_training(examples: Examples, run: RunData, pictures: Pictures, most: in
         quota = left // (len(rounds) - index)
         wanted = spread(ids, quota)
         left -= len(wanted)
-        examples.training += _trained(data, wanted, pictures, run.problems)
+        examples.training += _trained(data, wanted, pictures(data), run.problems)
 
 
 def _trained(data: RoundData, ids: list[str], pictures: Pictures, problems: list[str]) -> list[Trained]:

@@ -22,6 +22,7 @@ from align.evaluation.table import BenchmarkRow, benchmark_rows
 from align.records import Evaluation, RecordT, parse_line
 from align.run.folder import Round, RunDir
 from align.run.manifest import StageEntry
+from align.run.outdated import outdated_rounds
 from align.run.stages import STAGES, stage_named
 from reward.intervals import Interval
 
@@ -44,6 +45,7 @@ class Stage:
     written: str | None = None
     progress: int | None = None
     refused: str | None = None
+    image_root: Path | None = None
 
     @property
     def complete(self) -> bool:
@@ -52,7 +54,10 @@ class Stage:
 
 @dataclass
 class RoundData:
-    """What one round left behind; `log` is the trainer's history, `lines` the held-out responses."""
+    """What one round left behind; `log` is the trainer's history, `lines` the held-out responses.
+
+    `outdated` says what the round was built on, where that no longer exists.
+    """
 
     number: int
     folder: Round
@@ -61,9 +66,23 @@ class RoundData:
     lines: list[Evaluation] = field(default_factory=list)
     log: list[dict[str, float]] = field(default_factory=list)
     benchmarks: list[BenchmarkRow] = field(default_factory=list)
+    outdated: str | None = None
 
     def counts(self, stage: str) -> JSON:
         return self.stages[stage].counts if stage in self.stages else {}
+
+    def setting(self, stage: str, *keys: str) -> Any:
+        """A setting with which a stage of this round ran, as its manifest tells it; None where it does not.
+
+        >>> data = RoundData(1, Round(Path(), 1), {"score": Stage("score", "complete", settings={"critic": {"kind": "random"}})})
+        >>> data.setting("score", "critic", "kind"), data.setting("dpo", "dpo", "beta")
+        ('random', None)
+        """
+        return _value(self.stages[stage].settings if stage in self.stages else {}, keys)
+
+    def images_of(self, stage: str) -> Path | None:
+        """The folder of the images that a stage looked at."""
+        return self.stages[stage].image_root if stage in self.stages else None
 
     @property
     def judged(self) -> JSON:
@@ -105,10 +124,13 @@ class RunData:
         >>> RunData("r", Path(), config={"critic": {"kind": "pairwise"}}).setting("critic", "kind")
         'pairwise'
         """
-        value: Any = self.config
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return _value(self.config, keys)
+
+
+def _value(value: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def read_run(path: Path) -> RunData:
@@ -132,6 +154,10 @@ def read_run(path: Path) -> RunData:
     run = RunData(name=path.resolve().name, path=path)
     _read_config(run, folder.config)
     run.rounds = [_read_round(this, run.problems) for this in rounds]
+    outdated = outdated_rounds(rounds)
+    for data in run.rounds:
+        data.outdated = outdated.get(data.number)
+        run.evaluation_images = data.images_of("evaluate") or run.evaluation_images
     return run
 
 
@@ -254,6 +280,7 @@ def _stage(this: Round, name: str, entry: StageEntry) -> Stage:
         written=_when(entry.finished or entry.started),
         progress=None if entry.complete else _finished_questions(this, name),
         refused=None if entry.complete else entry.refused,
+        image_root=None if entry.image_root is None else Path(entry.image_root),
     )
 
 

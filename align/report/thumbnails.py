@@ -20,6 +20,7 @@ class Pictures:
     """Opens the images of one root for the report, each once; `missing` counts what could not be opened."""
 
     def __init__(self, root: Path | None) -> None:
+        self.root = root
         self._store = ImageStore(root) if root is not None and root.is_dir() else None
         self._uris: dict[str, str | None] = {}
         self.missing: Counter[str] = Counter()

@@ -90,13 +90,19 @@ def training_figures(run: RunData, *, reference_curve: bool) -> list[TrainingFig
 
 
 def _terms(run: RunData) -> str:
-    terms = run.setting("dpo", "loss_type")
+    terms = _loss_type(run)
     return ", ".join(map(str, terms)) if isinstance(terms, list) else str(terms)
 
 
 def _sigmoid_alone(run: RunData) -> bool:
     """Whether the loss is DPO's own, which starts at ln 2; with further terms it starts anywhere."""
-    return run.setting("dpo", "loss_type") in (None, "sigmoid", ["sigmoid"])
+    return _loss_type(run) in (None, "sigmoid", ["sigmoid"])
+
+
+def _loss_type(run: RunData) -> Any:
+    """What the last round was trained with."""
+    trained = [terms for data in run.trained if (terms := data.setting("dpo", "dpo", "loss_type")) is not None]
+    return trained[-1] if trained else run.setting("dpo", "loss_type")
 
 
 def _panel(data: RoundData, keys: dict[str, str], published: dict[str, list[tuple[float, float]]]) -> Panel:

@@ -16,7 +16,7 @@ from align.report.read import RunData, number
 class Verdict:
     """`state` colours it, `title` says it, `detail` says how sure.
 
-    `warnings` are rounds worse than their parent, `control` compares with the control, `diagnoses` say what was learned
+    `warnings` are rounds that are worse than their parent or have none, `control` compares with the control, `diagnoses` say what was learned
     instead of being right, or besides.
     """
 
@@ -42,7 +42,8 @@ def judge(run: RunData, changes: History, control: RunData | None, critics: Mapp
         title = title.replace(":", " so far:", 1)
     if diagnoses:
         title = f"{title[:-1]}; {diagnoses[0].short}."
-    warnings = [_warning(step) for step in changes.steps[name] if step.state == "worse"]
+    warnings = [f"Round {data.number} {data.outdated}." for data in run.trained if data.outdated is not None]
+    warnings += [_warning(step) for step in changes.steps[name] if step.state == "worse"]
     detail = f"{_detail(moved)} {waiting}".strip()
     return Verdict(moved.state, title, detail, warnings, _control(name, moved, control), texts)
 

@@ -5,14 +5,14 @@ Each rule states its threshold in its own words, so that a reader can disagree w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from align.report.changes import Change, History
 from align.report.critic_quality import Figures
 from align.report.metrics import percent, plain
-from align.report.read import RoundData, RunData, iter_objects, number
+from align.report.read import RoundData, RunData, number
 from align.report.training_curves import end_of
 from reward.critics.base import NOTHING_TO_COMPARE
 from reward.warnings import critic_warnings
@@ -45,15 +45,19 @@ class Warned:
     findings: list[tuple[int | None, str]]
 
 
-def find_warnings(run: RunData, history: History, critics: Mapping[int, Figures]) -> list[Warned]:
-    """All warnings, serious ones first, otherwise in the order of the run; `critics` holds the critic's figures by round."""
+def find_warnings(
+    run: RunData, history: History, critics: Mapping[int, Figures], others: Sequence[RunWarning] = ()
+) -> list[Warned]:
+    """All warnings, `others` with them, serious ones first, otherwise in the order of the run.
+
+    `critics` holds the critic's figures by round.
+    """
     found = [*_worse_rounds(history), *_evaluation(history)]
     for data in run.trained:
         found += [*_training(data), *_critic(data.number, critics.get(data.number, {})), *_losses(data)]
-    if run.setting("shared_prefix") != "off":
-        found += [warning for data in run.rounds for warning in _fallbacks(data)]
+    found += [warning for data in run.rounds for warning in _fallbacks(run, data)]
     found += [warning for data in run.rounds for warning in _unfinished(data)]
-    found += _leaks(run)
+    found += [*_outdated(run), *others]
     return sorted(_by_title(found), key=lambda item: not item.serious)
 
 
@@ -175,8 +179,10 @@ def total(value: Any) -> float:
     return number(value) or 0.0
 
 
-def _fallbacks(data: RoundData) -> Iterator[RunWarning]:
+def _fallbacks(run: RunData, data: RoundData) -> Iterator[RunWarning]:
     for stage in data.stages.values():
+        if (data.setting(stage.name, "shared_prefix") or run.setting("shared_prefix")) == "off":
+            continue
         note = str(stage.notes.get("shared_prefix", ""))
         if note.startswith(("not used", "plain")):
             yield RunWarning(
@@ -184,6 +190,19 @@ def _fallbacks(data: RoundData) -> Iterator[RunWarning]:
                 f"{stage.name}: {note}.",
                 "Results are the same; it takes longer, since every question is encoded again for every response.",
                 data.number,
+            )
+
+
+def _outdated(run: RunData) -> Iterator[RunWarning]:
+    for data in run.trained:
+        if data.outdated is not None:
+            yield RunWarning(
+                "The round before was done again",
+                f"Round {data.number} {data.outdated}.",
+                "Its numbers belong to no chain of rounds. Do it again from its first stage on: "
+                f"align sample --round {data.number} --redo.",
+                data.number,
+                serious=True,
             )
 
 
@@ -197,27 +216,6 @@ def _unfinished(data: RoundData) -> Iterator[RunWarning]:
             yield RunWarning(
                 "Not finished",
                 f"{stage.name} has begun and not ended{done}.",
-                "The same command goes on where it stopped.",
+                "The same command resumes where it stopped.",
                 data.number,
             )
-
-
-def _leaks(run: RunData) -> Iterator[RunWarning]:
-    """Held-out images that were also trained on; only compared where both lie in one folder."""
-    if run.question_images is None or run.question_images != run.evaluation_images:
-        return
-    held_out = {image for data in run.evaluated for line in data.lines for image in line.question.images}
-    trained = {image for data in run.trained for image in _trained_images(data, run)}
-    shared = held_out & trained
-    if shared:
-        yield RunWarning(
-            "Held-out images were trained on",
-            f"{len(shared):,} of {len(held_out):,} held-out images also belong to training questions.",
-            "The held-out numbers flatter the model.",
-            serious=True,
-        )
-
-
-def _trained_images(data: RoundData, run: RunData) -> set[str]:
-    pairs = iter_objects(data.folder.pairs, run.problems)
-    return {str(image) for pair in pairs for image in pair.get("images") or []}

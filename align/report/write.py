@@ -10,7 +10,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from align.report.changes import Change, history
 from align.report.critic_quality import critic_figures
 from align.report.critic_quality import rows as critic_rows
 from align.report.examples import letter, marks, pick_examples
+from align.report.facts import run_facts
+from align.report.leaks import find_leaks
 from align.report.metrics import Metric
-from align.report.read import RunData, read_run
+from align.report.read import RoundData, RunData, read_run
 from align.report.thumbnails import Pictures
 from align.report.training_curves import ENDING_KEYS, endings, held_out_figures, published_source, training_figures
 from align.report.verdict import judge
@@ -62,7 +65,7 @@ def write_report(
     page = render(
         data,
         beside,
-        question_images=Pictures(image_root or data.question_images),
+        question_images=_pictures_by_round(data, image_root),
         evaluation_images=Pictures(evaluation_image_root or data.evaluation_images),
         max_held_out=max_held_out,
         max_training=max_training,
@@ -81,7 +84,7 @@ def render(
     run: RunData,
     control: RunData | None,
     *,
-    question_images: Pictures,
+    question_images: Callable[[RoundData], Pictures],
     evaluation_images: Pictures,
     max_held_out: int,
     max_training: int,
@@ -99,7 +102,7 @@ def render(
         max_training=max_training,
     )
     costs = funnel.costs(run)
-    warnings = find_warnings(run, changes, critics)
+    warnings = find_warnings(run, changes, critics, find_leaks(run, evaluation_images.root))
     critics = {number: found for number, found in critics.items() if found}
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment().get_template("report.html.j2").render(
@@ -124,6 +127,7 @@ def render(
         tokens_written=_total(cost.tokens_written for cost in costs),
         kl_note=_kl_left_out(run),
         warnings=warnings,
+        facts=run_facts(run),
         examples=examples,
         written=max((stage.written for data in run.rounds for stage in data.stages.values() if stage.written), default=None),
         versions=_versions(run),
@@ -132,6 +136,20 @@ def render(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )  # fmt: skip
+
+
+def _pictures_by_round(run: RunData, image_root: Path | None) -> Callable[[RoundData], Pictures]:
+    """The images of a round's questions: in the folder named, else where the round itself found them."""
+
+    @cache
+    def in_folder(root: Path | None) -> Pictures:
+        return Pictures(root)
+
+    def of(data: RoundData) -> Pictures:
+        noted = data.images_of("sample")
+        return in_folder(image_root or (noted if noted is not None and noted.is_dir() else run.question_images))
+
+    return of
 
 
 def _total(values: Iterable[float | None]) -> float | None:

@@ -27,8 +27,8 @@ class StageEntry(BaseModel):
 
     `settings` and `inputs` (name to content hash) are those it was begun with; `outputs` are the files it wrote, by name, with
     their hashes; `counts` what was kept and dropped by reason; `notes` what it fell back to; `cost` what all attempts in
-    all processes took (`align.monitoring.cost`), `seconds` of it the main process's; `refused` why it did not go on. A stage
-    may add facts of its own.
+    all processes took (`align.monitoring.cost`), `seconds` of it the main process's; `refused` why it did not go on;
+    `image_root` the folder of the images it looked at, for the report. A stage may add facts of its own.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -46,6 +46,7 @@ class StageEntry(BaseModel):
     cost: dict[str, Any] = Field(default_factory=dict)
     outputs: dict[str, str] = Field(default_factory=dict)
     notes: dict[str, Any] = Field(default_factory=dict)
+    image_root: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -95,17 +96,20 @@ class Manifest:
             )
         return True
 
-    def begin(self, name: str, *, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
-        """Enter a stage; returns False when it is complete already.
+    def begin(
+        self, name: str, *, settings: dict[str, Any], inputs: dict[str, str], image_root: Path | None = None
+    ) -> bool:
+        """Enter a stage; returns False when it is complete already. Its images may move to another folder meanwhile.
 
         Raises:
             UserError: the stage was begun with other settings or other inputs; going on would mix the two.
         """
         settings = json.loads(json.dumps(settings, default=str))
+        where = {"image_root": str(image_root)} if image_root is not None else {}
         entry = self.stage(name)
         if entry is None:
             entry = StageEntry(status="running", started=now(), settings=settings, inputs=inputs, versions=versions())
-            self._put(name, entry)
+            self._put(name, entry.model_copy(update=where))
             return True
         changed = _differences(entry.settings, settings) + _differences(entry.inputs, inputs)
         if changed:
@@ -114,8 +118,8 @@ class Manifest:
                 where=str(self.path.parent),
                 fix=f"run it again from the start with --redo (this discards the round from {name} on), or give the run another name",
             )
-        if entry.refused is not None:
-            self._put(name, entry.model_copy(update={"refused": None}))
+        if not entry.complete:
+            self._put(name, entry.model_copy(update=where | ({"refused": None} if entry.refused is not None else {})))
         return not self.complete(name)
 
     def note(self, name: str, **facts: Any) -> None:

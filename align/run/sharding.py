@@ -40,10 +40,17 @@ class StageOutput:
     notes: dict[str, str]
 
 
-def begin(manifest: Manifest, stage: str, *, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
+def begin(
+    manifest: Manifest,
+    stage: str,
+    *,
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+    image_root: Path | None = None,
+) -> bool:
     """Enter a stage on the main process, and tell every process whether there is something to do."""
     if is_main_process():
-        manifest.begin(stage, settings=settings, inputs=inputs)
+        manifest.begin(stage, settings=settings, inputs=inputs, image_root=image_root)
     barrier()
     something_to_do = not manifest.complete(stage)
     barrier()  # nobody finishes the stage before everybody has looked

@@ -46,7 +46,7 @@ def run_sample(config: Config, number: int) -> None:
     questions = pick_frames(questions, images, config, policy, served=bool(config.sample.servers))
     check_images(questions, images)
     inputs = _inputs(config.questions, policy) | served_as(config.sample.servers, number - 1)
-    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs):
+    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs, image_root=images.root):
         log.info("round %d is sampled already: %s", number, this.samples)
         return
     if is_main_process():

@@ -447,7 +447,7 @@ def test_many_rationales_and_frames_are_cut_and_counted(tmp_path):
     write_jsonl(data.folder.scores, [Judgement(id="q", rewards=[0.0] * 10, verdicts=verdicts)])
     pictures = Pictures(None)
     examples = pick_examples(
-        a_run(data), question_images=pictures, evaluation_images=pictures, max_held_out=1, max_training=1
+        a_run(data), question_images=lambda data: pictures, evaluation_images=pictures, max_held_out=1, max_training=1
     )
     (item,) = examples.training
     assert (len(item.rationales), item.num_rationales) == (MAX_RATIONALES, 90)
@@ -489,7 +489,11 @@ def test_of_many_responses_chosen_and_rejected_come_first_and_keep_their_letters
     )  # fmt: skip
     write_jsonl(data.folder.pairs, [pair])
     examples = pick_examples(
-        a_run(data), question_images=Pictures(None), evaluation_images=Pictures(None), max_held_out=1, max_training=1
+        a_run(data),
+        question_images=lambda data: Pictures(None),
+        evaluation_images=Pictures(None),
+        max_held_out=1,
+        max_training=1,
     )
     (item,) = examples.training
     first, second, *rest = item.candidates

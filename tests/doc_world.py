@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from align.demo import write_demo
 from tests.data.sources import picture, png, save_pictures, write_json, write_jsonl, write_parquet
-from tests.doc_pages import ROOT
+from tests.doc_pages import ROOT, blocks_of
 
 GOLDENS = ROOT / "tests" / "golden"
 # The demo's policy answers in short sentences and its critic decides; both are a few megabytes.
@@ -36,7 +36,16 @@ def write_world(folder: Path) -> Path:
     picture(1).save(folder / "photo.jpg")
     (folder / "scripts").symlink_to(ROOT / "scripts")
     _write_sources(folder)
+    _write_titled(folder, ROOT / "docs/migrating.md")
     return folder
+
+
+def _write_titled(folder: Path, page: Path) -> None:
+    """The data that a page shows under a title, and the picture it is about."""
+    for block in blocks_of(page):
+        if block.title is not None and block.language == "json":
+            save_pictures((folder / block.title).parent, 1, "kitten.jpg")
+            (folder / block.title).write_text(block.text)
 
 
 def _write_tower(folder: Path) -> None:

@@ -136,12 +136,18 @@ class CriticSettings(Section):
 
     kind: str = Field(
         "pairwise",
-        description="pairwise, pointwise, claims, verifier, scalar, panel, or the controls random and length",
+        description="pairwise, pointwise, claims, verifier, scalar, panel, python, scores, ratings, or the controls random and length",
     )
     model: str | None = Field(None, description="checkpoint of the critic model")
     processor: dict[str, Any] = Field(default_factory=dict, description="keyword settings of the critic's processor")
     prompt: str | None = Field(
         None, description="name of a built-in prompt or path of your own; empty: the kind's default"
+    )
+    function: str | None = Field(
+        None, description="for python: a function of question, images and responses, as in my_critic.py:judge"
+    )
+    file: Path | None = Field(
+        None, description="for scores: a file of finished scores; for ratings: a file of people's preferences (JSONL)"
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -383,11 +389,7 @@ def build_config(data: dict[str, Any], *, base: Path, where: str = CONFIG_NAME) 
     config.pairs_file = base / config.pairs_file if config.pairs_file else None
     config.image_root = base / config.image_root if config.image_root else None
     config.policy = _local_or_hub(config.policy, base)
-    if config.critic.model:
-        config.critic.model = _local_or_hub(config.critic.model, base)
-    if config.critic.prompt and (base / config.critic.prompt).is_file():
-        config.critic.prompt = str(base / config.critic.prompt)
-    config.critic.options = _resolved_members(config.critic.options, base)
+    _resolve_critic(config.critic, base)
     if config.evaluate.questions:
         config.evaluate.questions = base / config.evaluate.questions
     if config.evaluate.image_root:
@@ -592,20 +594,35 @@ def _known_keys(path: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _resolved_members(options: dict[str, Any], base: Path) -> dict[str, Any]:
-    """A panel's options with the models and prompts of its members as absolute paths."""
-    if not isinstance(options.get("critics"), dict):
-        return options
-    members = {}
-    for name, member in options["critics"].items():
-        if isinstance(member, dict):
-            member = dict(member)
-            if isinstance(member.get("model"), str):
-                member["model"] = _local_or_hub(member["model"], base)
-            if isinstance(member.get("prompt"), str) and (base / member["prompt"]).is_file():
-                member["prompt"] = str(base / member["prompt"])
-        members[name] = member
-    return options | {"critics": members}
+def _resolve_critic(critic: CriticSettings, base: Path) -> None:
+    """Make the places that the critic's settings name absolute: its own, and those of a panel's members."""
+    own = {name: getattr(critic, name) for name in ("model", "prompt", "function", "file")}
+    for name, value in _resolved_places(own, base).items():
+        setattr(critic, name, value)
+    options = _resolved_places(critic.options, base)
+    if isinstance(options.get("critics"), dict):
+        options["critics"] = {
+            name: _resolved_places(member, base) if isinstance(member, dict) else member
+            for name, member in options["critics"].items()
+        }
+    critic.options = options
+
+
+def _resolved_places(settings: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Settings with the model, prompts, function and file that they name as absolute paths."""
+    found = dict(settings)
+    for name, value in settings.items():
+        if not isinstance(value, str | Path):
+            continue
+        if name == "model":
+            found[name] = _local_or_hub(str(value), base)
+        elif name in ("prompt", "split_prompt") and (base / value).is_file():
+            found[name] = str(base / value)
+        elif name == "function":
+            found[name] = str(base / os.path.expanduser(value))
+        elif name == "file":
+            found[name] = type(value)(base / os.path.expanduser(value))
+    return found
 
 
 def _local_or_hub(reference: str, base: Path) -> str:

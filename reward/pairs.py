@@ -49,7 +49,7 @@ class PairSettings(BaseModel):
         Field("best_worst", description="which responses of a question become a pair")
     )
     min_margin: float = Field(0.0, ge=0, description="least difference of the two rewards; ties never make a pair")
-    max_per_question: int | None = Field(1, ge=1, description="most pairs per question")
+    max_per_question: int = Field(1, ge=1, description="most pairs per question")
     top_k_pairs: int = Field(2, ge=1, description="for topk_bottomk: how many of the best and of the worst are crossed")
     correct_threshold: float = Field(
         0.5,

@@ -89,7 +89,7 @@ def compare(items: list[Item], judge_model: object, repeats: int) -> dict[str, O
     outcomes = {pairing: Outcome() for pairing in PAIRINGS}
     for repeat in range(repeats + 1):
         for pairing, outcome in outcomes.items():
-            critic = PairwiseCritic(judge_model, prompt=CRITIC_PROMPT, pairing=pairing, **OPTIONS)  # type: ignore[arg-type]
+            critic = PairwiseCritic(judge_model=judge_model, prompt=CRITIC_PROMPT, pairing=pairing, **OPTIONS)  # type: ignore[arg-type]
             started = time.perf_counter()
             judgements = critic.judge(items)
             if repeat:

@@ -60,8 +60,16 @@ def plan_critic(config: Config) -> CriticPlan:
     """
     kind, options = config.critic.kind, dict(config.critic.options)
     with reward_faults():
-        if config.critic.prompt is not None and "prompt" in settings_of(kind):
+        known = settings_of(kind)
+        if config.critic.prompt is not None and "prompt" in known:
             options["prompt"] = config.critic.prompt
+        for name, value in (("function", config.critic.function), ("file", config.critic.file)):
+            if value is not None:
+                if name not in known:
+                    raise UserError(
+                        f"critic.{name} is set, and the {kind} critic takes none", fix=f"remove critic.{name}"
+                    )
+                options[name] = str(value)
         if kind == "random":
             options.setdefault("seed", config.seed)
         wanted: dict[str | None, str | None] = {None: needs(kind)}
@@ -126,6 +134,7 @@ def open_critic(
             scorer=shared.get("scorer"),
             judge_models={name: model for name, model in own.items() if plan.own[name].need == "judge_model"},
             scorers={name: model for name, model in own.items() if plan.own[name].need == "scorer"},
+            open_image=open_image,
         )
     return critic, lambda: _notes(opened)
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from align.config import Config
+from align.config import Config, CriticSettings
 from align.distributed.ranks import is_main_process
 from align.engines.judge import CriticPlan, open_critic, plan_critic
 from align.errors import UserError, reward_faults
@@ -24,6 +23,7 @@ from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
 from align.run.image_hashes import record_or_verify_images
 from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
+from align.stages.critic_inputs import check_same_samples, critic_files, critic_settings
 from align.stages.critic_metrics import check_gates, control_items, critic_figures, item_of
 from reward.critics import Critic, Item, Judgement
 from reward.reliability import check_gates as check_gate_names
@@ -31,18 +31,22 @@ from reward.warnings import critic_warnings
 
 STAGE = "score"
 DEFAULT_BATCH = 16
-PROMPTS = ("prompt", "split_prompt")
 
 OpenCritic = Callable[[], tuple[Critic, Callable[[], dict[str, str]]]]
 
 
-def run_score(config: Config, number: int) -> None:
+def run_score(config: Config, number: int, critic: Callable[..., Any] | None = None) -> None:
     """Score a round; does nothing when that has been done.
+
+    `critic`, a function of question, images and responses that returns rewards, judges instead of the configured one.
 
     Raises:
         UserError: the round is not sampled, the critic's settings are wrong, nothing could be scored, or the critic
             does not pass its gates.
     """
+    if critic is not None:
+        settings = CriticSettings(kind="python", gates=config.critic.gates, options={"function": critic})
+        config = config.model_copy(update={"critic": settings})
     this = RunDir(config.run_dir).round(number)
     this.need("sample", "scores are made from its samples", f"align sample --round {number}")
     samples = read_jsonl(this.samples, Samples)
@@ -50,7 +54,11 @@ def run_score(config: Config, number: int) -> None:
     plan = plan_critic(config)
     with reward_faults():
         check_gate_names(config.critic.gates)
-    if begin(this.manifest, STAGE, settings=_settings(config), inputs=_inputs(config, plan, this.samples)):
+    inputs = {"samples": content_hash(this.samples)} | plan.identities() | critic_files(config.critic)
+    check_same_samples(config.critic, inputs["samples"])
+    if begin(
+        this.manifest, STAGE, settings={"critic": critic_settings(config.critic), "seed": config.seed}, inputs=inputs
+    ):
         if is_main_process():
             record_or_verify_images(this.image_hashes, images, [line.question for line in samples])
         _score_round(config, plan, this, samples, images)
@@ -116,37 +124,3 @@ def _counts(scores: Sequence[Judgement]) -> dict[str, Any]:
         "unscored": dict(Counter(reason for score in scores for reason in score.unscored.values())),
         "verdicts": sum(len(score.verdicts) for score in scores),
     }
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    # Gates judge what was measured and change nothing of it, so they may change without judging again.
-    # Models and prompts count by content, among the inputs: a run may be moved.
-    critic = config.critic.model_dump(exclude={"model", "batch_size", "prompt", "gates", "servers"})
-    critic["options"] = _without_places(critic["options"])
-    members = critic["options"].get("critics")
-    if isinstance(members, dict):
-        critic["options"]["critics"] = {name: _without_places(member) for name, member in members.items()}
-    return {"critic": critic, "seed": config.seed}
-
-
-def _without_places(member: Any) -> Any:
-    if not isinstance(member, dict):
-        return member
-    return {key: value for key, value in member.items() if key not in ("model", *PROMPTS)}
-
-
-def _inputs(config: Config, plan: CriticPlan, samples: Path) -> dict[str, str]:
-    inputs = {"samples": content_hash(samples)}
-    inputs |= plan.identities()
-    options = config.critic.options
-    prompts = {key: options.get(key) for key in PROMPTS}
-    if config.critic.prompt is not None:
-        prompts["prompt"] = config.critic.prompt
-    members = options.get("critics")
-    if isinstance(members, dict):
-        prompts |= {f"{key} {name}": member.get(key) for name, member in members.items() for key in PROMPTS}
-    return inputs | {name: _prompt_hash(prompt) for name, prompt in prompts.items() if prompt}
-
-
-def _prompt_hash(prompt: str) -> str:
-    return content_hash(Path(prompt)) if Path(prompt).is_file() else prompt

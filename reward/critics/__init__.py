@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from reward.critics.base import Critic, Item, Judgement, Verdict
+from pydantic import ValidationError
+
+from reward.critics.base import BaseCritic, Critic, Item, Judgement, Verdict
 from reward.critics.claims import ClaimsCritic
 from reward.critics.length import LengthCritic
 from reward.critics.pairwise import PairwiseCritic
 from reward.critics.panel import PanelCritic
 from reward.critics.pointwise import PointwiseCritic
+from reward.critics.python import PythonCritic
 from reward.critics.random import RandomCritic
+from reward.critics.ratings import RatingsCritic
 from reward.critics.scalar import ScalarCritic, Scorer
+from reward.critics.scores import ScoresCritic
 from reward.critics.verifier import VerifierCritic
 from reward.errors import RewardError
 from reward.judge_model import JudgeModel
@@ -33,13 +35,16 @@ __all__ = [
     "uses_judge_model",
 ]
 
-CRITICS: dict[str, type] = {
+CRITICS: dict[str, type[BaseCritic]] = {
     "pairwise": PairwiseCritic,
     "pointwise": PointwiseCritic,
     "claims": ClaimsCritic,
     "verifier": VerifierCritic,
     "scalar": ScalarCritic,
     "panel": PanelCritic,
+    "python": PythonCritic,
+    "scores": ScoresCritic,
+    "ratings": RatingsCritic,
     "random": RandomCritic,
     "length": LengthCritic,
 }
@@ -53,8 +58,8 @@ def needs(kind: str) -> str | None:
     >>> needs("pairwise"), needs("verifier")
     ('judge_model', None)
     """
-    first = next(iter(inspect.signature(_class_of(kind)).parameters.values()), None)
-    return first.name if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else None
+    fields = _class_of(kind).model_fields
+    return next((name for name in ("judge_model", "scorer", "critics") if name in fields), None)
 
 
 def uses_judge_model(kind: str, settings: Mapping[str, Any] | None = None) -> bool:
@@ -76,18 +81,19 @@ def make_critic(
     scorer: Scorer | None = None,
     judge_models: Mapping[str, JudgeModel] | None = None,
     scorers: Mapping[str, Scorer] | None = None,
+    open_image: Callable[[Any], Any] | None = None,
 ) -> Critic:
-    """A critic of this kind with these settings and what it needs; RewardError says what is unknown or missing.
+    """A critic of this kind with these settings and what it needs; RewardError says what is unknown, wrong or missing.
 
-    `judge_model` is for the kinds that ask a model, `scorer` for `scalar`. A panel takes its members from
-    `settings["critics"]`, name -> `{"kind": ..., further settings}`; `judge_models` and `scorers` give members models of
-    their own.
+    `judge_model` is for the kinds that ask a model, `scorer` for `scalar`, `open_image` (a handle in, a picture out)
+    for `python`. A panel takes its members from `settings["critics"]`, name -> `{"kind": ..., further settings}`;
+    `judge_models` and `scorers` give members models of their own.
 
     >>> make_critic("random", {"sead": 3})
     Traceback (most recent call last):
     reward.errors.RewardError: critic random has no setting 'sead' (did you mean seed?); it has: seed
     """
-    given: dict[str, Any] = {"judge_model": judge_model, "scorer": scorer}
+    given: dict[str, Any] = {"judge_model": judge_model, "scorer": scorer, "open_image": open_image}
     options = dict(settings or {})
     if kind == "panel":
         members = _members(options)
@@ -98,23 +104,35 @@ def make_critic(
                 *member,
                 judge_model=(judge_models or {}).get(name, judge_model),
                 scorer=(scorers or {}).get(name, scorer),
+                open_image=open_image,
             )
             for name, member in members.items()
         }
-    _check_options(kind, options)
-    needed = needs(kind)
-    if needed is None:
-        return _class_of(kind)(**options)
-    if given[needed] is None:
+    _check_names(kind, options)
+    needed, made = needs(kind), _class_of(kind)
+    if needed is not None and given[needed] is None:
         raise RewardError(f"critic {kind} needs {_NEEDS[needed]}")
-    return _class_of(kind)(given[needed], **options)
-
-
-def _make_member(
-    name: str, kind: str, settings: dict[str, Any], *, judge_model: JudgeModel | None, scorer: Scorer | None
-) -> Critic:
     try:
-        return make_critic(kind, settings, judge_model=judge_model, scorer=scorer)
+        return made(**{name: value for name, value in given.items() if name in made.model_fields}, **options)
+    except ValidationError as error:
+        raise RewardError(f"critic {kind}: " + "; ".join(map(_fault, error.errors()))) from None
+
+
+def _fault(error: Any) -> str:
+    """
+    >>> _fault({"type": "int_type", "loc": ("rounds",), "msg": "Input should be a valid integer", "input": 2.5})
+    'rounds: Input should be a valid integer, found 2.5'
+    """
+    if error["type"] == "missing":
+        return f"{error['loc'][0]} must be given"
+    if not error["loc"]:
+        return error["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}, found {error['input']!r}"
+
+
+def _make_member(name: str, kind: str, settings: dict[str, Any], **given: Any) -> Critic:
+    try:
+        return make_critic(kind, settings, **given)
     except RewardError as error:
         raise RewardError(f"panel, member {name}: {error}") from None
 
@@ -132,49 +150,21 @@ def _members(settings: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]
     return members
 
 
-def _check_options(kind: str, options: Mapping[str, Any]) -> None:
-    """Names and types of settings, so that a slip in a YAML file never becomes a traceback."""
+def _check_names(kind: str, options: Mapping[str, Any]) -> None:
     known = settings_of(kind)
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        near = get_close_matches(unknown[0], known, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise RewardError(f"critic {kind} has no setting {unknown[0]!r}{hint}; it has: {', '.join(known)}")
-    hints = {name: p.annotation for name, p in inspect.signature(_class_of(kind), eval_str=True).parameters.items()}
-    faults = [
-        f"{name} must be {_in_words(hints[name])}, found {value!r}"
-        for name, value in options.items()
-        if not _fits(value, hints[name])
-    ]
-    if faults:
-        raise RewardError(f"critic {kind}: " + "; ".join(faults))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    types = [get_origin(one) or one for one in _either(hint)]
-    if isinstance(value, bool):
-        return bool in types
-    return isinstance(value, tuple(types)) or (isinstance(value, int) and float in types)
-
-
-def _either(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
-
-
-def _in_words(hint: Any) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "empty"}
-    return " or ".join(
-        dict.fromkeys(words.get(one, "text" if one is Path else "names with values") for one in _either(hint))
-    )
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise RewardError(f"critic {kind} has no setting {name!r}{hint}; it has: {', '.join(known) or 'none'}")
 
 
 def settings_of(kind: str) -> list[str]:
     """The names of the settings that a critic of this kind takes."""
-    parameters = inspect.signature(_class_of(kind)).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    return [name for name, field in _class_of(kind).model_fields.items() if not field.exclude]
 
 
-def _class_of(kind: str) -> type:
+def _class_of(kind: str) -> type[BaseCritic]:
     if kind not in CRITICS:
         near = get_close_matches(kind, CRITICS, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""

@@ -1,10 +1,13 @@
-"""What every critic is: items in, one judgement an item out; and the words in which it says why it could not judge."""
+"""What every critic is: items in, one judgement per item out; and the words in which it says why it could not judge."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Annotated, Protocol
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from reward.judgement import Item, Judgement, Verdict
 from reward.texts import first_occurrences
@@ -17,7 +20,9 @@ __all__ = [
     "OUTSIDE_OPTIONS",
     "REFUSED",
     "UNPARSEABLE",
+    "BaseCritic",
     "Critic",
+    "FileName",
     "Item",
     "Judgement",
     "Verdict",
@@ -27,6 +32,9 @@ __all__ = [
 ]
 
 DECIMALS = 9
+
+# The path of a file (of a prompt also the name of a built-in one).
+FileName = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 
 NO_ANSWER = "the critic gave no answer"
 REFUSED = "the critic refused"
@@ -42,11 +50,24 @@ _REFUSAL = re.compile(
 )
 
 
+class BaseCritic(BaseModel):
+    """A critic's fields are its settings, checked when it is made; those that are excluded are what it works with.
+
+    Whole numbers do for numbers; nothing else is converted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
+
+    def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """One judgement per item, in order."""
+        raise NotImplementedError
+
+
 class Critic(Protocol):
     """Judges the responses of each item; what it could not judge is unscored with a reason, never 0."""
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
-        """One judgement an item, in order."""
+        """One judgement per item, in order."""
         ...
 
 

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from reward.critics.base import NO_ANSWER, Item, Judgement, broadcast_to_duplicates, distinct_responses
+from pydantic import Field, PrivateAttr
+
+from reward.critics.base import (
+    NO_ANSWER,
+    BaseCritic,
+    FileName,
+    Item,
+    Judgement,
+    broadcast_to_duplicates,
+    distinct_responses,
+)
 from reward.critics.reading import Reading, read_log_probs, read_text
 from reward.errors import RewardError
-from reward.judge_model import JudgeModel
-from reward.prompt import load_prompt
+from reward.prompt import Prompt, load_prompt
 
 NO_CLAIMS = "the response makes no claim that can be checked"
 
-_SPLITS = ("sentences", "ask")
-_SCORES = ("wrong", "share", "soft")
 
-
-class ClaimsCritic:
-    """Scores a response by how many of its claims are wrong.
+class ClaimsCritic(BaseCritic):
+    """Rewards a response by how many of its claims are wrong.
 
     split: `sentences` cuts at the ends of sentences; `ask` lets the model list the facts (with `split_prompt`).
     score: `wrong` is minus the number of wrong claims (RLAIF-V; longer answers have more to lose), `share` minus
@@ -32,32 +37,23 @@ class ClaimsCritic:
     read: `log_probs` or `text`, for the yes/no questions.
     """
 
-    def __init__(
-        self,
-        judge_model: JudgeModel,
-        *,
-        prompt: str | Path = "claims",
-        split: str = "sentences",
-        split_prompt: str | Path = "claims_split",
-        score: str = "wrong",
-        read: str = "log_probs",
-        min_option_mass: float = 0.0,
-        max_new_tokens: int = 512,
-    ) -> None:
-        known = (("split", split, _SPLITS), ("score", score, _SCORES), ("read", read, ("log_probs", "text")))
-        faults = [
-            f"{name} must be one of {', '.join(ways)}, found {value!r}"
-            for name, value, ways in known
-            if value not in ways
-        ]
-        if faults:
-            raise RewardError("claims critic: " + "; ".join(faults))
-        self.judge_model, self.split, self.score, self.read = judge_model, split, score, read
-        self.min_option_mass, self.max_new_tokens = min_option_mass, max_new_tokens
-        self.prompt = load_prompt(prompt, "claims")
-        self.split_prompt = load_prompt(split_prompt, "split") if split == "ask" else None
-        if not self.prompt.options:
-            raise RewardError(f"prompt {self.prompt.name}: a claims prompt needs options correct and wrong")
+    judge_model: Any = Field(exclude=True)
+    prompt: FileName = "claims"
+    split: Literal["sentences", "ask"] = "sentences"
+    split_prompt: FileName = "claims_split"
+    score: Literal["wrong", "share", "soft"] = "wrong"
+    read: Literal["log_probs", "text"] = "log_probs"
+    min_option_mass: float = Field(0.0, ge=0, le=1)
+    max_new_tokens: int = Field(512, ge=1)
+    _prompt: Prompt = PrivateAttr()
+    _split_prompt: Prompt | None = PrivateAttr(None)
+
+    def model_post_init(self, context: Any) -> None:
+        self._prompt = load_prompt(self.prompt, "claims")
+        if self.split == "ask":
+            self._split_prompt = load_prompt(self.split_prompt, "split")
+        if not self._prompt.options:
+            raise RewardError(f"prompt {self._prompt.name}: a claims prompt needs options correct and wrong")
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
         responses = [distinct_responses(item) for item in items]
@@ -70,13 +66,13 @@ class ClaimsCritic:
         self, items: Sequence[Item], responses: list[list[int]]
     ) -> tuple[list[dict[int, list[str]]], list[dict[int, str]]]:
         """Per item the claims by response, and the responses without any with the reason."""
-        if self.split_prompt is None:
+        if self._split_prompt is None:
             texts: list[list[str | None]] = [
                 ["\n".join(sentences(item.responses[index])) for index in indices]
                 for item, indices in zip(items, responses, strict=True)
             ]
         else:
-            prompt = self.split_prompt
+            prompt = self._split_prompt
             prompts = [
                 # Splitting is a matter of text: without the image it cannot slip into correcting the answer.
                 prompt.fill((), item.question, [(item.responses[index],) for index in indices])
@@ -98,7 +94,7 @@ class ClaimsCritic:
         """Per item what the critic says to each claim."""
         places = [row for row, claims in enumerate(asked) if claims]
         prompts = [
-            self.prompt.fill(items[row].images, items[row].question, [(claim,) for claim in asked[row]])
+            self._prompt.fill(items[row].images, items[row].question, [(claim,) for claim in asked[row]])
             for row in places
         ]
         readings: list[dict[str, Reading]] = [{} for _ in items]
@@ -114,8 +110,8 @@ class ClaimsCritic:
 
     def _read(self, answer: Any) -> Reading:
         if self.read == "text":
-            return read_text(answer, self.prompt.options)
-        return read_log_probs(answer, self.prompt.options, min_mass=self.min_option_mass)
+            return read_text(answer, self._prompt.options)
+        return read_log_probs(answer, self._prompt.options, min_mass=self.min_option_mass)
 
     def _judgement(
         self, item: Item, claims: dict[int, list[str]], unscored: dict[int, str], readings: dict[str, Reading]
@@ -128,14 +124,14 @@ class ClaimsCritic:
             if failed:
                 unscored[index] = failed[0]
             else:
-                values[index] = self._score([_p_wrong(readings[claim]) for claim in made])
+                values[index] = self._value([_p_wrong(readings[claim]) for claim in made])
         masses = [reading.mass for reading in readings.values() if reading.mass is not None]
         if masses:
             evidence["mean_option_mass"] = sum(masses) / len(masses)
         rewards, reasons = broadcast_to_duplicates(item, values, unscored)
         return Judgement(id=item.id, rewards=rewards, unscored=reasons, evidence=evidence)
 
-    def _score(self, p_wrong: list[float]) -> float:
+    def _value(self, p_wrong: list[float]) -> float:
         if self.score == "soft":
             return -sum(p_wrong)
         num_wrong = sum(p > 0.5 for p in p_wrong)

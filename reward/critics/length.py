@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from reward.critics.base import NOTHING_TO_COMPARE, Item, Judgement, broadcast_to_duplicates, distinct_responses
+from reward.critics.base import (
+    NOTHING_TO_COMPARE,
+    BaseCritic,
+    Item,
+    Judgement,
+    broadcast_to_duplicates,
+    distinct_responses,
+)
 from reward.judgement import all_unscored
 
 
-class LengthCritic:
+class LengthCritic(BaseCritic):
     """Prefers the response with more characters (spaces at its ends apart), and nothing else.
 
     A gain that this critic gives as well is a gain of length. The rewards are those that win minus loss would give over

@@ -6,14 +6,16 @@ there is one prompt per item and round.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field, PrivateAttr
 
 from reward.critics.base import (
     NOTHING_TO_COMPARE,
+    BaseCritic,
+    FileName,
     Item,
     Judgement,
     Verdict,
@@ -22,9 +24,9 @@ from reward.critics.base import (
 )
 from reward.critics.random import shuffled
 from reward.critics.reading import read_log_probs, read_text
-from reward.critics.tournament import PAIRINGS, Match, next_matches
+from reward.critics.tournament import Match, next_matches
 from reward.errors import RewardError
-from reward.judge_model import BranchedPrompt, JudgeModel
+from reward.judge_model import BranchedPrompt
 from reward.prompt import Prompt, load_prompt
 from reward.ranking import MIN_RIDGE, bradley_terry, score_of, win_minus_loss, without_failures
 
@@ -52,8 +54,8 @@ class _Tournament:
         return results
 
 
-class PairwiseCritic:
-    """Compares responses two by two, with the image in view.
+class PairwiseCritic(BaseCritic):
+    """Compares responses two by two, with the image in view (LLaVA-Critic, arXiv 2410.02712).
 
     read: `log_probs` takes the verdict from the probabilities of the prompt's options; `text` lets the critic write,
         reads the option it names and keeps what it wrote as rationale.
@@ -66,29 +68,23 @@ class PairwiseCritic:
     seed: the starting order of tournaments, together with the item's id.
     """
 
-    def __init__(
-        self,
-        judge_model: JudgeModel,
-        *,
-        prompt: str | Path = "pairwise",
-        read: str = "log_probs",
-        soft: bool = False,
-        tie_threshold: float = 0.0,
-        use_tie_option: bool = True,
-        min_option_mass: float = 0.0,
-        pairing: str = "all",
-        rounds: int | None = None,
-        reward: str = "win_minus_loss",
-        ridge: float = 0.1,
-        max_new_tokens: int = 512,
-        seed: int = 0,
-    ) -> None:
-        _check(read=read, pairing=pairing, reward=reward, tie_threshold=tie_threshold, ridge=ridge, rounds=rounds)
-        self.judge_model = judge_model
-        self.prompt = _offered(load_prompt(prompt, "pairwise"), use_tie_option=use_tie_option)
-        self.read, self.soft, self.tie_threshold = read, soft, tie_threshold
-        self.min_option_mass, self.max_new_tokens = min_option_mass, max_new_tokens
-        self.pairing, self.rounds, self.reward, self.ridge, self.seed = pairing, rounds, reward, ridge, seed
+    judge_model: Any = Field(exclude=True)
+    prompt: FileName = "pairwise"
+    read: Literal["log_probs", "text"] = "log_probs"
+    soft: bool = False
+    tie_threshold: float = Field(0.0, ge=0, lt=1)
+    use_tie_option: bool = True
+    min_option_mass: float = Field(0.0, ge=0, le=1)
+    pairing: Literal["all", "swiss", "knockout"] = "all"
+    rounds: int | None = Field(None, ge=1)
+    reward: Literal["win_minus_loss", "bradley_terry"] = "win_minus_loss"
+    ridge: float = Field(0.1, ge=MIN_RIDGE, allow_inf_nan=False)
+    max_new_tokens: int = Field(512, ge=1)
+    seed: int = 0
+    _prompt: Prompt = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        self._prompt = _offered(load_prompt(self.prompt, "pairwise"), use_tie_option=self.use_tie_option)
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
         tournaments = [self._tournament(item) for item in items]
@@ -112,15 +108,15 @@ class PairwiseCritic:
         # Sorted by the response shown first: neighbours in a prompt then share their leading piece.
         orders = [sorted([*matches, *((other, one) for one, other in matches)]) for _, matches in open_matches]
         prompts = [
-            self._prompt(tournament.item, pairs) for (tournament, _), pairs in zip(open_matches, orders, strict=True)
+            self._ask(tournament.item, pairs) for (tournament, _), pairs in zip(open_matches, orders, strict=True)
         ]
         for (tournament, _), pairs, answers in zip(open_matches, orders, self._answers(prompts), strict=True):
             for pair, answer in zip(pairs, answers, strict=True):
                 self._record(tournament, pair, answer)
 
-    def _prompt(self, item: Item, pairs: Sequence[Order]) -> BranchedPrompt:
+    def _ask(self, item: Item, pairs: Sequence[Order]) -> BranchedPrompt:
         branches = [(item.responses[first], item.responses[second]) for first, second in pairs]
-        return self.prompt.fill(item.images, item.question, branches)
+        return self._prompt.fill(item.images, item.question, branches)
 
     def _answers(self, prompts: list[BranchedPrompt]) -> Sequence[Sequence[Any]]:
         if self.read == "text":
@@ -129,9 +125,9 @@ class PairwiseCritic:
 
     def _record(self, tournament: _Tournament, pair: Order, answer: Any) -> None:
         if self.read == "text":
-            reading = read_text(answer, self.prompt.options)
+            reading = read_text(answer, self._prompt.options)
         else:
-            reading = read_log_probs(answer, self.prompt.options, min_mass=self.min_option_mass)
+            reading = read_log_probs(answer, self._prompt.options, min_mass=self.min_option_mass)
         if reading.mass is not None:
             tournament.masses.append(reading.mass)
         if reading.probabilities is None:
@@ -213,23 +209,3 @@ def _offered(prompt: Prompt, *, use_tie_option: bool) -> Prompt:
         raise RewardError(f"prompt {prompt.name}: a pairwise prompt needs options first and second in its heading")
     options = {name: text for name, text in prompt.options.items() if use_tie_option or name != "tie"}
     return replace(prompt, options=options)
-
-
-def _check(*, read: str, pairing: str, reward: str, tie_threshold: float, ridge: float, rounds: int | None) -> None:
-    faults = [
-        f"{name} must be one of {', '.join(known)}, found {value!r}"
-        for name, value, known in (
-            ("read", read, ("log_probs", "text")),
-            ("pairing", pairing, PAIRINGS),
-            ("reward", reward, ("win_minus_loss", "bradley_terry")),
-        )
-        if value not in known
-    ]
-    if not 0 <= tie_threshold < 1:
-        faults.append(f"tie_threshold must be at least 0 and below 1, found {tie_threshold}")
-    if not MIN_RIDGE <= ridge < math.inf:
-        faults.append(f"ridge must be a finite number from {MIN_RIDGE:g} on, found {ridge}")
-    if rounds is not None and rounds < 1:
-        faults.append(f"rounds must be at least 1, found {rounds}")
-    if faults:
-        raise RewardError("pairwise critic: " + "; ".join(faults))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
-from reward.critics.base import DECIMALS, Critic, Item, Judgement
+from pydantic import Field
+
+from reward.critics.base import DECIMALS, BaseCritic, Item, Judgement
 from reward.errors import RewardError
 
 NOBODY_SCORED = "no critic of the panel could score the item"
@@ -15,7 +16,7 @@ NOBODY_SCORED = "no critic of the panel could score the item"
 Values = dict[int, float]
 
 
-class PanelCritic:
+class PanelCritic(BaseCritic):
     """Asks every critic and averages what they say, each brought to a common scale within the question.
 
     weights: by critic name; a name left out weighs 1.
@@ -29,30 +30,15 @@ class PanelCritic:
     unscored: averages over different critics do not compare.
     """
 
-    def __init__(
-        self,
-        critics: Mapping[str, Critic],
-        *,
-        weights: Mapping[str, float] | None = None,
-        normalise: str = "zscore",
-        need_all: bool = False,
-    ) -> None:
-        weights = dict(weights or {})
-        faults = [f"weight for {name!r}, which is not in the panel" for name in weights if name not in critics]
-        faults += [
-            f"weight of {name} must be a finite number above 0, found {value!r}"
-            for name, value in weights.items()
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
-        ]
-        if normalise not in NORMALISERS:
-            faults.append(f"normalise must be one of {', '.join(NORMALISERS)}, found {normalise!r}")
-        if not critics:
-            faults.append("it has no critics")
-        if faults:
-            raise RewardError("panel: " + "; ".join(faults))
-        self.critics, self.need_all = dict(critics), need_all
-        self.weights = {name: float(weights.get(name, 1.0)) for name in critics}
-        self.normalise = NORMALISERS[normalise]
+    critics: dict[str, Any] = Field(exclude=True, min_length=1)
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    normalise: Literal["zscore", "rank", "range", "none"] = "zscore"
+    need_all: bool = False
+
+    def model_post_init(self, context: Any) -> None:
+        unknown = [name for name in self.weights if name not in self.critics]
+        if unknown:
+            raise RewardError("; ".join(f"weight for {name!r}, which is not in the panel" for name in unknown))
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
         by_name = {name: critic.judge(items) for name, critic in self.critics.items()}
@@ -64,7 +50,7 @@ class PanelCritic:
         deciding = [] if silent and self.need_all else [name for name in members if name not in silent]
         unscored = _unscored(item, members, deciding, silent)
         left = [index for index in range(len(item.responses)) if index not in unscored]
-        normal = {name: self.normalise(_values(members[name], left)) for name in deciding}
+        normal = {name: NORMALISERS[self.normalise](_values(members[name], left)) for name in deciding}
         rewards = [None if index in unscored else self._mean(normal, index) for index in range(len(item.responses))]
         verdicts = next((judged.verdicts for judged in members.values() if judged.verdicts), [])
         ratings = next((judged.ratings for judged in members.values() if judged.ratings), [])
@@ -79,8 +65,9 @@ class PanelCritic:
         )
 
     def _mean(self, normal: dict[str, Values], index: int) -> float:
-        total = sum(self.weights[name] for name in normal)
-        return round(sum(self.weights[name] * values[index] for name, values in normal.items()) / total, DECIMALS)
+        weights = {name: self.weights.get(name, 1.0) for name in normal}
+        total = sum(weights.values())
+        return round(sum(weights[name] * values[index] for name, values in normal.items()) / total, DECIMALS)
 
     def _evidence(
         self, members: dict[str, Judgement], normal: dict[str, Values], left: list[int], silent: list[str]

@@ -6,19 +6,27 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from reward.critics.base import Item, Judgement, broadcast_to_duplicates, distinct_responses, why_unreadable
+from pydantic import Field, PrivateAttr
+
+from reward.critics.base import (
+    BaseCritic,
+    FileName,
+    Item,
+    Judgement,
+    broadcast_to_duplicates,
+    distinct_responses,
+    why_unreadable,
+)
 from reward.critics.reading import read_log_probs
 from reward.errors import RewardError
-from reward.judge_model import JudgeModel
-from reward.prompt import load_prompt
+from reward.prompt import Prompt, load_prompt
 
 Scale = tuple[float, float]
 
 
-class PointwiseCritic:
+class PointwiseCritic(BaseCritic):
     """Rates each response on 0-100 with the image in view, without seeing the others.
 
     read: `log_probs` takes the mean over the probabilities of the ratings that the prompt offers, which tells apart
@@ -27,29 +35,24 @@ class PointwiseCritic:
     min_option_mass: a rating is a failure if the offered ones together have less probability than this (`log_probs`).
     """
 
-    def __init__(
-        self,
-        judge_model: JudgeModel,
-        *,
-        prompt: str | Path = "pointwise",
-        read: str = "log_probs",
-        min_option_mass: float = 0.0,
-        max_new_tokens: int = 512,
-    ) -> None:
-        if read not in ("log_probs", "text"):
-            raise RewardError(f"pointwise critic: read must be log_probs or text, found {read!r}")
-        self.judge_model, self.read, self.max_new_tokens = judge_model, read, max_new_tokens
-        self.min_option_mass = min_option_mass
-        self.prompt = load_prompt(prompt, "pointwise")
-        if read == "log_probs" and len(self.prompt.options) < 2:
+    judge_model: Any = Field(exclude=True)
+    prompt: FileName = "pointwise"
+    read: Literal["log_probs", "text"] = "log_probs"
+    min_option_mass: float = Field(0.0, ge=0, le=1)
+    max_new_tokens: int = Field(512, ge=1)
+    _prompt: Prompt = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        self._prompt = load_prompt(self.prompt, "pointwise")
+        if self.read == "log_probs" and len(self._prompt.options) < 2:
             raise RewardError(
-                f"prompt {self.prompt.name}: to read log_probs it must offer at least two ratings as options"
+                f"prompt {self._prompt.name}: to read log_probs it must offer at least two ratings as options"
             )
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
         responses = [distinct_responses(item) for item in items]
         prompts = [
-            self.prompt.fill(item.images, item.question, [(item.responses[index],) for index in indices])
+            self._prompt.fill(item.images, item.question, [(item.responses[index],) for index in indices])
             for item, indices in zip(items, responses, strict=True)
         ]
         if self.read == "text":
@@ -61,13 +64,13 @@ class PointwiseCritic:
     def _from_log_probs(self, item: Item, responses: list[int], table: Any) -> Judgement:
         ratings, unscored, spreads, masses = {}, {}, {}, []
         for index, row in zip(responses, table, strict=True):
-            reading = read_log_probs(row, self.prompt.options, min_mass=self.min_option_mass)
+            reading = read_log_probs(row, self._prompt.options, min_mass=self.min_option_mass)
             if reading.mass is not None:
                 masses.append(reading.mass)
             if reading.probabilities is None:
                 unscored[index] = reading.reason
                 continue
-            ratings[index], spreads[str(index)] = expectation(reading.probabilities, self.prompt.scale)
+            ratings[index], spreads[str(index)] = expectation(reading.probabilities, self._prompt.scale)
         evidence: dict[str, Any] = {"rating_sd": spreads}
         if masses:
             evidence["mean_option_mass"] = sum(masses) / len(masses)
@@ -76,7 +79,7 @@ class PointwiseCritic:
     def _from_texts(self, item: Item, responses: list[int], texts: Sequence[str | None]) -> Judgement:
         ratings, unscored = {}, {}
         for index, text in zip(responses, texts, strict=True):
-            rating = None if text is None else read_rating(text, self.prompt.scale)
+            rating = None if text is None else read_rating(text, self._prompt.scale)
             if rating is None:
                 unscored[index] = why_unreadable(text)
             else:

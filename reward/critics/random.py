@@ -6,19 +6,25 @@ import hashlib
 import random
 from collections.abc import Sequence
 
-from reward.critics.base import NOTHING_TO_COMPARE, Item, Judgement, broadcast_to_duplicates, distinct_responses
+from reward.critics.base import (
+    NOTHING_TO_COMPARE,
+    BaseCritic,
+    Item,
+    Judgement,
+    broadcast_to_duplicates,
+    distinct_responses,
+)
 from reward.judgement import all_unscored
 
 
-class RandomCritic:
+class RandomCritic(BaseCritic):
     """Puts the distinct responses of an item in a random order, seeded by the item's id.
 
     The rewards are those that win minus loss would give for that order, so as many pairs survive as a decided critic
     would leave. It makes no verdicts: there is nothing behind them.
     """
 
-    def __init__(self, *, seed: int = 0) -> None:
-        self.seed = seed
+    seed: int = 0
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
         return [self._judge_one(item) for item in items]

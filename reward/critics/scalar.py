@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from reward.critics.base import NO_ANSWER, Item, Judgement, broadcast_to_duplicates, distinct_responses
+from pydantic import Field
+
+from reward.critics.base import NO_ANSWER, BaseCritic, Item, Judgement, broadcast_to_duplicates, distinct_responses
 
 NOT_FINITE = "the reward model gave no finite number"
 
@@ -25,15 +27,14 @@ class Scorer(Protocol):
     """A reward model that somebody else loads and batches."""
 
     def __call__(self, dialogues: Sequence[Dialogue]) -> Sequence[float | None]:
-        """One number a dialogue, higher is better; None or nan where it failed."""
+        """One number per dialogue, higher is better; None or nan where it failed."""
         ...
 
 
-class ScalarCritic:
+class ScalarCritic(BaseCritic):
     """Takes a reward model's number as it is; only differences within one question mean anything."""
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
+    scorer: Any = Field(exclude=True)
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
         responses = [distinct_responses(item) for item in items]

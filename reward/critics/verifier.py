@@ -10,10 +10,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from reward import answers
-from reward.critics.base import NO_REFERENCE, Item, Judgement
+from reward.critics.base import NO_REFERENCE, BaseCritic, Item, Judgement
 from reward.errors import RewardError
 from reward.judgement import all_unscored
 from reward.texts import normalise
@@ -256,7 +258,7 @@ def is_correct(response: str, reference: str, *, question: str = "", kind: str |
     return None if found is None else found.correct
 
 
-class VerifierCritic:
+class VerifierCritic(BaseCritic):
     """Rewards 1 for a right answer and 0 for a wrong one.
 
     kind: one of ANSWER_KINDS for all items; None: the item's own `answer_kind`, else by the reference's looks.
@@ -265,19 +267,10 @@ class VerifierCritic:
     partial: reward sets by F1 and boxes by IoU instead of 1 or 0.
     """
 
-    def __init__(
-        self, *, kind: str | None = None, tolerance: float = 0.0, min_iou: float = 0.5, partial: bool = False
-    ) -> None:
-        faults = []
-        if kind is not None and kind not in ANSWER_KINDS:
-            faults.append(f"kind must be one of {', '.join(ANSWER_KINDS)}, found {kind!r}")
-        if not 0 <= tolerance < 1:
-            faults.append(f"tolerance must be at least 0 and below 1, found {tolerance}")
-        if not 0 < min_iou <= 1:
-            faults.append(f"min_iou must be above 0 and at most 1, found {min_iou}")
-        if faults:
-            raise RewardError("verifier: " + "; ".join(faults))
-        self.kind, self.tolerance, self.min_iou, self.partial = kind, tolerance, min_iou, partial
+    kind: Literal["exact", "contains", "yes_no", "number", "numbers", "choice", "set", "boxes"] | None = None
+    tolerance: float = Field(0.0, ge=0, lt=1)
+    min_iou: float = Field(0.5, gt=0, le=1)
+    partial: bool = False
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
         return [self._judge_one(item) for item in items]

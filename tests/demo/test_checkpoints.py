@@ -130,7 +130,7 @@ def test_the_critic_finds_the_right_answer_on_pictures_nobody_trained_on():
         for index, (canvas, task) in enumerate(cases)
         if not is_exact(task, answers[str(index)])
     ]
-    judgements = PairwiseCritic(engine(CRITIC), prompt=CRITIC_PROMPT, soft=True).judge(items)
+    judgements = PairwiseCritic(judge_model=engine(CRITIC), prompt=CRITIC_PROMPT, soft=True).judge(items)
     right = [judgement.rewards[0] > judgement.rewards[1] for judgement in judgements]
     assert len(right) > 20
     assert sum(right) / len(right) > 0.8

@@ -97,7 +97,7 @@ def test_near_duplicates_are_removed_on_request_only():
 
 def test_top_and_bottom_are_crossed_widest_first():
     found = choose_pairs(
-        [5.0, 4.0, 3.0, 2.0, 1.0], TEXTS, PairSettings(strategy="topk_bottomk", max_per_question=None, top_k_pairs=2)
+        [5.0, 4.0, 3.0, 2.0, 1.0], TEXTS, PairSettings(strategy="topk_bottomk", max_per_question=99, top_k_pairs=2)
     )
     assert indices(found) == [(0, 4), (0, 3), (1, 4), (1, 3)]
     assert found.dropped_pairs == {NOT_IN_STRATEGY: 6}
@@ -105,7 +105,7 @@ def test_top_and_bottom_are_crossed_widest_first():
 
 def test_top_and_bottom_never_overlap():
     found = choose_pairs(
-        [3.0, 2.0, 1.0], TEXTS[:3], PairSettings(strategy="topk_bottomk", max_per_question=None, top_k_pairs=2)
+        [3.0, 2.0, 1.0], TEXTS[:3], PairSettings(strategy="topk_bottomk", max_per_question=99, top_k_pairs=2)
     )
     assert indices(found) == [(0, 2)]
 
@@ -133,7 +133,7 @@ def test_correct_against_wrong_uses_every_response_once_before_any_twice():
 @pytest.mark.parametrize(("num_right", "num_wrong"), [(2, 3), (3, 2), (1, 4), (4, 6), (3, 3)])
 def test_no_response_is_used_twice_more_than_another_on_its_side(num_right, num_wrong):
     rewards, texts = [1.0] * num_right + [0.0] * num_wrong, [f"text {n}" for n in range(num_right + num_wrong)]
-    pairs = choose_pairs(rewards, texts, PairSettings(strategy="correct_incorrect", max_per_question=None)).pairs
+    pairs = choose_pairs(rewards, texts, PairSettings(strategy="correct_incorrect", max_per_question=99)).pairs
     assert len({(pair.chosen, pair.rejected) for pair in pairs}) == num_right * num_wrong
     for taken in range(1, len(pairs) + 1):
         used = Counter(index for pair in pairs[:taken] for index in (pair.chosen, pair.rejected))
@@ -149,14 +149,14 @@ def test_fifty_long_responses_are_compared_in_no_time():
 
 
 def test_correctness_from_elsewhere_overrules_and_a_critic_that_disagrees_makes_no_pair():
-    settings = PairSettings(strategy="correct_incorrect", max_per_question=None)
+    settings = PairSettings(strategy="correct_incorrect", max_per_question=99)
     found = choose_pairs([5.0, 9.0, 1.0, 2.0], TEXTS[:4], settings, correct=[True, False, False, None])
     assert indices(found) == [(0, 2)]
     assert found.dropped_pairs == {DISAGREES: 1, BOTH_SAME: 1, NO_CORRECTNESS: 3}
 
 
 def test_pairs_of_very_different_length_are_dropped_and_counted():
-    settings = PairSettings(strategy="all_above_margin", max_length_ratio=2.0, max_per_question=None)
+    settings = PairSettings(strategy="all_above_margin", max_length_ratio=2.0, max_per_question=99)
     found = choose_pairs([3.0, 2.0, 1.0], ["abcd", "ab", "a"], settings)
     assert indices(found) == [(0, 1), (1, 2)]
     assert found.dropped_pairs == {LENGTHS_DIFFER: 1}
@@ -176,7 +176,7 @@ reward_lists = st.lists(st.one_of(st.none(), st.integers(-4, 4).map(float)), min
 any_settings = st.builds(
     PairSettings,
     strategy=st.sampled_from(sorted(STRATEGIES)),
-    max_per_question=st.one_of(st.none(), st.integers(1, 4)),
+    max_per_question=st.integers(1, 9),
     min_margin=st.integers(0, 3).map(float),
     top_k_pairs=st.integers(1, 3),
     max_length_ratio=st.one_of(st.none(), st.sampled_from([1.0, 1.5, 3.0])),
@@ -232,7 +232,7 @@ def test_scaling_rewards_and_margin_together_changes_no_pair(question, pair_sett
 @given(st.permutations([8.0, 4.0, 1.0, -3.0, -9.0]), any_settings)
 def test_pairs_follow_the_responses_whatever_their_order(rewards, pair_settings):
     # With no two rewards equal and lengths out of play, the same rewards must meet, wherever they stand.
-    pair_settings = pair_settings.model_copy(update={"max_length_ratio": None, "max_per_question": None})
+    pair_settings = pair_settings.model_copy(update={"max_length_ratio": None, "max_per_question": 99})
     texts = [f"text {reward}" for reward in rewards]
     base = choose_pairs([8.0, 4.0, 1.0, -3.0, -9.0], TEXTS, pair_settings)
     expected = {(p.margin, [8.0, 4.0, 1.0, -3.0, -9.0][p.chosen]) for p in base.pairs}

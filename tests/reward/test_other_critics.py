@@ -45,7 +45,7 @@ def rating_row(turn: str) -> list[float]:
 
 
 def test_a_rating_is_the_mean_over_the_probabilities():
-    [judgement] = PointwiseCritic(FunctionModel(row=rating_row)).judge([ITEM])
+    [judgement] = PointwiseCritic(judge_model=FunctionModel(row=rating_row)).judge([ITEM])
     # 0.75 * r + 0.25 * (r + 10) = r + 2.5
     assert judgement.rewards == pytest.approx([42.5, 82.5, 2.5, 62.5, 42.5])
     assert judgement.ratings == judgement.rewards
@@ -57,7 +57,7 @@ def test_a_rating_is_the_mean_over_the_probabilities():
 
 def test_ratings_of_one_item_are_one_ask_without_repeats():
     judge_model = FunctionModel(row=rating_row)
-    PointwiseCritic(judge_model).judge([ITEM])
+    PointwiseCritic(judge_model=judge_model).judge([ITEM])
     assert [branch for prompt in judge_model.prompts for branch in prompt.branches] == [
         ("ab",),
         ("abcd",),
@@ -71,11 +71,13 @@ def test_a_scale_of_its_own_is_brought_to_a_hundred(tmp_path):
     path.write_text(
         "---\nscale: [1, 5]\noptions: {1: one, 3: three, 5: five}\n---\n{question} The response: [{response}]"
     )
-    critic = PointwiseCritic(FunctionModel(row=lambda turn: [math.log(0.5), math.log(0.5), -math.inf]), prompt=path)
+    critic = PointwiseCritic(
+        judge_model=FunctionModel(row=lambda turn: [math.log(0.5), math.log(0.5), -math.inf]), prompt=path
+    )
     assert critic.judge([ITEM])[0].rewards == pytest.approx([25.0] * 5)
     path.write_text("{question} {response}")
     with pytest.raises(RewardError, match="at least two ratings"):
-        PointwiseCritic(FunctionModel(), prompt=path)
+        make_critic("pointwise", {"prompt": str(path)}, judge_model=FunctionModel())
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_written_ratings_are_read_where_they_are_clear(text, rating):
 
 def test_written_ratings_rank_and_failures_are_unscored():
     answers = {"ab": "Score: 40/100", "abcd": "Score: 90/100", "x": "I'm sorry, I can't help.", "abc": "fine", "": None}
-    critic = PointwiseCritic(FunctionModel(text=lambda turn: answers[shown(turn)]), read="text")
+    critic = PointwiseCritic(judge_model=FunctionModel(text=lambda turn: answers[shown(turn)]), read="text")
     [judgement] = critic.judge([replace(ITEM, responses=("ab", "abcd", "x", "abc", ""))])
     assert judgement.rewards == [40.0, 90.0, None, None, None]
     assert judgement.unscored == {2: REFUSED, 3: UNPARSEABLE, 4: NO_ANSWER}
@@ -115,12 +117,12 @@ def test_written_ratings_rank_and_failures_are_unscored():
 
 def test_a_rating_that_failed_is_unscored_not_zero():
     row = lambda turn: [math.nan] * 11 if shown(turn) == "x" else rating_row(turn)  # noqa: E731
-    [judgement] = PointwiseCritic(FunctionModel(row=row)).judge([ITEM])
+    [judgement] = PointwiseCritic(judge_model=FunctionModel(row=row)).judge([ITEM])
     assert judgement.unscored == {2: NO_ANSWER}
-    [low] = PointwiseCritic(FunctionModel(row=lambda turn: [-50.0] * 11), min_option_mass=0.1).judge([ITEM])
+    [low] = PointwiseCritic(judge_model=FunctionModel(row=lambda turn: [-50.0] * 11), min_option_mass=0.1).judge([ITEM])
     assert set(low.unscored.values()) == {OUTSIDE_OPTIONS}
     with pytest.raises(RewardError, match="read"):
-        PointwiseCritic(FunctionModel(), read="tea leaves")
+        make_critic("pointwise", {"read": "tea leaves"}, judge_model=FunctionModel())
 
 
 TRUE = {"There is a cat.", "It is black.", "It sits."}
@@ -140,7 +142,7 @@ def claim_row(turn: str) -> list[float]:
 
 def test_a_response_loses_one_for_every_wrong_claim():
     judge_model = FunctionModel(row=claim_row)
-    [judgement] = ClaimsCritic(judge_model).judge([STATED])
+    [judgement] = ClaimsCritic(judge_model=judge_model).judge([STATED])
     assert judgement.rewards == [0.0, -2.0, -1.0, None]
     assert judgement.unscored == {3: NO_CLAIMS}
     claims = judgement.evidence["claims"]["1"]
@@ -152,9 +154,9 @@ def test_a_response_loses_one_for_every_wrong_claim():
 
 
 def test_shares_and_soft_scores_of_claims():
-    share = ClaimsCritic(FunctionModel(row=claim_row), score="share").judge([STATED])[0].rewards
+    share = ClaimsCritic(judge_model=FunctionModel(row=claim_row), score="share").judge([STATED])[0].rewards
     assert share[:3] == pytest.approx([0.0, -2 / 3, -1 / 2])
-    soft = ClaimsCritic(FunctionModel(row=claim_row), score="soft").judge([STATED])[0].rewards
+    soft = ClaimsCritic(judge_model=FunctionModel(row=claim_row), score="soft").judge([STATED])[0].rewards
     assert soft[:3] == pytest.approx([-0.2, -1.7, -0.9])
 
 
@@ -166,7 +168,7 @@ def test_claims_can_be_listed_and_checked_in_writing():
         return "Yes, it is." if re.search(r"from the answer: \[(.*?)\]", turn).group(1) in TRUE else "No."
 
     judge_model = FunctionModel(text=text)
-    [judgement] = ClaimsCritic(judge_model, split="ask", read="text").judge([STATED])
+    [judgement] = ClaimsCritic(judge_model=judge_model, split="ask", read="text").judge([STATED])
     assert judgement.rewards == [0.0, -2.0, -1.0, None]
     assert judgement.unscored == {3: NO_ANSWER}
     assert judge_model.prompts[0].images == ()
@@ -174,7 +176,7 @@ def test_claims_can_be_listed_and_checked_in_writing():
 
 def test_a_claim_that_could_not_be_checked_unscores_who_made_it():
     row = lambda turn: [math.nan] * 2 if "It is red." in turn else claim_row(turn)  # noqa: E731
-    [judgement] = ClaimsCritic(FunctionModel(row=row)).judge([STATED])
+    [judgement] = ClaimsCritic(judge_model=FunctionModel(row=row)).judge([STATED])
     assert judgement.rewards == [0.0, None, None, None]
     assert judgement.unscored == {1: NO_ANSWER, 2: NO_ANSWER, 3: NO_CLAIMS}
 
@@ -196,7 +198,7 @@ def test_a_text_full_of_points_is_cut_in_no_time():
     [("The cat wears no collar, as the statement says.", None), ("I say: Yes", True), ("No cat is there.", False)],
 )
 def test_a_no_inside_a_sentence_is_no_verdict_on_a_claim(text, correct):
-    critic = ClaimsCritic(FunctionModel(text=lambda turn: text), read="text")
+    critic = ClaimsCritic(judge_model=FunctionModel(text=lambda turn: text), read="text")
     [judgement] = critic.judge([replace(STATED, responses=("There is a cat.",))])
     assert judgement.rewards == [{None: None, True: 0.0, False: -1.0}[correct]]
 
@@ -209,17 +211,17 @@ def test_the_same_claims_in_another_order_have_the_same_reward():
         return [math.log(p), math.log(1 - p)]
 
     item = replace(STATED, responses=("B cat. C cat. D cat.", "D cat. C cat. B cat.", "C cat. D cat. B cat."))
-    assert len(set(ClaimsCritic(FunctionModel(row=row), score="soft").judge([item])[0].rewards)) == 1
+    assert len(set(ClaimsCritic(judge_model=FunctionModel(row=row), score="soft").judge([item])[0].rewards)) == 1
 
 
 def test_no_item_with_claims_asks_nothing():
-    [judgement] = ClaimsCritic(FunctionModel(row=claim_row)).judge([replace(STATED, responses=("...",))])
+    [judgement] = ClaimsCritic(judge_model=FunctionModel(row=claim_row)).judge([replace(STATED, responses=("...",))])
     assert judgement.unscored == {0: NO_CLAIMS}
 
 
 def test_faulty_claims_settings_are_all_named():
     with pytest.raises(RewardError, match=r"split.*score.*read"):
-        ClaimsCritic(FunctionModel(), split="x", score="y", read="z")
+        make_critic("claims", {"split": "x", "score": "y", "read": "z"}, judge_model=FunctionModel())
 
 
 def test_a_reward_models_numbers_are_taken_as_they_are():
@@ -228,11 +230,11 @@ def test_a_reward_models_numbers_are_taken_as_they_are():
         return [special.get(d.response, good(d.response) / 2) for d in dialogues]
 
     item = replace(ITEM, responses=("ab", "nan", "none", "abcd", "ab"))
-    one, other = ScalarCritic(scorer).judge([item, ITEM])
+    one, other = ScalarCritic(scorer=scorer).judge([item, ITEM])
     assert one.rewards == [1.0, None, None, 2.0, 1.0]
     assert one.unscored == {1: NOT_FINITE, 2: NO_ANSWER}
     assert other.rewards == [1.0, 2.0, 0.0, 1.5, 1.0]
-    assert ScalarCritic(scorer).judge([]) == []
+    assert ScalarCritic(scorer=scorer).judge([]) == []
 
 
 class Fixed:
@@ -252,10 +254,10 @@ THREE = Item("q3", "?", (), ("a", "b", "c"))
 def test_a_panel_averages_what_its_critics_say_on_one_scale():
     # z-scores of 0, 1, 2 and of 20, 10, 0 are opposite: equal weights cancel, unequal ones do not.
     critics = {"up": Fixed([0.0, 1.0, 2.0]), "down": Fixed([20.0, 10.0, 0.0])}
-    [even] = PanelCritic(critics).judge([THREE])
+    [even] = PanelCritic(critics=critics).judge([THREE])
     assert even.rewards == pytest.approx([0.0, 0.0, 0.0])
     z = math.sqrt(1.5)
-    [uneven] = PanelCritic(critics, weights={"up": 3.0}).judge([THREE])
+    [uneven] = PanelCritic(critics=critics, weights={"up": 3.0}).judge([THREE])
     assert uneven.rewards == pytest.approx([-z / 2, 0.0, z / 2])
     assert uneven.evidence["disagreement"] == pytest.approx({"0": z, "1": 0.0, "2": z})
     assert uneven.evidence["members"]["down"]["rewards"] == [20.0, 10.0, 0.0]
@@ -266,70 +268,73 @@ def test_a_panel_averages_what_its_critics_say_on_one_scale():
     [("rank", [-0.5, -0.5, 1.0]), ("range", [0.0, 0.0, 1.0]), ("none", [3.0, 3.0, 5.0])],
 )
 def test_other_ways_to_one_scale(normalise, expected):
-    [judgement] = PanelCritic({"only": Fixed([3.0, 3.0, 5.0])}, normalise=normalise).judge([THREE])
+    [judgement] = PanelCritic(critics={"only": Fixed([3.0, 3.0, 5.0])}, normalise=normalise).judge([THREE])
     assert judgement.rewards == pytest.approx(expected)
 
 
 def test_rewards_that_do_not_differ_weigh_nothing():
-    [judgement] = PanelCritic({"flat": Fixed([7.0] * 3), "up": Fixed([0.0, 1.0, 2.0])}).judge([THREE])
+    [judgement] = PanelCritic(critics={"flat": Fixed([7.0] * 3), "up": Fixed([0.0, 1.0, 2.0])}).judge([THREE])
     assert judgement.rewards == pytest.approx([-math.sqrt(1.5) / 2, 0.0, math.sqrt(1.5) / 2])
 
 
 @pytest.mark.parametrize("normalise", sorted(NORMALISERS))
 def test_a_response_that_one_critic_could_not_score_is_unscored(normalise):
     critics = {"full": Fixed([0.0, 1.0, 2.0]), "holed": Fixed([0.0, None, 2.0])}
-    [judgement] = PanelCritic(critics, normalise=normalise).judge([THREE])
+    [judgement] = PanelCritic(critics=critics, normalise=normalise).judge([THREE])
     assert judgement.unscored == {1: "holed: lost"}
     assert judgement.rewards[0] < judgement.rewards[2]
 
 
 def test_a_critic_with_nothing_to_say_leaves_it_to_the_others_unless_all_are_needed():
     critics = {"verifier": VerifierCritic(), "up": Fixed([0.0, 1.0, 2.0])}
-    [judgement] = PanelCritic(critics).judge([THREE])
+    [judgement] = PanelCritic(critics=critics).judge([THREE])
     assert judgement.unscored == {}
     assert judgement.evidence["silent"] == ["verifier"]
-    [strict] = PanelCritic(critics, need_all=True).judge([THREE])
+    [strict] = PanelCritic(critics=critics, need_all=True).judge([THREE])
     assert strict.rewards == [None] * 3
     assert strict.unscored[0] == f"verifier: {NO_REFERENCE}"
 
 
 def test_where_the_verifier_knows_nothing_the_panel_does_not_know_what_is_correct():
     critics = {"rule": VerifierCritic(), "up": Fixed([0.0, 1.0, 2.0])}
-    [judgement] = PanelCritic(critics).judge([THREE])
+    [judgement] = PanelCritic(critics=critics).judge([THREE])
     assert judgement.evidence["correct"] == [None] * 3
     found = choose_pairs(
-        judgement.rewards, THREE.responses, PairSettings(strategy="correct_incorrect"), correct=judgement.evidence["correct"]
+        judgement.rewards,
+        THREE.responses,
+        PairSettings(strategy="correct_incorrect"),
+        correct=judgement.evidence["correct"],
     )
     assert (found.pairs, found.why_none) == ([], NO_CORRECTNESS)
     # Of two verifiers the one that knows is asked.
     critics = {"boxes": VerifierCritic(kind="boxes"), "rule": VerifierCritic()}
-    [judgement] = PanelCritic(critics).judge([replace(THREE, answer="b")])
+    [judgement] = PanelCritic(critics=critics).judge([replace(THREE, answer="b")])
     assert judgement.evidence["correct"] == [False, True, False]
 
 
 def test_critics_that_cancel_out_leave_ties_and_no_rounding():
     up, down = [0.1, 0.2, 0.7, 0.4], [0.7, 0.6, 0.1, 0.4]
     four = replace(THREE, responses=("a", "b", "c", "d"))
-    [judgement] = PanelCritic({"up": Fixed(up), "down": Fixed(down)}).judge([four])
+    [judgement] = PanelCritic(critics={"up": Fixed(up), "down": Fixed(down)}).judge([four])
     assert len(set(judgement.rewards)) == 1
-    [outer] = PanelCritic({"inner": PanelCritic({"up": Fixed(up), "down": Fixed(down)})}).judge([four])
+    [outer] = PanelCritic(critics={"inner": PanelCritic(critics={"up": Fixed(up), "down": Fixed(down)})}).judge([four])
     assert outer.rewards == [0.0] * 4
 
 
 def test_a_panel_in_which_nobody_could_score_is_unscored():
-    [judgement] = PanelCritic({"holed": Fixed([None] * 3)}).judge([THREE])
+    [judgement] = PanelCritic(critics={"holed": Fixed([None] * 3)}).judge([THREE])
     assert judgement.unscored == dict.fromkeys(range(3), "holed: lost")
 
 
 def test_a_panel_keeps_the_verdicts_and_ratings_of_its_members():
-    critics = {"random": RandomCritic(), "rating": PointwiseCritic(FunctionModel(row=rating_row))}
-    [judgement] = PanelCritic(critics).judge([ITEM])
+    critics = {"random": RandomCritic(), "rating": PointwiseCritic(judge_model=FunctionModel(row=rating_row))}
+    [judgement] = PanelCritic(critics=critics).judge([ITEM])
     assert judgement.ratings == pytest.approx([42.5, 82.5, 2.5, 62.5, 42.5])
 
 
 def test_a_panels_evidence_survives_being_written_down_and_tells_what_is_correct():
     critics = {"rule": VerifierCritic(), "random": RandomCritic()}
-    [judgement] = PanelCritic(critics).judge([replace(THREE, answer="b")])
+    [judgement] = PanelCritic(critics=critics).judge([replace(THREE, answer="b")])
     assert json.loads(json.dumps(judgement.evidence)) == judgement.evidence
     assert judgement.evidence["correct"] == [False, True, False]
 
@@ -363,18 +368,19 @@ def test_a_panels_members_are_checked_when_it_is_made():
         make_critic("panel", {"critics": ["verifier"]})
 
 
-def test_faulty_panels_are_refused():
-    with pytest.raises(
-        RewardError,
-        match=r"'down'.*not in the panel.*weight of up must be a finite number above 0, found '3'.*normalise",
-    ):
-        PanelCritic({"up": Fixed([])}, weights={"down": 1.0, "up": "3"}, normalise="log")
-    with pytest.raises(RewardError, match="above 0"):
-        PanelCritic({"up": Fixed([])}, weights={"up": 0.0})
-    with pytest.raises(RewardError, match="finite"):
-        PanelCritic({"up": Fixed([])}, weights={"up": math.inf})
-    with pytest.raises(RewardError, match="no critics"):
-        PanelCritic({})
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": {"down": 1.0}}, r"weight for 'down', which is not in the panel"),
+        ({"weights": {"up": "3"}, "normalise": "log"}, r"weights\.up: .*valid number, found '3'; normalise: .*'log'"),
+        ({"weights": {"up": 0.0}}, "greater than 0"),
+        ({"weights": {"up": math.inf}}, "finite"),
+        ({"critics": {}}, "needs its critics by name"),
+    ],
+)
+def test_faulty_panels_are_refused(settings, message):
+    with pytest.raises(RewardError, match=message):
+        make_critic("panel", {"critics": {"up": {"kind": "random"}}} | settings)
 
 
 def test_the_length_critic_rewards_length_alone():

@@ -53,7 +53,7 @@ def seen(image: str, response: str) -> float:
 
 
 def judged(judge_model, items):
-    return PairwiseCritic(judge_model, prompt="pairwise_short").judge(items)
+    return PairwiseCritic(judge_model=judge_model, prompt="pairwise_short").judge(items)
 
 
 def dependence(judge_model, control):
@@ -98,7 +98,7 @@ def test_controls_work_on_ratings_too():
     def row(turn: str, judge_model=None) -> list[float]:
         return [math.log(0.5)] * 2 + [-math.inf] * 9
 
-    flat = PointwiseCritic(FunctionModel(row=row)).judge(ITEMS)
+    flat = PointwiseCritic(judge_model=FunctionModel(row=row)).judge(ITEMS)
     assert image_dependence(zip(flat, flat, strict=True)) is None
     one = judged_as([3.0, 2.0, 1.0])
     # Of the pairs 0-1, 0-2, 1-2 the control turns the first round, keeps the second and ties the third.
@@ -188,7 +188,9 @@ def test_random_preferences_agree_with_the_reference_by_half():
 
 def test_critics_of_a_panel_are_compared_two_by_two():
     items = [Item(f"q{n}", "?", (), ("1", "2", "3"), answer="2") for n in range(5)]
-    panel = PanelCritic({"a": RandomCritic(seed=1), "b": RandomCritic(seed=1), "v": VerifierCritic()}).judge(items)
+    panel = PanelCritic(critics={"a": RandomCritic(seed=1), "b": RandomCritic(seed=1), "v": VerifierCritic()}).judge(
+        items
+    )
     found = panel_agreement(panel)
     assert set(found) == {"a / b", "a / v", "b / v"}
     assert found["a / b"].value == 1.0

@@ -27,10 +27,18 @@ def test_reward_imports_neither_torch_nor_align_nor_transformers():
     assert done.stdout.strip() == "[] True", done.stderr
 
 
-def test_every_critic_can_be_made_by_its_name():
+def test_every_critic_can_be_made_by_its_name(tmp_path):
     judge_model, scorer = FunctionModel(row=lambda turn: [-0.1, -0.2]), lambda dialogues: [0.0] * len(dialogues)
+    (tmp_path / "empty.jsonl").touch()
+    file = {"file": str(tmp_path / "empty.jsonl")}
+    needed = {
+        "panel": {"critics": {"only": {"kind": "random"}}},
+        "python": {"function": lambda question, images, responses: [0.0] * len(responses)},
+        "scores": file,
+        "ratings": file,
+    }
     for kind, made in CRITICS.items():
-        settings = {"critics": {"only": {"kind": "random"}}} if kind == "panel" else {}
+        settings = needed.get(kind, {})
         assert isinstance(make_critic(kind, settings, judge_model=judge_model, scorer=scorer), made)
         assert needs(kind) in (None, "judge_model", "scorer", "critics")
 
@@ -47,11 +55,19 @@ def test_an_unknown_critic_or_setting_is_named_with_its_neighbour():
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("pairwise", {"tie_threshold": "high"}, "tie_threshold must be a number, found 'high'"),
-        ("pairwise", {"soft": "yes"}, "soft must be true or false, found 'yes'"),
-        ("pairwise", {"rounds": 2.5}, "rounds must be a whole number or empty, found 2.5"),
-        ("pairwise", {"ridge": True, "prompt": 3}, "ridge must be a number, found True; prompt must be text, found 3"),
-        ("panel", {"critics": {"a": {"kind": "random"}}, "weights": [1]}, "weights must be names with values or empty"),
+        ("pairwise", {"tie_threshold": "high"}, "tie_threshold: Input should be a valid number, found 'high'"),
+        ("pairwise", {"soft": "yes"}, "soft: Input should be a valid boolean, found 'yes'"),
+        ("pairwise", {"rounds": 2.5}, "rounds: Input should be a valid integer, found 2.5"),
+        (
+            "pairwise",
+            {"ridge": True, "prompt": 3},
+            "prompt: Input should be a valid string, found 3; ridge: Input should be a valid number, found True",
+        ),
+        (
+            "panel",
+            {"critics": {"a": {"kind": "random"}}, "weights": [1]},
+            "weights: Input should be a valid dictionary, found [1]",
+        ),
     ],
 )
 def test_a_setting_of_the_wrong_type_is_told_before_anything_runs(kind, settings, message):

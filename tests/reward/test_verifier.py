@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward import answers
+from reward.critics import make_critic
 from reward.critics.base import NO_REFERENCE
 from reward.critics.verifier import VerifierCritic, answer_kind, grade, iou
 from reward.errors import RewardError
@@ -205,7 +206,7 @@ def test_the_items_own_kind_is_used_and_the_critics_before_it():
 
 def test_unknown_kinds_and_bad_limits_are_refused():
     with pytest.raises(RewardError, match=r"kind.*'numeric'.*tolerance.*min_iou"):
-        VerifierCritic(kind="numeric", tolerance=2.0, min_iou=0.0)
+        make_critic("verifier", {"kind": "numeric", "tolerance": 2.0, "min_iou": 0.0})
     with pytest.raises(RewardError, match="answer kind"):
         grade("1", "1", kind="numeric")
 

@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "prefix": {"errors"},
     "models": BASE | {"media", "prefix"},
     "data": BASE | {"media", "monitoring"},
-    "tracking": BASE | {"run"},
+    "tracking": BASE | {"evaluation", "run"},
     "engines": BASE | {"models", "monitoring", "prefix", "run"},
     # The stages, and what looks at them.
     "stages": BASE | {"data", "distributed", "engines", "media", "models", "monitoring", "run"},

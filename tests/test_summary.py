@@ -32,7 +32,7 @@ def evaluated(path, right, nats=()):
             records = [ResponseLogProbs(id=f"q{i}", log_probs=[v], num_tokens=[2]) for i, v in enumerate(values)]
             write_jsonl(file, records)
         metrics["kl"] = interval(sum(nats) / len(nats))
-    this.evaluation.write_text(json.dumps({"metrics": metrics}))
+    this.evaluation.write_text(json.dumps({"round": 1, "questions": 40, "metrics": metrics}))
     return path
 
 
@@ -63,7 +63,9 @@ def test_the_table_of_three_rounds_fits_a_terminal_of_80_columns(tmp_path, capsy
     for number in range(4):
         this = RunDir(tmp_path).round(number)
         this.path.mkdir()
-        this.evaluation.write_text(json.dumps({"metrics": {name: interval(0.455, 0.111) for name in names}}))
+        this.evaluation.write_text(
+            json.dumps({"round": 1, "questions": 40, "metrics": {name: interval(0.455, 0.111) for name in names}})
+        )
     print_table({"run": tmp_path})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80

@@ -7,7 +7,6 @@ before. How far a round has moved from the first policy is estimated on its samp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,8 @@ from align.engines.judge import plan_critic
 from align.engines.open import open_policy, served_as
 from align.errors import UserError, reward_faults
 from align.evaluation.kl import SERVED, OneModel, divergence, is_measured, log_probs_of_both
+from align.evaluation.summary import EvaluationSummary, read_summary
 from align.evaluation.win_rate import WinRate, has_judge, win_rates
-from align.files import write_text
 from align.log import log
 from align.media.images import evaluation_images
 from align.models.video_questions import pick_frames
@@ -88,9 +87,7 @@ def run_evaluate(config: Config, number: int) -> None:
         intervals = measure(done.records) | moved
         judged = _against_others(config, run, number, done.records)
         intervals |= {f"win_rate_{name}": won.rate for name, won in judged.items() if won.rate is not None}
-        metrics = {name: interval.as_dict() for name, interval in intervals.items()}
-        numbers = {"round": number, "questions": len(questions), "metrics": metrics}
-        write_text(this.evaluation, json.dumps(numbers, indent=2) + "\n")
+        EvaluationSummary(round=number, questions=len(questions), metrics=intervals).write(this.evaluation)
         counts |= {f"ties_{name}": won.num_ties for name, won in judged.items()}
         counts |= {f"unjudged_{name}": won.num_unjudged for name, won in judged.items()}
     outputs = [this.evaluation, this.evaluation_lines]
@@ -143,7 +140,7 @@ def worse_than_parent(run: RunDir, number: int) -> str | None:
         change = _paired(answered, _is_right)
         worse, text = change.high < 0, f"right answers {_points(change)}"
     elif won is not None:
-        worse, text = won["high"] < 0.5, f"win rate {won['mean']:.1%} [{won['low']:.1%}, {won['high']:.1%}]"
+        worse, text = won.high < 0.5, f"win rate {won.mean:.1%} [{won.low:.1%}, {won.high:.1%}]"
     elif with_absent:
         change = _paired(with_absent, _hallucinates)
         worse, text = change.low > 0, f"responses that name what is not there {_points(change)}"
@@ -156,8 +153,8 @@ def worse_than_parent(run: RunDir, number: int) -> str | None:
     )
 
 
-def _win_rate_against_parent(this: Round) -> dict[str, float] | None:
-    metrics = json.loads(this.evaluation.read_text(encoding="utf-8"))["metrics"] if this.evaluation.is_file() else {}
+def _win_rate_against_parent(this: Round) -> Interval | None:
+    metrics = read_summary(this.evaluation).metrics if this.evaluation.is_file() else {}
     return metrics.get("win_rate_initial" if this.number == 1 else "win_rate_parent")
 
 

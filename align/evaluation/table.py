@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.evaluation.summary import read_summary
 from align.run.folder import RunDir
+from reward.intervals import Interval
 
 # What tables and cards show, where it was measured; shares are written in percent.
 COLUMNS = {
@@ -24,12 +25,12 @@ LABEL_WIDTH = max(map(len, COLUMNS.values()))
 NOT_SHARES = {"response_tokens", "kl"}
 
 
-def metrics_by_round(run: Path) -> dict[int, dict[str, dict[str, float]]]:
-    """The metrics of every evaluated round: round -> metric -> mean, low, high, count."""
+def metrics_by_round(run: Path) -> dict[int, dict[str, Interval]]:
+    """The metrics of every evaluated round: round -> metric -> its interval."""
     found = {}
     for this in RunDir(run).rounds():
         if this.evaluation.is_file():
-            found[this.number] = json.loads(this.evaluation.read_text(encoding="utf-8"))["metrics"]
+            found[this.number] = read_summary(this.evaluation).metrics
     return found
 
 
@@ -95,23 +96,23 @@ def digits_of(name: str, value: float) -> int:
     return 1 if name != "kl" or abs(value) >= 10 else 2 if abs(value) >= 0.01 else 3
 
 
-def columns_of(rounds: Iterable[dict[str, dict[str, float]]]) -> list[str]:
+def columns_of(rounds: Iterable[dict[str, Interval]]) -> list[str]:
     """The columns that any of these rounds has a number for."""
     measured = {name for metrics in rounds for name in metrics}
     return [name for name in COLUMNS if name in measured]
 
 
-def with_interval(name: str, metric: dict[str, float] | None) -> str:
+def with_interval(name: str, metric: Interval | None) -> str:
     """A number of a column with its interval, a dash where it was not measured.
 
-    >>> with_interval("hallucination", {"mean": 0.25, "low": 0.2, "high": 0.31})
+    >>> with_interval("hallucination", Interval(0.25, 0.2, 0.31, 60))
     '25.0 [20.0, 31.0]'
-    >>> with_interval("kl", {"mean": 0.0139, "low": -0.007, "high": 0.0348})
+    >>> with_interval("kl", Interval(0.0139, -0.007, 0.0348, 60))
     '0.01 [-0.01, 0.03]'
     """
     if metric is None:
         return "-"
     scale = 1.0 if name in NOT_SHARES else 100.0
-    mean, low, high = (scale * metric[key] for key in ("mean", "low", "high"))
+    mean, low, high = (scale * value for value in (metric.mean, metric.low, metric.high))
     digits = digits_of(name, mean)
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -18,6 +18,7 @@ import yaml
 
 from align.config import load_config
 from align.errors import UserError
+from align.evaluation.summary import read_summary
 from align.evaluation.table import BenchmarkRow, benchmark_rows
 from align.records import Evaluation, RecordT, parse_line
 from align.run.folder import Round, RunDir
@@ -304,19 +305,13 @@ def _finished_questions(this: Round, stage: str) -> int | None:
 
 
 def _read_metrics(path: Path, problems: list[str]) -> dict[str, Interval]:
-    metrics = _read_json(path, problems).get("metrics")
-    if not isinstance(metrics, dict):
+    if not path.is_file():
         return {}
-    return {name: interval for name, entry in metrics.items() if (interval := _interval(entry)) is not None}
-
-
-def _interval(entry: Any) -> Interval | None:
-    if not isinstance(entry, dict) or (mean := number(entry.get("mean"))) is None:
-        return None
-    low, high = number(entry.get("low")), number(entry.get("high"))
-    return Interval(
-        mean, mean if low is None else low, mean if high is None else high, int(number(entry.get("count")) or 0)
-    )
+    try:
+        return read_summary(path).metrics
+    except UserError as error:
+        problems.append(str(error))
+        return {}
 
 
 def _read_log(this: Round, problems: list[str]) -> list[dict[str, float]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from align.evaluation.summary import read_summary
 from align.records import read_jsonl
 from align.run.folder import Round
 from reward.judgement import Judgement
@@ -21,9 +21,8 @@ def stage_metrics(this: Round, stage: str) -> dict[str, float]:
         rewards = [r for line in read_jsonl(this.scores, Judgement) for r in line.rewards if r is not None]
         numbers["reward_mean"] = sum(rewards) / len(rewards)
     if stage == "evaluate":
-        metrics = json.loads(this.evaluation.read_text(encoding="utf-8"))["metrics"]
-        for name, interval in metrics.items():
-            numbers |= {name: interval["mean"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
+        for name, interval in read_summary(this.evaluation).metrics.items():
+            numbers |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
     return {f"{stage}/{name}": value for name, value in numbers.items()}
 
 

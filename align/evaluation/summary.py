@@ -1,0 +1,42 @@
+"""evaluation.json: the metrics of one round's checkpoint on held-out questions, written once and read by everybody."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from align.errors import UserError
+from align.files import write_text
+from reward.intervals import Interval
+
+
+class EvaluationSummary(BaseModel):
+    """Metrics by name, each a mean with its 95 % interval and the number of questions it rests on; shares from 0 to 1."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    round: int
+    questions: int
+    metrics: dict[str, Interval]
+
+    def write(self, path: Path) -> None:
+        """Write the file at once."""
+        metrics = {name: interval.as_dict() for name, interval in self.metrics.items()}
+        content = {"round": self.round, "questions": self.questions, "metrics": metrics}
+        write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_summary(path: Path) -> EvaluationSummary:
+    """The metrics of an evaluated round. Raises UserError where the file is damaged."""
+    try:
+        return EvaluationSummary.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        problem = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error.strerror)
+        number = path.parent.name.removeprefix("round-")
+        raise UserError(
+            f"the metrics of the evaluation are damaged ({problem})",
+            where=str(path),
+            fix=f"restore the file from a copy, or evaluate again: align evaluate --round {number} --redo",
+        ) from None

@@ -25,14 +25,14 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from align.dpo.collator import PairCollator, pair_dataset
+from align.dpo.step_memory import How, Memory, training_memory
 from align.dpo.tokenize import TokenizedPair, tokenize_pairs
 from align.dpo.trainer import PairTrainer
 from align.media.images import ImageStore
 from align.models.meta import with_adapter
 from align.models.modules import freeze_parts
-from align.plan.memory import How, Memory, training_memory
+from align.models.shapes import model_shape
 from align.plan.prompt_sizes import patch_size, step_batch
-from align.plan.shapes import model_shape
 from align.records import Pair
 from scripts.live_tensors import peak_bytes
 from scripts.plan_times import times_table

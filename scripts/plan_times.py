@@ -24,9 +24,9 @@ from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.local import LocalEngine
 from align.media.images import ImageStore
 from align.models.modules import freeze_parts
+from align.models.shapes import model_shape
 from align.plan.branched_sizes import CountingModel
 from align.plan.prompt_sizes import PromptMeter, PromptSize
-from align.plan.shapes import model_shape
 from align.plan.speed import Machine, Speed
 from align.plan.times import Training, judging, reading, referencing, sampling, training_steps
 from align.records import Pair, Question

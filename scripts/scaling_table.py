@@ -2,7 +2,7 @@
 
     python scripts/scaling_table.py
 
-Memory comes from `align.plan.memory`, operations from `scripts/valley_size.py`, both of the model's real shapes on torch's
+Memory comes from `align.dpo.step_memory`, operations from `scripts/valley_size.py`, both of the model's real shapes on torch's
 meta device; communication from the sizes of what each strategy exchanges. What a GPU and a network achieve is assumed
 (the constants below). No GPU is used and nothing is measured.
 """
@@ -17,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from align.plan.memory import GIB, How, StepBatch, training_memory
-from align.plan.shapes import ModelShape, model_shape
+from align.dpo.step_memory import GIB, How, StepBatch, training_memory
+from align.models.shapes import ModelShape, model_shape
 from align.plan.speed import GPUS_PER_NODE, NETWORK_GBS, NODE_GBS, sent_bytes
 from scripts.valley_size import Work, build_valley, prompt_of_one_image, work_of
 

@@ -10,14 +10,14 @@ from peft import LoraConfig
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from align.config import Config, load_config
+from align.dpo.step_memory import FOUR_BIT_BYTES, GIB, How, StepBatch, text_tokens, training_memory, weight_bytes
 from align.engines.open import open_engine
 from align.errors import UserError
 from align.media.images import ImageStore
 from align.models.meta import with_adapter
+from align.models.shapes import Kept, ModelShape, Stack, model_shape
 from align.plan.make import Changes, Machine, make_plan, sharing
-from align.plan.memory import FOUR_BIT_BYTES, GIB, How, StepBatch, text_tokens, training_memory, weight_bytes
 from align.plan.prompt_sizes import PromptMeter, PromptSize
-from align.plan.shapes import Kept, ModelShape, Stack, model_shape
 from align.plan.speed import ATTENTION_SHARE, Cost, Speed, passes_of, touched_weights
 from align.plan.text import plan_text
 from align.plan.times import Training, training_steps

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from align import accelerator
+
+if TYPE_CHECKING:
+    import torch
 
 # One rank may be given much longer questions than another; the default of ten minutes would end the run.
 PATIENCE = timedelta(hours=12)
@@ -32,6 +36,18 @@ def start_process_group(backend: str) -> None:
 
     if world_size() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend, timeout=PATIENCE)
+
+
+def least_of_all(value: int, device: torch.device) -> int:
+    """The smallest of the processes' values, on every one of them; `device` is that of their collectives."""
+    import torch
+
+    if world_size() == 1 or not torch.distributed.is_initialized():
+        return value
+    # In float64, since not every backend reduces integers; exact up to 2^53.
+    found = torch.tensor(float(value), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
+    return int(found.item())
 
 
 def barrier() -> None:

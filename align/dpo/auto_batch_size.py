@@ -1,4 +1,6 @@
-"""Training that ran out of memory is tried again with half as many pairs at a time and twice as many times a step.
+"""Training that ran out of memory is tried again with less at a time: half as many pairs, twice as many times a step.
+
+Where it was left to the memory model how many layers are recomputed (`align.dpo.recomputation`), all are, before that.
 
 The pairs of a step and their number stay the same, and the training curve with them. What was found is kept in
 the round's trainer folder (``batch.json``), so that a run which resumes does not try again what cannot work.
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config import Config, DpoSettings
+from align.dpo.settings import AUTO, checkpointing_field
 from align.errors import UserError
 from align.files import make_folder, write_text
 from align.log import log
@@ -25,7 +28,7 @@ def with_batch_that_fits(config: Config, trainer_folder: Path) -> Config:
         return config
     found = json.loads(path.read_text(encoding="utf-8"))
     smaller = config.model_copy()
-    smaller.dpo = DpoSettings.model_validate(config.dpo.model_dump() | {name: found[name] for name in FIELDS})
+    smaller.dpo = DpoSettings.model_validate(config.dpo.model_dump() | found)
     return smaller
 
 
@@ -36,6 +39,10 @@ def remember_smaller_batch(trainer_folder: Path, fields: dict[str, Any]) -> None
         UserError: it was a single pair already.
     """
     before, accumulated = (int(fields[name]) for name in FIELDS)
+    if fields[checkpointing_field()] == AUTO:
+        log.warning("out of memory: starting again with every layer recomputed (dpo.gradient_checkpointing)")
+        _note(trainer_folder, before, accumulated, checkpointing=True)
+        return
     if before == 1:
         raise UserError(
             "out of memory with a single pair at a time",
@@ -44,9 +51,14 @@ def remember_smaller_batch(trainer_folder: Path, fields: dict[str, Any]) -> None
         )
     now = before // 2 if before % 2 == 0 else 1
     steps = accumulated * (before // now)
-    make_folder(trainer_folder)
-    write_text(_path(trainer_folder), json.dumps(dict(zip(FIELDS, (now, steps), strict=True))))
+    _note(trainer_folder, now, steps, checkpointing=bool(fields[checkpointing_field()]))
     log.warning("out of memory with %d pairs at a time: going on with %d, and %d times a step", before, now, steps)
+
+
+def _note(trainer_folder: Path, batch: int, accumulated: int, *, checkpointing: bool) -> None:
+    make_folder(trainer_folder)
+    found = {**dict(zip(FIELDS, (batch, accumulated), strict=True)), "gradient_checkpointing": checkpointing}
+    write_text(_path(trainer_folder), json.dumps(found))
 
 
 def note_on_batch(trainer_folder: Path) -> dict[str, str]:
@@ -55,7 +67,8 @@ def note_on_batch(trainer_folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    return {"batch": f"memory ran out: {found[FIELDS[0]]} pairs at a time, {found[FIELDS[1]]} times a step"}
+    every = ", every layer recomputed" if found.get("gradient_checkpointing") else ""
+    return {"batch": f"memory ran out: {found[FIELDS[0]]} pairs at a time, {found[FIELDS[1]]} times a step{every}"}
 
 
 def _path(trainer_folder: Path) -> Path:

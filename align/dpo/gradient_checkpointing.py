@@ -1,4 +1,4 @@
-"""Which layers compute their activations again in backward, and where gradients must begin for that.
+"""Which layers compute their activations again in backward, as few as memory demands, and where gradients begin then.
 
 transformers makes the output of every input embedding require gradients once checkpointing is on, so that adapters on
 frozen layers learn under reentrant checkpointing. That also reaches the patch embeddings of frozen vision towers, which
@@ -15,16 +15,30 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def start_gradients_where_trained(model: PreTrainedModel) -> None:
-    """From now on `model.enable_input_require_grads` reaches the embeddings of trained layers only.
+def checkpoint_what_is_needed(model: PreTrainedModel, kept_layers: int = 0) -> None:
+    """From now on checkpointing spares frozen towers and the last `kept_layers` layers of the language model.
 
-    transformers calls that method whenever checkpointing is switched on, which happens anew at the start of training and
-    after every pass of a reference without its adapter; the choice is made at each call, when adapters are in place.
+    The last ones, since backward frees their activations first. transformers calls `model.enable_input_require_grads`
+    whenever checkpointing is switched on, which happens anew at the start of training and after every pass of a reference
+    without its adapter; the choice is made at each call, when adapters are in place.
     """
-    model.enable_input_require_grads = types.MethodType(_enable_input_require_grads, model)
+
+    def choose(model: PreTrainedModel) -> None:
+        _start_gradients_where_trained(model)
+        for layer in decoder_layers(model)[len(decoder_layers(model)) - kept_layers :]:
+            layer.gradient_checkpointing = False
+
+    model.enable_input_require_grads = types.MethodType(choose, model)
 
 
-def _enable_input_require_grads(model: PreTrainedModel) -> None:
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The language model's layers that can be checkpointed, in order."""
+    lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
+    layers = max(lists, key=len, default=nn.ModuleList())
+    return [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def _start_gradients_where_trained(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
     embeddings = {id(found): found for found in map(_input_embeddings_of_trained_layers, model.modules()) if found}
     hooks = [embedding.register_forward_hook(_require_gradients) for embedding in embeddings.values()]

@@ -67,6 +67,16 @@ MINIMA = {
 HINTS = {"warmup_ratio": "warmup_steps takes a ratio when it is below 1"}
 
 
+# `dpo.gradient_checkpointing`: as many layers are recomputed as memory demands (`align.dpo.recomputation`).
+AUTO = "auto"
+
+
+def checkpointing_field() -> str:
+    """What this version of transformers calls gradient checkpointing."""
+    known = {field.name for field in dataclasses.fields(DPOConfig)}
+    return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+
+
 def check_fields(settings: DpoSettings) -> None:
     """Raise UserError that lists every key of the section that is neither ours nor TRL's to set."""
     trl = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
@@ -97,7 +107,7 @@ def training_fields(config: Config, output_dir: Path, device: torch.device, dtyp
     on_gpu = device.type != "cpu"
     fields = RECIPE | {
         "bf16": dtype != torch.float16 and accelerator.has_bfloat16(device),
-        "gradient_checkpointing": on_gpu,
+        "gradient_checkpointing": AUTO if on_gpu else False,
         "dataloader_pin_memory": on_gpu and device.type not in accelerator.ALONE,
         # Images are opened and cut up while the GPU computes.
         "dataloader_num_workers": 4 if on_gpu else 0,

@@ -30,9 +30,10 @@ from align.dpo.check import check_trained
 from align.dpo.choose_layout import choose_layout
 from align.dpo.collator import PairCollator, pair_dataset
 from align.dpo.qlora import quantization
+from align.dpo.recomputation import choose_recomputation
 from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.save import save_trained
-from align.dpo.settings import training_arguments, training_fields
+from align.dpo.settings import checkpointing_field, training_arguments, training_fields
 from align.dpo.sharding.shards import gathered_as_needed, init_deepspeed, loading_sharded
 from align.dpo.sharding.strategies import (
     check_distribution,
@@ -189,7 +190,11 @@ class DpoStage:
             live = self.config.dpo.reference == "live"
             reference = None if live else self._reference(model, pairs, collator)
         reference_s = time.monotonic() - started
-        arguments = training_arguments(strategy_fields(self.strategy, model) | self.fields)
+        recomputation = choose_recomputation(
+            self.config, self.policy, self.fields, pairs, layout=layout, strategy=self.strategy, device=self.device
+        )
+        checkpointing = {checkpointing_field(): recomputation.checkpointing}
+        arguments = training_arguments(strategy_fields(self.strategy, model) | self.fields | checkpointing)
         if is_deepspeed_zero3_enabled():
             # Freed here, where its last name is: there may not be room for it and the shards.
             del model
@@ -198,7 +203,7 @@ class DpoStage:
             init_deepspeed()
             model = self.load(self.policy)
         dataset = pair_dataset(pairs, reference)
-        trainer = self.make_trainer(model, arguments, dataset, collator)
+        trainer = self.make_trainer(model, arguments, dataset, collator, recomputation.kept_layers)
         check_distribution(self.strategy, trainer.accelerator.distributed_type)
         parameters = count_parameters(trainer.model)
         self._train(trainer)
@@ -240,7 +245,9 @@ class DpoStage:
             quantization=quantization(lora, self.device, self.strategy),
         )
 
-    def make_trainer(self, model: Any, args: Any, dataset: Any, collator: PairCollator) -> PairTrainer:
+    def make_trainer(
+        self, model: Any, args: Any, dataset: Any, collator: PairCollator, kept_layers: int = 0
+    ) -> PairTrainer:
         """The trainer of the round, with its adapter or frozen parts, its reference and its callbacks."""
         settings = self.config.dpo
         adapter = lora_config(settings.lora, settings.freeze)
@@ -257,6 +264,7 @@ class DpoStage:
             ref_model=live,
             peft_config=adapter,
             projector_learning_rate_multiplier=settings.projector_learning_rate_multiplier,
+            kept_layers=kept_layers,
             callbacks=[
                 MetricsFile(self.this.trainer / "metrics.jsonl"),
                 StepProgress(f"round {self.this.number}: dpo"),

@@ -28,7 +28,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
 from align.dpo.collator import REFERENCE_COLUMNS, PairCollator
-from align.dpo.gradient_checkpointing import start_gradients_where_trained
+from align.dpo.gradient_checkpointing import checkpoint_what_is_needed
 from align.dpo.sharding.dummy_batches import add_dummy_rows
 from align.dpo.shared_forward import add_shared_rows
 from align.errors import UserError
@@ -60,13 +60,14 @@ class PairTrainer(DPOTrainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         projector_learning_rate_multiplier: float = 1.0,
+        kept_layers: int = 0,
     ) -> None:
         cached = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
         assert cached or ref_model is not None or peft_config is not None, "no reference: neither cached nor live"
         args.remove_unused_columns = False
         # With this TRL loads no reference model; `_precompute_ref_logps` then finds that there is nothing to compute.
         args.precompute_ref_log_probs = cached
-        start_gradients_where_trained(model)
+        checkpoint_what_is_needed(model, kept_layers)
         with _reference_is_cached() if cached else nullcontext():
             super().__init__(
                 model=model,

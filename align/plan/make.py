@@ -2,7 +2,7 @@
 fit out.
 
 Works from config.json, the model's shapes on torch's meta device and the headers of images: no weight is loaded, no
-picture decoded. The memory model is `align.plan.memory`, the model of time `align.plan.speed` and `align.plan.times`.
+picture decoded. The memory model is `align.dpo.step_memory`, the model of time `align.plan.speed` and `align.plan.times`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,26 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from align.config import Config
+from align.dpo.settings import AUTO
+from align.dpo.step_memory import (
+    STRATEGIES,
+    USABLE,
+    How,
+    Memory,
+    StepBatch,
+    in_pieces,
+    inference_memory,
+    least_recomputation,
+    training_memory,
+)
 from align.errors import UserError
 from align.media.images import question_images
 from align.models.lora import is_quantised
 from align.models.meta import with_adapter
 from align.models.modules import freeze_parts
-from align.plan.memory import STRATEGIES, How, Memory, StepBatch, in_pieces, inference_memory, training_memory
+from align.models.shapes import ModelShape, model_shape
 from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
-from align.plan.shapes import ModelShape, model_shape
-from align.plan.speed import USABLE, Machine, Speed
+from align.plan.speed import Machine, Speed
 from align.plan.stages import Lengths, StageCost, StagePlanner
 from align.records import Pair, read_jsonl, read_questions
 
@@ -122,11 +133,16 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
     shape, (in_training, shared, why) = model_shape(model), sharing(config, model)
     meter = PromptMeter(processor, question_images(config), patch_size(model))
     sizes, lengths = _prompts(config, meter, response_tokens)
-    how = training_how(config, machine, shared=in_training)
     batch = _largest_batch(config, sizes, lengths)
+    how = training_how(config, machine, shared=in_training)
+    how = _with_least_recomputation(config, shape, batch, how, machine)
     # There is nothing to spread on one GPU, and four bits are not spread.
     strategies = ("ddp",) if how.quantised or machine.gpus == 1 else STRATEGIES
-    fits = [_fit(shape, batch, replace(how, strategy=strategy), machine) for strategy in strategies]
+    ways = (
+        _with_least_recomputation(config, shape, batch, replace(how, strategy=strategy), machine)
+        for strategy in strategies
+    )
+    fits = [_fit(shape, batch, way, machine) for way in ways]
     limit = config.dpo.max_length or position_limit(read_config(config.policy))
     speed = Speed(shape, machine, how.compute_bytes)
     planner = StagePlanner(config, speed, sizes, lengths, how, shared=shared, processor=processor)
@@ -191,13 +207,12 @@ def training_how(config: Config, machine: Machine, *, shared: bool = True) -> Ho
     """How the configuration trains on GPUs: float32 weights with bfloat16 arithmetic unless told otherwise."""
     fields = config.dpo.trainer_fields()
     weight_bytes = 4 if config.model.dtype in ("auto", "float32") else 2
-    checkpointing = fields.get("gradient_checkpointing", fields.get("activation_checkpointing", True))
     return How(
         strategy=config.launch.strategy,
         num_processes=machine.gpus,
         weight_bytes=weight_bytes,
         compute_bytes=2 if fields.get("bf16", True) or fields.get("fp16") else weight_bytes,
-        checkpointing=bool(checkpointing),
+        checkpointing=bool(_checkpointing(config)),
         shared=shared,
         accumulates=int(fields.get("gradient_accumulation_steps", 8)) > 1,
         repeated_keys=not shared,
@@ -205,6 +220,18 @@ def training_how(config: Config, machine: Machine, *, shared: bool = True) -> Ho
         quantised=is_quantised(config.dpo.lora),
         dropout=fields.get("disable_dropout") is False,
     )
+
+
+def _checkpointing(config: Config) -> bool | str:
+    fields = config.dpo.trainer_fields()
+    return fields.get("gradient_checkpointing", fields.get("activation_checkpointing", AUTO))
+
+
+def _with_least_recomputation(config: Config, shape: ModelShape, batch: StepBatch, how: How, machine: Machine) -> How:
+    """The same training with what `dpo.gradient_checkpointing: auto` makes of it on this machine."""
+    if _checkpointing(config) != AUTO:
+        return how
+    return least_recomputation(shape, batch, how, machine.usable_bytes)
 
 
 class Changes:

@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from align.dpo.step_memory import StepBatch
 from align.dpo.tokenize import encode_prompts, structured, tokenize_pairs
 from align.media.images import ImageStore
-from align.plan.memory import StepBatch
 from align.records import Pair
 
 

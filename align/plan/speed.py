@@ -16,16 +16,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from align.plan.memory import GIB
-from align.plan.shapes import ModelShape, Stack
+from align.dpo.step_memory import GIB, USABLE
+from align.models.shapes import ModelShape, Stack
 
 # What an H100 achieves in bfloat16 in practice, of its 989 dense TFLOP/s; bytes a second of its memory; microseconds of
 # Python for one layer of transformers; bytes a second that a GPU sends to others in its machine, and to other machines.
 TFLOPS, BANDWIDTH_GBS, LAYER_US = 350.0, 2500.0, 500.0
 NODE_GBS, NETWORK_GBS = 300.0, 40.0
 GPUS_PER_NODE = 8
-# Of a GPU's memory: CUDA's own context, fragmentation and NCCL need the rest.
-USABLE = 0.92
 # Numbers read and written by a layer for a token beside matrix products: a norm (square, mean, scale, weight) and the
 # addition behind it, in units of the width; rotary positions, in units of queries and keys; the activation and its
 # product with what it gates, in units of the inner width; the products' own results and the keys' way into attention.

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.config import Config
+from align.dpo.step_memory import How, Memory, inference_memory
 from align.engines.judge import MemberModel, plan_critic
 from align.engines.prompts import Prompter
 from align.errors import UserError, reward_faults
 from align.evaluation.win_rate import has_judge
 from align.media.images import evaluation_images, question_images
+from align.models.shapes import model_shape
 from align.plan.branched_sizes import CountingModel, CountingScorer
-from align.plan.memory import How, Memory, inference_memory
 from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
-from align.plan.shapes import model_shape
 from align.plan.speed import Cost, Speed, sent_bytes
 from align.plan.times import (
     Training,
@@ -191,6 +191,7 @@ class StagePlanner:
             rows=rows,
             accumulation=accumulation,
             checkpointing=self.how.checkpointing,
+            kept_share=self.how.kept_layers / self.speed.shape.text.num_layers,
             shared=self.how.shared,
             live=config.dpo.reference == "live",
             frozen_towers=not any(tower.trained for tower in self.speed.shape.towers),

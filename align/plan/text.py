@@ -7,8 +7,8 @@ import statistics
 import sys
 import textwrap
 
+from align.dpo.step_memory import GIB, Memory
 from align.plan.make import Plan
-from align.plan.memory import GIB, Memory
 
 NARROWEST, WIDEST = 80, 110
 SHOWN = 5

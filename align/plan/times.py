@@ -60,6 +60,7 @@ class Training:
     live: bool
     frozen_towers: bool
     shards: int = 1
+    kept_share: float = 0.0
 
 
 def reading(speed: Speed, sizes: Sequence[PromptSize], batch: float = 1, *, more_tokens: float = 0) -> Cost:
@@ -205,7 +206,7 @@ def training_steps(speed: Speed, sizes: Sequence[PromptSize], training: Training
     head = 2 + (1 if speed.shape.text.flows else 0) + (1 if speed.shape.head_trained else 0)
     total += through_head(speed, sizes, training, STATISTICS_PASSES + GRADIENT_PASSES, products=head)
     if training.checkpointing:
-        total += forward
+        total += forward.times(1 - training.kept_share)
     if not training.frozen_towers:
         total += Cost(seen.work * back.arrays, seen.start * BACKWARD_START)
     if training.live:

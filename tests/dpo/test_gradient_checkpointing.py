@@ -1,20 +1,29 @@
 """Gradient checkpointing: what is computed again, and that gradients stay the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig
 
+from align.config import Config
+from align.dpo.auto_batch_size import remember_smaller_batch, with_batch_that_fits
 from align.dpo.collator import PairCollator, pair_dataset
+from align.dpo.gradient_checkpointing import decoder_layers
+from align.dpo.settings import checkpointing_field
+from align.dpo.step_memory import GIB, USABLE, How, StepBatch, least_recomputation, training_memory
 from align.dpo.trainer import PairTrainer
 from align.media.images import ImageStore
 from align.models.modules import freeze_parts
+from align.models.shapes import model_shape
+from scripts.valley_size import build_valley
 from tests import tiny_models, tiny_vlms
 from tests.dpo.conftest import make_args, make_pairs, tokenized
 
 ADAPTER = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
-def trained(folder, model, processor, *, frozen=("vision",), adapter=None, **fields):
+def trained(folder, model, processor, *, frozen=("vision",), adapter=None, kept_layers=0, **fields):
     """The trainer after a step whose gradients are kept, and the tower outputs of that step that required gradients."""
     if adapter is None:
         freeze_parts(model, frozen)
@@ -26,6 +35,7 @@ def trained(folder, model, processor, *, frozen=("vision",), adapter=None, **fie
         data_collator=PairCollator(processor, ImageStore(folder), layout="shared"),
         processor=processor,
         peft_config=LoraConfig(**adapter) if adapter else None,
+        kept_layers=kept_layers,
     )
     flowing, gradients = set(), {}
     for name, module in trainer.model.named_modules():
@@ -91,3 +101,53 @@ def test_an_adapter_on_the_tower_learns_under_reentrant_checkpointing(tmp_path):
     )
     assert flowing
     assert any("vision_tower" in name and gradient.abs().sum() > 0 for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_the_last_layers_may_keep_their_activations_and_gradients_stay_the_same(tmp_path, kept):
+    model, processor = tiny_models.llava_onevision(0), tiny_models.llava_onevision_processor()
+    calls = []
+    for number, layer in enumerate(decoder_layers(model)):
+        layer.input_layernorm.register_forward_hook(lambda *_, number=number: calls.append(number))
+    assert len(decoder_layers(model)) == 2
+    _, gradients = trained(tmp_path, model, processor, gradient_checkpointing=True, kept_layers=kept)
+    assert [calls.count(number) for number in range(2)] == [1 if number >= 2 - kept else 2 for number in range(2)]
+    (tmp_path / "again").mkdir()
+    _, expected = trained(tmp_path / "again", tiny_models.llava_onevision(0), processor)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def seven_billion():
+    """The shape of Valley-Eagle-7B on one of eight GPUs, and a pair."""
+    model, _ = build_valley("valley-eagle-7b", "meta", torch.float32)
+    how = How(strategy="zero3", num_processes=8, compute_bytes=2, checkpointing=True)
+    return model_shape(model), StepBatch(1, 1987, 200, 200), how
+
+
+@pytest.mark.parametrize("kept", [1, 14, 27])
+def test_as_few_layers_are_recomputed_as_memory_demands(seven_billion, kept):
+    shape, batch, how = seven_billion
+    enough = training_memory(shape, batch, replace(how, kept_layers=kept)).total
+    found = least_recomputation(shape, batch, how, enough)
+    assert (found.checkpointing, found.kept_layers) == (True, kept)
+    assert least_recomputation(shape, batch, how, enough - 1).kept_layers == kept - 1
+
+
+def test_nothing_is_recomputed_in_seven_billion_weights_over_eight_gpus(seven_billion):
+    assert not least_recomputation(*seven_billion, int(80 * GIB * USABLE)).checkpointing
+    assert least_recomputation(*seven_billion, 0) == seven_billion[2]
+
+
+def test_a_training_of_its_own_choice_that_runs_out_of_memory_recomputes_every_layer_first(tmp_path):
+    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, checkpointing_field(): "auto"}
+    remember_smaller_batch(tmp_path, fields)
+    config = with_batch_that_fits(Config(policy="p", questions="q", dpo={"gradient_checkpointing": "auto"}), tmp_path)
+    assert config.dpo.trainer_fields()["gradient_checkpointing"] is True
+    assert config.dpo.trainer_fields()["per_device_train_batch_size"] == 2
+    remember_smaller_batch(tmp_path, fields | {checkpointing_field(): True})
+    smaller = with_batch_that_fits(config, tmp_path).dpo.trainer_fields()
+    assert (smaller["per_device_train_batch_size"], smaller["gradient_accumulation_steps"]) == (1, 8)
+    assert smaller["gradient_checkpointing"] is True

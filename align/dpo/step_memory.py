@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from align.plan.shapes import ModelShape, Stack
+from align.models.shapes import ModelShape, Stack
 from align.prefix.token_stats import CHUNK_SIZE
 
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
@@ -27,6 +27,8 @@ ZERO3_LIVE = 1_000_000_000
 # A weight in four bits: blocks of 64 have a scale of 8 bits, 256 of those one of 32 (arXiv 2305.14314, section 3).
 FOUR_BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 GIB = 2**30
+# Of a GPU's memory: CUDA's own context, fragmentation and NCCL need the rest.
+USABLE = 0.92
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class How:
     `compute_bytes` below `weight_bytes` is autocast: weights are cast for each forward pass, and the casts are kept.
     `triton`: TRL's kernels of the head are there, as on a GPU; without them it scores every position, with copies, and
     dropout keeps numbers where a GPU keeps truth values. `quantised`: the linear layers under an adapter have four bits.
-    `dropout`: an adapter's dropout acts, which TRL switches off unless told otherwise.
+    `dropout`: an adapter's dropout acts, which TRL switches off unless told otherwise. `kept_layers`: of the language
+    model, whose activations are kept although those of the others are recomputed (`checkpointing`).
     """
 
     strategy: str = "ddp"
@@ -70,6 +73,7 @@ class How:
     triton: bool = True
     quantised: bool = False
     dropout: bool = False
+    kept_layers: int = 0
 
     @property
     def casts(self) -> bool:
@@ -150,7 +154,7 @@ def _cast_bytes(shape: ModelShape, how: How) -> int:
         return 0
     frozen = shape.frozen_linear
     if how.checkpointing and frozen:
-        frozen = round(shape.text.frozen_linear)
+        frozen = round(shape.text.frozen_linear) * max(1, how.kept_layers)
     return (shape.linear + frozen) * how.compute_bytes
 
 
@@ -180,6 +184,20 @@ def _divided(shape: ModelShape, how: How, working: int) -> tuple[int, int, int, 
     return whole * (2 if how.second_model else 1), trained, 2 * trained, working - casts + live
 
 
+def least_recomputation(shape: ModelShape, batch: StepBatch, how: How, usable_bytes: int) -> How:
+    """The same training with as few layers recomputed as memory allows, but one that trains vision towers: with all.
+
+    What towers keep depends on the number of patches, which a batch does not always say.
+    """
+    checkpointed = replace(how, checkpointing=True, kept_layers=0)
+    if any(tower.flows or tower.trained for tower in shape.towers):
+        return checkpointed
+    choices = [replace(how, checkpointing=False)]
+    choices += [replace(checkpointed, kept_layers=kept) for kept in range(shape.text.num_layers - 1, 0, -1)]
+    fitting = (choice for choice in choices if training_memory(shape, batch, choice).total <= usable_bytes)
+    return next(fitting, checkpointed)
+
+
 def activation_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:
     """What the forward pass leaves for the backward pass; with checkpointing, the inputs of layers only."""
     tokens, hidden = text_tokens(batch, how), shape.text.hidden
@@ -189,10 +207,11 @@ def activation_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:
         if not (stack.flows or stack.trained):
             continue
         count = tokens if stack is shape.text else patches(batch, how)
+        kept = stack.num_layers
         if how.checkpointing:
-            total += stack.num_layers * stack.hidden * count * how.stream_bytes
-        else:
-            total += stack.num_layers * _kept_by_layer(shape, stack, batch, how)
+            kept = min(how.kept_layers, kept) if stack is shape.text else 0
+        total += (stack.num_layers - kept) * stack.hidden * count * how.stream_bytes
+        total += kept * _kept_by_layer(shape, stack, batch, how)
     return int(total + _mask_bytes(shape, batch, how))
 
 

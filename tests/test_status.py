@@ -236,3 +236,36 @@ def test_a_stage_in_two_processes_is_followed_killed_and_finished(tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert f"round 1  sample    stopped   {finished} of 600" in shown.stdout
     assert "next: align run" in shown.stdout
+
+
+def test_what_was_counted_is_not_read_again(this):
+    part = this.path / "samples.part-0.jsonl"
+    for _ in range(3):
+        sampled(part, "length", "stop")
+    monitor = RunMonitor(this.path.parent)
+    assert monitor.look().stages[0].detail == "3 questions finished"
+    # Overwritten in place with as many bytes: only what comes after it would be seen.
+    part.write_bytes(b"x" * (part.stat().st_size - 1) + b"\n")
+    sampled(part, "length", "length")
+    seen = monitor.look()
+    assert seen.stages[0].detail == "4 questions finished"
+    assert seen.warnings == ["round 1 sample: 5 responses cut off at the longest length so far"]
+
+
+def test_a_damaged_line_of_a_part_counts_as_a_line_and_ends_nothing(this):
+    part = this.path / "samples.part-0.jsonl"
+    part.write_text("no json\n[1]\n")
+    sampled(part, "length")
+    status = run_status(this.path.parent)
+    assert status.stages[0].detail == "3 questions finished"
+    assert status.warnings == ["round 1 sample: 1 responses cut off at the longest length so far"]
+
+
+def test_an_output_that_is_gone_is_a_warning_with_the_command_that_makes_it_again(this):
+    this.samples.write_text("{}\n")
+    this.manifest.finish("sample", outputs=[this.samples], counts={"questions": 1})
+    assert run_status(this.path.parent).warnings == []
+    this.samples.unlink()
+    (warning,) = run_status(this.path.parent).warnings
+    assert "samples.jsonl not there any more" in warning
+    assert warning.endswith("align sample --round 1 --redo")

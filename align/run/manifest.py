@@ -76,8 +76,11 @@ class Manifest:
 
     def stage(self, name: str) -> StageEntry | None:
         """The entry of a stage that has begun, else None; one that was discarded has not."""
-        entry = self.stages().get(name)
-        return None if entry is None or entry.status == "discarded" else entry
+        return self.begun().get(name)
+
+    def begun(self) -> dict[str, StageEntry]:
+        """The entries of all stages that have begun and were not discarded."""
+        return {name: entry for name, entry in self.stages().items() if entry.status != "discarded"}
 
     def complete(self, name: str) -> bool:
         """Whether a stage has finished, and what it wrote is there.

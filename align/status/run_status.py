@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +24,9 @@ from align.report.critic_quality import critic_figures
 from align.report.read import RunData, read_run
 from align.report.warnings import find_warnings
 from align.run.folder import Round, RunDir
+from align.run.manifest import StageEntry
 from align.run.stages import STAGES, stage_named, stages_of
-from align.status.stage_progress import LockHolder, StageProgress, num_lines, parts, stall_warnings
+from align.status.stage_progress import LockHolder, StageProgress, parts, stall_warnings
 
 # Training curves say nothing before so many steps.
 MIN_STEPS = 20
@@ -89,21 +91,24 @@ class RunMonitor:
         for this in rounds:
             at_work = LockHolder.of(this)
             working = working or (at_work.text if at_work.alive else "")
+            entries = this.manifest.begun()
             for name in STAGES:
-                found = self._stage(this, name, at_work, warnings)
+                found = self._stage(this, name, entries.get(name), at_work, warnings)
                 stages += [found] if found else []
         warnings += self._known_warnings(rounds, stages)
         complete = _is_complete(self.path, rounds)
         command = None if working else "align report" if complete else "align run"
         return RunStatus(self.path, stages, warnings, working, complete and not working, command)
 
-    def _stage(self, this: Round, name: str, at_work: LockHolder, warnings: list[str]) -> StageStatus | None:
-        entry = this.manifest.stage(name)
+    def _stage(
+        self, this: Round, name: str, entry: StageEntry | None, at_work: LockHolder, warnings: list[str]
+    ) -> StageStatus | None:
         here = at_work.stage == name
         if entry is None and not (here and at_work.alive):
             return None
         if entry is not None and entry.complete:
             warnings += _lost(this.number, name, entry.counts, so_far=False)
+            warnings += _missing(this, name, entry)
             warnings += [f"round {this.number} {name}: {note}" for note in _fallbacks(entry.notes)]
             return StageStatus(this.number, name, "complete", f"{duration(entry.seconds)}, {_counts(entry.counts)}")
         running = here and at_work.alive
@@ -112,7 +117,7 @@ class RunMonitor:
         warnings += [
             f"round {this.number} {name}: {warning}" for warning in (stall_warnings(heartbeats) if running else [])
         ]
-        progress, losses = StageProgress.of(this, heartbeats), ""
+        progress, losses = StageProgress.of(this, heartbeats, self._num_lines), ""
         if name == "dpo" and (logged := _logged(this)):
             # Written with every step, and so ahead of the heartbeats.
             losses = _losses(logged[-NUM_LOSSES:])
@@ -121,7 +126,7 @@ class RunMonitor:
         detail = progress.text(name, running=running)
         per_question = stage_named(name).per_question
         if not detail and per_question is not None:
-            detail = f"{num_lines(parts(this, Path(per_question).stem))} questions finished"
+            detail = f"{self._num_lines(parts(this, Path(per_question).stem))} questions finished"
         detail = ", ".join(filter(None, [detail, losses]))
         if entry is not None and not running and entry.refused:
             warnings.append(f"round {this.number} {name}: {entry.refused}")
@@ -135,14 +140,24 @@ class RunMonitor:
         counts: Counter[str] = Counter()
         unscored: Counter[str] = Counter()
         for path in parts(this, Path(per_question).stem):
-            tally = self._tallies.setdefault(path, _Tally(path))
-            tally.read_on()
+            tally = self._tally(path)
             counts, unscored = counts + tally.counts, unscored + tally.unscored
         return dict(counts) | {"unscored": dict(unscored)}
 
+    def _tally(self, path: Path) -> _Tally:
+        tally = self._tallies.setdefault(path, _Tally(path))
+        tally.read_on()
+        return tally
+
+    def _num_lines(self, paths: list[Path]) -> int:
+        return sum(self._tally(path).num_lines for path in paths)
+
     def _known_warnings(self, rounds: list[Round], stages: list[StageStatus]) -> list[str]:
-        """The report's warnings that hold by now; computed again when a stage or a training has moved."""
-        key = [(stage.round, stage.stage, stage.state) for stage in stages], [_num_logged(this) for this in rounds]
+        """The report's warnings that hold by now; computed again when a stage has moved, or a training by a tenth."""
+        key = (
+            [(stage.round, stage.stage, stage.state) for stage in stages],
+            [round(math.log(1 + _num_logged(this), 1.1)) for this in rounds],
+        )
         if self._run_warnings[0] != key:
             self._run_warnings = (key, _run_warnings(read_run(self.path)))
         return self._run_warnings[1]
@@ -160,6 +175,7 @@ class _Tally:
         self.path = path
         self.counts: Counter[str] = Counter()
         self.unscored: Counter[str] = Counter()
+        self.num_lines = 0
         self._offset = 0
 
     def read_on(self) -> None:
@@ -169,8 +185,11 @@ class _Tally:
             file.seek(self._offset)
             # The last line may not be whole yet.
             whole = file.read().rpartition(b"\n")[0]
-        for line in whole.splitlines():
-            self._add(json.loads(line))
+        for line in whole.split(b"\n") if whole else []:
+            self.num_lines += 1
+            # A line that is damaged is reported by the stage that reads it.
+            with contextlib.suppress(ValueError, AttributeError, TypeError):
+                self._add(json.loads(line))
         self._offset += len(whole) + (1 if whole else 0)
 
     def _add(self, record: dict[str, Any]) -> None:
@@ -204,6 +223,13 @@ def _lost(number: int, stage: str, counts: dict[str, Any], *, so_far: bool) -> l
             )
             found.append(f"round {number} {stage}: {count} {words}{' so far' if so_far else ''}{why}")
     return found
+
+
+def _missing(this: Round, name: str, entry: StageEntry) -> list[str]:
+    """Of a complete stage: what it wrote and is no longer there."""
+    gone = [output for output in entry.outputs if not (this.path / output).exists()]
+    again = f"put it back, or do the stage again: align {name} --round {this.number} --redo"
+    return [f"round {this.number} {name}: {' and '.join(gone)} not there any more; {again}"] if gone else []
 
 
 def _total(value: Any) -> int:
@@ -266,7 +292,10 @@ def _is_complete(path: Path, rounds: list[Round]) -> bool:
     except UserError:
         return False
     last = next((this for this in rounds if this.number == config.rounds), None)
-    return last is not None and all(last.manifest.complete(stage.name) for stage in stages_of(config, last.number))
+    if last is None:
+        return False
+    entries = last.manifest.begun()
+    return all(stage.name in entries and entries[stage.name].complete for stage in stages_of(config, last.number))
 
 
 def _counts(counts: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +39,7 @@ class LockHolder:
 
     @classmethod
     def of(cls, this: Round) -> LockHolder:
+        """The process that holds a round now, or held it last."""
         heartbeats = [data for path in sorted(this.path.glob(".progress-*.json")) if (data := _read(path)) is not None]
         holder = _read(this.path / ".holder.json")
         main = next(
@@ -75,6 +77,20 @@ def _is_alive(holder: dict[str, Any], heartbeats: list[dict[str, Any]]) -> bool:
         return False
 
 
+def parts(this: Round, stem: str) -> list[Path]:
+    """The files that the processes of a running stage append to, one each."""
+    return sorted(this.path.glob(f"{stem}.part-*.jsonl"))
+
+
+def num_lines(paths: list[Path]) -> int:
+    """Whole lines in files, some of which may vanish meanwhile."""
+    count = 0
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            count += path.read_bytes().count(b"\n")
+    return count
+
+
 @dataclass(frozen=True)
 class StageProgress:
     """How far all processes of a stage have come together with what they are doing now."""
@@ -88,7 +104,10 @@ class StageProgress:
     steps: bool = False
 
     @classmethod
-    def of(cls, this: Round, heartbeats: list[dict[str, Any]]) -> StageProgress:
+    def of(
+        cls, this: Round, heartbeats: list[dict[str, Any]], count: Callable[[list[Path]], int] = num_lines
+    ) -> StageProgress:
+        """What the heartbeats of a stage's processes say together; `count` counts the finished lines of its parts."""
         works = [heartbeat["work"] for heartbeat in heartbeats if heartbeat.get("work")]
         if not works:
             return cls(memory=_memory(heartbeats))
@@ -101,7 +120,7 @@ class StageProgress:
             done, total = first["before"] + own, first["total"]
         files = parts(this, first["parts"]) if first["parts"] else []
         if files:
-            done = num_lines(files)
+            done = count(files)
         speed = sum(work["speed"] for work in together)
         return cls(
             first["label"],
@@ -114,6 +133,7 @@ class StageProgress:
         )
 
     def text(self, stage: str, *, running: bool) -> str:
+        """How far, how fast, how long still; empty where nothing is known."""
         if not self.label:
             return f"starting, {self.memory}" if running and self.memory else ""
         what = self.label.partition(": ")[2] or self.label
@@ -143,19 +163,6 @@ def stall_warnings(heartbeats: list[dict[str, Any]]) -> list[str]:
             f"nothing is finished after {duration(now - min(heartbeat['started'] for heartbeat in heartbeats))}"
         )
     return found
-
-
-def parts(this: Round, stem: str) -> list[Path]:
-    return sorted(this.path.glob(f"{stem}.part-*.jsonl"))
-
-
-def num_lines(paths: list[Path]) -> int:
-    """Whole lines in files, some of which may vanish meanwhile."""
-    count = 0
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            count += path.read_bytes().count(b"\n")
-    return count
 
 
 def _memory(heartbeats: list[dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from reward.intervals import wilson_bounds
 from reward.judgement import Judgement, Verdict
 from reward.lines import read_lines
-from reward.reliability import sign
+from reward.ranking import sign
 
 # Which of two responses is preferred, by their order in the samples: 1 the earlier, -1 the later, 0 neither.
 Label = int

@@ -149,3 +149,9 @@ def both_orders(verdicts_by_item: Iterable[Sequence[Verdict]]) -> Iterable[tuple
         for (first, second), verdict in table.items():
             if first < second and (second, first) in table:
                 yield verdict, table[second, first]
+
+
+def sign(rewards: Sequence[float | None], pair: tuple[int, int]) -> int | None:
+    """Which of two responses has the higher reward: 1 the first, -1 the second, 0 neither; None if not known."""
+    one, other = rewards[pair[0]], rewards[pair[1]]
+    return None if one is None or other is None else (one > other) - (one < other)

@@ -21,7 +21,7 @@ from reward.critics.base import DECIMALS
 from reward.errors import RewardError
 from reward.intervals import clustered_share, correlation_bounds
 from reward.judgement import Judgement, Verdict
-from reward.ranking import both_orders, score_of
+from reward.ranking import both_orders, score_of, sign
 
 MIN_COUNT = 20
 
@@ -307,12 +307,6 @@ def agreement(pairs_of_rewards: Iterable[tuple[Rewards, Rewards]], *, ties: bool
         ]
         parts.append((sum((1 + product) / 2 for product in signs), len(signs)))
     return share(parts)
-
-
-def sign(rewards: Rewards, pair: tuple[int, int]) -> int | None:
-    """Which of two responses has the higher reward: 1 the first, -1 the second, 0 neither; None if not known."""
-    one, other = rewards[pair[0]], rewards[pair[1]]
-    return None if one is None or other is None else (one > other) - (one < other)
 
 
 def panel_agreement(judgements: Sequence[Judgement]) -> dict[str, Figure | None]:

@@ -1,5 +1,8 @@
 """`align push`: what would go up, and what is refused."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import pytest
 
 from align.errors import UserError
@@ -42,9 +45,36 @@ def test_a_name_that_is_no_repository_is_refused(checkpoint, repo):
         push(checkpoint, repo, dry_run=True)
 
 
-def test_a_hub_that_refuses_is_told_in_one_line(checkpoint, monkeypatch):
+@pytest.mark.parametrize("repo", ["me/a model", "me/-x", "me/a--b", "me/a..b", "me/" + "x" * 97, "me/x.git"])
+def test_a_name_that_the_hub_would_refuse_is_refused_before(checkpoint, repo):
+    with pytest.raises(UserError, match="takes no repository of this name"):
+        push(checkpoint, repo, dry_run=True)
+
+
+def test_a_hub_that_cannot_be_reached_is_no_missing_login(checkpoint, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="the Hub did not take it") as fault:
+    with pytest.raises(UserError, match="cannot be reached at http") as fault:
         push(checkpoint, "me/model")
     assert "\n" not in str(fault.value)
+    assert "log in" not in str(fault.value)
+
+
+def test_a_hub_that_refuses_names_the_login(checkpoint, monkeypatch):
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(UserError, match="did not take it") as fault:
+            push(checkpoint, "me/model")
+        server.shutdown()
+    assert "hf auth login" in str(fault.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -269,3 +270,19 @@ def test_an_output_that_is_gone_is_a_warning_with_the_command_that_makes_it_agai
     (warning,) = run_status(this.path.parent).warnings
     assert "samples.jsonl not there any more" in warning
     assert warning.endswith("align sample --round 1 --redo")
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_watching_ends_without_a_word_about_going_on(this, signal_name):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "align.cli", "status", str(this.path.parent), "--watch"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "round 1  sample" in process.stdout.readline() + process.stdout.readline()
+    process.send_signal(getattr(signal, signal_name))
+    out, err = process.communicate()
+    assert "goes on" not in out + err
+    assert "Traceback" not in err
+    assert process.returncode == (130 if signal_name == "SIGINT" else -signal.SIGTERM)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from align.cli.console import say
+from align.cli.console import nothing_to_resume, say
 from align.cli.options import app
 from align.monitoring.format import size
 
@@ -98,7 +98,7 @@ def chat(
     from align.engines.base import SamplingSettings
 
     settings = SamplingSettings(temperature, max_new_tokens)
-    try:
+    with nothing_to_resume():
         if web:
             from align.chat.web import Address, chat_on_page
 
@@ -107,8 +107,6 @@ def chat(
             from align.chat.terminal import chat_in_terminal
 
             chat_in_terminal(checkpoint, image or [], question, settings)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 @app.command(epilog="Example:  align demo --folder demo-run --seed 1")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import typer
@@ -33,6 +36,16 @@ def stop(*_: object) -> None:
     if not is_reported():
         log.info("stopped; the same command goes on from here")
     raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def nothing_to_resume() -> Iterator[None]:
+    """For commands that only look: Ctrl-C and SIGTERM end them without a word about going on."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def fail(fault: WorkerError) -> NoReturn:

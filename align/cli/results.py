@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from align.cli.console import say
+from align.cli.console import nothing_to_resume, say
 from align.cli.options import ConfigOption, SetOption, app
 from align.config import find_config, load_config
 from align.errors import UserError
@@ -69,8 +69,9 @@ def status(
     """Where a run stands: stages, progress, speed, time left, last losses, warnings."""
     from align.status.run_status import RunMonitor, find_run
 
-    watched = RunMonitor(find_run(run))
-    seen = _watch(watched, every) if watch else watched.look()
+    with nothing_to_resume():
+        watched = RunMonitor(find_run(run))
+        seen = _watch(watched, every) if watch else watched.look()
     say(seen.text, next_command=seen.next_command)
 
 

@@ -122,13 +122,14 @@ def run(
     """All of it: every round, evaluation and the report. The same command goes on after an interruption."""
     from align.evaluation.table import print_table
     from align.loop import run_rounds
+    from align.status.run_status import run_status
 
     loaded = _load(config, [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])])
     done = run_rounds(loaded)
     if not is_main_process():
         return
     print_table({loaded.name: loaded.run_dir})
-    for warning in done.warnings:
+    for warning in [*done.warnings, *run_status(loaded.run_dir).warnings]:
         warn(warning)
     if done.stopped_early:
         before = f"round {done.last_round - 1}" if done.last_round > 1 else "the first policy"

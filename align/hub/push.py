@@ -1,7 +1,7 @@
 """A checkpoint folder in, a repository on the Hugging Face Hub out. Private unless asked for otherwise.
 
-The token is that of `huggingface-cli login` or of the environment (HF_TOKEN); it is never an argument. What a stage has
-not written to its end is refused, and so is what was never meant to travel (hidden files, intermediate states).
+The token is that of `hf auth login` or of the environment (HF_TOKEN); it is never an argument. What a stage has
+not written to its end is refused, and so is what was never meant to travel (hidden files, trainer checkpoints).
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def push(checkpoint: Path, repo: str, *, public: bool = False, dry_run: bool = F
         UserError: the folder is not a complete checkpoint, the name is no repository's, there is no token, or the Hub
             refuses.
     """
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise UserError(f"expected a repository as owner/name, found {repo!r}")
+    _check_name(repo)
     files = checked_files(checkpoint)
     if dry_run:
         return Upload(files)
@@ -51,12 +50,51 @@ def push(checkpoint: Path, repo: str, *, public: bool = False, dry_run: bool = F
         )
     except Exception as error:
         # No token, no network, no permission: each version's HTTP library has errors of its own.
-        raise UserError(
-            f"the Hub did not take it: {str(error).splitlines()[0]}",
-            where=repo,
-            fix="log in with `hf auth login` or set HF_TOKEN, and check that the token may write there",
-        ) from None
+        raise _refusal(error, repo, api.endpoint) from None
     return Upload(files, f"{api.endpoint}/{repo}")
+
+
+def _check_name(repo: str) -> None:
+    """Raise UserError for a name that the Hub would refuse."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise UserError(f"expected a repository as owner/name, found {repo!r}")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(
+            f"the Hub takes no repository of this name ({str(error).splitlines()[0]})",
+            where=repo,
+            fix="use letters, digits, '-', '_' and '.', at most 96 characters",
+        ) from None
+
+
+def _refusal(error: Exception, repo: str, endpoint: str) -> UserError:
+    """What a failed upload means to the person who asked for it."""
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if _is_unreachable(error):
+        return UserError(
+            f"the Hub cannot be reached at {endpoint} ({said})",
+            where=repo,
+            fix="check the network (HF_ENDPOINT, HTTPS_PROXY, HF_HUB_OFFLINE), then push again",
+        )
+    return UserError(
+        f"the Hub did not take it: {said}",
+        where=repo,
+        fix="log in with `hf auth login` or set HF_TOKEN, and check that the token may write there",
+    )
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether no server answered, by the names that requests, httpx and huggingface_hub give that, up to its cause."""
+    while error is not None:
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if names & {"ConnectionError", "TransportError", "Timeout", "OfflineModeIsEnabled"}:
+            return getattr(error, "response", None) is None
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def checked_files(checkpoint: Path) -> dict[str, int]:

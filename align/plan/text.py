@@ -114,7 +114,7 @@ def _memory(plan: Plan, width: int) -> str:
     usable = machine.usable_bytes / size
     of = f"of each of {machine.gpus} GPUs" if machine.gpus > 1 else "of the GPU"
     lines = [
-        f"memory   {of}, {unit}; {usable:,.4g} of {machine.gpu_gib * GIB / size:,.4g} can be used",
+        f"memory   {of}, {unit}; {_amount(usable)} of {_amount(machine.gpu_gib * GIB / size)} can be used",
         f"  {'':<11}" + "".join(f"{name:>9}" for name in COLUMNS) + f"{'total':>9}",
     ]
     for fit in plan.fits:
@@ -153,6 +153,14 @@ _REMEDIES = {
     "sample": "serve the policy (sample.servers), or lower sample.num_responses or max_new_tokens",
     "critic": "serve the critic (critic.servers)",
 }
+
+
+def _amount(value: float) -> str:
+    """
+    >>> _amount(75370.4), _amount(79.25)
+    ('75,370', '79.25')
+    """
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _row(name: str, memory: Memory, size: int) -> str:

@@ -217,8 +217,8 @@ _PATH = re.compile(r"""(?<![^\s'"])/(?:[^/\s'"]+/)+([^/\s'"]+/[^/\s'"]+)""")
 def printable(value: Any) -> Any:
     """Text without control characters (shown as their pictures) and lone surrogates (which no file can hold).
 
-    >>> printable("a\\x00b"), printable("caf\\ud800")
-    ('a␀b', 'caf\ufffd')
+    >>> printable("a\\x00b"), printable("caf\\ud800"), printable("next\\x85line") == "next" + chr(10) + "line"
+    ('a␀b', 'caf\ufffd', True)
     """
     if not isinstance(value, str):
         return value
@@ -230,6 +230,8 @@ _BAD = re.compile("\r\n?|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
 
 
 def _picture(bad: str) -> str:
-    if bad[0] == "\r":
+    if bad[0] in "\r\x85":
         return "\n"
+    if bad == "\x7f":
+        return "␡"
     return chr(0x2400 + ord(bad)) if ord(bad) < 0x20 else "\ufffd"

@@ -119,7 +119,7 @@ class Manifest:
             raise UserError(
                 f"stage {name} was {'finished' if entry.complete else 'begun'} with other inputs: {'; '.join(changed)}",
                 where=str(self.path.parent),
-                fix=f"run it again from the start with --redo (this discards the round from {name} on), or give the run another name",
+                fix=f"do it again, {self._redo(name)} (this discards the round from {name} on), or give the run another name",
             )
         if not entry.complete:
             self._put(name, entry.model_copy(update=where | ({"refused": None} if entry.refused is not None else {})))

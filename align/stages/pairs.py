@@ -119,7 +119,10 @@ def _nothing_left(config: Config, this: Round, counts: dict[str, Any]) -> UserEr
     return UserError(
         f"no pair is left of {counts['questions']} questions: {reasons}",
         where=str(this.scores),
-        fix="look at the scores; change pairs.*, raise sample.temperature, or use another critic; then run again with --redo",
+        fix=(
+            f"look at the scores; change pairs.* (align pairs --round {this.number} --redo), use another critic "
+            f"(align score --round {this.number} --redo) or raise sample.temperature (align sample --round {this.number} --redo)"
+        ),
     )
 
 

@@ -82,7 +82,7 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
         raise UserError(
             f"the critic could score none of {len(samples)} questions: {reasons}",
             where=str(this.scores),
-            fix="check critic.kind, critic.model and its prompt, then run with --redo",
+            fix=f"check critic.kind, critic.model and its prompt, then align score --round {this.number} --redo",
         )
     outputs, controls = [this.scores], StageOutput([], {})
     if plan.looks and config.critic.reliability_sample:

@@ -25,6 +25,7 @@ from align.report.read import RunData, read_run
 from align.report.warnings import find_warnings
 from align.run.folder import Round, RunDir
 from align.run.manifest import StageEntry
+from align.run.outdated import outdated_rounds
 from align.run.stages import STAGES, stage_named, stages_of
 from align.status.stage_progress import LockHolder, StageProgress, parts, stall_warnings
 
@@ -97,8 +98,21 @@ class RunMonitor:
                 stages += [found] if found else []
         warnings += self._known_warnings(rounds, stages)
         complete = _is_complete(self.path, rounds)
-        command = None if working else "align report" if complete else "align run"
+        command = None if working else self._next(rounds, complete)
         return RunStatus(self.path, stages, warnings, working, complete and not working, command)
+
+    @staticmethod
+    def _next(rounds: list[Round], complete: bool) -> str:
+        """The command that goes on: of a run that `align run` would refuse, the one that makes it whole again."""
+        for this in rounds:
+            for name, entry in this.manifest.begun().items():
+                if entry.complete and name in STAGES and _missing(this, name, entry):
+                    return f"align {name} --round {this.number} --redo"
+        outdated = min(outdated_rounds(rounds), default=None)
+        parent = None if outdated is None else RunDir(rounds[0].path.parent).round(outdated - 1).manifest.stage("dpo")
+        if parent is not None and parent.complete:
+            return f"align sample --round {outdated} --redo"
+        return "align report" if complete else "align run"
 
     def _stage(
         self, this: Round, name: str, entry: StageEntry | None, at_work: LockHolder, warnings: list[str]

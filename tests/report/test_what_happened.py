@@ -80,6 +80,7 @@ def test_after_a_redo_of_an_earlier_round_status_report_and_card_name_the_later_
     warnings = run_status(three.path).warnings
     assert f"round 2: The round before was done again. Round 2 {gone}." in warnings
     assert any(warning.startswith("round 3: ") and gone in warning for warning in warnings)
+    assert run_status(three.path).next_command == "align sample --round 2 --redo"
     assert gone in write_report(three.path).read_text()
     write_model_card(config, 1)
     assert gone in (three.round(2).checkpoint / "README.md").read_text()
@@ -95,6 +96,7 @@ def test_a_redo_that_gives_the_same_checkpoint_outdates_nothing(three):
 def test_a_round_whose_parent_is_being_done_again_is_outdated(three):
     three.round(2).discard("dpo")
     assert list(outdated_rounds(three.rounds())) == [3]
+    assert run_status(three.path).next_command == "align run"
 
 
 def test_facts_are_those_of_the_manifests(config):

@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import conv2d, interpolate
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from align.errors import UserError
 from align.models.load import load_model, load_processor
@@ -18,6 +20,7 @@ from align.models.save import save_checkpoint
 from align.models.vl360 import QH360_VL_LlamaForCausalLM, QH360VLConfig
 from align.models.vl360.modeling import _join_quarters
 from align.models.vl360.processing import DEFAULT_SYSTEM, five_crops
+from align.models.weights import tensor_table
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vl360_tiny"
 OPTIONS = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -34,6 +37,10 @@ def write_folder(folder: Path, *, plan: str = "cc", **changes: object) -> Path:
         config["proj_2"] = None
         for name in [name for name in tensors if ".mm_projector_ori." in name]:
             tensors[name.replace("_ori", "")] = 0.5 * tensors[name]
+    if plan == "single":
+        # What the authors' trainer writes by default.
+        config["proj_2"] = False
+        tensors = {name.replace("_ori", ""): tensors[name] for name in tensors if ".mm_projector_ctt." not in name}
     kept = {key: value for key, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(kept, indent=1))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -128,6 +135,53 @@ def test_every_image_of_the_published_models_has_1152_tokens():
     assert QH360VLConfig(proj_2=True, visual_projector_config={"num_queries": 576}).num_image_tokens == 1152
 
 
+@pytest.mark.parametrize("plan", ["sw", "single"])
+def test_a_single_picture_goes_through_the_third_projector(tmp_path, plan):
+    folder = write_folder(tmp_path / "policy", plan=plan)
+    settings = {"single_picture": True} if plan == "sw" else {}
+    model, processor = load_model(folder), load_processor(folder, default_system=None, **settings)
+    inputs = processor.apply_chat_template(ASK, **OPTIONS)
+    assert inputs["pictures_per_image"].tolist() == [1]
+    assert inputs["pixel_values"].shape == (1, 3, 336, 336)
+    assert processor.num_image_tokens(300, 180) == (inputs["input_ids"] == processor.image_token_id).sum() == 100
+    # CLIPImageProcessor of the padded picture: short side 336, nothing to crop.
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    square = Image.new("RGB", (300, 300), (122, 116, 104))
+    square.paste(PICTURE, (0, 60))
+    np.testing.assert_allclose(inputs["pixel_values"], clip(square, return_tensors="np")["pixel_values"], atol=1e-6)
+    patches = model.model.vision_tower(inputs["pixel_values"])
+    tensors = load_file(folder / "model.safetensors")
+    expected = reference_projection(patches, tensors, "model.mm_projector")
+    images = {name: inputs[name] for name in ("pixel_values", "pictures_per_image")}
+    torch.testing.assert_close(
+        model.model.get_image_features(**images).pooler_output[0], expected[0], rtol=0, atol=2e-5
+    )
+    assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("plan", ["sw", "single"])
+def test_the_third_projector_is_trained_where_config_json_says_so_and_saved(tmp_path, plan):
+    folder = write_folder(tmp_path / "policy", plan=plan, **({"single_picture": True} if plan == "sw" else {}))
+    model, processor = load_model(folder), load_processor(folder)
+    assert processor.single_picture
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad and "mm_projector" in name}
+    assert trained == {name for name in dict(model.named_parameters()) if ".mm_projector." in name}
+    saved = save_checkpoint(model, processor, tmp_path / "saved", code="none")
+    assert tensor_table(saved).keys() == tensor_table(folder).keys()
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, saved))
+    assert after == before
+
+
+def test_pictures_that_no_projector_reads_are_refused(tmp_path):
+    with pytest.raises(UserError, match="single_picture"):
+        load_processor(GOLDEN, single_picture=True)
+    with pytest.raises(UserError, match="single_picture"):
+        load_processor(write_folder(tmp_path / "policy", plan="single"), single_picture=False)
+    model = load_model(GOLDEN)
+    with pytest.raises(ValueError, match="expected 5 pictures per image"):
+        model.model.get_image_features(torch.zeros(1, 3, 336, 336), torch.tensor([1]))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (200, 1), (1000, 100), (336, 336)])
 def test_images_of_any_size_become_five_crops(size):
     crops = five_crops(Image.new("RGB", size, (9, 99, 200)), 28, pad=True)
@@ -185,7 +239,7 @@ def test_squeezing_instead_of_padding_is_a_setting():
         ({"visual_projector_config": {"depth": 2}}, "num_queries"),
         ({"visual_projector_config": None}, "num_queries"),
         ({"visual_projector_config": {"num_queries": 99, "encoder_hidden_size": 32}}, "square number"),
-        ({"proj_2": False}, "never published"),
+        ({"single_picture": True}, "third projector"),
         ({"mm_projector_type": "mlp"}, "c-abs"),
         ({"mm_hidden_size": 1024}, "mm_hidden_size"),
     ],

@@ -10,7 +10,7 @@ CLIP was never trained by the authors; `dpo.freeze: [vision]` keeps it so.
 
 Verified: the tiny golden of the authors' own code with mean pooling (pixels, ids, logits, greedy tokens, loss), from a real
 video file too; ids against the slow LlamaTokenizer of transformers 4.28, which the original used; names and bytes of a round
-trip; three DPO steps against TRL, and under ZeRO-3; the tensors of the full-size shapes. Importance, delta and max pooling
+trip; three DPO steps against TRL, and under ZeRO-3; the tensors of the full-size shapes. Importance and delta pooling
 are held against the published formulas written a second time, not against recorded outputs. The published weights themselves
 were not available, Chinese-Valley's not even as a golden: its names follow from the same code with the other tower.
 """

@@ -11,14 +11,13 @@ from transformers import ChineseCLIPVisionConfig, CLIPVisionConfig, LlamaConfig
 from ..config_parts import CLIP_VIT_L, TokenIdsBeside, encoder_config
 
 PATCH_TOKEN, FRAME_TOKEN = "<im_patch>", "<vi_frame>"
-POOLINGS = ("mean", "max", "importance", "delta")
 
 
 class ValleyLlamaConfig(TokenIdsBeside, LlamaConfig):
     """Configuration of Valley 1 (`architectures: ["ValleyLlamaForCausalLM"]`).
 
     How patches are pooled over time is `pooling`: `use_delta_transformer` and `use_patch_importance_pooling` say so in the
-    published files, else `patch_pooling_method` (mean or max), which is mean where it is absent.
+    published files, else it is the mean. The original never reads `patch_pooling_method`; nor does this.
     """
 
     model_type = "valley"
@@ -32,7 +31,6 @@ class ValleyLlamaConfig(TokenIdsBeside, LlamaConfig):
         vision_config: dict | CLIPVisionConfig | ChineseCLIPVisionConfig | None = None,
         use_patch_importance_pooling: bool = False,
         use_delta_transformer: bool = False,
-        patch_pooling_method: str = "mean",
         image_token_id: int | None = None,
         video_token_id: int | None = None,
         **kwargs: Any,
@@ -42,7 +40,6 @@ class ValleyLlamaConfig(TokenIdsBeside, LlamaConfig):
         self.mm_vision_select_layer = mm_vision_select_layer
         self.use_patch_importance_pooling = use_patch_importance_pooling
         self.use_delta_transformer = use_delta_transformer
-        self.patch_pooling_method = patch_pooling_method
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         super().__init__(**kwargs)
@@ -58,10 +55,10 @@ class ValleyLlamaConfig(TokenIdsBeside, LlamaConfig):
 
     @property
     def pooling(self) -> str:
-        """`mean`, `max`, `importance` or `delta`."""
+        """`mean`, `importance` or `delta`."""
         if self.use_delta_transformer:
             return "delta"
-        return "importance" if self.use_patch_importance_pooling else self.patch_pooling_method
+        return "importance" if self.use_patch_importance_pooling else "mean"
 
     @property
     def num_patches(self) -> int:
@@ -91,10 +88,6 @@ def _check(config: ValleyLlamaConfig) -> None:
     if config.use_delta_transformer and config.use_patch_importance_pooling:
         raise ValueError(
             "config.json: use_delta_transformer and use_patch_importance_pooling are both true; expected one pooling"
-        )
-    if config.pooling not in POOLINGS:
-        raise ValueError(
-            f"config.json: expected patch_pooling_method to be mean or max, found {config.patch_pooling_method!r}"
         )
     if config.vision_config.hidden_size != config.mm_hidden_size:
         raise ValueError(

@@ -114,8 +114,6 @@ class ValleyLlamaModel(ImageLlamaModel):
     def pool(self, patches_TND: torch.Tensor) -> torch.Tensor:
         """The patches of T frames to one set: `(T, N, D)` to `(N, D)`."""
         pooling = self.config.pooling
-        if pooling == "max":
-            return patches_TND.amax(dim=0)
         if pooling == "importance":
             scores_T1 = self.pooling_layer(patches_TND.flatten(1))
             return (F.softmax(scores_T1, dim=0)[:, :, None] * patches_TND).sum(dim=0)

@@ -8,7 +8,7 @@ CLIP was never trained by the authors; `dpo.freeze: [vision]` keeps it so.
 
 Verified: the tiny golden of the authors' own code with two projectors (pixels, ids, logits, greedy tokens), names and bytes
 of a round trip, three DPO steps against TRL, and under ZeRO-3; the tensors and bytes of the full-size shapes. The plan with
-one projection a crop is held against the published formulas written a second time. The published weights were not available:
+one projection per crop, and single pictures, are held against the published formulas written a second time. The published weights were not available:
 depth and number of queries are those that config.json says; that their sum is the 16.82 GB of 360VL-8B speaks for a depth of
 3, two linears and 1,024 channels.
 """

@@ -52,7 +52,9 @@ class QH360VLConfig(TokenIdsBeside, LlamaConfig):
     """Configuration of 360VL (`architectures: ["QH360_VL_LlamaForCausalLM"]`).
 
     `proj_2`: true, as in the published models, means that the four crops of an image are put together before one projector
-    reads them; absent, that it reads every crop for itself.
+    reads them; absent, that it reads every crop for itself, and that a third projector is there for an image as a single
+    picture; false, as the authors' trainer writes it, that this third one is all there is. `single_picture`: the model is
+    used and trained with single pictures, the default of the authors' inference where `proj_2` is absent.
     """
 
     model_type = "QH_360VL"
@@ -66,6 +68,7 @@ class QH360VLConfig(TokenIdsBeside, LlamaConfig):
         mm_vision_select_feature: str = "patch",
         mm_projector_type: str = "c-abs",
         proj_2: bool | None = None,
+        single_picture: bool = False,
         image_aspect_ratio: str | None = None,
         vision_config: dict | CLIPVisionConfig | None = None,
         visual_projector_config: dict | None = None,
@@ -80,6 +83,7 @@ class QH360VLConfig(TokenIdsBeside, LlamaConfig):
         self.mm_projector_type = mm_projector_type
         if proj_2 is not None:
             self.proj_2 = proj_2
+        self.single_picture = single_picture or proj_2 is False
         self.image_aspect_ratio = image_aspect_ratio
         self.visual_projector_config = dict(visual_projector_config or {})
         self.image_token_id = image_token_id
@@ -106,16 +110,30 @@ class QH360VLConfig(TokenIdsBeside, LlamaConfig):
         return bool(getattr(self, "proj_2", False))
 
     @property
+    def has_crop_projectors(self) -> bool:
+        """Whether an image can be read as five crops."""
+        return getattr(self, "proj_2", None) is not False
+
+    @property
+    def has_single_projector(self) -> bool:
+        """Whether an image can be read as one picture."""
+        return not self.joins_crops
+
+    @property
     def num_image_tokens(self) -> int:
         """Visual tokens of every image, whatever its size: 1,152 in the published models."""
+        return self.tokens_of(single_picture=self.single_picture)
+
+    def tokens_of(self, *, single_picture: bool) -> int:
+        """Visual tokens of an image that is read as one picture, or as five crops."""
         per_projection = self.projector.num_queries + self.projector.num_eos_tokens
-        return per_projection * (2 if self.joins_crops else 5)
+        return per_projection * (1 if single_picture else 2 if self.joins_crops else 5)
 
 
 def _check(config: QH360VLConfig) -> None:
     """Refuses what this family cannot compute, before a weight is read."""
-    if getattr(config, "proj_2", None) is False:
-        raise ValueError("config.json: proj_2 is false: a layout with one projector that was never published")
+    if config.single_picture and not config.has_single_projector:
+        raise ValueError("config.json: single_picture needs the third projector, which proj_2: true has not")
     if config.mm_projector_type != "c-abs" or config.visual_projector_config.get("projector_type", "c-abs") != "c-abs":
         raise ValueError(f"config.json: expected mm_projector_type to be c-abs, found {config.mm_projector_type!r}")
     if config.mm_vision_select_feature != "patch":

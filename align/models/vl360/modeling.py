@@ -1,9 +1,11 @@
 """Token ids and five crops an image in, hidden states and logits out: 360VL on transformers' Llama and CLIP.
 
 An image is seen as its four quarters and as a whole, each as large as CLIP takes it. One C-Abstractor reads the quarters,
-put together or one by one, another the whole; their tokens, in this order, replace the image's placeholders.
+put together or one by one, another the whole; their tokens, in this order, replace the image's placeholders. Where the
+checkpoint has a third C-Abstractor, an image can be a single picture that this one reads.
 
-For the image arguments see `image_llama`; an image has five pictures: top left, top right, bottom left, bottom right, whole.
+For the image arguments see `image_llama`; an image has five pictures: top left, top right, bottom left, bottom right, whole;
+or one.
 """
 
 from math import isqrt
@@ -38,7 +40,6 @@ class QH360VLModel(ImageLlamaModel):
     """The Llama backbone with CLIP and the projectors."""
 
     config_class = QH360VLConfig
-    num_dummy_pictures = NUM_PICTURES
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer", "CAbstractor"]  # noqa: RUF012
 
     def __init__(self, config: QH360VLConfig) -> None:
@@ -49,29 +50,44 @@ class QH360VLModel(ImageLlamaModel):
         def projector() -> CAbstractor:
             return CAbstractor(config.projector, num_patches, config.hidden_size)
 
-        self.mm_projector_ctt, self.mm_projector_ori = projector(), projector()
-        if not config.joins_crops:
-            # Stored by the original beside the two that are used.
+        if config.has_crop_projectors:
+            self.mm_projector_ctt, self.mm_projector_ori = projector(), projector()
+        if config.has_single_projector:
             self.mm_projector = projector()
         self.post_init()
+
+    @property
+    def num_dummy_pictures(self) -> int:  # type: ignore[override]
+        """Pictures of an image as the model is trained."""
+        return 1 if self.config.single_picture else NUM_PICTURES
 
     def get_image_features(
         self, pixel_values: torch.Tensor, pictures_per_image: torch.Tensor
     ) -> BaseModelOutputWithPooling:
         """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`.
 
-        Raises ValueError where an image has not five pictures.
+        Raises ValueError where images have neither five pictures nor one, or what the checkpoint has no projector for.
         """
-        if not bool((pictures_per_image == NUM_PICTURES).all()):
-            raise ValueError(f"expected {NUM_PICTURES} pictures an image, found {pictures_per_image.tolist()}")
-        patches_IPLE = self.vision_tower(pixel_values.to(self.dtype)).unflatten(0, (-1, NUM_PICTURES))
+        counts = set(pictures_per_image.tolist())
+        known = [NUM_PICTURES] * self.config.has_crop_projectors + [1] * self.config.has_single_projector
+        if len(counts) != 1 or not counts <= set(known):
+            raise ValueError(
+                f"expected {' or '.join(map(str, known))} pictures per image, the same in a batch, "
+                f"found {pictures_per_image.tolist()}"
+            )
+        patches_PLE = self.vision_tower(pixel_values.to(self.dtype))
+        tokens_IND = self.mm_projector(patches_PLE) if counts == {1} else self._of_crops(patches_PLE)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens_IND, pooler_output=tuple(tokens_IND))
+
+    def _of_crops(self, patches_PLE: torch.Tensor) -> torch.Tensor:
+        """Visual tokens `(I, n, D)` of images of five crops each."""
+        patches_IPLE = patches_PLE.unflatten(0, (-1, NUM_PICTURES))
         quarters, whole = patches_IPLE[:, :-1], patches_IPLE[:, -1]
         if self.config.joins_crops:
             details = self.mm_projector_ctt(_join_quarters(quarters))
         else:
             details = self.mm_projector_ctt(quarters.flatten(0, 1)).unflatten(0, (-1, NUM_PICTURES - 1)).flatten(1, 2)
-        tokens_IND = torch.cat((details, self.mm_projector_ori(whole)), dim=1)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens_IND, pooler_output=tuple(tokens_IND))
+        return torch.cat((details, self.mm_projector_ori(whole)), dim=1)
 
 
 class QH360_VL_LlamaForCausalLM(ImageLlamaForCausalLM):
@@ -83,7 +99,9 @@ class QH360_VL_LlamaForCausalLM(ImageLlamaForCausalLM):
     @property
     def unused_modules(self) -> tuple[str, ...]:  # type: ignore[override]
         """What is stored and gets no gradient."""
-        return (*unused_clip_layers(self.config, "model.vision_tower.vision_tower"), "model.mm_projector")
+        single = self.config.single_picture
+        projectors = ("model.mm_projector_ctt", "model.mm_projector_ori") if single else ("model.mm_projector",)
+        return (*unused_clip_layers(self.config, "model.vision_tower.vision_tower"), *projectors)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,6 @@ from ..chat_images import ImageChatProcessor
 from ..messages import IMAGE_MARK
 from ..pixels import centre_crop, normalise, pad_to_square, resize_short_side
 from .configuration import IMAGE_TOKEN, QH360VLConfig
-from .modeling import NUM_PICTURES
 
 # CLIP's mean in bytes, rounded down.
 PAD_COLOUR = (122, 116, 104)
@@ -46,10 +45,12 @@ class QH360VLProcessor(ImageChatProcessor):
     evaluation; None or an empty text for none.
     `image_aspect_ratio`: `pad` shows the image in the middle of a coloured square, `square` squeezes it into one. Default:
     that of config.json, `pad` in the published folders.
+    `single_picture`: the image is one picture of `num_queries` tokens (144 or 576) instead of five crops, which only
+    checkpoints without `proj_2: true` can read. Default: `single_picture` of config.json, which training needs too.
     """
 
     config_class = QH360VLConfig
-    settings = ("default_system", "image_aspect_ratio")
+    settings = ("default_system", "image_aspect_ratio", "single_picture")
     image_inputs = ("pixel_values", "pictures_per_image")
     image_token = IMAGE_MARK
     takes_videos = False
@@ -62,6 +63,7 @@ class QH360VLProcessor(ImageChatProcessor):
         config: QH360VLConfig | None = None,
         default_system: str | None = DEFAULT_SYSTEM,
         image_aspect_ratio: str | None = None,
+        single_picture: bool | None = None,
     ) -> None:
         config = config or QH360VLConfig()
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
@@ -75,7 +77,11 @@ class QH360VLProcessor(ImageChatProcessor):
         # Another id in Llama 3.1's tokenizer than in Llama 3's.
         self.image_token_id = known[IMAGE_TOKEN]
         self.side = config.vision_config.image_size
-        self._num_image_tokens = config.num_image_tokens
+        self.single_picture = config.single_picture if single_picture is None else single_picture
+        if not (config.has_single_projector if self.single_picture else config.has_crop_projectors):
+            stated = getattr(config, "proj_2", None)
+            raise ValueError(f"single_picture: {self.single_picture} does not go with proj_2: {stated} of config.json")
+        self._num_image_tokens = config.tokens_of(single_picture=self.single_picture)
 
     def num_image_tokens(self, width: int, height: int, num_images: int = 1) -> int:
         """Visual tokens of an image: as many whatever its size."""
@@ -100,7 +106,11 @@ class _Pixels:
         if num_images > 1:
             raise ValueError(f"360VL takes one image a conversation, found {num_images}")
         pad = self.processor.image_aspect_ratio == "pad"
-        self.crops.append(np.stack(five_crops(image, self.processor.side, pad=pad)))
+        side = self.processor.side
+        pictures = (
+            [one_picture(image, side, pad=pad)] if self.processor.single_picture else five_crops(image, side, pad=pad)
+        )
+        self.crops.append(np.stack(pictures))
         return self.processor.num_image_tokens(*image.size)
 
     def add_video(self, frames: list[Image.Image]) -> int:
@@ -111,7 +121,7 @@ class _Pixels:
             return {}
         return {
             "pixel_values": torch.from_numpy(np.concatenate(self.crops)),
-            "pictures_per_image": torch.tensor([NUM_PICTURES] * len(self.crops)),
+            "pictures_per_image": torch.tensor([len(pictures) for pictures in self.crops]),
         }
 
 
@@ -123,3 +133,9 @@ def five_crops(image: Image.Image, side: int, *, pad: bool) -> list[np.ndarray]:
     quarters = [large.crop((left, top, left + side, top + side)) for left, top in corners]
     whole = centre_crop(resize_short_side(large, side, Image.Resampling.BICUBIC), side)
     return [normalise(picture) for picture in (*quarters, whole)]
+
+
+def one_picture(image: Image.Image, side: int, *, pad: bool) -> np.ndarray:
+    """The image as CLIP's own preprocessing makes it, `(3, side, side)` float32: short side `side`, middle square."""
+    squared = pad_to_square(image, PAD_COLOUR) if pad else image
+    return normalise(centre_crop(resize_short_side(squared, side, Image.Resampling.BICUBIC), side))

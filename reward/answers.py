@@ -124,8 +124,8 @@ def numbers(text: str) -> list[Number]:
     found = [number for match in _DIGITS.finditer(text) if (number := _from_digits(match)) is not None]
     if found:
         return found
-    found = [Number(_english(match.group()), False, *match.span()) for match in _ENGLISH.finditer(text)]
-    found += [Number(_chinese(match.group()), False, *match.span()) for match in _CHINESE.finditer(text)]
+    found = [Number(english_number(match.group()), False, *match.span()) for match in _ENGLISH.finditer(text)]
+    found += [Number(chinese_number(match.group()), False, *match.span()) for match in _CHINESE.finditer(text)]
     return sorted(found, key=lambda number: number.start)
 
 
@@ -139,7 +139,8 @@ def _from_digits(match: re.Match[str]) -> Number | None:
     return Number(-value if match["sign"] == "-" else value, match["percent"] is not None, *match.span())
 
 
-def _english(text: str) -> float:
+def english_number(text: str) -> float:
+    """The value of an English numeral, as in "two hundred and five"; words that are none are passed over."""
     # Floats, which overflow to infinity: what a looping policy writes ("hundred hundred hundred ...") has no end.
     total, current = 0.0, 0.0
     for word in re.findall(r"[a-z]+", text.lower()):
@@ -153,7 +154,8 @@ def _english(text: str) -> float:
     return total + current
 
 
-def _chinese(text: str) -> float:
+def chinese_number(text: str) -> float:
+    """The value of a Chinese numeral, as in 一百零二 or 三点五."""
     sign, text = (-1, text[1:]) if text.startswith("负") else (1, text)
     whole, _, decimals = text.partition("点")
     value = _chinese_whole(whole)

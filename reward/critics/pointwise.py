@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,8 +20,7 @@ from reward.critics.base import (
 from reward.critics.reading import read_log_probs
 from reward.errors import RewardError
 from reward.prompt import Prompt, load_prompt
-
-Scale = tuple[float, float]
+from reward.written_rating import NO_RATING, Rating, Scale, read_rating
 
 
 class PointwiseCritic(BaseCritic):
@@ -79,11 +76,11 @@ class PointwiseCritic(BaseCritic):
     def _from_texts(self, item: Item, responses: list[int], texts: Sequence[str | None]) -> Judgement:
         ratings, unscored = {}, {}
         for index, text in zip(responses, texts, strict=True):
-            rating = None if text is None else read_rating(text, self._prompt.scale)
-            if rating is None:
-                unscored[index] = why_unreadable(text)
+            rating = Rating(None, NO_RATING) if text is None else read_rating(text, self._prompt.scale)
+            if rating.value is None:
+                unscored[index] = why_unreadable(text) if rating.reason == NO_RATING else rating.reason
             else:
-                ratings[index] = rating
+                ratings[index] = rating.value
         rationales = {str(index): text for index, text in zip(responses, texts, strict=True) if text is not None}
         return _judgement(item, ratings, unscored, {"rationales": rationales})
 
@@ -111,41 +108,3 @@ def to_hundred(value: float, scale: Scale) -> float:
     """A value on `scale` as one on 0-100."""
     lowest, highest = scale
     return 100.0 * (value - lowest) / (highest - lowest)
-
-
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
-_TOP = rf"\s*(?:/|out of)\s*{_NUMBER}"
-_OUT_OF = re.compile(_NUMBER + _TOP, re.IGNORECASE)
-_NAMED = re.compile(
-    rf"(?:\b(?:score|rating|grade|rate)[ds]?\b|分数|评分|得分|打分)\D{{0,20}}?{_NUMBER}(?:{_TOP})?|{_NUMBER}(?:{_TOP})?\s*分",
-    re.IGNORECASE,
-)
-_DOUBLE_BRACKETS = re.compile(rf"\[\[\s*{_NUMBER}\s*\]\]")
-_ANY = re.compile(rf"(?<![\w.]){_NUMBER}(?![\w]|\.\d)")
-
-
-def read_rating(text: str, scale: Scale) -> float | None:
-    """The rating, on 0-100, in a written judgement; None if none is clear or it lies outside the scale.
-
-    In this order: `[[80]]`; a number named as score, perhaps out of another ("Score: 8/10"); `80/100` or `8 out of 10`;
-    the only number there is. Where one form stands several times the numbers must agree.
-
-    >>> [read_rating(text, (0, 100)) for text in ("Score: 85. It names 2 cats.", "8/10", "80分", "2 of 3 cats", "120")]
-    [85.0, 80.0, 80.0, None, None]
-    """
-    text = unicodedata.normalize("NFKC", text)
-    lowest, highest = scale
-    for pattern in (_DOUBLE_BRACKETS, _NAMED, _OUT_OF, _ANY):
-        found = {_value(match, scale) for match in pattern.finditer(text)}
-        if found:
-            value = found.pop()
-            return to_hundred(value, scale) if not found and value is not None and lowest <= value <= highest else None
-    return None
-
-
-def _value(match: re.Match[str], scale: Scale) -> float | None:
-    """The value on the scale; "8 out of 10" is brought to the scale's own top."""
-    groups = [float(group) for group in match.groups() if group is not None]
-    if len(groups) == 1:
-        return groups[0]
-    return groups[0] / groups[1] * scale[1] if groups[1] > 0 else None

@@ -15,7 +15,7 @@ from reward.critics.base import NO_ANSWER, NO_REFERENCE, OUTSIDE_OPTIONS, REFUSE
 from reward.critics.claims import NO_CLAIMS, ClaimsCritic, listed_claims, sentences
 from reward.critics.length import LengthCritic
 from reward.critics.panel import NORMALISERS, PanelCritic
-from reward.critics.pointwise import PointwiseCritic, read_rating
+from reward.critics.pointwise import PointwiseCritic
 from reward.critics.random import RandomCritic
 from reward.critics.scalar import NOT_FINITE, Dialogue, ScalarCritic
 from reward.critics.verifier import VerifierCritic
@@ -78,32 +78,6 @@ def test_a_scale_of_its_own_is_brought_to_a_hundred(tmp_path):
     path.write_text("{question} {response}")
     with pytest.raises(RewardError, match="at least two ratings"):
         make_critic("pointwise", {"prompt": str(path)}, judge_model=FunctionModel())
-
-
-@pytest.mark.parametrize(
-    ("text", "rating"),
-    [
-        ("Score: 85/100. It names 3 of 4.", 85.0),
-        ("I give 8 out of 10.", 80.0),
-        ("[[70]] because 2 of the 3 are right", 70.0),
-        ("评分：90。共有3只猫。", 90.0),
-        ("85分", 85.0),
-        ("85", 85.0),
-        ("Rating 80, or rather, rating 60", None),
-        ("Score: 120", None),
-        ("-5", None),
-        ("good", None),
-        ("3 or 4", None),
-        ("5/0", None),
-        ("It names 3 out of 4 objects. Score: 90", 90.0),
-        ("The ratio 3/4 is right. Score: 90/100", 90.0),
-        ("Accurate: 3 of 4. 80/100", 80.0),
-        ("80/100分", 80.0),
-        ("评分：8/10，3/4正确", 80.0),
-    ],
-)
-def test_written_ratings_are_read_where_they_are_clear(text, rating):
-    assert read_rating(text, (0.0, 100.0)) == rating
 
 
 def test_written_ratings_rank_and_failures_are_unscored():

@@ -101,6 +101,11 @@ class Decoded:
     stopped: list[bool]
     log_probs: list[list[float]]
 
+    @property
+    def samples(self) -> tuple[int, list[list[int]], list[bool]]:
+        """The ticket, the tokens, and whether each branch ended by itself."""
+        return self.ticket, self.tokens, self.stopped
+
 
 @dataclass
 class _Branch:
@@ -123,6 +128,7 @@ class _Question:
     """
 
     ticket: int
+    row: int
     branches: list[_Branch]
     num_columns: int
     num_living: int
@@ -199,7 +205,7 @@ class Decoder:
             prompt = None
             if self.more is not None:
                 prompt = branches.visible[i, 0], branches.position[i, 0], branches.hidden[i, 0]
-            self._questions[row] = _Question(ticket, new, width, count, prompt)
+            self._questions[row] = _Question(ticket, row, new, width, count, prompt)
             self._living += new
             taken += [i * num_lanes + lane for lane in range(count)]
         at = to_device(taken, device)
@@ -232,6 +238,11 @@ class Decoder:
         if self.with_log_probs:
             log_probs = logits.log_softmax(dim=-1).gather(1, tokens.clamp(min=0)[:, None])[:, 0].tolist()
         lasting, ended = self._record(tokens.tolist(), log_probs)
+        finished = [self._decoded(question) for question in ended]
+        wanted = [0 if self.more is None else self.more(*decoded.samples) for decoded in finished]
+        for question, count in zip(ended, wanted, strict=True):
+            if not count:
+                del self._questions[question.row]
         if len(lasting) < len(self._living):
             at = to_device(lasting, tokens.device)
             tokens = tokens[at]
@@ -239,10 +250,13 @@ class Decoder:
             self._living = [self._living[i] for i in lasting]
             self._places = None
         self._hidden = self._forward(tokens) if self._living else self._hidden[:0]
-        return [decoded for row in ended if (decoded := self._finish(row)) is not None]
+        for question, count in zip(ended, wanted, strict=True):
+            if count:
+                self._extend(question, count)
+        return [decoded for decoded, count in zip(finished, wanted, strict=True) if not count]
 
-    def _record(self, tokens: list[int], log_probs: list[float] | None) -> tuple[list[int], list[int]]:
-        """Note a step's tokens: which branches go on, and the rows of which none does."""
+    def _record(self, tokens: list[int], log_probs: list[float] | None) -> tuple[list[int], list[_Question]]:
+        """Note a step's tokens: which branches go on, and the questions of which none does."""
         lasting, ended = [], []
         for i, (branch, token) in enumerate(zip(self._living, tokens, strict=True)):
             if token < 0:
@@ -258,30 +272,22 @@ class Decoder:
             question.free += branch.columns
             question.num_living -= 1
             if not question.num_living:
-                ended.append(branch.row)
+                ended.append(question)
         return lasting, ended
 
-    def _finish(self, row: int) -> Decoded | None:
-        """What became of a row's question, whose place is free then; None where it wants more branches."""
-        question = self._questions[row]
-        decoded = Decoded(
+    def _decoded(self, question: _Question) -> Decoded:
+        return Decoded(
             question.ticket,
             [branch.tokens for branch in question.branches],
             [branch.stopped for branch in question.branches],
             [branch.log_probs for branch in question.branches] if self.with_log_probs else [],
         )
-        count = self.more(decoded.ticket, decoded.tokens, decoded.stopped) if self.more is not None else 0
-        if count:
-            self._extend(row, count)
-            return None
-        del self._questions[row]
-        return decoded
 
-    def _extend(self, row: int, count: int) -> None:
-        """Begin so many branches more behind the prompt of a row whose branches have all ended."""
-        question = self._questions[row]
+    def _extend(self, question: _Question, count: int) -> None:
+        """Begin so many branches more behind the prompt of a question whose branches have all ended."""
         assert question.prompt is not None
         visible, position, hidden = question.prompt
+        row = question.row
         self._reserve(0, count, 0, self._visible.device)
         self._visible[row] = False
         self._visible[row, :count, : len(visible)] = visible
@@ -372,6 +378,7 @@ class Decoder:
         for source, gap in zip(sources, gaps, strict=True):
             question = self._questions.pop(source)
             self._questions[gap] = question
+            question.row = gap
             for branch in question.branches:
                 branch.row = gap
         self._places = None

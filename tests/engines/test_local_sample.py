@@ -210,6 +210,31 @@ def test_ended_branches_leave_the_batch_and_the_others_do_not_notice():
     assert sum(sizes) == sum(2 + 3 * b + 4 * k for b in range(3) for k in range(4))
 
 
+def test_rows_that_move_together_take_their_questions_along():
+    model, inputs = make(SUPPORTED["qwen2"])
+    inputs = {name: value[:1].repeat(8, 1) for name, value in inputs.items()}
+    inputs["input_ids"][:, 0] = torch.arange(8) + 3
+    # Six rows end at once; the seventh ends in the very step in which the last two are moved to the front.
+    lengths = torch.tensor([1, 1, 1, 1, 1, 1, 2, 12])
+
+    def sampler(logits: torch.Tensor, row: torch.Tensor, branch: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        said = logits[:, 2:].argmax(dim=-1) + 2
+        return torch.where(step + 1 >= lengths[row], 1, said)
+
+    decoded = decode(model, inputs, sampler, num_samples=2, max_new_tokens=20, eos=[1])
+    assert [len(found.tokens[0]) for found in decoded] == lengths.tolist()
+    for row in (6, 7):
+        alone = decode(
+            model,
+            {name: value[row : row + 1] for name, value in inputs.items()},
+            lambda logits, question, branch, step, row=row: sampler(logits, question + row, branch, step),
+            num_samples=2,
+            max_new_tokens=20,
+            eos=[1],
+        )
+        assert alone[0].tokens == decoded[row].tokens
+
+
 def test_a_question_is_handed_over_as_soon_as_its_last_sample_has_ended():
     model, inputs = make(SUPPORTED["qwen2"])
     steps, order = [], []

@@ -65,10 +65,11 @@ class RunResult:
     stopped_early: bool = False
 
 
-def run_rounds(config: Config, *, report: bool = True) -> RunResult:
+def run_rounds(config: Config, *, report: bool = True, critic: Callable[..., Any] | None = None) -> RunResult:
     """Run all rounds of a configuration, with evaluation and report; an interrupted run resumes where it stopped.
 
-    Before the first stage of a new run everything is checked that can be without weights (`align check`).
+    `critic` judges in place of the configured one, as in `run_stage`. Before the first stage of a new run everything is
+    checked that can be without weights (`align check`).
 
     Raises:
         UserError: the configuration, data or a checkpoint cannot be used, or a stage does not go on.
@@ -82,7 +83,8 @@ def run_rounds(config: Config, *, report: bool = True) -> RunResult:
     last, early = 0, False
     for last in range(1, config.rounds + 1):
         log.info("round %d of %d", last, config.rounds)
-        results += [_run_one(config, stage, last) for stage in stages_of(config, last)]
+        for stage in stages_of(config, last):
+            results.append(_run_one(config, stage, last, critic=critic if stage.name == "score" else None))
         warning = warning_of(config, last)
         if warning is not None:
             log.warning("WARNING: %s", warning)

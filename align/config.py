@@ -80,8 +80,34 @@ class ServerSettings(Section):
     )
     max_image_pixels: int = Field(4_000_000, ge=1, description="larger images are scaled down before they are sent")
     image_format: Literal["png", "jpeg"] = Field("png", description="how images travel; jpeg is smaller and loses")
+    compare_prompts: bool = Field(
+        True,
+        description="compare the first prompts with what the checkpoint's own processor makes of them, and stop where they differ",
+    )
     top_logprobs: int = Field(
         20, ge=1, description="alternatives per token that a critic's server is asked to show (vLLM: --max-logprobs)"
+    )
+
+
+EngineName = Literal["auto", "local", "vllm"]
+ENGINE = "what answers where no servers are named: local, vllm (started and stopped by the stage), or auto: vllm where it is installed, knows the family and a GPU is there"
+
+
+class VllmSettings(Section):
+    """vLLM servers that a stage starts on this machine and stops again (engine: vllm)."""
+
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs per replica")
+    num_replicas: int | None = Field(None, ge=1, description="servers per machine; empty: as many as the GPUs allow")
+    max_model_len: int | None = Field(
+        None, ge=1, description="most tokens of prompt and response together; empty: what fits the GPU's memory"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of each GPU's memory that a replica takes"
+    )
+    max_restarts: int = Field(2, ge=0, description="how often a replica that dies is restarted")
+    start_timeout_s: float = Field(1800.0, gt=0, description="longest wait for replicas to answer")
+    arguments: list[str] = Field(
+        default_factory=list, description="further arguments of `vllm serve`, e.g. [--kv-cache-dtype, fp8]"
     )
 
 
@@ -125,6 +151,7 @@ class SampleSettings(Section):
         description="how many questions a round takes, in file order, without repeats between rounds until all are used; empty: all of them every round",
     )
     batch_size: int | None = Field(None, ge=1, description="questions at a time; empty: found by itself within memory")
+    engine: EngineName = Field("auto", description=ENGINE)
     servers: Servers = Field(
         default_factory=list,
         description="endpoints that serve the policy, which is then not loaded here: URLs, or {url, model, api_key_env}",
@@ -161,6 +188,7 @@ class CriticSettings(Section):
         description="stop after scoring unless these hold, e.g. {max_position_bias: 0.3, min_image_dependence: 0.1}",
     )
     batch_size: int | None = Field(None, ge=1, description="questions at a time; empty: found by itself within memory")
+    engine: EngineName = Field("auto", description=ENGINE)
     servers: Servers = Field(
         default_factory=list,
         description="endpoints that serve critic.model, which is then not loaded here: URLs, or {url, model, api_key_env}",
@@ -224,6 +252,7 @@ class EvaluateSettings(Section):
     stop_if_worse: bool = Field(
         False, description="end the run after a round that is worse than its parent by more than chance"
     )
+    engine: EngineName = Field("auto", description=ENGINE)
     servers: Servers = Field(
         default_factory=list,
         description="endpoints that serve the round's checkpoint: URLs, or {url, model, api_key_env}",
@@ -288,6 +317,7 @@ class Config(Section):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="held-out numbers")
     launch: LaunchSettings = Field(default_factory=LaunchSettings, description="processes")
     server: ServerSettings = Field(default_factory=ServerSettings, description="how servers are spoken to")
+    vllm: VllmSettings = Field(default_factory=VllmSettings, description="vLLM servers that stages start themselves")
 
     @field_validator("shared_prefix", mode="before")
     @classmethod

@@ -20,6 +20,7 @@ from typing import Any
 from align.config import Config, dump_config
 from align.distributed.launch import run_stage_command, wants_processes
 from align.distributed.ranks import barrier, is_main_process
+from align.engines.vllm.hosting import release
 from align.errors import UserError
 from align.log import log
 from align.monitoring.cost import cost_counter
@@ -198,7 +199,10 @@ def _run_here(
             cost_counter(this.path, stage.name) if fresh else contextlib.nullcontext(),
             _remembering_refusal(this, stage.name),
         ):
-            stage.load()(config, this.number, **({} if critic is None else {"critic": critic}))
+            try:
+                stage.load()(config, this.number, **({} if critic is None else {"critic": critic}))
+            finally:
+                release()
         if fresh and is_main_process():
             track_stage(config, this.number, stage_metrics(this, stage.name))
     if is_main_process() and this.number and stage.on_card:

@@ -55,6 +55,8 @@ def evaluated(folder, **changes):
     """Evaluate round 1 in this process; its files and what its manifest says."""
     values = yaml.safe_load((folder / "align.yaml").read_text())
     values["evaluate"] |= changes
+    # A stub that is asked counts no tokens of a model's.
+    values["server"] = {"compare_prompts": False}
     (folder / "align.yaml").write_text(yaml.safe_dump(values))
     this = RunDir(folder / "runs" / "run").round(1)
     with cost_counter(this.path, "evaluate"):

@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"data", "distributed", "dpo", "engines", "evaluation", "media", "models", "monitoring", "plan", "run", "stages"},
     "chat": BASE | {"engines", "hub", "media", "models"},
     # What runs the stages.
-    "loop": BASE | {"check", "distributed", "evaluation", "hub", "monitoring", "report", "run", "tracking"},
+    "loop": BASE | {"check", "distributed", "engines", "evaluation", "hub", "monitoring", "report", "run", "tracking"},
     "demo": BASE | {"evaluation", "loop", "report", "run"},
     "cli": BASE
     | {"chat", "check", "data", "demo", "distributed", "engines", "evaluation", "hub", "lmms_eval", "loop", "models"}

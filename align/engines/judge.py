@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from align.config import Config, Server
@@ -113,15 +114,20 @@ def _members(
 
 
 def open_critic(
-    plan: CriticPlan, config: Config, open_image: Callable[[Any], Any]
+    plan: CriticPlan, config: Config, open_image: Callable[[Any], Any], *, logs: Path | None = None
 ) -> tuple[Critic, Callable[[], dict[str, str]]]:
-    """The critic with its models loaded, and a function that gives what they have to say for the manifest."""
+    """The critic with its models loaded, and a function that gives what they have to say for the manifest.
+
+    `logs`: where servers that are started here write, a file without its ending; None starts none. Of several models each
+    would need the GPUs that the others hold, so only a single one is hosted.
+    """
+    alone = len(plan.shared) + len(plan.own) == 1
     opened: dict[tuple[str, str, str], Any] = {}
 
     def get(model: MemberModel) -> Any:
         key = (model.need, model.checkpoint, json.dumps(model.processor, sort_keys=True))
         if key not in opened:
-            opened[key] = _open(model, config, open_image)
+            opened[key] = _open(model, config, open_image, logs if alone else None)
         return opened[key]
 
     shared = {model.need: get(model) for model in plan.shared}
@@ -139,16 +145,28 @@ def open_critic(
     return critic, lambda: _notes(opened)
 
 
-def _open(model: MemberModel, config: Config, open_image: Callable[[Any], Any]) -> Any:
+def _open(model: MemberModel, config: Config, open_image: Callable[[Any], Any], logs: Path | None) -> Any:
     if model.need == "scorer":
         from align.engines.reward_model import open_scorer
 
         return open_scorer(model.checkpoint, config.model, open_image=open_image, processor=model.processor)
-    from align.engines.open import open_engine, open_servers
+    from align.engines.open import open_engine, open_hosted, open_servers
 
     if model.servers:
-        return open_servers(model.servers, model.checkpoint or None, config.server, open_image=open_image)
-    return open_engine(
+        return open_servers(
+            model.servers,
+            model.checkpoint or None,
+            config.server,
+            open_image=open_image,
+            processor=model.processor,
+        )
+    engine = config.critic.engine if logs is not None else "local"
+    hosted, why = open_hosted(
+        config, model.checkpoint, model.processor, engine=engine, open_image=open_image, logs=logs
+    )
+    if hosted is not None:
+        return hosted
+    opened = open_engine(
         model.checkpoint,
         config.model,
         open_image=open_image,
@@ -156,6 +174,8 @@ def _open(model: MemberModel, config: Config, open_image: Callable[[Any], Any]) 
         shared_prefix=config.shared_prefix,
         batch_size=config.critic.batch_size,
     )
+    opened.notes["engine"] = why
+    return opened
 
 
 def _identity(model: MemberModel) -> str:

@@ -14,6 +14,7 @@ from align.config import Config
 from align.distributed.ranks import is_main_process
 from align.engines.judge import plan_critic
 from align.engines.open import open_policy, served_as
+from align.engines.vllm.hosting import choose
 from align.errors import UserError, reward_faults
 from align.evaluation.kl import SERVED, OneModel, divergence, is_measured, log_probs_of_both
 from align.evaluation.summary import EvaluationSummary, read_summary
@@ -54,7 +55,9 @@ def run_evaluate(config: Config, number: int) -> None:
     check_overlap(config, questions)
     questions = pick_frames(questions, images, config, checkpoint, served=bool(config.evaluate.servers))
     settings = {
-        "evaluate": config.evaluate.model_dump(exclude={"questions", "image_root", "servers", "stop_if_worse"}),
+        "evaluate": config.evaluate.model_dump(
+            exclude={"questions", "image_root", "servers", "engine", "stop_if_worse"}
+        ),
         "seed": config.seed,
     }
     inputs = {"questions": content_hash(config.evaluate.questions), "checkpoint": checkpoint_hash(checkpoint)}
@@ -71,8 +74,16 @@ def run_evaluate(config: Config, number: int) -> None:
             run.evaluation_hashes, images, questions, otherwise="give the run another name: its rounds are compared"
         )
 
-    def open_engine(name: str) -> Engine:
-        return open_policy(config, name, config.evaluate.servers, made_in_round=number, open_image=images.open)
+    def open_engine(name: str, engine: str = config.evaluate.engine) -> Engine:
+        return open_policy(
+            config,
+            name,
+            config.evaluate.servers,
+            made_in_round=number,
+            open_image=images.open,
+            engine=engine,
+            logs=this.server_logs / STAGE,
+        )
 
     models = OneModel(open_engine)
 
@@ -80,6 +91,10 @@ def run_evaluate(config: Config, number: int) -> None:
         return _answer(config, models.get(checkpoint), todo, on_record, keep_tokens=is_measured(config, number))
 
     done = map_resumable(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
+    if is_measured(config, number) and choose(config.evaluate.engine, checkpoint, config.vllm)[0]:
+        # vLLM gives no log-probabilities of given responses at a temperature.
+        models.close()
+        models = OneModel(lambda name: open_engine(name, "local"))
     moved, notes = _moved(config, this, checkpoint, done.records, models)
     models.close()
     counts = {"questions": len(questions)}
@@ -118,7 +133,7 @@ def _against_others(config: Config, run: RunDir, number: int, lines: list[Evalua
     }
     if not number or not opponents or not has_judge(config):
         return {}
-    return win_rates(config, lines, opponents)
+    return win_rates(config, lines, opponents, run.round(number).server_logs / "critic")
 
 
 def worse_than_parent(run: RunDir, number: int) -> str | None:

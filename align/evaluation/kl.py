@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from align import accelerator
 from align.config import Config
+from align.engines.vllm.hosting import release
 from align.log import log
 from align.records import Evaluation, ResponseLogProbs
 from align.run.folder import Round
@@ -56,6 +57,7 @@ class OneModel:
     def close(self) -> None:
         """Give back the model's memory."""
         self._engine = self._checkpoint = None
+        release()
         gc.collect()
         accelerator.empty_cache()
 

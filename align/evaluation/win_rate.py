@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from align.config import Config
 from align.engines.judge import open_critic, plan_critic
@@ -40,15 +41,17 @@ def has_judge(config: Config) -> bool:
 
 
 def win_rates(
-    config: Config, lines: Sequence[Evaluation], opponents: Mapping[str, Sequence[Evaluation]]
+    config: Config, lines: Sequence[Evaluation], opponents: Mapping[str, Sequence[Evaluation]], logs: Path
 ) -> dict[str, WinRate]:
     """The win rates of `lines` against each opponent's responses to the same questions.
+
+    `logs`: where a critic's servers that are started here write, a file without its ending.
 
     Raises:
         UserError: the critic cannot be opened.
     """
     images = evaluation_images(config)
-    critic, _ = open_critic(plan_critic(config), config, images.open)
+    critic, _ = open_critic(plan_critic(config), config, images.open, logs=logs)
     found = {}
     for name, others in opponents.items():
         by_id = {line.id: line for line in others}

@@ -163,6 +163,12 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     return read_json(path / "config.json")
 
 
+def context_of(folder: str | os.PathLike) -> int | None:
+    """The positions that config.json gives a model; None where it does not say. Raises UserError as `read_config`."""
+    config = read_config(folder)
+    return {**config, **(config.get("text_config") or {})}.get("max_position_embeddings")
+
+
 def _hub_config(name: str) -> dict[str, Any]:
     """config.json of a Hub repository; the name must look like one, `owner/name`, and the Hub be allowed."""
     is_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))

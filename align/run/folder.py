@@ -116,6 +116,11 @@ class Round:
         return self.path / "reference.safetensors"
 
     @property
+    def server_logs(self) -> Path:
+        """What servers that a stage started have printed, and what they were given."""
+        return self.path / "servers"
+
+    @property
     def trainer(self) -> Path:
         return self.path / "trainer"
 

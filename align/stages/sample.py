@@ -114,7 +114,15 @@ def _sample(
 ) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
 
-    engine = open_policy(config, policy, config.sample.servers, made_in_round=number - 1, open_image=images.open)
+    engine = open_policy(
+        config,
+        policy,
+        config.sample.servers,
+        made_in_round=number - 1,
+        open_image=images.open,
+        engine=config.sample.engine,
+        logs=RunDir(config.run_dir).round(number).server_logs / STAGE,
+    )
     requests = [
         SampleRequest(
             id=question.id,
@@ -162,7 +170,7 @@ def _counts(samples: list[Samples]) -> dict[str, int]:
 
 
 def _settings(config: Config) -> dict[str, object]:
-    sample = config.sample.model_dump(exclude={"batch_size", "servers"})
+    sample = config.sample.model_dump(exclude={"batch_size", "servers", "engine"})
     return {
         "sample": sample,
         "seed": config.seed,

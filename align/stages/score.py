@@ -70,7 +70,7 @@ def run_score(config: Config, number: int, critic: Callable[..., Any] | None = N
 def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Samples], images: ImageStore) -> None:
     @cache
     def opened() -> tuple[Critic, Callable[[], dict[str, str]]]:
-        return open_critic(plan, config, images.open)
+        return open_critic(plan, config, images.open, logs=this.server_logs / "critic")
 
     size = config.critic.batch_size or DEFAULT_BATCH
     label = f"round {this.number}: score"

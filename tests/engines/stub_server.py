@@ -51,6 +51,7 @@ class StubServer:
         behave: Behaviour | None = None,
         answer: Callable[[Body], Body] | None = None,
         models: tuple[str, ...] = (MODEL,),
+        card: dict[str, Any] | None = None,
         key: str | None = None,
         service_s: float = 0.0,
         has_n: bool = True,
@@ -59,6 +60,8 @@ class StubServer:
         port: int = 0,
     ) -> None:
         self.behave, self.answer, self.models, self.key = behave, answer, models, key
+        # What the list of models says of each beside its name.
+        self.card = card or {}
         self.service_s, self.has_n, self.has_extras = service_s, has_n, has_extras
         # A real server works on so many requests at a time; the others wait.
         self.slots = threading.Semaphore(slots) if slots else None
@@ -134,7 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self._is_dead() or self._is_denied():
             return
-        self._send(Reply({"object": "list", "data": [{"id": name, "root": name} for name in self.server.stub.models]}))
+        stub = self.server.stub
+        self._send(Reply({"object": "list", "data": [{"id": name, "root": name, **stub.card} for name in stub.models]}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -117,9 +117,10 @@ def test_a_command_that_fails_is_reported_with_the_end_of_its_log(tmp_path):
     broken = Launch(lambda port: [sys.executable, "-c", "raise SystemExit('no such model')"], {})
     with (
         pytest.raises(UserError, match="no such model"),
-        Replicas([broken], model="m", logs=tmp_path / "score", max_restarts=0, start_timeout_s=120),
+        Replicas([broken], model="m", logs=tmp_path / "score", max_restarts=3, start_timeout_s=120),
     ):
         raise AssertionError("it does not start")
+    assert (tmp_path / "score-0.log").read_text().count("starting:") == 1, "it would fail again"
 
 
 def test_a_server_that_never_answers_is_given_up_and_stopped(tmp_path):

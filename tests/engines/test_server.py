@@ -451,7 +451,7 @@ def test_a_critic_that_refuses_all_judgements_stops_the_stage_with_its_words(ser
 
 def test_without_httpx_the_extra_that_brings_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(UserError, match=r"valley-align\[servers\]"):
+    with pytest.raises(UserError, match="pip install 'httpx"):
         engine_on("http://127.0.0.1:9")
 
 
@@ -480,3 +480,21 @@ def test_an_ask_goes_out_as_system_images_and_text(serve):
     assert [part["type"] for part in user["content"]] == ["image_url", "text"]
     assert user["content"][1]["text"] == "Say: ab!"
     assert server.asked[0]["temperature"] == 0
+
+
+def test_what_hangs_on_an_endpoint_that_is_taken_out_is_asked_again(serve):
+    """The hung request would hold the one slot in which the endpoint is probed when it is back."""
+    forever = threading.Event()
+
+    def behave(body, count):
+        if count == 1:
+            forever.wait()
+        return Reply(None, drop=True) if count <= 4 else None
+
+    requests = [ask_for(number) for number in range(6)]
+    engine = engine_on(serve(behave=behave), timeout_s=3600.0, tries=20)
+    try:
+        found = collect(engine, requests, SETTINGS)
+    finally:
+        forever.set()
+    assert {id_: one.texts for id_, one in found.items()} == {one.id: expected(one) for one in requests}

@@ -28,27 +28,33 @@ BYTES_A_TOKEN = 4
 
 @dataclass(frozen=True)
 class Choice:
-    """One generated text; `exact` is False where the number of tokens is a guess."""
+    """One generated text; `exact` is False where the number of tokens is a guess, `token_ids` is empty where not known."""
 
     text: str
     num_tokens: int
     finish_reason: str
     exact: bool = True
+    token_ids: tuple[int, ...] = ()
 
 
 def data_uri(image: Image.Image, *, max_pixels: int, image_format: str) -> tuple[str, bool]:
     """An image as a data URI, scaled down to `max_pixels` where it has more; the second value says whether it was."""
-    scale = math.sqrt(max_pixels / (image.width * image.height))
-    smaller = scale < 1
-    if smaller:
-        size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
+    image, smaller = scaled_down(image, max_pixels)
     buffer = io.BytesIO()
     if image_format == "jpeg":
         image.convert("RGB").save(buffer, "JPEG", quality=95)
     else:
         image.save(buffer, "PNG", compress_level=1)
     return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}", smaller
+
+
+def scaled_down(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
+    """The image with at most so many pixels, and whether it had more."""
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    if scale >= 1:
+        return image, False
+    size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS), True
 
 
 def chat_messages(messages: Sequence[dict[str, Any]], uris: Sequence[str]) -> list[dict[str, Any]]:
@@ -72,11 +78,16 @@ def chat_messages(messages: Sequence[dict[str, Any]], uris: Sequence[str]) -> li
     return chat
 
 
-def branch_messages(branched: BranchedPrompt, branch: int, uris: Sequence[str]) -> list[dict[str, Any]]:
-    """A branch of a prompt: its images, then its text."""
+def bare_messages(branched: BranchedPrompt, branch: int) -> list[dict[str, Any]]:
+    """A branch of a prompt: parts for its images, then its text."""
     system = [] if branched.system is None else [{"role": "system", "content": branched.system}]
     user = [{"type": "image"} for _ in branched.images] + [{"type": "text", "text": branched.turn(branch)}]
-    return chat_messages([*system, {"role": "user", "content": user}], uris)
+    return [*system, {"role": "user", "content": user}]
+
+
+def branch_messages(branched: BranchedPrompt, branch: int, uris: Sequence[str]) -> list[dict[str, Any]]:
+    """A branch of a prompt as it is sent."""
+    return chat_messages(bare_messages(branched, branch), uris)
 
 
 def sampling_body(
@@ -99,12 +110,12 @@ def sampling_body(
         body |= {"top_k": settings.top_k or -1, "repetition_penalty": settings.repetition_penalty}
     elif settings.top_k or settings.repetition_penalty != 1.0:
         raise UserError("the server takes neither top_k nor repetition_penalty", fix="set sample.top_k to 0")
+    if can.token_ids:
+        body["return_token_ids"] = True
     if num > 1:
         body["n"] = num
         # A server's usage is of all choices together.
-        if can.token_ids:
-            body["return_token_ids"] = True
-        elif can.token_log_probs:
+        if can.token_log_probs and not can.token_ids:
             body["logprobs"] = True
     return body
 
@@ -147,9 +158,22 @@ def _choices(answer: dict[str, Any]) -> list[Choice]:
     else:
         exact = True
     return [
-        Choice(text, count or 0, "length" if reason == "length" else "stop", exact)
-        for text, count, reason in zip(texts, counts, reasons, strict=True)
+        Choice(
+            text, count or 0, "length" if reason == "length" else "stop", exact, tuple(choice.get("token_ids") or ())
+        )
+        for text, count, reason, choice in zip(texts, counts, reasons, choices, strict=True)
     ]
+
+
+def num_prompt_tokens(answer: dict[str, Any]) -> int | None:
+    """How many tokens the server read, images' ones included; None where it does not say.
+
+    >>> num_prompt_tokens({"usage": {"prompt_tokens": 7}}), num_prompt_tokens({"usage": [7, 7]})
+    (7, None)
+    """
+    usage = answer.get("usage")
+    count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return count if isinstance(count, int) else None
 
 
 def _num_tokens(choice: dict[str, Any]) -> int | None:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -94,6 +94,12 @@ class Endpoint:
     probed: bool = False
     alive: bool = True
     in_flight: int = 0
+    requests: set[asyncio.Task[Any]] = field(default_factory=set, repr=False)
+    """What it has been asked and not yet answered, while requests are made."""
+    max_model_len: int | None = None
+    """Tokens of prompt and response together, where the server says."""
+    root: str | None = None
+    """The folder that it serves, where the server says."""
     failures_in_a_row: int = 0
     failed_checks: int = 0
     not_before: float = 0.0
@@ -101,6 +107,8 @@ class Endpoint:
     last_error: str = "not asked yet"
     num_answers: int = 0
     num_failures: int = 0
+    has_ended: Callable[[], bool] = lambda: False
+    """Whether it will never answer again, where that is known: a server that was started here and not restarted."""
 
     def __str__(self) -> str:
         return self.url
@@ -127,7 +135,8 @@ class Endpoint:
         """
         try:
             listed = await self._branched(client, "GET", "/models", None, CHECK_TIMEOUT_S)
-            models = {str(entry["id"]): entry.get("root") for entry in listed["data"]}
+            entries = {str(entry["id"]): entry for entry in listed["data"]}
+            models = {name: entry.get("root") for name, entry in entries.items()}
         except (RefusedError, RetryLaterError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RetryLaterError) and (self.check_model or error.status is None):
                 raise
@@ -138,11 +147,13 @@ class Endpoint:
             return
         if self.model is None and len(models) == 1:
             (self.model,) = models
-        names = [name for name, root in models.items() if self.model in (name, root)]
+        names = [name for name, root in models.items() if any(_same_model(self.model, other) for other in (name, root))]
         if not names:
             has = ", ".join(repr(name) for name in models) or "nothing"
             raise NotServedError(f"serves {has}" + (f", not {self.model!r}" if self.model else ": say which is meant"))
         self.model = names[0]
+        room, self.root = entries[self.model].get("max_model_len"), models[self.model]
+        self.max_model_len = room if isinstance(room, int) else None
 
     def readable(self, text: str) -> str:
         """A server's words on one line, cut to length, without the key."""
@@ -217,6 +228,17 @@ def endpoints_of(servers: Sequence[Server], model: str | None) -> list[Endpoint]
         if endpoint.model is None and not endpoint.check_model:
             raise UserError(f"the server {endpoint.url} needs the name of its model", fix="set model beside its url")
     return endpoints
+
+
+def _same_model(wanted: str | None, served: str | None) -> bool:
+    """Whether two names are one, or two ways to write one path.
+
+    >>> _same_model("./policy/", "policy"), _same_model("policy-0", "policy-1")
+    (True, False)
+    """
+    if wanted is None or served is None:
+        return False
+    return wanted == served or os.path.abspath(wanted) == os.path.abspath(served)
 
 
 def base_url(url: str) -> str:

@@ -18,6 +18,7 @@ from align.config import ServerSettings
 from align.engines.base import GivenResponses, SampleRequest, SampleResult, SamplingSettings
 from align.engines.server.chat import (
     Choice,
+    bare_messages,
     branch_messages,
     chat_messages,
     data_uri,
@@ -25,6 +26,7 @@ from align.engines.server.chat import (
     sample_seed,
     sampling_body,
 )
+from align.engines.server.comparison import PromptComparison
 from align.engines.server.endpoint import Endpoint, RefusedError
 from align.engines.server.fleet import Answer, Fleet, UnansweredError
 from align.engines.server.options import Step, from_text, num_tokens_to_see, option_log_probs, read_steps
@@ -56,6 +58,8 @@ class ServerEngine:
         self.failures: dict[str, str] = {}
         self.num_missed_in_a_row = 0
         self.notes: dict[str, str] = {}
+        self.about: dict[str, str] = {}
+        self.comparison: PromptComparison | None = None
 
     def check(self) -> None:
         """Raises UserError where the servers do not answer or have another model."""
@@ -124,6 +128,7 @@ class ServerEngine:
         async def fill(index: int, branch: int, uris: list[str], prefer: Endpoint | None) -> Endpoint | None:
             messages = branch_messages(prompts[index], branch, uris)
             answer = await self._post(lambda e: greedy_body(messages, e.abilities, max_new_tokens), prefer)
+            await self._compare(bare_messages(prompts[index], branch), prompts[index].images, answer)
             texts[index][branch] = answer.choices[0].text
             return answer.endpoint
 
@@ -141,7 +146,8 @@ class ServerEngine:
                 for endpoint in self.fleet.endpoints
             ]
             counts = {what: str(count) for what, count in sorted(self.counts.items()) if count}
-            self.notes = {"servers": "; ".join(servers)} | counts
+            compared = {} if self.comparison is None else {"prompts": self.comparison.in_words()}
+            self.notes = self.about | compared | {"servers": "; ".join(servers)} | counts
 
     async def _draw(
         self, messages: list[dict[str, Any]], request: SampleRequest, settings: SamplingSettings
@@ -156,6 +162,7 @@ class ServerEngine:
                 return sampling_body(messages, settings, endpoint.abilities, seed=seed, num=many)
 
             answer = await self._post(body, prefer)
+            await self._compare(request.messages, request.images, answer)
             choices = answer.choices
             if answer.endpoint.abilities.several and len(choices) < num:
                 answer.endpoint.abilities.several = False
@@ -199,6 +206,7 @@ class ServerEngine:
         messages = branch_messages(branched, branch, uris)
         to_see = num_tokens_to_see(branched.options)
         first = await self._post(lambda e: _options_body(messages, e, to_see), prefer)
+        await self._compare(bare_messages(branched, branch), branched.images, first)
         written = read_steps(first.data["choices"][0])
         if written is None:
             self.counts["verdicts read from text, for want of log-probabilities"] += 1
@@ -213,6 +221,11 @@ class ServerEngine:
         values, whole = await option_log_probs(branched.options, after)
         self.counts["options judged by their first tokens alone"] += not whole
         return values, first.endpoint
+
+    async def _compare(self, messages: list[dict[str, Any]], images: Sequence[Any], answer: Answer) -> None:
+        if self.comparison is not None:
+            compare = self.comparison.compare
+            await asyncio.to_thread(compare, messages, images, answer.data, answer.endpoint.url)
 
     async def _post(self, build: Callable[[Endpoint], dict[str, Any]], prefer: Endpoint | None) -> Answer:
         answer = await self.fleet.post(build, prefer=prefer)
@@ -273,6 +286,7 @@ def _result(request_id: str, choices: Sequence[Choice]) -> SampleResult:
         texts=tuple(choice.text for choice in choices),
         num_tokens=tuple(choice.num_tokens for choice in choices),
         finish_reasons=tuple(choice.finish_reason for choice in choices),
+        token_ids=tuple(choice.token_ids for choice in choices) if all(choice.token_ids for choice in choices) else (),
     )
 
 

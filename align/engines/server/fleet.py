@@ -11,12 +11,12 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from align.config import ServerSettings
-from align.engines.server.chat import Choice, read_choices
+from align.engines.server.chat import Choice, num_prompt_tokens, read_choices
 from align.engines.server.endpoint import Endpoint, NotServedError, RefusedError, RetryLaterError
 from align.engines.server.probe import probe
 from align.errors import UserError
@@ -58,6 +58,8 @@ class Fleet:
         self._reviving: set[asyncio.Task[None]] = set()
         self._jitter = random.Random()
         self._client: Any = None
+        self.context: int | None = None
+        """Positions that the model itself has, where known."""
 
     @property
     def num_slots(self) -> int:
@@ -121,12 +123,13 @@ class Fleet:
             endpoint = await self._take(prefer)
             try:
                 if not endpoint.probed:
-                    await probe(endpoint, self._client, self.settings)
+                    await _unless_taken_out(endpoint, probe(endpoint, self._client, self.settings))
                     self._wake(self.settings.concurrency)
                 body = build(endpoint)
                 if body is None:
                     return None
-                data = await endpoint.post(self._client, body, self.settings.timeout_s)
+                data = await _unless_taken_out(endpoint, endpoint.post(self._client, body, self.settings.timeout_s))
+                self._check_room(endpoint, body, data)
                 answer = Answer(endpoint, data, read_choices(data))
                 self._worked(endpoint)
                 _count(data.get("usage"))
@@ -141,6 +144,22 @@ class Fleet:
             if tries < self.settings.max_attempts:
                 await asyncio.sleep(self._pause_s(tries))
         raise UnansweredError(f"{last} ({self.settings.max_attempts} tries)")
+
+    def _check_room(self, endpoint: Endpoint, body: dict[str, Any], data: dict[str, Any]) -> None:
+        """Raises UserError where the server had to cut the answer: vLLM lowers max_tokens to what is left, silently.
+
+        A model's own context is no fault of the server's: a model in this process ends there too.
+        """
+        read, room, wanted = num_prompt_tokens(data), endpoint.max_model_len, body["max_tokens"]
+        if room is None or read is None or read + wanted <= room:
+            return
+        if self.context is not None and room >= self.context:
+            return
+        raise UserError(
+            f"the server has room for {room} tokens; a prompt of {read} and max_new_tokens {wanted} need {read + wanted}",
+            where=endpoint.url,
+            fix=f"serve it with --max-model-len {read + wanted} or more (vllm.max_model_len where stages start it)",
+        )
 
     async def _check(self) -> None:
         deadline = time.monotonic() + self.settings.wait_s
@@ -206,7 +225,9 @@ class Fleet:
 
     def _failed(self, endpoint: Endpoint, fault: RetryLaterError) -> None:
         endpoint.num_failures += 1
-        endpoint.last_error = str(fault)
+        if endpoint.alive:
+            # Of one that is out already, why it went counts.
+            endpoint.last_error = str(fault)
         if fault.wait_s is not None:
             endpoint.not_before = max(endpoint.not_before, time.monotonic() + fault.wait_s)
             self._wake_when_rested(endpoint)
@@ -222,6 +243,9 @@ class Fleet:
         endpoint.out_since, endpoint.last_error = time.monotonic(), reason
         endpoint.not_before = endpoint.out_since + self.settings.cooldown_s
         log.warning("taken out: %s: %s", endpoint, reason)
+        # What still waits for it would hold the one slot in which it is probed when it is back.
+        for request in endpoint.requests:
+            request.cancel()
 
     def _revive(self, endpoint: Endpoint) -> None:
         self._reviving.add(asyncio.ensure_future(self._check_now_and_then(endpoint)))
@@ -253,6 +277,8 @@ class Fleet:
         """Whether every endpoint is out and failed a check, the last one for `wait_s` or longer."""
         if not all(not endpoint.alive and endpoint.failed_checks for endpoint in self.endpoints):
             return False
+        if all(endpoint.has_ended() for endpoint in self.endpoints):
+            return True
         return time.monotonic() - max(endpoint.out_since for endpoint in self.endpoints) >= self.settings.wait_s
 
     def _stop_if_all_are_out(self) -> None:
@@ -273,6 +299,22 @@ def _count(usage: Any) -> None:
     numbers = [said.get(name) for name in ("prompt_tokens", "completion_tokens")]
     read, written = (number if isinstance(number, int) else 0 for number in numbers)
     count_tokens(read=read, written=written)
+
+
+async def _unless_taken_out(endpoint: Endpoint, request: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """Raises RetryLaterError where the endpoint is taken out before the request is answered."""
+    task = asyncio.ensure_future(request)
+    endpoint.requests.add(task)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        current = asyncio.current_task()
+        if endpoint.alive or (current is not None and current.cancelling()):
+            task.cancel()
+            raise
+        raise RetryLaterError("it was taken out before it answered") from None
+    finally:
+        endpoint.requests.discard(task)
 
 
 async def _fault(endpoint: Endpoint, client: Any) -> Exception | None:
@@ -297,7 +339,9 @@ def _client() -> Any:
     # The fleet bounds the connections itself.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     try:
-        return httpx.AsyncClient(timeout=None, limits=limits)
+        # This machine is not reached through a proxy.
+        here = dict.fromkeys(("all://127.0.0.1", "all://localhost"))
+        return httpx.AsyncClient(timeout=None, limits=limits, mounts=here)
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
         # What is said of them may hold a proxy's password.
         raise UserError(

@@ -6,6 +6,7 @@ process, however that ends. What a server prints stands in a log file of its own
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -99,7 +100,8 @@ class Replicas:
         """End all servers and wait until they and all that they started are gone."""
         for replica in self._replicas:
             assert replica.process.stdin is not None
-            replica.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                replica.process.stdin.close()
         for replica in self._replicas:
             replica.process.wait()
         self._replicas.clear()
@@ -124,12 +126,14 @@ class Replicas:
     def _wait(self) -> None:
         began = told = time.monotonic()
         waiting = list(self._replicas)
-        log.info("starting %d servers of %s; logs: %s-*.log", len(waiting), self.model, self.logs)
+        log.info("starting %s on %s; logs: %s-*.log", self.model, ", ".join(one.url for one in waiting), self.logs)
         while waiting:
             for replica in waiting:
                 if replica.process.poll() is not None:
                     raise _not_started("a server that was started has died", replica)
-            waiting = [replica for replica in waiting if not _answers(replica.url)]
+            for replica in [replica for replica in waiting if _answers(replica.url)]:
+                _tell(replica)
+                waiting.remove(replica)
             now = time.monotonic()
             if waiting and now - began > self.start_timeout_s:
                 raise _not_started(f"a server does not answer after {self.start_timeout_s:g} s", waiting[0])
@@ -139,9 +143,15 @@ class Replicas:
                 log.info("%d of %d servers answer after %s", ready, len(self._replicas), duration(now - began))
             if waiting:
                 time.sleep(LOOK_EVERY_S)
-        log.info(
-            "%d servers of %s answer after %s", len(self._replicas), self.model, duration(time.monotonic() - began)
-        )
+        log.info("all of them answer after %s", duration(time.monotonic() - began))
+
+
+def _tell(replica: _Replica) -> None:
+    """Lets the supervisor restart it from now on."""
+    assert replica.process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        replica.process.stdin.write(b"a")
+        replica.process.stdin.flush()
 
 
 def free_port() -> int:

@@ -4,10 +4,10 @@ Started as a program of its own, without the toolkit's imports:
 
     python supervisor.py MAX_RESTARTS STOP_S COMMAND...
 
-Standard input is a pipe that the starting process holds and never writes to. It closes however that process ends, also by
-SIGKILL; the server is then asked to stop (SIGTERM), and after STOP_S seconds it and all that it started are killed. On
+Standard input is a pipe that the starting process holds. A byte in it says that the server has answered: one that dies
+before that has a fault that a restart would only repeat. It closes however that process ends, also by SIGKILL; the server is then asked to stop (SIGTERM), and after STOP_S seconds it and all that it started are killed. On
 Linux what the server leaves behind is adopted by this process, and the server dies with this process too. Exits with 0
-when it was told to stop, with 1 when the server has died once more than it may be restarted.
+when it was told to stop, with 1 when the server has died and is not restarted.
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: told.append(number))
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    answered = False
     for restart in range(max_restarts + 1):
         server = _start(command)
         while server.poll() is None:
-            if told or _is_closed(sys.stdin.fileno(), LOOK_EVERY_S) or os.getppid() != started_by:
+            read = _read(sys.stdin.fileno(), LOOK_EVERY_S)
+            answered = answered or bool(read)
+            if told or read == b"" or os.getppid() != started_by:
                 _stop(server, stop_s)
                 return 0
         _kill_descendants()
-        left = max_restarts - restart
+        left = max_restarts - restart if answered else 0
         _say(f"the server ended with code {server.returncode}; {left} restarts left")
-        if left:
-            time.sleep(PAUSE_S)
+        if not left:
+            break
+        time.sleep(PAUSE_S)
     return 1
 
 
@@ -88,9 +92,10 @@ def _reap() -> None:
         return
 
 
-def _is_closed(pipe: int, wait_s: float) -> bool:
+def _read(pipe: int, wait_s: float) -> bytes | None:
+    """A byte, none (b"") where the pipe is closed, None where neither happens within `wait_s`."""
     ready, _, _ = select.select([pipe], [], [], wait_s)
-    return bool(ready) and not os.read(pipe, 1)
+    return os.read(pipe, 1) if ready else None
 
 
 def _prctl(option: int, value: int) -> None:

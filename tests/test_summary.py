@@ -92,7 +92,7 @@ def test_the_card_has_results_and_cost_up_to_its_round(tmp_path):
     later.manifest.begin("sample", settings={}, inputs={})
     later.manifest.finish("sample", outputs=[], counts={}, seconds=9.0, cost=gpu)
     card = write_model_card(config, 1).read_text()
-    assert "| 1 | 100.0 [90.0, 110.0] | 2.0 [1.9, 2.1] | 1.50 [1.40, 1.60] |" in card
+    assert "| 1 | 4 | 100.0 [90.0, 110.0] | 2.0 [1.9, 2.1] | 1.50 [1.40, 1.60] |" in card
     assert "KL divergence from the first policy: both policies at temperature 0.7" in card
     assert "| 1 | dpo | 30 min 0 s | 5,000 | 0 | 4.000 | 0.100 | 8 x cuda (H100) |" in card
     assert "| | all | 31 min 0 s | 5,070 | 0 | 8.000 | 0.200 | |" in card

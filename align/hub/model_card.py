@@ -160,10 +160,14 @@ def _results(run: RunDir, number: int) -> str:
     if not rounds or not names:
         return ""
     rows = ["## Results on held-out questions (95 % intervals)", ""]
-    rows += ["| round | " + " | ".join(COLUMNS[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    rows += [
+        "| round | questions | " + " | ".join(COLUMNS[name] for name in names) + " |",
+        "|---" * (len(names) + 2) + "|",
+    ]
     for key, metrics in rounds.items():
         cells = [with_interval(name, metrics.get(name)) for name in names]
-        rows.append(f"| {key} | " + " | ".join(cells) + " |")
+        count = max((interval.count for interval in metrics.values()), default=0)
+        rows.append(f"| {key} | {count} | " + " | ".join(cells) + " |")
     evaluated = run.round(number).manifest.stage("evaluate")
     note = evaluated.notes.get("kl") if evaluated else None
     return "\n".join([*rows, *(["", f"KL divergence from the first policy: {note}."] if note else [])])

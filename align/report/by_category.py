@@ -10,9 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from align.records import Evaluation
+from align.report.changes import MIN_QUESTIONS, State, widened
 from align.report.read import RunData
-from align.statistics import bootstrap_mean, paired_difference
-from reward.intervals import Interval
+from align.statistics import paired_difference
+from reward.intervals import Interval, clustered_share
 
 COLUMNS = ("task", "category", "type", "dataset", "source", "subset", "skill", "topic", "kind")
 MAX_GROUPS = 12
@@ -27,6 +28,13 @@ class Category:
     first: Interval
     last: Interval
     difference: Interval
+
+    @property
+    def state(self) -> State:
+        """Better or worse only beyond chance, over enough questions."""
+        if self.count < MIN_QUESTIONS or not self.difference.excludes_zero:
+            return "unclear"
+        return "better" if self.difference.mean > 0 else "worse"
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,11 @@ def by_category(run: RunData) -> Categories | None:
 def _category(name: str, lines: list[tuple[Evaluation, Evaluation]], *, sampled: bool) -> Category:
     first = [_right(before, sampled=sampled) for before, _ in lines]
     last = [_right(after, sampled=sampled) for _, after in lines]
-    return Category(name, len(lines), bootstrap_mean(first), bootstrap_mean(last), paired_difference(first, last))
+    return Category(name, len(lines), _share(first), _share(last), widened(paired_difference(first, last)))
+
+
+def _share(answers: list[list[float]]) -> Interval:
+    return clustered_share([sum(right) for right in answers], [len(right) for right in answers])
 
 
 def _right(line: Evaluation, *, sampled: bool) -> list[float]:

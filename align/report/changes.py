@@ -15,9 +15,12 @@ from align.records import Evaluated, Evaluation
 from align.report.metrics import HEADLINES, Metric, in_order, metric
 from align.report.read import RoundData, RunData
 from align.statistics import paired_difference
-from reward.intervals import Interval
+from reward.intervals import Interval, wilson
+from reward.reliability import MIN_COUNT
 
 LENGTH_DRIFT = 0.25
+# Nothing is called better or worse on fewer held-out questions.
+MIN_QUESTIONS = MIN_COUNT
 State = Literal["better", "worse", "unclear", "neutral"]
 
 
@@ -35,12 +38,22 @@ class Change:
 
     @property
     def state(self) -> State:
-        """Better or worse only where the interval excludes zero."""
+        """Better or worse only where the interval excludes zero, over `MIN_QUESTIONS` questions or more."""
         if self.metric.good == 0 or not self.has_interval:
             return "neutral"
-        if not self.difference.excludes_zero:
+        if not self.is_beyond_chance:
             return "unclear"
         return "better" if self.difference.mean * self.metric.good > 0 else "worse"
+
+    @property
+    def is_beyond_chance(self) -> bool:
+        """Whether the interval excludes zero, and enough questions stand behind it."""
+        return self.difference.excludes_zero and not self.too_few
+
+    @property
+    def too_few(self) -> bool:
+        """Whether fewer questions than `MIN_QUESTIONS` stand behind it."""
+        return self.difference.count < MIN_QUESTIONS
 
     @property
     def has_interval(self) -> bool:
@@ -59,7 +72,24 @@ def change(name: str, before: RoundData, after: RoundData) -> Change:
     known = metric(name)
     paired = _paired(known, before, after, first, last)
     difference = paired if paired is not None else _unpaired(first, last)
+    if paired is not None and known.percent:
+        difference = widened(difference)
     return Change(known, before.number, after.number, first.mean, last.mean, difference, paired is not None)
+
+
+def widened(difference: Interval) -> Interval:
+    """A paired difference of shares, where the bootstrap had nothing to draw from: every question moved alike.
+
+    That n questions did not differ says that few of all would, not that none does: as far as Wilson's interval of 0 of n.
+
+    >>> widened(Interval(0.0, 0.0, 0.0, 7)).high == wilson(0, 7).high
+    True
+    """
+    if difference.high > difference.low:
+        return difference
+    reach = wilson(0, difference.count).high
+    low, high = max(-1.0, difference.mean - reach), min(1.0, difference.mean + reach)
+    return Interval(difference.mean, low, high, difference.count)
 
 
 def headline(run: RunData) -> str | None:
@@ -82,7 +112,7 @@ class History:
     def length_drift(self) -> Change | None:
         """The change of response length, where it is more than a quarter and beyond its interval."""
         length = self.overall.get("response_tokens")
-        if length is None or length.first <= 0 or not length.difference.excludes_zero:
+        if length is None or length.first <= 0 or not length.is_beyond_chance:
             return None
         return length if abs(length.last / length.first - 1) > LENGTH_DRIFT else None
 

@@ -15,7 +15,7 @@ from align.report.critic_quality import Figures
 from align.report.metrics import percent, plain
 from align.report.read import RunData
 from align.report.training_curves import end_of
-from align.report.warnings import WEAK_ACCURACY
+from align.report.warnings import WEAK_ACCURACY, enough_pairs
 from reward.intervals import Interval, wilson
 from reward.reliability import MEASURES, MIN_COUNT, PAIR_MEASURES, Figure
 
@@ -46,7 +46,7 @@ def _length(changes: History, critics: Sequence[Figures], *, improved: bool) -> 
     A run that improved is suspected from a drift of a quarter on, one that did not from a twentieth on.
     """
     length = changes.overall.get("response_tokens")
-    if length is None or length.first <= 0 or not length.difference.excludes_zero:
+    if length is None or length.first <= 0 or not length.is_beyond_chance:
         return None
     drift = length.last / length.first - 1
     follows = [figure.value for figures in critics if (figure := _follows_length(figures)) is not None]
@@ -112,7 +112,7 @@ def _pooled(figures: Sequence[Figure]) -> Interval | None:
 
 
 def _unlearned(run: RunData) -> Diagnosis | None:
-    ends = [x for data in run.trained if (x := end_of(data, "rewards/accuracies")) is not None]
+    ends = [x for data in run.trained if enough_pairs(data) and (x := end_of(data, "rewards/accuracies")) is not None]
     if not ends or sum(ends) / len(ends) >= WEAK_ACCURACY:
         return None
     return Diagnosis(

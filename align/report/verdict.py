@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from align.report.changes import Change, History, State, headline, history
+from align.report.changes import MIN_QUESTIONS, Change, History, State, headline, history
 from align.report.critic_quality import Figures
 from align.report.diagnosis import find_diagnoses
 from align.report.metrics import metric
@@ -38,13 +38,14 @@ def judge(run: RunData, changes: History, control: RunData | None, critics: Mapp
     if name is None or moved is None:
         return Verdict("neutral", *(_nothing_measured(run) if name is None else _one_round(run, name)), diagnoses=texts)
     title, waiting = _title(moved), _waiting(run)
-    if waiting:
+    if waiting and not moved.too_few:
         title = title.replace(":", " so far:", 1)
     if diagnoses:
         title = f"{title[:-1]}; {diagnoses[0].short}."
     warnings = [f"Round {data.number} {data.outdated}." for data in run.trained if data.outdated is not None]
     warnings += [_warning(step) for step in changes.steps[name] if step.state == "worse"]
-    detail = f"{_detail(moved)} {waiting}".strip()
+    few = f"Below {MIN_QUESTIONS} held-out questions nothing is called better or worse." if moved.too_few else ""
+    detail = " ".join(filter(None, [_detail(moved), few, waiting]))
     return Verdict(moved.state, title, detail, warnings, _control(name, moved, control), texts)
 
 
@@ -89,6 +90,9 @@ _NOUNS = {
 
 
 def _title(moved: Change) -> str:
+    if moved.too_few:
+        numbers = f"{moved.metric.show(moved.first)} before, {moved.metric.show(moved.last)} after"
+        return f"Too few held-out questions for a verdict: {moved.metric.label.lower()} {numbers}."
     if moved.metric.against:
         word = {"better": "Better", "worse": "Worse"}.get(moved.state, "No improvement shown")
         return f"{word}: it wins {moved.metric.show(moved.last)} against the first policy."

@@ -15,6 +15,7 @@ from align.report.metrics import percent, plain
 from align.report.read import RoundData, RunData, number
 from align.report.training_curves import end_of
 from reward.critics.base import NOTHING_TO_COMPARE
+from reward.reliability import MIN_COUNT
 from reward.warnings import critic_warnings
 
 CHOSEN_FALL, WEAK_ACCURACY = 0.25, 0.55
@@ -111,7 +112,15 @@ def _evaluation(history: History) -> Iterator[RunWarning]:
         )
 
 
+def enough_pairs(data: RoundData) -> bool:
+    """Whether a training says anything: not on fewer than `MIN_COUNT` pairs, where it is known how many there were."""
+    pairs = number(data.counts("dpo").get("pairs"))
+    return pairs is None or pairs >= MIN_COUNT
+
+
 def _training(data: RoundData) -> Iterator[RunWarning]:
+    if not enough_pairs(data):
+        return
     chosen, margin = end_of(data, "rewards/chosen"), end_of(data, "rewards/margins")
     if chosen is not None and margin is not None and -chosen > max(0.05, CHOSEN_FALL * margin):
         yield RunWarning(

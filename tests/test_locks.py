@@ -115,6 +115,14 @@ def test_lower_bounds_are_what_the_oldest_set_has():
         assert requirement.specifier.contains(oldest[canonicalize_name(requirement.name)]), requirement
 
 
+def test_the_page_names_the_versions_of_the_locks():
+    page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    oldest, tested = versions_in("oldest.txt"), versions_in("dev.txt")
+    assert len(rows) >= 6
+    assert rows == [(name, str(oldest[name]), str(tested[name])) for name, _, _ in rows]
+
+
 def test_the_lock_has_no_libraries_of_one_build_of_torch():
     wrong = [name for name in versions_in("dev.txt") if re.match(r"nvidia-|cuda-|triton", name)]
     assert not wrong, f"{wrong}: name them in locks/uv.toml, exclude-dependencies"

@@ -26,7 +26,7 @@ PLACEHOLDERS = {r"\bN\b": "1", r"\bSTAGE\b": "pairs", r"\bRUN\b": "runs/run"}
 PLACEHOLDERS |= {r"\bCHECKPOINT\b": "runs/run/round-3/checkpoint", r"\bOWNER/NAME\b": "me/my-model"}
 # Pages go on from what the README leaves, but for those that begin without a run, some of them even without an align.yaml,
 # and those whose every block begins anew.
-WITHOUT_RUN = ("data.md", "migrating.md", "recipes.md", "scaling.md", "serving.md")
+WITHOUT_RUN = ("data.md", "installing.md", "migrating.md", "recipes.md", "scaling.md", "serving.md")
 WITHOUT_CONFIG = ("data.md", "recipes.md")
 APART = ("recipes.md", "scaling.md", "serving.md")
 # Its runs are those of the demo, whose images it also looks for `elsewhere`.

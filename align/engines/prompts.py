@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import UserError
+from align.models.record_faults import bounded_time, without_nulls
 from align.prefix.layout import Segment
 from reward.judge_model import BranchedPrompt
 
@@ -79,7 +80,7 @@ class Prompter:
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
         """The prompt as text, ready for the assistant's turn."""
-        chat = [dict(message) for message in messages]
+        chat = [without_nulls(message) for message in messages]
         if self.processor is self.tokenizer:
             chat = [{**message, "content": _as_text(message["content"])} for message in chat]
         return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -146,9 +147,11 @@ def check_prompts(processor: Any, where: str) -> None:
     words = {"type": "text", "text": QUESTION}
     fix = "check chat_template in the folder: it must write texts, and a placeholder for every image"
     try:
-        with_image, without = (
-            prompter.render([{"role": "user", "content": content}]) for content in ([{"type": "image"}, words], [words])
-        )
+        with bounded_time():
+            with_image, without = (
+                prompter.render([{"role": "user", "content": content}])
+                for content in ([{"type": "image"}, words], [words])
+            )
     except Exception as error:
         # Templates are programs: whatever they raise is the folder's fault.
         raise UserError(f"the chat template cannot be used: {error}", where=where, fix=fix) from None

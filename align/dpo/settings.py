@@ -142,6 +142,20 @@ def training_arguments(fields: dict[str, Any]) -> DPOConfig:
     return arguments
 
 
+# What decides how weights move; paths, logging and launching are left out.
+EFFECTIVE = (
+    "loss_type", "beta", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "label_smoothing", "disable_dropout", "bf16", "fp16", "gradient_checkpointing", "seed",
+)  # fmt: skip
+
+
+def effective_settings(arguments: DPOConfig) -> dict[str, Any]:
+    """The settings in effect that decide how weights move, defaults with them, for the manifest and the model card."""
+    values = arguments.to_dict()
+    return {name: values[name] for name in EFFECTIVE if name in values}
+
+
 def check_values(arguments: DPOConfig) -> None:
     """Raise UserError for values that TRL takes, and that fail, or turn the training around, when it begins."""
     problems = []

@@ -33,7 +33,7 @@ from align.dpo.qlora import quantization
 from align.dpo.recomputation import choose_recomputation
 from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.save import save_trained
-from align.dpo.settings import checkpointing_field, training_arguments, training_fields
+from align.dpo.settings import checkpointing_field, effective_settings, training_arguments, training_fields
 from align.dpo.sharding.shards import gathered_as_needed, init_deepspeed, loading_sharded
 from align.dpo.sharding.strategies import (
     check_distribution,
@@ -227,6 +227,7 @@ class DpoStage:
                 parameters=parameters,
                 reference_seconds=round(reference_s, 3),
                 parent=self.policy,
+                training=effective_settings(arguments),
             )
             for folder in self.this.trainer.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
                 shutil.rmtree(folder)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from align.config import build_config
+from align.dpo.settings import effective_settings, training_arguments
 from align.hub.model_card import write_model_card
 from align.report import write_report
 from align.report.facts import run_facts
@@ -137,6 +138,20 @@ def test_the_card_says_what_was_trained_and_knows_the_parent_of_a_run_on_existin
     )
     assert "trained the full model" not in card
     assert f"| 1 | `{'b' * 16}` |" in card
+
+
+def test_the_card_shows_the_training_settings_in_effect(config):
+    this = RunDir(config.run_dir).round(1)
+    checkpoint(this, b"weights")
+    this.manifest.begin("dpo", settings={"dpo": {}}, inputs={"policy": "b" * 64})
+    effective = effective_settings(
+        training_arguments({"output_dir": str(this.trainer), "use_cpu": True, "bf16": False})
+    )
+    assert {"adam_beta2": 0.999, "max_grad_norm": 1.0, "beta": 0.1}.items() <= effective.items()
+    this.manifest.finish("dpo", outputs=[this.checkpoint], counts={}, training=effective)
+    card = write_model_card(config, 1).read_text()
+    assert "In effect, defaults with them:" in card
+    assert '"adam_beta2": 0.999' in card
 
 
 def test_pictures_of_questions_that_were_added_later_are_found_where_the_round_found_them(tmp_path):

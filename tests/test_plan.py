@@ -315,3 +315,14 @@ def test_experts_are_trained_without_shared_prompts_and_sampled_with_them():
     assert "load-balancing" in notes[0]
     assert sharing(config, dense) == (True, True, [])
     assert sharing(Config(policy="none", questions="q.jsonl", shared_prefix="off"), dense) == (False, False, [])
+
+
+@pytest.mark.parametrize("accumulates", [True, False])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_no_part_of_the_memory_is_negative(strategy, accumulates):
+    how = replace(ON_GPU, strategy=strategy, num_processes=8, accumulates=accumulates)
+    memory = training_memory(SEVEN_B, BATCH, how)
+    parts = [memory.weights, memory.gradients, memory.optimiser, memory.activations, memory.working, memory.batch]
+    assert min(parts) >= 0
+    if strategy != "ddp":
+        assert memory == training_memory(SEVEN_B, BATCH, replace(how, accumulates=True))

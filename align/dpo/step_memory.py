@@ -119,8 +119,8 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
     activations = activation_bytes(shape, batch, how)
     in_layer = _layer_bytes(shape, batch, how)
     head_gradient = shape.embedding_weights * size if shape.head_trained else 0
-    casts = _cast_bytes(shape, how)
-    begin = activations + max(_head_bytes(shape, batch, how) + head_gradient, in_layer) + standing_gradients + casts
+    at_head = max(_head_bytes(shape, batch, how) + head_gradient, in_layer)
+    begin = activations + at_head + standing_gradients + _cast_bytes(shape, how)
     # The dense gradient of the embeddings is made beside what is there, and then added.
     embedding_copy = shape.embedding_weights * size if shape.embeddings_trained and how.accumulates else 0
     last = activations // max(shape.text.num_layers, 1)
@@ -135,7 +135,9 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
         # Gradients are exchanged in buckets, which are a second copy of them.
         gradients += gradient_total if how.num_processes > 1 else 0
     else:
-        weights, gradients, optimiser, working = _divided(shape, how, working)
+        # Gradients are in shards as soon as they are there, and casts are gathered layer by layer: the head decides.
+        activations = activation_bytes(shape, batch, how)
+        weights, gradients, optimiser, working = _divided(shape, how, at_head)
     return Memory(weights, gradients, optimiser, activations, working, _batch_bytes(batch, how))
 
 
@@ -167,21 +169,20 @@ def _divided(shape: ModelShape, how: How, working: int) -> tuple[int, int, int, 
     own_copy = shape.weights * how.compute_bytes
     master = shape.trained * (4 if how.compute_bytes < 4 else 0)
     states = shape.trained * 8 + master
-    casts = _cast_bytes(shape, how)
     second = own_copy if how.second_model else 0
     if how.strategy == "zero2":
         # Gradients are reduced in buckets of 5e8 numbers, two of them at a time (overlap_comm).
         buckets = min(2 * 500_000_000, shape.trained) * how.compute_bytes
-        return own_copy + second, shape.trained * 4 // ranks + buckets, states // ranks, working - casts
+        return own_copy + second, shape.trained * 4 // ranks + buckets, states // ranks, working
     gathered = shape.largest_layer * 2 + 2 * shape.embedding_weights
     if how.strategy == "zero3":
         live = min(max(gathered, 0), ZERO3_LIVE, shape.weights) * how.compute_bytes
-        return (own_copy + second) // ranks, shape.trained * 4 // ranks, states // ranks, working - casts + live
+        return (own_copy + second) // ranks, shape.trained * 4 // ranks, states // ranks, working + live
     stored = how.weight_bytes
     live = min(gathered, shape.weights) * how.compute_bytes + shape.largest_layer * stored
     whole = weight_bytes(shape, how) // ranks
     trained = shape.trained * how.trained_bytes(shape) // ranks
-    return whole * (2 if how.second_model else 1), trained, 2 * trained, working - casts + live
+    return whole * (2 if how.second_model else 1), trained, 2 * trained, working + live
 
 
 def least_recomputation(shape: ModelShape, batch: StepBatch, how: How, usable_bytes: int) -> How:

@@ -8,13 +8,13 @@ from align.config import Config
 from align.dpo.trainer import check_projector
 from align.models.load import check_checkpoint
 from align.models.lora import lora_config
-from align.models.meta import empty_model, with_adapter
+from align.models.meta import meta_model, with_adapter
 from align.models.modules import freeze_parts
 
 
 def model_to_train(config: Config, policy: str) -> Any:
     """The model without weights, with its adapter or its frozen parts, as training has it."""
-    model = empty_model(policy)
+    model = meta_model(policy)
     adapter = lora_config(config.dpo.lora, config.dpo.freeze)
     if adapter is not None:
         return with_adapter(model, adapter)

@@ -15,7 +15,7 @@ import yaml
 from align.errors import UserError
 from align.models.families import FAMILIES
 from align.models.load import load_processor, read_config
-from align.models.meta import empty_model
+from align.models.meta import meta_model
 from align.models.weights import has_pickle, tensor_table, weight_files
 from align.prefix.attention import PrefixUnsupported, use_shared_prefix
 
@@ -49,7 +49,7 @@ def inspect_checkpoint(
         found = "pickled weights only" if has_pickle(folder) else "none"
         raise UserError(f"expected weights in safetensors, found {found}", where=str(folder))
     table = tensor_table(folder)
-    model = empty_model(folder, config)
+    model = meta_model(folder, config)
     counts = _visual_tokens(folder, image, processor_settings or {}) if image else (None, None)
     return Info(
         architecture=architecture,

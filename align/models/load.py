@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from align.errors import UserError
-from align.models import no_torchvision as image_only
+from align.models import no_torchvision
 from align.models.families import FAMILIES, Family, register
 from align.models.files import read_json
 from align.models.weights import has_pickle, tensor_table, weight_files
@@ -102,10 +102,10 @@ def load_processor(folder: str | os.PathLike, **settings: Any) -> Any:
     try:
         if family is not None:
             return family.processor.from_pretrained(folder, **settings)
-        known = image_only.processor_class(Path(folder), config) if Path(folder).is_dir() else None
-        if known is not None and image_only.needs_torchvision(known):
-            processor = image_only.without_video(known).from_pretrained(folder, **settings)
-        elif known is not None and known in image_only.ON_PIL.values():
+        known = no_torchvision.processor_class(Path(folder), config) if Path(folder).is_dir() else None
+        if known is not None and no_torchvision.needs_torchvision(known):
+            processor = no_torchvision.without_video(known).from_pretrained(folder, **settings)
+        elif known is not None and known in no_torchvision.ON_PIL.values():
             processor = known.from_pretrained(folder, **settings)
         else:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **settings)

@@ -14,7 +14,7 @@ from align.models.families import FAMILIES
 from align.models.load import read_config
 
 
-def empty_model(folder: Path | str, config: dict[str, Any] | None = None) -> Any:
+def meta_model(folder: Path | str, config: dict[str, Any] | None = None) -> Any:
     """The checkpoint's model on the meta device: shapes and names, no storage."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 

@@ -177,9 +177,9 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
 def shaped_model(config: Config) -> Any:
     """The policy without storage, with its adapter or with its frozen parts."""
     from align.models.lora import lora_config
-    from align.models.meta import empty_model
+    from align.models.meta import meta_model
 
-    model = empty_model(config.policy)
+    model = meta_model(config.policy)
     adapter = lora_config(config.dpo.lora, config.dpo.freeze)
     if adapter is not None:
         return with_adapter(model, adapter)
@@ -303,9 +303,9 @@ def one_row(batch: StepBatch) -> StepBatch:
 
 
 def _frozen(config: Config, parts: list[str]) -> ModelShape:
-    from align.models.meta import empty_model
+    from align.models.meta import meta_model
 
-    model = empty_model(config.policy)
+    model = meta_model(config.policy)
     freeze_parts(model, parts)
     return model_shape(model)
 
@@ -313,10 +313,10 @@ def _frozen(config: Config, parts: list[str]) -> ModelShape:
 def _adapted(config: Config) -> ModelShape:
     from peft import LoraConfig
 
-    from align.models.meta import empty_model
+    from align.models.meta import meta_model
 
     given = {key: value for key, value in (config.dpo.lora or ADAPTER).items() if key != "quantize"}
-    return model_shape(with_adapter(empty_model(config.policy), LoraConfig(**given)))
+    return model_shape(with_adapter(meta_model(config.policy), LoraConfig(**given)))
 
 
 def _prompts(config: Config, meter: PromptMeter, response_tokens: int) -> tuple[list[PromptSize], Lengths]:

@@ -251,9 +251,9 @@ class StagePlanner:
 
     @property
     def _patch_px(self) -> int:
-        from align.models.meta import empty_model
+        from align.models.meta import meta_model
 
-        return patch_size(empty_model(self.config.policy))
+        return patch_size(meta_model(self.config.policy))
 
     # The critic.
 
@@ -270,13 +270,13 @@ class StagePlanner:
     def _judge(self, model: MemberModel) -> Judge:
         from align.models.inspect import expected_shared_prefix
         from align.models.load import load_processor
-        from align.models.meta import empty_model
+        from align.models.meta import meta_model
 
         store = question_images(self.config)
         speed, processor, shared, patch_px = self.speed, self.processor, self.shared, 14
         if model.checkpoint != self.config.policy:
             try:
-                empty = empty_model(model.checkpoint)
+                empty = meta_model(model.checkpoint)
                 processor = load_processor(model.checkpoint, **model.processor)
                 speed, patch_px = replace(self.speed, shape=model_shape(empty)), patch_size(empty)
                 shared = self.config.shared_prefix != "off" and expected_shared_prefix(empty).startswith("expected")

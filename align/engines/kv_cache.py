@@ -111,6 +111,9 @@ class RowCache(Cache):
 class RowLayer(DynamicLayer):
     """The keys and values of one layer. It does not know its cache, which would then outlive its last user."""
 
+    keys: Tensor
+    values: Tensor
+
     def make_room(self, num_rows: int, capacity: int, key_states: Tensor, value_states: Tensor) -> None:
         """Have so many rows and columns for states like these; what is stored stays."""
         keys, values = (

@@ -72,8 +72,8 @@ class Prompter:
     def __init__(self, processor: Processor, open_image: Callable[[Any], Any]) -> None:
         self.processor: Any = processor
         self.open_image = open_image
-        alone = isinstance(self.processor, PreTrainedTokenizerBase)
-        self.tokenizer: Any = self.processor if alone else self.processor.tokenizer
+        alone = isinstance(processor, PreTrainedTokenizerBase)
+        self.tokenizer: Any = processor if alone else self.processor.tokenizer
         # A fast tokenizer keeps how it pads, and whether it splits special tokens, from one call to the next: two
         # threads (`align.engines.prefetch`) would get each other's tokens.
         self._one_at_a_time = threading.Lock()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +28,11 @@ class RatingsCritic(BaseCritic):
     file: FileName
     reward: Literal["win_minus_loss", "bradley_terry"] = "win_minus_loss"
     ridge: float = Field(0.1, ge=MIN_RIDGE, allow_inf_nan=False)
-    _by_question: dict[str, list[HumanRating]] = PrivateAttr(default_factory=lambda: defaultdict(list))
+    _by_question: dict[str, list[HumanRating]] = PrivateAttr(default_factory=dict)
 
     def model_post_init(self, context: Any) -> None:
         for rating in read_ratings(Path(self.file)):
-            self._by_question[rating.question_id].append(rating)
+            self._by_question.setdefault(rating.question_id, []).append(rating)
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
         return [self._judge_one(item) for item in items]

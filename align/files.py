@@ -20,6 +20,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
+    """Make a folder; raises UserError where that is not allowed."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -258,6 +258,7 @@ def iter_jsonl(path: Path, kind: type[RecordT]) -> Iterator[RecordT]:
 
 
 def read_jsonl(path: Path, kind: type[RecordT]) -> list[RecordT]:
+    """All records of a file; raises UserError naming the first bad line."""
     return list(iter_jsonl(path, kind))
 
 

@@ -34,6 +34,7 @@ class Installed:
 
     @property
     def supported(self) -> bool:
+        """Whether the installed version lies in the range."""
         return self.version is not None and self.requirement.specifier.contains(self.version, prereleases=True)
 
     @property

@@ -49,10 +49,12 @@ class HumanRating(BaseModel):
 
     @property
     def compared(self) -> Compared:
+        """Question and responses that were compared, the lower index first."""
         return (self.question_id, min(self.responses), max(self.responses))
 
     @property
     def label(self) -> Label:
+        """1: the lower index is preferred, -1: the other, 0: neither."""
         return 0 if self.preferred is None else 1 if self.preferred == min(self.responses) else -1
 
     def verdict(self) -> Verdict:

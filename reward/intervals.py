@@ -22,10 +22,12 @@ class Interval:
     count: int
 
     def as_dict(self) -> dict[str, float]:
+        """By the names of the fields."""
         return asdict(self)
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
 
 

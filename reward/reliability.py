@@ -65,6 +65,7 @@ class Measure:
     percent: bool = True
 
     def show(self, value: float) -> str:
+        """A value as text."""
         return f"{value:.1%}" if self.percent else f"{value:.2f}"
 
     def is_beyond(self, figure: Figure) -> bool:

@@ -38,6 +38,7 @@ class Exchange:
     answer: str | None = None
 
     def answered(self, answer: str | None) -> Exchange:
+        """The same exchange with another answer."""
         return replace(self, answer=answer)
 
 

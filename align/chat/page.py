@@ -49,10 +49,12 @@ class Talk:
     num_asked: int = 0
 
     def going_on_from(self, index: int) -> Talk:
+        """The talk in which the answer of this index is the one that was given."""
         last = self.exchanges[-1].answered(self.answers.texts[index])
         return replace(self, exchanges=(*self.exchanges[:-1], last), chosen=index)
 
     def unanswered(self) -> Talk:
+        """The talk before its last answer."""
         last = self.exchanges[-1].answered(None)
         return replace(self, exchanges=(*self.exchanges[:-1], last), answers=Answers(()), chosen=0)
 
@@ -66,6 +68,7 @@ class Page:
         self.kinds = ["image", *(VIDEO_SUFFIXES if importlib.util.find_spec("av") else ())]
 
     def build(self) -> gr.Blocks:
+        """The page, with all that its buttons do."""
         with gr.Blocks(title="align chat", analytics_enabled=False) as blocks:
             self.talk = gr.State(Talk())
             for chat in self.chats:
@@ -157,14 +160,17 @@ class Page:
             raise UserError(text) from None
 
     def retry(self, talk: Talk, *wishes: float) -> Changes:
+        """Ask the last question again."""
         if not talk.exchanges:
             raise UserError("nothing has been asked yet")
         yield from self._answer(talk, *wishes)
 
     def clear(self) -> Changes:
+        """Begin a new talk."""
         yield {**self._view(Talk()), self.box: {"text": "", "files": []}}
 
     def choose(self, index: int, talk: Talk) -> Changes:
+        """Go on from the answer that was chosen."""
         yield self._view(talk.going_on_from(index))
 
     def _answer(self, talk: Talk, temperature: float, max_new_tokens: float, num_answers: float) -> Changes:

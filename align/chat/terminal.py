@@ -44,6 +44,7 @@ class Conversation:
         self.waiting = replace(self.waiting, pictures=self.waiting.pictures + self.chat.ask("", [file]).pictures)
 
     def clear(self) -> None:
+        """Forget what was said."""
         self.exchanges.clear()
         self.waiting = Exchange("")
 
@@ -53,6 +54,7 @@ class Conversation:
         self.waiting = Exchange("")
 
     def retry(self) -> None:
+        """Ask the last question again; raises UserError where there is none."""
         if not self.exchanges:
             raise UserError("nothing has been asked yet")
         self._answer([*self.exchanges[:-1], self.exchanges[-1].answered(None)])
@@ -80,6 +82,7 @@ class Printed:
         self.shown = ""
 
     def show(self, answers: Answers) -> None:
+        """Print what has come since the last call."""
         self.text = answers.texts[0]
         whole = answers.cut is not None
         if sys.stdout.isatty() and self.text.startswith(self.shown):
@@ -90,6 +93,7 @@ class Printed:
             self.end("(cut: --max-new-tokens allows no more)" if any(answers.cut or ()) else None)
 
     def end(self, remark: str | None) -> None:
+        """Print the rest, and a remark below it."""
         if self.shown != self.text:
             typer.echo(("\n" if self.shown else "") + self.text, nl=False)
         typer.echo()

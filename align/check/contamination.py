@@ -53,6 +53,7 @@ class CheckReport:
     near_records: int = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """By the names of the fields."""
         return asdict(self)
 
 
@@ -108,6 +109,7 @@ def report_text(report: CheckReport, *, shown: int = 10) -> str:
 
 
 def save_report(report: CheckReport, path: Path) -> None:
+    """Write everything that was found as JSON."""
     path.write_text(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

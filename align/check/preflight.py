@@ -47,6 +47,7 @@ class Preflight:
     facts: list[str] = field(default_factory=list)
 
     def text(self) -> str:
+        """What a person reads: every problem, or what is fine."""
         if self.problems:
             return "\n".join(f"{problem.area}: {problem.text}" for problem in self.problems)
         return "\n".join(["no problems found", *(f"  {fact}" for fact in self.facts)])

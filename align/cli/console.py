@@ -19,6 +19,7 @@ from align.log import log
 
 
 def say(text: str, *, next_command: str | None) -> None:
+    """Print what came of a command and what to type next; in a launch only the process that speaks for all does."""
     if not is_main_process() or is_started_by_align():
         return
     typer.echo(text)
@@ -27,6 +28,7 @@ def say(text: str, *, next_command: str | None) -> None:
 
 
 def warn(text: str | None) -> None:
+    """Print a warning; nothing for None."""
     if text is not None:
         typer.secho(f"WARNING: {text}", fg=typer.colors.RED, bold=True, err=True)
 
@@ -68,6 +70,7 @@ class _CurrentStderr(logging.StreamHandler[Any]):
 
 
 def set_up_logging() -> None:
+    """Send the package's log to standard error, and silence the libraries' own bars."""
     handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)

@@ -23,6 +23,7 @@ class EvaluationImages:
 
     @property
     def prints(self) -> Fingerprints:
+        """The fingerprints of all pictures, in order."""
         return stack([picture.print for picture in self.pictures])
 
 

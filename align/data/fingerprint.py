@@ -43,6 +43,7 @@ def fingerprint(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stack(prints: Sequence[tuple[np.ndarray, np.ndarray]]) -> Fingerprints:
+    """Fingerprints one below the other."""
     bits = np.array([one[0] for one in prints], dtype=np.uint8).reshape(-1, HASH_BYTES)
     colours = np.array([one[1] for one in prints], dtype=np.uint8).reshape(-1, 3 * GRID * GRID)
     return Fingerprints(bits, colours)

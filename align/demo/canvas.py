@@ -48,9 +48,11 @@ class Canvas:
 
     @property
     def digits(self) -> list[int]:
+        """The digits on the canvas."""
         return [item.digit for item in self.placed]
 
     def image(self) -> Image.Image:
+        """The canvas as a picture."""
         return Image.fromarray(self.pixels)
 
 

@@ -34,6 +34,7 @@ class Task:
 
     @property
     def question(self) -> str:
+        """The text of the question."""
         return PHRASINGS[self.kind][self.phrasing].format(asked=self.asked)
 
     @property

@@ -18,10 +18,12 @@ EXIT_RESTART = 75
 
 
 def rank() -> int:
+    """The number of this process in its launch; 0 without one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """How many processes the launch has; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

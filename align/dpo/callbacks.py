@@ -24,12 +24,14 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A callback of the trainer's."""
         if state.is_world_process_zero and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
             self.path.write_text("".join(kept), encoding="utf-8")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A callback of the trainer's."""
         if state.is_world_process_zero and state.log_history and "loss" in state.log_history[-1]:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
@@ -42,6 +44,7 @@ class StepTracker(TrainerCallback):
         self.trackers = trackers
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A callback of the trainer's."""
         if state.is_world_process_zero:
             self.trackers.go_on_after(state.global_step)
 
@@ -53,6 +56,7 @@ class StepTracker(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
+        """A callback of the trainer's."""
         if state.is_world_process_zero:
             metrics = {f"train/{name}": float(x) for name, x in (logs or {}).items() if isinstance(x, int | float)}
             self.trackers.log(metrics, state.global_step)
@@ -69,10 +73,12 @@ class StepProgress(TrainerCallback):
         self._advance: Advance | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A callback of the trainer's."""
         bar = progress(self.label, total=state.max_steps, done=state.global_step, together=True)
         self._advance = self._stack.enter_context(bar)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A callback of the trainer's."""
         if self._advance is not None:
             self._advance(1)
 
@@ -84,11 +90,13 @@ class StepProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
+        """A callback of the trainer's."""
         logs = logs or {}
         if self._advance is not None:
             self._advance(0, **{ours: float(logs[trls]) for trls, ours in self.SHOWN.items() if trls in logs})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A callback of the trainer's."""
         self._stack.close()
         self._advance = None
 
@@ -115,6 +123,7 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A callback of the trainer's."""
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             flag = torch.tensor(float(self.requested), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)

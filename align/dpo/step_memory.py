@@ -47,6 +47,7 @@ class StepBatch:
 
     @property
     def response_tokens(self) -> int:
+        """Tokens of both responses of a pair."""
         return self.chosen_tokens + self.rejected_tokens
 
 
@@ -77,6 +78,7 @@ class How:
 
     @property
     def casts(self) -> bool:
+        """Whether weights are cast to compute with them."""
         return self.compute_bytes < self.weight_bytes
 
     @property
@@ -104,6 +106,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """All of it, in bytes."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -281,6 +284,7 @@ def text_tokens(batch: StepBatch, how: How) -> int:
 
 
 def patches(batch: StepBatch, how: How) -> int:
+    """Patches of the batch that go through the vision towers."""
     return batch.patches * (1 if how.shared else 2)
 
 

@@ -115,6 +115,7 @@ class PairTrainer(DPOTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """TRL's loss of a batch; raises UserError where it is not finite."""
         inputs = dict(inputs)
         if self._total_train_tokens == 0 and self.state.global_step:
             # TRL counts tokens from 0 again when a run is resumed.

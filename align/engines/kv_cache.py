@@ -23,7 +23,8 @@ class Placement(Protocol):
     """Where the states of the next forward go. `num_keys`: how many columns its queries may see."""
 
     @property
-    def num_keys(self) -> int: ...
+    def num_keys(self) -> int:
+        """How many columns of the cache are read."""
 
     def store(self, states: Tensor, stored: Tensor) -> Tensor:
         """Put new states into the stored ones `(R, heads, C, D)`; returns what the attention shall see."""
@@ -38,6 +39,7 @@ class PromptPlacement:
     num_keys: int
 
     def store(self, states: Tensor, stored: Tensor) -> Tensor:
+        """Put keys or values where they belong; returns those to attend to."""
         stored[self.rows.to(stored.device), :, : self.num_keys] = states
         return states
 
@@ -50,6 +52,7 @@ class SegmentPlacement:
     num_keys: int
 
     def store(self, states: Tensor, stored: Tensor) -> Tensor:
+        """Put keys or values where they belong; returns those to attend to."""
         stored[:, :, self.start : self.num_keys] = states
         return stored[:, :, : self.num_keys]
 
@@ -64,6 +67,7 @@ class TokenPlacement:
     num_keys: int
 
     def store(self, states: Tensor, stored: Tensor) -> Tensor:
+        """Put keys or values where they belong; returns those to attend to."""
         stored[self.row.to(stored.device), :, self.column.to(stored.device)] = states[0].transpose(0, 1)
         return stored[: self.num_rows, :, : self.num_keys]
 

@@ -36,13 +36,17 @@ from reward.judge_model import BranchedPrompt
 class Path(Protocol):
     """The four things that are asked of a model, for prompts that are encoded."""
 
-    def sample(self, queue: SampleQueue, run: SamplingRun) -> None: ...
+    def sample(self, queue: SampleQueue, run: SamplingRun) -> None:
+        """Answer the questions of a queue."""
 
-    def log_probs(self, batch: Batch[PromptTree]) -> list[np.ndarray]: ...
+    def log_probs(self, batch: Batch[PromptTree]) -> list[np.ndarray]:
+        """Log-probabilities of the options of branched prompts."""
 
-    def loglikelihood(self, batch: Batch[PromptTree], *, temperature: float = 1.0) -> list[list[list[float]]]: ...
+    def loglikelihood(self, batch: Batch[PromptTree], *, temperature: float = 1.0) -> list[list[list[float]]]:
+        """Per-token log-probabilities (nats) of given responses."""
 
-    def generate(self, batch: Batch[PromptTree], *, max_new_tokens: int) -> list[list[list[int]]]: ...
+    def generate(self, batch: Batch[PromptTree], *, max_new_tokens: int) -> list[list[list[int]]]:
+        """Greedy continuations of branched prompts, as token ids."""
 
 
 # Samples of a question so far in; how many more are wanted out.
@@ -382,6 +386,7 @@ class LazyTree:
 
     @functools.cached_property
     def tree(self) -> PromptTree:
+        """The tree of the prompt, built when it is asked for."""
         return self.build()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -73,7 +73,7 @@ class Prompter:
         self.processor: Any = processor
         self.open_image = open_image
         alone = isinstance(processor, PreTrainedTokenizerBase)
-        self.tokenizer: Any = processor if alone else self.processor.tokenizer
+        self.tokenizer: Any = processor if alone else cast(Any, processor).tokenizer
         # A fast tokenizer keeps how it pads, and whether it splits special tokens, from one call to the next: two
         # threads (`align.engines.prefetch`) would get each other's tokens.
         self._one_at_a_time = threading.Lock()

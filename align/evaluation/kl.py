@@ -49,6 +49,7 @@ class OneModel:
         self._engine: Engine | None = None
 
     def get(self, checkpoint: str) -> Engine:
+        """An engine with this checkpoint; the one before is let go first."""
         if self._engine is None or self._checkpoint != checkpoint:
             self.close()
             self._engine, self._checkpoint = self._open_engine(checkpoint), checkpoint

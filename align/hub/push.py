@@ -26,6 +26,7 @@ class Upload:
 
     @property
     def num_bytes(self) -> int:
+        """The size of all files."""
         return sum(self.files.values())
 
 

@@ -56,6 +56,7 @@ class Wishes:
 
     @property
     def names(self) -> list[str]:
+        """The names of the tasks, each once."""
         return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
 
     def results(self, config: Config, number: int) -> Path:
@@ -93,14 +94,17 @@ class Work:
 
     @property
     def folder(self) -> Path:
+        """The folder of responses and the manifest."""
         return self.out.with_suffix("")
 
     @property
     def manifest(self) -> Manifest:
+        """The manifest of the tasks."""
         return Manifest(self.folder / "manifest.json")
 
     @property
     def settings(self) -> dict[str, Any]:
+        """What a finished task was run with."""
         model = self.config.model.model_dump(exclude={"device", "allow_pickle"})
         return {"lmms-eval": self.version, "limit": self.limit, "model": model}
 

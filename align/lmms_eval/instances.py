@@ -62,6 +62,7 @@ class Request:
     note: str | None = None
 
     def answered(self, **said: Any) -> Answered:
+        """The request with its answer, as a record."""
         return Answered(
             id=self.id,
             task=self.task,

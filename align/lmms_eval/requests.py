@@ -71,6 +71,7 @@ class Answerer:
 
     @property
     def engine(self) -> Any:
+        """The engine, opened when it is needed."""
         if self._engine is None:
             self._engine = self._open()
         return self._engine

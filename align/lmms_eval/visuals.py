@@ -40,6 +40,7 @@ class Dialogue:
 
     @property
     def note(self) -> str | None:
+        """What was changed in the text, for the manifest."""
         return "<image> in the text was taken out" if self.num_marks else None
 
     @property

@@ -240,6 +240,7 @@ def _picture(frame: Any, number: int, max_pixels: int, path: Path) -> Image.Imag
 
 
 def check_size(width: int, height: int, max_pixels: int, path: Path) -> None:
+    """Raises UserError for frames of more pixels than are allowed."""
     if width * height > max_pixels:
         raise UserError(
             f"expected frames of at most {max_pixels} pixels, found {width}x{height}",
@@ -271,6 +272,7 @@ def read_frame(path: Path, number: int, *, max_pixels: int = MAX_FRAME_PIXELS) -
 
 
 def checked(indices: list[int], count: int, path: Path) -> list[int]:
+    """The indices, if all lie within the video; else UserError."""
     if not indices or min(indices) < 0 or max(indices) >= count:
         raise UserError(f"the frames {indices[:8]} were picked of a video of {count}", where=str(path))
     return [int(index) for index in indices]

@@ -75,6 +75,7 @@ class ImageChatProcessor(ProcessorMixin):
     # What a family says.
 
     def new_pixels(self) -> Pixels:
+        """An empty collection of one call's pixels, as the family takes them."""
         raise NotImplementedError
 
     def num_image_tokens(self, width: int, height: int, num_images: int = 1) -> int:
@@ -152,6 +153,7 @@ class ImageChatProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """The names of everything that the model takes."""
         return ["input_ids", "attention_mask", *self.image_inputs]
 
     # Messages to text.
@@ -354,9 +356,11 @@ class ImageChatProcessor(ProcessorMixin):
         return {"input_ids": ids, "attention_mask": masks}
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
+        """The tokenizer's."""
         return self.tokenizer.decode(*args, **kwargs)
 
 

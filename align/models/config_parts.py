@@ -95,11 +95,13 @@ class TokenIdsBeside:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As of the base class; remembers the folder, whose tokenizer knows ids that the file lacks."""
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of the base class, from keys of any version of the layout."""
         unknown = {key: token for key, token in cls.token_keys.items() if config_dict.get(key) is None}
         found = find_token_ids(folder_of(config_dict, kwargs), list(unknown.values())) if unknown else {}
         ids = {key: found.get(token) for key, token in unknown.items()}

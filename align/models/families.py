@@ -73,6 +73,7 @@ class ValleyConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of the base class, from keys of any version of the layout."""
         architecture = (config_dict.get("architectures") or [None])[0]
         family = FAMILIES.get(architecture)
         if family is None or family.config.model_type != cls.model_type:

@@ -28,6 +28,7 @@ class ImageLlamaModel(VisualBackbone, LlamaModel):
     num_dummy_pictures = 1
 
     def dummy_image_inputs(self) -> dict[str, torch.Tensor]:
+        """The smallest image inputs: for processes that have no image of their own, whose collectives must match."""
         side, count = self.config.vision_config.image_size, self.num_dummy_pictures
         return {
             "pixel_values": torch.zeros(count, 3, side, side, device=self.device),

@@ -39,6 +39,7 @@ class PixtralProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """The names of everything that the model takes."""
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     def __call__(
@@ -78,9 +79,11 @@ class PixtralProcessor(ProcessorMixin):
         return first + "".join(next(grids) + piece for piece in rest)
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
+        """The tokenizer's."""
         return self.tokenizer.decode(*args, **kwargs)
 
 

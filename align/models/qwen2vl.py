@@ -69,6 +69,7 @@ class PatchGeometry:
         return first, smart_resize(*first, factor=self.factor, min_pixels=min_pixels, max_pixels=max_pixels)
 
     def num_tokens(self, width: int, height: int, min_pixels: int, max_pixels: int) -> int:
+        """Visual tokens of an image of this size."""
         _, (new_w, new_h) = self.sizes(width, height, min_pixels, max_pixels)
         return (new_w // self.factor) * (new_h // self.factor)
 

@@ -72,6 +72,7 @@ class Stack:
 
     @property
     def trained(self) -> bool:
+        """Whether anything of the stack is kept for a backward pass."""
         return bool(self.kept.inputs or self.kept.norms)
 
 
@@ -100,6 +101,7 @@ class ModelShape:
 
     @property
     def embedding_weights(self) -> int:
+        """Parameters of the token embeddings."""
         return self.vocabulary * self.text.hidden
 
     @cached_property

@@ -57,6 +57,7 @@ class ValleyChatProcessor(ImageChatProcessor):
             raise ValueError(f"expected 0 < min_pixels <= {name}, found {self.min_pixels} and {most}")
 
     def blank_image(self) -> Image.Image | None:
+        """What a family shows where there is no image; None: nothing."""
         return Image.new("RGB", BLACK_IMAGE_SIZE) if self.text_only_image == "black" else None
 
     def _wrap(self, text: str) -> str:

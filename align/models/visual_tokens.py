@@ -155,6 +155,7 @@ class VisualCausalLM:
         return loaded
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """The backbone's."""
         return self.model.get_image_features(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:

@@ -102,6 +102,7 @@ def tensor_table(folder: Path) -> dict[str, TensorInfo]:
 
 
 def has_pickle(folder: Path) -> bool:
+    """Whether weights in the folder are pickled."""
     return any((folder / name).is_file() for name in PICKLE_FILES)
 
 

@@ -53,6 +53,7 @@ class Work:
         self._marks.append((time.monotonic(), 0))
 
     def advance(self, step: int, **figures: float) -> None:
+        """Count finished steps, with figures to show beside them."""
         self.figures |= figures
         if step:
             self.own += step
@@ -66,6 +67,7 @@ class Work:
         return (self.own - count) / max(time.monotonic() - since, 1e-6)
 
     def as_dict(self) -> dict[str, object]:
+        """As the heartbeat file holds it."""
         public = {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
         return public | {"speed": self.speed}
 
@@ -84,9 +86,11 @@ class Heartbeat:
 
     @property
     def path(self) -> Path:
+        """The process's file."""
         return self.folder / f".progress-{rank()}.json"
 
     def write(self) -> None:
+        """Write the file at once."""
         data = {
             "stage": self.stage,
             "started": self.started,
@@ -101,12 +105,14 @@ class Heartbeat:
             write_text(self.path, json.dumps(data))
 
     def keep_writing(self) -> None:
+        """Write until the stage ends: the work of a thread."""
         while not self._ended.wait(HEARTBEAT_S):
             self.write()
             if self.tick is not None:
                 self.tick()
 
     def end(self) -> None:
+        """Let the writing thread end."""
         self._ended.set()
 
 

@@ -26,6 +26,7 @@ class CountingModel:
         self.asked: list[BranchedSize] = []
 
     def log_probs(self, prompts: Sequence[BranchedPrompt]) -> list[Any]:
+        """Counts what was asked; returns equal log-probabilities."""
         self.asked += [self._size(branched, 0) for branched in prompts]
         return [
             np.full((len(branched.branches), len(branched.options)), math.log(1 / len(branched.options)))
@@ -33,6 +34,7 @@ class CountingModel:
         ]
 
     def generate(self, prompts: Sequence[BranchedPrompt], *, max_new_tokens: int) -> list[list[str | None]]:
+        """Counts what was asked; returns no text."""
         written = min(self.written_tokens, max_new_tokens)
         self.asked += [self._size(branched, written) for branched in prompts]
         return [["- one claim\n- another claim"] * len(branched.branches) for branched in prompts]

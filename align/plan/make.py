@@ -99,10 +99,12 @@ class Plan:
 
     @property
     def possible(self) -> list[Fit]:
+        """The strategies that fit."""
         return [fit for fit in self.fits if fit.fits]
 
     @property
     def configured(self) -> Fit:
+        """The strategy that the configuration names."""
         return next((fit for fit in self.fits if fit.strategy == self.strategy), self.fits[0])
 
     @property
@@ -112,6 +114,7 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
+        """Of all rounds together."""
         return sum(stage.seconds * stage.runs for stage in self.stages) * self.machine.gpus / 3600
 
     def as_dict(self) -> dict[str, Any]:

@@ -61,10 +61,12 @@ class Machine:
 
     @property
     def usable_bytes(self) -> int:
+        """What of a GPU can be allocated."""
         return int(self.gpu_gib * GIB * USABLE)
 
     @property
     def sent_a_second(self) -> float:
+        """Bytes per second between GPUs."""
         return 1e9 * (self.link_gbs or (NODE_GBS if self.gpus <= GPUS_PER_NODE else NETWORK_GBS))
 
 
@@ -79,9 +81,11 @@ class Cost:
         return Cost(self.work + other.work, self.start + other.start)
 
     def times(self, work: float, start: float | None = None) -> Cost:
+        """The cost of so many times the work, and the launches."""
         return Cost(self.work * work, self.start * (work if start is None else start))
 
     def seconds(self, machine: Machine) -> float:
+        """On this machine."""
         return self.work + self.start if machine.waits else max(self.work, self.start)
 
 
@@ -146,6 +150,7 @@ class Speed:
         return total
 
     def projector(self, visual_tokens: float) -> Cost:
+        """The cost of projecting so many visual tokens."""
         return Cost(self._computing(2 * self.shape.parts.get("projector", 0) * visual_tokens))
 
     def optimiser(self) -> Cost:

@@ -87,6 +87,7 @@ class StagePlanner:
         self.judges = self._judges() if config.questions is not None else []
 
     def stages(self) -> list[StageCost]:
+        """The cost of every stage of the configuration."""
         found = []
         if self.config.questions is not None:
             found.append(self._sample())

@@ -45,6 +45,7 @@ class Difference:
 
     @classmethod
     def between(cls, one: Tensor, other: Tensor) -> Difference:
+        """Of two tensors of equal shape."""
         errors = (one.double() - other.double()).abs()
         return cls(float(errors.max()), float(errors.mean()))
 

@@ -100,6 +100,7 @@ class GroupedPlan(AttentionPlan):
         self.num_keys = self.num_queries = self.prompt_width + length
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+        """Attention of a row whose segments are grouped."""
         out = self._masked(
             self._grouped(query), self._with_prompt(key), self._with_prompt(value), scale=scale, dropout=dropout
         )
@@ -134,6 +135,7 @@ class BranchPlan(AttentionPlan):
         self.num_queries = len(place)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+        """Attention of single new tokens of branches."""
         by_row = query[0].transpose(0, 1)[self.query.to(query.device)].transpose(1, 2)
         out = self._masked(by_row, key, value, scale=scale, dropout=dropout)
         return out.transpose(1, 2).flatten(0, 1)[self.place.to(out.device)].transpose(0, 1)[None]

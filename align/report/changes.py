@@ -62,6 +62,7 @@ class Change:
 
     @property
     def span(self) -> str:
+        """The interval of the change, as text."""
         show = self.metric.show_change
         return f"{show(self.difference.low)} to {show(self.difference.high)}"
 
@@ -118,6 +119,7 @@ class History:
 
 
 def history(run: RunData) -> History:
+    """Every metric's changes from round to round."""
     found = History({}, {})
     for name in in_order({name for data in run.rounds for name in data.metrics}):
         against = metric(name).against

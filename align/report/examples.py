@@ -242,6 +242,7 @@ def _correct(text: str, question: Question) -> bool | None:
 
 
 def letter(index: int) -> str:
+    """A, B, C ... for responses."""
     return LETTERS[index] if index < len(LETTERS) else str(index + 1)
 
 

@@ -181,6 +181,7 @@ def _value_labels(curves: Sequence[Curve], x: Scale, y: Scale, show: Callable[[f
 
 
 def show_tick(tick: float, scale: Scale, share: bool) -> str:
+    """A label of an axis."""
     step = scale.ticks[1] - scale.ticks[0] if len(scale.ticks) > 1 else max(abs(tick), 1)
     if share:
         return f"{tick * 100:.{0 if step >= 0.00999 else 1}f}\u00a0%"

@@ -53,6 +53,7 @@ class Cost:
 
     @property
     def tokens_per_s(self) -> float | None:
+        """Tokens read and written per second; None where neither was counted."""
         tokens = (self.tokens_read or 0.0) + (self.tokens_written or 0.0)
         return tokens / self.seconds if tokens and self.seconds > 0 else None
 

@@ -32,6 +32,7 @@ class Metric:
     against: Literal["first", "before"] | None = None
 
     def show(self, value: float) -> str:
+        """A value as text."""
         return percent(value) if self.percent else plain(value)
 
     def show_change(self, value: float) -> str:
@@ -55,6 +56,7 @@ class Metric:
 
 
 def percent(value: float, digits: int = 1) -> str:
+    """A share as percent, with a real minus sign."""
     return f"{value * 100:.{digits}f}{NO_BREAK}%".replace("-", MINUS)
 
 
@@ -100,6 +102,7 @@ HEADLINES = ("sampled_accuracy", "greedy_accuracy", "win_rate_first", "win_rate_
 
 
 def metric(name: str) -> Metric:
+    """What is known of a metric; for an unknown name, the name itself."""
     known = METRICS.get(name)
     if known is not None:
         return known

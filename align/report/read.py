@@ -51,6 +51,7 @@ class Stage:
 
     @property
     def complete(self) -> bool:
+        """Whether the stage has finished."""
         return self.status == "complete"
 
 
@@ -71,6 +72,7 @@ class RoundData:
     outdated: str | None = None
 
     def counts(self, stage: str) -> JSON:
+        """The counts of a stage; none where it has not begun."""
         return self.stages[stage].counts if stage in self.stages else {}
 
     def setting(self, stage: str, *keys: str) -> Any:
@@ -93,6 +95,7 @@ class RoundData:
 
     @property
     def evaluated(self) -> bool:
+        """Whether the round has held-out metrics or responses."""
         return bool(self.metrics or self.lines)
 
 
@@ -109,6 +112,7 @@ class RunData:
 
     @property
     def evaluated(self) -> list[RoundData]:
+        """The rounds that were evaluated."""
         return [data for data in self.rounds if data.evaluated]
 
     @property
@@ -118,6 +122,7 @@ class RunData:
 
     @property
     def trained(self) -> list[RoundData]:
+        """The rounds, without the first policy."""
         return [data for data in self.rounds if data.number > 0]
 
     def setting(self, *keys: str) -> Any:

@@ -163,6 +163,7 @@ def read_published() -> dict[str, list[tuple[float, float]]]:
 
 
 def published_source() -> str:
+    """Where the reference curve was published."""
     return str(_published()["source"])
 
 

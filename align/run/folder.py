@@ -41,6 +41,7 @@ class RunDir:
 
     @property
     def config(self) -> Path:
+        """The configuration as resolved when the run began."""
         return self.path / "align.yaml"
 
     @property
@@ -50,9 +51,11 @@ class RunDir:
 
     @property
     def report(self) -> Path:
+        """The HTML page."""
         return self.path / "report.html"
 
     def round(self, number: int) -> Round:
+        """The folder of a round."""
         return Round(self.path / f"round-{number}", number)
 
     def rounds(self) -> list[Round]:
@@ -96,10 +99,12 @@ class Round:
 
     @property
     def samples(self) -> Path:
+        """A line per question: its responses."""
         return self.path / "samples.jsonl"
 
     @property
     def scores(self) -> Path:
+        """A line per question: rewards and their evidence."""
         return self.path / "scores.jsonl"
 
     @property
@@ -109,10 +114,12 @@ class Round:
 
     @property
     def pairs(self) -> Path:
+        """A line per preference pair."""
         return self.path / "pairs.jsonl"
 
     @property
     def reference(self) -> Path:
+        """Reference log-probabilities of the pairs."""
         return self.path / "reference.safetensors"
 
     @property
@@ -122,18 +129,22 @@ class Round:
 
     @property
     def trainer(self) -> Path:
+        """What an interrupted training resumes from."""
         return self.path / "trainer"
 
     @property
     def checkpoint(self) -> Path:
+        """The round's checkpoint."""
         return self.path / "checkpoint"
 
     @property
     def evaluation(self) -> Path:
+        """Held-out metrics."""
         return self.path / "evaluation.json"
 
     @property
     def evaluation_lines(self) -> Path:
+        """Held-out responses."""
         return self.path / "evaluation.jsonl"
 
     @property
@@ -158,10 +169,12 @@ class Round:
 
     @property
     def manifest_path(self) -> Path:
+        """The file of the manifest."""
         return self.path / "manifest.json"
 
     @property
     def manifest(self) -> Manifest:
+        """The round's manifest."""
         return Manifest(self.manifest_path)
 
     def need(self, stage: str, why: str, command: str) -> None:

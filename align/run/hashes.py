@@ -33,6 +33,7 @@ def checkpoint_hash(reference: str) -> str:
 
 
 def text_hash(*parts: str) -> str:
+    """sha256 of texts, in order."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -53,6 +53,7 @@ class PartialFile:
         return ordered
 
     def discard(self) -> None:
+        """Remove the parts."""
         for path in self._parts():
             path.unlink()
 

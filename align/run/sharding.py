@@ -24,7 +24,8 @@ from align.run.resumable import PartialFile
 
 class WithId(Protocol):
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """The id that finished items are known by."""
 
 
 ItemT = TypeVar("ItemT", bound=WithId)

@@ -43,9 +43,11 @@ class Tracker(Protocol):
     def go_on_after(self, step: int) -> None:
         """What was logged of later steps is done again."""
 
-    def log(self, numbers: dict[str, float], step: int) -> None: ...
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """Send metrics of a step."""
 
-    def close(self, *, failed: bool) -> None: ...
+    def close(self, *, failed: bool) -> None:
+        """End the run on the tracker."""
 
 
 def tracker_names(config: Config) -> list[str]:
@@ -63,6 +65,7 @@ def tracker_names(config: Config) -> list[str]:
 
 
 def own_names(config: Config) -> list[str]:
+    """The trackers that this toolkit talks to itself."""
     return [name for name in tracker_names(config) if name in PACKAGES]
 
 
@@ -91,12 +94,15 @@ class Trackers:
     notes: dict[str, str] = field(default_factory=dict)
 
     def go_on_after(self, step: int) -> None:
+        """Forget what was sent of later steps: they are trained again."""
         self._each(lambda tracker: tracker.go_on_after(step))
 
     def log(self, numbers: dict[str, float], step: int) -> None:
+        """Send metrics of a step to all."""
         self._each(lambda tracker: tracker.log(numbers, step))
 
     def close(self, *, failed: bool) -> None:
+        """End the run on all trackers."""
         self._each(lambda tracker: tracker.close(failed=failed))
 
     def _each(self, do: Callable[[Tracker], None]) -> None:

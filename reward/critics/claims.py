@@ -49,6 +49,7 @@ class ClaimsCritic(BaseCritic):
     _split_prompt: Prompt | None = PrivateAttr(None)
 
     def model_post_init(self, context: Any) -> None:
+        """What the settings lead to; raises RewardError where they cannot be used."""
         self._prompt = load_prompt(self.prompt, "claims")
         if self.split == "ask":
             self._split_prompt = load_prompt(self.split_prompt, "split")
@@ -56,6 +57,7 @@ class ClaimsCritic(BaseCritic):
             raise RewardError(f"prompt {self._prompt.name}: a claims prompt needs options correct and wrong")
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """A judgement for each item, in their order."""
         responses = [distinct_responses(item) for item in items]
         claims, unscored = self._claims(items, responses)
         asked = [sorted({claim for index in by_index for claim in by_index[index]}) for by_index in claims]

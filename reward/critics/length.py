@@ -23,6 +23,7 @@ class LengthCritic(BaseCritic):
     """
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """A judgement for each item, in their order."""
         return [self._judge_one(item) for item in items]
 
     def _judge_one(self, item: Item) -> Judgement:

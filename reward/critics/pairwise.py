@@ -84,9 +84,11 @@ class PairwiseCritic(BaseCritic):
     _prompt: Prompt = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
+        """What the settings lead to; raises RewardError where they cannot be used."""
         self._prompt = _offered(load_prompt(self.prompt, "pairwise"), use_tie_option=self.use_tie_option)
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """A judgement for each item, in their order."""
         tournaments = [self._tournament(item) for item in items]
         open_matches = [(tournament, matches) for tournament in tournaments if (matches := self._matches(tournament))]
         while open_matches:

@@ -36,11 +36,13 @@ class PanelCritic(BaseCritic):
     need_all: bool = False
 
     def model_post_init(self, context: Any) -> None:
+        """What the settings lead to; raises RewardError where they cannot be used."""
         unknown = [name for name in self.weights if name not in self.critics]
         if unknown:
             raise RewardError("; ".join(f"weight for {name!r}, which is not in the panel" for name in unknown))
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """A judgement for each item, in their order."""
         by_name = {name: critic.judge(items) for name, critic in self.critics.items()}
         members = [{name: judgements[row] for name, judgements in by_name.items()} for row in range(len(items))]
         return [self._combine(item, judged) for item, judged in zip(items, members, strict=True)]

@@ -40,6 +40,7 @@ class PointwiseCritic(BaseCritic):
     _prompt: Prompt = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
+        """What the settings lead to; raises RewardError where they cannot be used."""
         self._prompt = load_prompt(self.prompt, "pointwise")
         if self.read == "log_probs" and len(self._prompt.options) < 2:
             raise RewardError(
@@ -47,6 +48,7 @@ class PointwiseCritic(BaseCritic):
             )
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """A judgement for each item, in their order."""
         responses = [distinct_responses(item) for item in items]
         prompts = [
             self._prompt.fill(item.images, item.question, [(item.responses[index],) for index in indices])

@@ -45,10 +45,12 @@ class PythonCritic(BaseCritic):
     _call: Function = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
+        """What the settings lead to; raises RewardError where they cannot be used."""
         self._call = load_function(self.function) if isinstance(self.function, str) else self.function
         check_signature(self._call, str(self.function))
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """A judgement for each item, in their order."""
         return [self._judge_one(item) for item in items]
 
     def _judge_one(self, item: Item) -> Judgement:

@@ -31,10 +31,12 @@ class RatingsCritic(BaseCritic):
     _by_question: dict[str, list[HumanRating]] = PrivateAttr(default_factory=dict)
 
     def model_post_init(self, context: Any) -> None:
+        """What the settings lead to; raises RewardError where they cannot be used."""
         for rating in read_ratings(Path(self.file)):
             self._by_question.setdefault(rating.question_id, []).append(rating)
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """A judgement for each item, in their order."""
         return [self._judge_one(item) for item in items]
 
     def _judge_one(self, item: Item) -> Judgement:

@@ -37,6 +37,7 @@ class ScalarCritic(BaseCritic):
     scorer: Any = Field(exclude=True)
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """A judgement for each item, in their order."""
         responses = [distinct_responses(item) for item in items]
         dialogues = [
             Dialogue(item.images, item.question, item.responses[index])

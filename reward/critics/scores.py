@@ -29,12 +29,14 @@ class ScoresCritic(BaseCritic):
     _by_id: dict[str, Judgement] = PrivateAttr(default_factory=dict)
 
     def model_post_init(self, context: Any) -> None:
+        """What the settings lead to; raises RewardError where they cannot be used."""
         for where, line in read_lines(Path(self.file), Judgement):
             if line.id in self._by_id:
                 raise RewardError(f"{where}: the question {line.id} is scored twice")
             self._by_id[line.id] = line
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """A judgement for each item, in their order."""
         return [self._judge_one(item) for item in items]
 
     def _judge_one(self, item: Item) -> Judgement:

@@ -121,6 +121,7 @@ def sampling_body(
 
 
 def greedy_body(messages: list[dict[str, Any]], can: Abilities, max_tokens: int) -> dict[str, Any]:
+    """The request for a greedy answer."""
     settings = SamplingSettings(temperature=0.0, max_new_tokens=max_tokens)
     return sampling_body(messages, settings, can, seed=0, num=1)
 

@@ -73,6 +73,7 @@ class Abilities:
     continues: bool = False
 
     def in_words(self) -> str:
+        """What a server can do, for a log line."""
         words = [
             "n" if self.several else "one sample a request",
             *(["top_k"] if self.extras else []),

@@ -63,6 +63,7 @@ class Fleet:
 
     @property
     def num_slots(self) -> int:
+        """Requests that may be in flight at a time."""
         return len(self.endpoints) * self.settings.concurrency
 
     def check(self) -> None:

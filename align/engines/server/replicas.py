@@ -90,6 +90,7 @@ class Replicas:
 
     @property
     def servers(self) -> list[Server]:
+        """The endpoints, as configuration names them."""
         return [Server(url=replica.url, model=self.model) for replica in self._replicas]
 
     def ended(self, url: str) -> bool:

@@ -28,6 +28,7 @@ PAUSE_S = 1.0
 
 
 def main(arguments: list[str]) -> int:
+    """Run the command and keep it running; returns its exit code."""
     max_restarts, stop_s, command = int(arguments[0]), float(arguments[1]), arguments[2:]
     started_by = os.getppid()
     told: list[int] = []

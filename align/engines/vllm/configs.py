@@ -13,6 +13,7 @@ class LlavaOrLmms(LlavaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of the base class, from keys of any version of the layout."""
         is_lmms = "LlavaQwenForCausalLM" in (config_dict.get("architectures") or [])
         return (LlavaQwenConfig if is_lmms else LlavaConfig).from_dict(config_dict, **kwargs)
 

@@ -68,9 +68,11 @@ class ImagesInfo(BaseProcessingInfo):
         return open_processor(self.ctx.model_config.model, json.dumps(settings, sort_keys=True))
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """The most images of a prompt; None: any number."""
         return {"image": self.images.most}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """The most tokens of one image (vLLM profiles memory with it)."""
         size = self.largest_px(seq_len)
         return {"image": self.get_hf_processor().num_image_tokens(*size, 1)}
 
@@ -86,9 +88,11 @@ class DummyImages(BaseDummyInputsBuilder[ImagesInfo]):
     """The largest prompt, which vLLM measures its memory with."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """A prompt of so many images (vLLM profiles memory with it)."""
         return image_mark(self.info.get_hf_processor()) * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]) -> Any:
+        """The largest images that may come (vLLM profiles memory with them)."""
         width, height = self.info.largest_px(seq_len)
         count, overrides = mm_counts.get("image", 0), mm_options.get("image")
         return {"image": self._get_dummy_images(width=width, height=height, num_images=count, overrides=overrides)}
@@ -98,6 +102,7 @@ class ImagesProcessor(BaseMultiModalProcessor[ImagesInfo]):
     """Images to tensors by the family's own processor, prompts to prompts with placeholders."""
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """As of the base class, with the number of images among the arguments, since a single image may be cut otherwise."""
         count = inputs.mm_data_items.get_all_counts().get("image", 0)
         kwargs = {**inputs.hf_processor_mm_kwargs, NUM_IMAGES: count}
         return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)

@@ -9,10 +9,12 @@ from align.models.llava_lmms.layout import ImageLayout
 
 
 def sizes_px(processor: Any) -> Iterator[tuple[int, int]]:
+    """The sizes that are to be tried for the most tokens."""
     yield from processor.tiling.canvases
 
 
 def num_views(arrays: Any) -> Any:
+    """How many views each image has."""
     layouts = arrays["image_layouts"]
     return layouts.new_tensor([ImageLayout(*row).num_views for row in layouts.tolist()])
 
@@ -29,4 +31,5 @@ class LlavaLmms(VisualModel):
     text_architecture = "Qwen2ForCausalLM"
 
     def placeholder_ids(self) -> list[int]:
+        """The ids of the tokens that images stand in for."""
         return [self.config.image_token_index]

@@ -53,6 +53,7 @@ class VisualModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def placeholder_ids(self) -> list[int]:
+        """The ids of the tokens that images stand in for."""
         return [self.config.image_token_id]
 
     @classmethod
@@ -61,6 +62,7 @@ class VisualModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         return None
 
     def get_mm_mapping(self) -> MultiModelKeys:
+        """Which modules are the language model and the towers."""
         return MultiModelKeys.from_string_field(language_model="language_model", tower_model="visual")
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
@@ -76,9 +78,11 @@ class VisualModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Hidden states of the text model, images in place."""
         return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The text model's logits."""
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -28,11 +28,13 @@ class PicturesInfo(ImagesInfo):
     """The most tokens: those of a prompt's first picture."""
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """The most tokens of one image (vLLM profiles memory with it)."""
         return {"image": self.get_hf_processor().num_patches + 5}
 
 
 class DummyPictures(DummyImages):
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """A prompt of so many images (vLLM profiles memory with it)."""
         count = mm_counts.get("image", 0)
         frames = "<vi_frame>" * count
         return f"<im_start><im_patch><im_end><vi_start>{frames}<vi_end>" if count else ""
@@ -93,6 +95,7 @@ class PicturesProcessor(ImagesProcessor):
         return [PromptReplacement("image", target, placeholders)]
 
     def mark_id(self, processor: Any) -> int:
+        """The token that stands for a picture."""
         return processor.video_token_id
 
 
@@ -102,6 +105,7 @@ class ValleyLlama(VisualModel):
     text_architecture = "LlamaForCausalLM"
 
     def placeholder_ids(self) -> list[int]:
+        """The ids of the tokens that images stand in for."""
         return [self.config.image_token_id, self.config.video_token_id]
 
     def embed_multimodal(self, **kwargs: Any) -> Any:

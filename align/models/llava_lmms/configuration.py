@@ -79,6 +79,7 @@ class LlavaQwenConfig(Qwen2Config):
 
     @property
     def image_token_id(self) -> int:
+        """The placeholder's id, by the name that transformers uses."""
         return self.image_token_index
 
     @property

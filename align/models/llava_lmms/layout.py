@@ -45,6 +45,7 @@ class ImageLayout:
         return patches_per_side**2 + (self.rows * (self.columns + 1) if self.tile_rows else 1)
 
     def as_row(self) -> tuple[int, ...]:
+        """As a row of a tensor."""
         return astuple(self)
 
 
@@ -65,6 +66,7 @@ class Tiling:
 
     @property
     def crop_px(self) -> int:
+        """A tile's edge in pixels."""
         return self.edge_px
 
     def grid(self, width: int, height: int) -> tuple[int, int]:

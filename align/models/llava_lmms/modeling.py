@@ -88,6 +88,7 @@ class LlavaQwenModel(VisualBackbone, Qwen2Model):
         return torch.cat((views_VPD[0], rows.flatten(0, 1)))
 
     def dummy_image_inputs(self) -> dict[str, torch.Tensor]:
+        """The smallest image inputs: for processes that have no image of their own, whose collectives must match."""
         edge = self.config.vision_config.image_size
         return {
             "pixel_values": torch.zeros(1, 3, edge, edge, device=self.device),

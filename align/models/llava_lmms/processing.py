@@ -86,6 +86,7 @@ class LlavaQwenProcessor(ImageChatProcessor):
         return gather_frames(text, images)
 
     def new_pixels(self) -> "_Pixels":
+        """An empty collection of one call's pixels, as the family takes them."""
         return _Pixels(self)
 
 

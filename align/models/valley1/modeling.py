@@ -31,6 +31,7 @@ class DeltaEncoder(nn.Module):
         self.layers = nn.ModuleList([layer])
 
     def forward(self, sequences: torch.Tensor) -> torch.Tensor:
+        """One encoder layer over frames, `(B, T, W)` to the same."""
         layer: Any = self.layers[0]
         # Attention keeps its dropout as a number, which whoever sets all nn.Dropout to 0, as DPO does, would not find.
         layer.self_attn.dropout = layer.dropout1.p
@@ -73,6 +74,7 @@ class ValleyLlamaModel(ImageLlamaModel):
         return [config.image_token_id] * config.num_patches + [config.video_token_id] * num_pictures
 
     def places(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`(B, L)` bool: where images and frames go."""
         kinds = [self.config.image_token_id, self.config.video_token_id]
         if None in kinds:
             raise ValueError(

@@ -136,6 +136,7 @@ class ValleyLlamaProcessor(ImageChatProcessor):
         return -(-(self.num_patches + num_images) // num_images)
 
     def new_pixels(self) -> Any:
+        """An empty collection of one call's pixels, as the family takes them."""
         return _Pixels(self.side)
 
     def apply_chat_template(self, conversation: Sequence[Any], *args: Any, **kwargs: Any) -> Any:

@@ -71,12 +71,14 @@ class Valley25Config(TokenIdsBeside, Qwen3Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Valley25Config":
+        """As of the base class, from keys of any version of the layout."""
         if config_dict.get("navit_merger_hidden_dim") is None:
             width = find_merger_width(folder_of(config_dict, kwargs))
             config_dict = {**config_dict, "navit_merger_hidden_dim": width}
         return super().from_dict(config_dict, **kwargs)
 
     def geometry(self) -> PatchGeometry:
+        """Patch sizes and merging of the vision tower."""
         return PatchGeometry.of(self.eagle_vision_config)
 
 

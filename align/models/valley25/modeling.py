@@ -72,6 +72,7 @@ class ValleyQwen3Model(VisualBackbone, Qwen3Model):
         return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=features)
 
     def dummy_image_inputs(self) -> dict[str, torch.Tensor]:
+        """The smallest image inputs: for processes that have no image of their own, whose collectives must match."""
         patches, grid = self.config.geometry().blank(self.device)
         return {"pixel_values": patches, "image_grid_thw": grid}
 

@@ -94,6 +94,7 @@ class Valley25Processor(ValleyChatProcessor):
         return self.max_pixels if num_images == 1 else self.max_pixels_of_several
 
     def new_pixels(self) -> "_Pixels":
+        """An empty collection of one call's pixels, as the family takes them."""
         return _Pixels(self)
 
 

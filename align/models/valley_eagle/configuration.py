@@ -84,6 +84,7 @@ class ValleyEagleConfig(TokenIdsBeside, Qwen2Config):
         return (patches + 1) // 2
 
     def geometry(self) -> Geometry:
+        """Tiles and tokens as the configuration says."""
         return Geometry(
             crop_px=self.vit_crop_size,
             tokens_per_side=self.tokens_per_side,

@@ -40,6 +40,7 @@ class VisualVocabulary(nn.Embedding):
     """
 
     def forward(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """`(N, T, V)` probabilities to `(N, T, H)` embeddings."""
         return probabilities @ self.weight
 
 
@@ -74,6 +75,7 @@ class ConvAdapter(nn.Module):
         self.conv = nn.Conv2d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """`(N, T, W)` patches to fewer `(N, T2, H)`."""
         return _convolve(self.conv, self.mlp(patches))
 
 
@@ -86,6 +88,7 @@ class PixelShuffle(nn.Module):
         self.mlp = _perceptron(config.vision_config.hidden_size * self.ratio**2, config)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """`(N, T, W)` patches to a fourth as many, wider ones."""
         num_tiles, num_patches, width = patches.shape
         blocks = round(num_patches**0.5) // self.ratio
         grid = patches.view(num_tiles, blocks, self.ratio, blocks, self.ratio, width)
@@ -107,6 +110,7 @@ class SiglipTower(nn.Module):
         self.vision_tower = encoder
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        """`(N, 3, S, S)` tiles to `(N, T, W)` patches."""
         return self.vision_tower(tiles).last_hidden_state
 
 
@@ -177,6 +181,7 @@ class ValleyQwen2Model(VisualBackbone, Qwen2Model):
         return torch.cat((tokens_TPD[0], _pool(kept[None], *self.geometry.map_size(width, height))[0].flatten(0, 1)))
 
     def dummy_image_inputs(self) -> dict[str, torch.Tensor]:
+        """The smallest image inputs: for processes that have no image of their own, whose collectives must match."""
         geometry, device = self.geometry, self.device
         inputs = {
             "pixel_values": torch.zeros(1, 3, geometry.crop_px, geometry.crop_px, device=device),

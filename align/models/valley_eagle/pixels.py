@@ -17,9 +17,11 @@ class TileGrid(Protocol):
     """How an image is cut in tiles: `crop_px` their edge, `grid` their columns and rows."""
 
     @property
-    def crop_px(self) -> int: ...
+    def crop_px(self) -> int:
+        """A tile's edge in pixels."""
 
-    def grid(self, width: int, height: int) -> tuple[int, int]: ...
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Columns and rows of tiles for an image of this size."""
 
 
 def cut_tiles(image: Image.Image, geometry: TileGrid, *, tiled: bool) -> list[Image.Image]:

@@ -85,6 +85,7 @@ class ValleyProcessor(ValleyChatProcessor):
 
     @property
     def model_input_names(self) -> list[str]:
+        """The names of everything that the model takes."""
         names = ["input_ids", "attention_mask", "pixel_values", "tiles_per_image", "image_sizes"]
         return [*names, "eagle_pixel_values", "image_grid_thw"] if self.geometry.eagle else names
 
@@ -102,6 +103,7 @@ class ValleyProcessor(ValleyChatProcessor):
         return min(self.max_pixels, self.frame_max_pixels) if is_frame(image) else self.max_pixels
 
     def new_pixels(self) -> "_Pixels":
+        """An empty collection of one call's pixels, as the family takes them."""
         return _Pixels(self)
 
 

@@ -98,6 +98,7 @@ class Geometry:
 
     @property
     def tokens_per_tile(self) -> int:
+        """Visual tokens of a tile."""
         return self.tokens_per_side**2
 
     def is_tiled(self, num_images: int) -> bool:
@@ -110,6 +111,7 @@ class Geometry:
         return canvas_w // self.crop_px, canvas_h // self.crop_px
 
     def num_tiles(self, width: int, height: int, *, tiled: bool) -> int:
+        """Tiles of an image of this size, the overview counted."""
         if not tiled:
             return 1
         columns, rows = self.grid(width, height)

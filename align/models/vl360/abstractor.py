@@ -19,6 +19,7 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of maps `(B, C, H, W)`."""
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """`(N, C, H, W)`, normalised over channels."""
         return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -32,6 +33,7 @@ class NormedConv(nn.Module):
         self.bn = ChannelNorm(num_outputs, eps=1e-5)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """Convolution and norm, `(N, C, H, W)`."""
         return self.bn(self.conv(maps))
 
 
@@ -44,6 +46,7 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(num_squeezed, num_channels, 1)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """Channels weighted by their means, `(N, C, H, W)`."""
         means = maps.mean(dim=(2, 3), keepdim=True)
         return maps * torch.sigmoid(self.fc2(F.silu(self.fc1(means))))
 
@@ -61,6 +64,7 @@ class Block(nn.Module):
             self.downsample = NormedConv(num_inputs, width)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """A residual block, `(N, C, H, W)`."""
         inner = F.silu(self.conv2(F.silu(self.conv1(maps))))
         shortcut = self.downsample(maps) if hasattr(self, "downsample") else maps
         return F.silu(self.conv3(self.se(inner)) + shortcut)
@@ -93,6 +97,7 @@ class CAbstractor(nn.Module):
         self.readout = nn.Sequential(*layers)
 
     def forward(self, patches_BLE: torch.Tensor) -> torch.Tensor:
+        """`(B, L, E)` patches to the fewer tokens of the text model."""
         if hasattr(self, "prenorm"):
             patches_BLE = self.prenorm(patches_BLE)
         side = isqrt(patches_BLE.shape[1])

@@ -45,6 +45,7 @@ class AbstractorConfig:
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "AbstractorConfig":
+        """As of the base class, from keys of any version of the layout."""
         return cls(**{key: value for key, value in given.items() if key in cls.__dataclass_fields__})
 
 
@@ -94,6 +95,7 @@ class QH360VLConfig(TokenIdsBeside, LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of the base class, from keys of any version of the layout."""
         if "num_queries" not in (config_dict.get("visual_projector_config") or {}):
             raise ValueError(
                 "config.json: expected visual_projector_config with num_queries, which nothing else tells, found none"
@@ -102,6 +104,7 @@ class QH360VLConfig(TokenIdsBeside, LlamaConfig):
 
     @property
     def projector(self) -> AbstractorConfig:
+        """The abstractor's settings."""
         return AbstractorConfig.from_dict(self.visual_projector_config)
 
     @property

@@ -88,6 +88,7 @@ class QH360VLProcessor(ImageChatProcessor):
         return self._num_image_tokens
 
     def new_pixels(self) -> "_Pixels":
+        """An empty collection of one call's pixels, as the family takes them."""
         return _Pixels(self)
 
     def _wrap(self, text: str) -> str:

@@ -48,7 +48,7 @@ def writing_failed(error: Exception) -> str | None:
         return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     text = str(error)
     of_safetensors = type(error).__name__ == "SafetensorError" and "I/O error" in text
-    of_torch = isinstance(error, RuntimeError) and "PytorchStreamWriter" in text
+    of_torch = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
     return text.splitlines()[0] if of_safetensors or of_torch else None
 
 

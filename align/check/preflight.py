@@ -286,12 +286,15 @@ def _check_answers(config: Config) -> None:
 def _dpo(config: Config, found: Preflight) -> None:
     import torch
 
-    from align.dpo.check import check_trained
+    from align.data.pairs_file import read_pairs_file
+    from align.dpo.check import check_pairs, check_trained
     from align.dpo.qlora import quantization
     from align.dpo.settings import training_arguments, training_fields
     from align.dpo.sharding.strategies import unsharded_models
     from align.dpo.train import training_dtype
+    from align.dpo.turns import turn_faults
     from align.models.device import pick_device
+    from align.models.load import load_processor
     from align.models.lora import lora_config
 
     device = torch.device("cpu")
@@ -305,6 +308,12 @@ def _dpo(config: Config, found: Preflight) -> None:
         lora_config(config.dpo.lora, config.dpo.freeze)
     if all(problem.area != "policy" for problem in found.problems):
         check_trained(config, config.policy)
+        processor = load_processor(config.policy, **config.model.processor)
+        found.facts += [f"careful: {fault}" for fault in turn_faults(processor, config.policy)]
+        if config.pairs_file is not None and all(problem.area != "data" for problem in found.problems):
+            images = question_images(config)
+            dropped = check_pairs(config, read_pairs_file(config.pairs_file, images)[0], processor, images)
+            found.facts += [f"careful: {count} pairs will be left out: {why}" for why, count in dropped.items()]
 
 
 def _launch(config: Config, found: Preflight) -> None:

@@ -123,13 +123,16 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A callback of the trainer's."""
+        if self.agreed(args.device):
+            control.should_save = control.should_training_stop = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process of the launch has been told to stop; every process must ask."""
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            flag = torch.tensor(float(self.requested), device=args.device)
+            flag = torch.tensor(float(self.requested), device=device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.requested = bool(flag)
-        if self.requested:
-            control.should_save = control.should_training_stop = True
+        return self.requested
 
     def _request(self, *_: Any) -> None:
         self.requested = True

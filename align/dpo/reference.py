@@ -7,11 +7,12 @@ differ by their rounding, in float32 by some 1e-6, in bfloat16 so that rewards (
 random model.
 
 ``reference.safetensors`` holds per-token and summed values, and in its header the key: hashes of everything that the
-numbers depend on. A file with another key is not used. Unfinished work lies beside it, line by line, and is continued.
+numbers depend on, and a checksum. A file with another key, or a damaged one, is not used. Unfinished work lies beside it, line by line, and is continued.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -152,24 +153,38 @@ def reference_log_probs(
 
 
 def read_reference(path: Path, key: ReferenceKey) -> Reference | None:
-    """The file's values, or None when there is no file or it was computed for something else."""
+    """The file's values, or None when there is no file, it is damaged, or it was computed for something else."""
     if not path.is_file():
         return None
-    with safe_open(str(path), framework="pt") as file:
-        changed = key.changes(json.loads((file.metadata() or {}).get("key", "{}")))
-        if changed:
-            log.warning("reference log-probabilities: %s changed since they were stored", ", ".join(changed))
-            return None
-        lengths = {side: file.get_tensor(f"{side}_num_tokens").tolist() for side in ("chosen", "rejected")}
-        tokens = {side: file.get_tensor(f"{side}_per_token_logps").split(lengths[side]) for side in lengths}
-        return Reference(file.get_tensor("logps"), list(tokens["chosen"]), list(tokens["rejected"]))
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        changed = key.changes(json.loads(metadata.get("key", "{}")))
+    except (SafetensorError, OSError, ValueError, AttributeError):
+        log.warning("reference log-probabilities: %s is damaged, they are computed again", path)
+        return None
+    if changed:
+        log.warning("reference log-probabilities: %s changed since they were stored", ", ".join(changed))
+        return None
+    if metadata.get("sha256") != _digest(tensors):
+        log.warning("reference log-probabilities: %s is damaged, they are computed again", path)
+        return None
+    tokens = {
+        side: list(tensors[f"{side}_per_token_logps"].split(tensors[f"{side}_num_tokens"].tolist()))
+        for side in ("chosen", "rejected")
+    }
+    return Reference(tensors["logps"], tokens["chosen"], tokens["rejected"])
 
 
 def _begin(path: Path, key: ReferenceKey, part: PartialFile) -> None:
     """Take up unfinished work for the same key; discard work for another one."""
     stored = _key_path(path)
     if stored.is_file():
-        changed = key.changes(json.loads(stored.read_text(encoding="utf-8")))
+        try:
+            changed = key.changes(json.loads(stored.read_text(encoding="utf-8")))
+        except (ValueError, AttributeError):
+            changed = [f"{stored.name}, which is damaged,"]
         if changed:
             log.warning("reference log-probabilities: restarted, %s changed", ", ".join(changed))
             part.discard()
@@ -184,8 +199,15 @@ def _write(path: Path, key: ReferenceKey, lines: dict[str, ReferenceLine], pairs
         tensors[f"{side}_num_tokens"] = torch.tensor([len(value) for value in values])
         tensors[f"{side}_per_token_logps"] = torch.cat(values)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, str(temporary), metadata={"key": json.dumps(asdict(key))})
+    save_file(tensors, str(temporary), metadata={"key": json.dumps(asdict(key)), "sha256": _digest(tensors)})
     temporary.replace(path)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _key_path(path: Path) -> Path:

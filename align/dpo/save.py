@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 
 from align.dpo.sharding.gather import gather_weights, merge_adapter
 from align.dpo.trainer import PairTrainer
+from align.dpo.verify_saved import Probe, check_learnt, verify_saved
+from align.errors import UserError
 from align.models.device import DTYPES
 from align.models.load import read_config
-from align.models.save import Code, save_checkpoint
+from align.models.save import Code, plain_weights, save_checkpoint
 from align.monitoring.cost import save_cost
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 
@@ -27,7 +30,12 @@ def save_trained(
 
     All processes call it. `load(checkpoint, device=...)` opens a model again where the trained one is sharded. `code`: as
     in `save_checkpoint`.
+
+    Raises:
+        UserError: the folder does not open as the model that was trained, or training has changed nothing; the folder
+            is removed.
     """
+    probe = Probe.take(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     gathered = gather_weights(trainer)
     sharded = is_deepspeed_zero3_enabled()
@@ -49,6 +57,13 @@ def save_trained(
             dtype=stored_dtype(policy),
             code=code,
         )
+        try:
+            verify_saved(folder, model, plain_weights(model, gathered, None), probe, stored_dtype(policy))
+            if Path(policy).is_dir():
+                check_learnt(folder, Path(policy))
+        except UserError:
+            shutil.rmtree(folder)
+            raise
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
     save_cost()
     trainer.accelerator.wait_for_everyone()

@@ -7,6 +7,7 @@ What the recipe of LLaVA-Critic says, and not TRL's own defaults, holds where no
 from __future__ import annotations
 
 import dataclasses
+import math
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from trl import DPOConfig
 from align import accelerator
 from align.config import Config, DpoSettings
 from align.errors import UserError
+from align.log import log
 from align.tracking.trackers import OF_TRANSFORMERS, check_trackers, tracker_names
 
 RECIPE: dict[str, Any] = {
@@ -41,7 +43,7 @@ OWN_FIELDS = {
     "precompute_ref_batch_size": "reference log-probabilities are computed per_device_train_batch_size at a time",
     "model_init_kwargs": "the checkpoint is opened as the model: section says",
     "trust_remote_code": "no code from a checkpoint is ever run",
-    "resume_from_checkpoint": "the same command always goes on from the last state",
+    "resume_from_checkpoint": "the same command always resumes from the last trainer checkpoint",
     "eval_strategy": "held-out questions are asked by `align evaluate`",
     "load_best_model_at_end": "held-out questions are asked by `align evaluate`",
     "push_to_hub": "nothing is uploaded",
@@ -49,12 +51,15 @@ OWN_FIELDS = {
     "padding_free": "it has no effect in this version of TRL",
     "pad_token": "the processor's own is used",
     "use_cpu": "see model.device",
+    "save_only_model": "a training that was stopped resumes with its optimiser",
 }
 # The losses of TRL 1.16 (`DPOTrainer._compute_loss`), which names them when the first batch has been computed.
 LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+# The losses that read `label_smoothing`.
+SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 MINIMA = {
     "learning_rate": 0,
     "beta": 0,
@@ -125,20 +130,22 @@ def training_fields(config: Config, output_dir: Path, device: torch.device, dtyp
     return _by_their_new_names(fields)
 
 
-def training_arguments(fields: dict[str, Any]) -> DPOConfig:
+def training_arguments(fields: dict[str, Any], given: dict[str, Any] | None = None) -> DPOConfig:
     """TRL's arguments from `training_fields` and, for a launch, `align.dpo.sharding.strategies.strategy_fields`.
 
     With a configuration of DeepSpeed's third stage, every model that transformers loads from now on is sharded too, as
     long as the result is alive.
 
     Raises:
-        UserError: a field has a value that TRL or transformers refuse, or that fails when training begins.
+        UserError: a field has a value that TRL or transformers refuse, or that fails when training begins; or a field of
+            `given`, the user's own, has no effect.
     """
     try:
         arguments = DPOConfig(**fields)
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"TRL refuses the dpo section: {error}") from None
     check_values(arguments)
+    check_effects(arguments, given or {})
     return arguments
 
 
@@ -173,6 +180,78 @@ def check_values(arguments: DPOConfig) -> None:
             problems.append(f"dpo.loss_type: {kind!r} is none of TRL's losses: {', '.join(LOSSES)}")
     if problems:
         raise UserError("the dpo section has faults:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def check_effects(arguments: DPOConfig, given: dict[str, Any]) -> None:
+    """Raise UserError for settings that TRL takes and that change nothing beside the others that are set."""
+    losses = set(arguments.loss_type)
+    conditions = {
+        "label_smoothing": (
+            bool(losses & SMOOTHED) or not arguments.label_smoothing,
+            f"only the losses {', '.join(sorted(SMOOTHED))} read it, and loss_type is {', '.join(sorted(losses))}",
+        ),
+        "discopop_tau": ("discopop" in losses, "only the loss discopop reads it"),
+        "f_alpha_divergence_coef": (
+            arguments.f_divergence_type == "alpha_divergence",
+            "only f_divergence_type: alpha_divergence reads it",
+        ),
+        "ref_model_mixup_alpha": (arguments.sync_ref_model, "only sync_ref_model reads it"),
+        "ref_model_sync_steps": (arguments.sync_ref_model, "only sync_ref_model reads it"),
+        "dataset_num_proc": (False, "pairs are tokenised in this process"),
+        "eval_steps": (False, "held-out questions are asked by `align evaluate`"),
+    }
+    idle = [
+        f"dpo.{name} has no effect: {why}" for name, (used, why) in conditions.items() if name in given and not used
+    ]
+    if idle:
+        raise UserError("the dpo section has faults:\n" + "\n".join(f"  - {problem}" for problem in idle))
+
+
+def planned_steps(fields: dict[str, Any], num_pairs: int, num_processes: int) -> int:
+    """How many optimiser steps a training of so many pairs takes, as transformers counts them.
+
+    Raises:
+        UserError: none, since dataloader_drop_last leaves out every incomplete batch.
+
+    >>> planned_steps(RECIPE, 17, 2), planned_steps(RECIPE | {"num_train_epochs": 3}, 17, 1)
+    (2, 9)
+    """
+    size = fields["per_device_train_batch_size"]
+    if fields.get("dataloader_drop_last"):
+        batches = num_pairs // size // num_processes
+    else:
+        batches = math.ceil(math.ceil(num_pairs / size) / num_processes)
+    if batches == 0:
+        raise UserError(
+            f"dpo.dataloader_drop_last leaves out all {num_pairs} pairs: they fill no batch of {size} in each of "
+            f"{num_processes} processes",
+            fix="take it out, or lower dpo.per_device_train_batch_size",
+        )
+    if fields.get("max_steps", -1) > 0:
+        return fields["max_steps"]
+    return math.ceil(math.ceil(batches / fields["gradient_accumulation_steps"]) * fields["num_train_epochs"])
+
+
+def with_warmup_that_ends(fields: dict[str, Any], given: dict[str, Any], num_steps: int) -> dict[str, Any]:
+    """The fields with a warm-up that leaves a step to learn in: the first step of a warm-up has rate 0.
+
+    Raises:
+        UserError: `given`, the user's own settings, say that warm-up takes all steps.
+
+    >>> with_warmup_that_ends(RECIPE, {}, 1)["warmup_steps"], with_warmup_that_ends(RECIPE, {}, 2)["warmup_steps"]
+    (0, 0.1)
+    """
+    warmup = fields["warmup_steps"]
+    steps = math.ceil(num_steps * warmup) if warmup < 1 else int(warmup)
+    if steps < num_steps or fields["lr_scheduler_type"] == "constant":
+        return fields
+    if "warmup_steps" in given:
+        raise UserError(
+            f"dpo.warmup_steps is {warmup:g}, and there are {num_steps} steps: warm-up would take all of them",
+            fix="lower it, or train on more pairs",
+        )
+    log.info("there are %d steps: no warm-up, which would leave them at a learning rate of 0", num_steps)
+    return fields | {"warmup_steps": 0}
 
 
 def trackers_of_transformers(config: Config) -> list[str]:

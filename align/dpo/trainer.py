@@ -7,12 +7,15 @@ Losses, metrics and the training loop are TRL's and transformers'; `_compute_los
 * batches of the shared layout are understood (`align.dpo.shared_forward`);
 * the projector may have a learning rate of its own;
 * resuming loads every weight of a vision-language model;
+* the first loss must be that of a policy that equals the reference (`align.dpo.first_step`);
 * a loss or gradient that is not finite stops the run at the last good state and names the pairs of the step.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,15 +27,19 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
 from align.dpo.collator import REFERENCE_COLUMNS, PairCollator
+from align.dpo.first_step import RecordedForward, difference, noise_in, response_sums, tolerance_of
 from align.dpo.gradient_checkpointing import checkpoint_what_is_needed
 from align.dpo.sharding.dummy_batches import add_dummy_rows
 from align.dpo.shared_forward import add_shared_rows
-from align.errors import UserError
-from align.models.modules import part_names
+from align.dpo.trainer_checkpoints import remove_older, seal, unseal
+from align.errors import UserError, writing_failed
+from align.log import log
+from align.models.modules import check_projector, part_names
 from align.prefix.rows import unwrap
 
 # What TRL's loss and metrics read of a forward, beside `log_sum_sq_probs` for WPO weights.
@@ -47,6 +54,9 @@ class PairTrainer(DPOTrainer):
     """
 
     _tag_names = ("trl", "dpo")
+    # TRL's own, which it does not declare.
+    _metrics: dict[str, dict[str, list[float]]]
+    precompute_ref_logps: bool
 
     def __init__(
         self,
@@ -61,6 +71,7 @@ class PairTrainer(DPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         projector_learning_rate_multiplier: float = 1.0,
         kept_layers: int = 0,
+        starts_at_reference: bool = False,
     ) -> None:
         cached = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
         assert cached or ref_model is not None or peft_config is not None, "no reference: neither cached nor live"
@@ -81,6 +92,7 @@ class PairTrainer(DPOTrainer):
             )
         self.projector_learning_rate_multiplier = projector_learning_rate_multiplier
         self._pairs_of_step: list[int] = []
+        self._first_to_check = starts_at_reference
         self._total_train_tokens = 0
         self.remove_callback(PrinterCallback)
         if data_collator.layout == "shared":
@@ -123,10 +135,47 @@ class PairTrainer(DPOTrainer):
                 (e["num_tokens"] for e in reversed(self.state.log_history) if "num_tokens" in e), 0
             )
         self._pairs_of_step += inputs.pop("pair_index").tolist()
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        first = self._first_to_check and self.state.global_step == 0
+        forward = RecordedForward(model) if first else model
+        result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         self._stop_unless_finite(loss.detach(), "loss")
+        if isinstance(forward, RecordedForward):
+            self._check_reference(loss.detach(), self.loss_at_reference(inputs, forward.output))
+        self._first_to_check = False
         return result
+
+    def loss_at_reference(self, inputs: dict[str, Any], output: Any) -> torch.Tensor:
+        """TRL's loss for the output of a forward where the reference gives the very same log-probabilities."""
+        sums = response_sums(output.log_probs.detach(), inputs["completion_mask"], self.ld_alpha)
+        equal = inputs | dict(zip(REFERENCE_COLUMNS, sums, strict=True))
+        kept = self._metrics, self._total_train_tokens, self.precompute_ref_logps
+        # What is computed here is no step: its metrics are not logged, its tokens not counted.
+        self._metrics = {mode: defaultdict(list) for mode in self._metrics}
+        self.precompute_ref_logps = True
+        try:
+            with torch.no_grad():
+                return self._compute_loss(lambda **_: output, equal, False)
+        finally:
+            self._metrics, self._total_train_tokens, self.precompute_ref_logps = kept
+
+    def _check_reference(self, loss: torch.Tensor, expected: torch.Tensor) -> None:
+        """Raise UserError on every process where the first loss is not that of equal log-probabilities."""
+        noise = noise_in(self.model, self.args)
+        if noise is not None:
+            log.info("the reference is not compared with the policy: there is noise in training (%s)", noise)
+            return
+        bad = difference(loss, expected, tolerance_of(self.model, self.args))
+        if not self.accelerator.reduce(torch.tensor(float(bad), device=self.args.device), "sum"):
+            return
+        raise UserError(
+            f"the first loss is {loss.item():.4f}, and where policy and reference give equal log-probabilities it is "
+            f"{expected.item():.4f}: the reference is not the policy that training starts from",
+            fix="set dpo.reference: round-start: without its adapter the model is not the policy, since "
+            "dpo.lora.init_lora_weights changes the weights below it"
+            if isinstance(self.model, PeftModel) and not self.precompute_ref_logps
+            else "run again with --redo, which computes the reference again",
+        )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of the tokens that are really computed; transformers would count those of `input_ids`."""
@@ -150,7 +199,7 @@ class PairTrainer(DPOTrainer):
         if not self.accelerator.reduce(bad, "sum"):
             return
         step = self.state.global_step
-        state = Path(self.args.output_dir) / f"checkpoint-{step}"
+        state = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if step > 0 and not state.exists():
             self._save_checkpoint(self.model, trial=None)
         names = [self.train_dataset[i]["id"] for i in self._pairs_of_step]
@@ -182,6 +231,35 @@ class PairTrainer(DPOTrainer):
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
 
     # Trainer checkpoints.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a trainer checkpoint, then its manifest, and only then remove older ones.
+
+        Raises:
+            UserError: it cannot be written (a full disk, say); what was written of it is removed.
+        """
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:
+            unseal(folder)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            reason = writing_failed(error)
+            if reason is None:
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(
+                f"the trainer checkpoint of step {self.state.global_step} cannot be written: {reason}",
+                where=str(folder),
+                fix="make room on the disk; the same command resumes from the trainer checkpoint before",
+            ) from None
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+            remove_older(folder.parent, limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The weights of a trainer checkpoint, under the names they have in memory.
@@ -228,13 +306,3 @@ def _reference_is_cached() -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(dpo_trainer, name, function)
-
-
-def check_projector(model: nn.Module) -> None:
-    """Raise UserError where the projector has a learning rate of its own and is not trained."""
-    parts = part_names(model)
-    if not any(p.requires_grad for name, p in model.named_parameters() if parts[name] == "projector"):
-        raise UserError(
-            "dpo.projector_learning_rate_multiplier is set, but no projector is trained",
-            fix="take `projector` out of dpo.freeze, or the multiplier out of the configuration",
-        )

@@ -137,9 +137,9 @@ def _against_others(config: Config, run: RunDir, number: int, lines: list[Evalua
 
 
 def worse_than_parent(run: RunDir, number: int) -> str | None:
-    """Says so when a round's held-out number lies below its parent's by more than chance; None otherwise.
+    """Says so when a round's held-out metric lies below its parent's by more than chance; None otherwise.
 
-    The number is the accuracy of the sampled responses; where there are no reference answers, the critic's win rate
+    The metric is the accuracy of the sampled responses; where there are no reference answers, the critic's win rate
     against the parent; where no critic was asked, hallucination. Differences are paired over questions.
     """
     now, before = run.round(number), run.round(number - 1)
@@ -197,7 +197,7 @@ def _hallucinates(response: Evaluated) -> float:
 
 
 def measure(lines: list[Evaluation]) -> dict[str, Interval]:
-    """The held-out numbers, each with its 95 % interval from resampling questions."""
+    """The held-out metrics, each with its 95 % interval from resampling questions."""
     metrics = {}
     answered = [line for line in lines if line.greedy.correct is not None]
     if answered:

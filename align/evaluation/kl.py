@@ -8,7 +8,7 @@ and might well be negative. The tokens are those that were drawn, not the text c
 Its low-variance relative k3 adds p_first(y)/p(y) - 1, which has mean zero but hardly ever shows it: where training has
 taught the checkpoint to avoid a token that the first policy liked, the ratio is huge in draws that are never seen, and
 what is seen lies far too low. k1 has light tails there. The exact divergence per token needs the whole distributions of
-both models at once: two models in memory, or a vocabulary's worth of numbers a token on disk.
+both models at once: two models in memory, or a vocabulary's worth of numbers per token on disk.
 
 One model is in memory at a time; what is finished is kept, as in every stage.
 """
@@ -72,14 +72,14 @@ def log_probs_of_both(
     config: Config, this: Round, checkpoint: str, lines: Sequence[Evaluation], models: OneModel
 ) -> tuple[list[ResponseLogProbs], list[ResponseLogProbs], dict[str, str]]:
     """The sampled responses of `lines` under the checkpoint that gave them and under the first policy, and notes."""
-    own, _ = _weighed(config, this.own_log_probs, checkpoint, lines, models, f"round {this.number}: log-probabilities")
-    first, notes = _weighed(
+    own, _ = _log_probs(config, this.own_log_probs, checkpoint, lines, models, f"round {this.number}: log-probabilities")
+    first, notes = _log_probs(
         config, this.first_log_probs, config.policy, lines, models, f"round {this.number}: under the first policy"
     )
     return own, first, {f"{name} of the first policy": text for name, text in notes.items()}
 
 
-def _weighed(
+def _log_probs(
     config: Config, final: Path, checkpoint: str, lines: Sequence[Evaluation], models: OneModel, label: str
 ) -> tuple[list[ResponseLogProbs], dict[str, str]]:
     from align.engines.base import GivenResponses
@@ -109,7 +109,7 @@ def _weighed(
 
 
 def divergence(own: Sequence[ResponseLogProbs], first: Sequence[ResponseLogProbs]) -> dict[str, Interval]:
-    """`kl` in nats a response and `kl_per_token`, with 95 % intervals over questions; nothing where no number is finite.
+    """`kl` in nats per response and `kl_per_token`, with 95 % intervals over questions; nothing where no number is finite.
 
     Responses that one of the two finds impossible (a logarithm that is not finite) are left out.
     """

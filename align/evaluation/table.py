@@ -1,4 +1,4 @@
-"""Runs in, one table out: held-out numbers by round, with intervals."""
+"""Runs in, one table out: held-out metrics by round, with intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = {
     "win_rate_initial": "wins over first, %",
     "win_rate_parent": "wins over parent, %",
     "hallucination": "hallucination, %",
-    "response_tokens": "tokens a response",
+    "response_tokens": "tokens per response",
     "kl": "KL from first, nats",
 }
 LABEL_WIDTH = max(map(len, COLUMNS.values()))
@@ -67,7 +67,7 @@ def benchmark_rows(summary: dict[str, Any]) -> list[BenchmarkRow]:
 
 
 def print_table(runs: dict[str, Path]) -> None:
-    """Print a table for each run: its held-out numbers, a column a round; runs without an evaluation are left out."""
+    """Print a table for each run: its held-out metrics, one column per round; runs without an evaluation are left out."""
     from rich.console import Console
     from rich.table import Table
 

@@ -39,3 +39,28 @@ def lora_config(fields: dict[str, Any] | None, freeze: list[str]) -> Any:
         return LoraConfig(**peft_fields(fields))
     except (TypeError, ValueError) as error:
         raise UserError(f"dpo.lora: {error}", fix="see the fields of peft's LoraConfig") from None
+
+
+def check_tied_weights(model: Any, adapted: Any) -> None:
+    """Refuse an adapter that trains one of two tied weights; both models are those of `align.models.meta`.
+
+    peft would train a copy of the embeddings or of the vocabulary projection, which the checkpoint has no place for: its
+    config.json says that the two are one.
+
+    Raises:
+        UserError: the vocabulary projection is tied to the embeddings, and the adapter changes either of them.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embeddings is None or head is None or embeddings.weight is not head.weight:
+        return
+    kinds = {
+        "embeddings": (type(embeddings), type(adapted.get_input_embeddings())),
+        "vocabulary projection": (type(head), type(adapted.get_output_embeddings())),
+    }
+    changed = [name for name, (plain, found) in kinds.items() if plain is not found]
+    if changed:
+        raise UserError(
+            f"dpo.lora changes the {' and the '.join(changed)}, which this model ties to each other: the saved "
+            "checkpoint could not hold what was trained",
+            fix="take embed_tokens and lm_head out of dpo.lora.target_modules and modules_to_save, or train without lora",
+        )

@@ -107,3 +107,13 @@ def _no_such_part(model: nn.Module, part: str) -> UserError:
         f"dpo.freeze: the model has no part {part!r}; expected one of {', '.join(PARTS)} or the beginning of a "
         "parameter's name" + (f" (nearest: {', '.join(near)})" if near else "")
     )
+
+
+def check_projector(model: nn.Module) -> None:
+    """Raise UserError where the projector has a learning rate of its own and is not trained."""
+    parts = part_names(model)
+    if not any(p.requires_grad for name, p in model.named_parameters() if parts[name] == "projector"):
+        raise UserError(
+            "dpo.projector_learning_rate_multiplier is set, but no projector is trained",
+            fix="take `projector` out of dpo.freeze, or the multiplier out of the configuration",
+        )

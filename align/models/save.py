@@ -80,7 +80,7 @@ def save_checkpoint(
     parent_folder = _parent(model, parent)
     family = family_of(model)
     expected = tensor_table(parent_folder) if parent_folder else {}
-    weights = _plain_weights(model, state_dict, dtype)
+    weights = plain_weights(model, state_dict, dtype)
     work = _fresh_sibling(final)
     try:
         if family is not None:
@@ -136,7 +136,7 @@ def _parent(model: PreTrainedModel, parent: str | os.PathLike | None) -> Path | 
     return remembered if str(remembered) != "." and (remembered / "config.json").is_file() else None
 
 
-def _plain_weights(
+def plain_weights(
     model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """The weights under the model's own names, detached, of one type where asked for."""

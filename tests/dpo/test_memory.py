@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align.dpo.train import DpoStage, run_dpo
+from align.dpo.stage import DpoStage
+from align.dpo.train import run_dpo
 from align.errors import UserError, is_out_of_memory
 from tests.dpo.test_train import history, make_run, round_1, weights
 

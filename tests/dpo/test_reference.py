@@ -89,6 +89,25 @@ def test_a_complete_file_is_used_again_without_a_model(tmp_path, processor, mode
     assert [p.name for p in tmp_path.glob("reference*")] == ["reference.safetensors"]
 
 
+def test_a_damaged_file_is_computed_again(tmp_path, processor, model, images, caplog):
+    pairs = make_pairs(images.root, 2)
+    collator = PairCollator(processor, images, "shared")
+    path = tmp_path / "reference.safetensors"
+    before = compute(path, pairs, collator, lambda: model)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 64
+    for damaged in (whole[: len(whole) // 2], b"", bytes(flipped), whole[:8] + b"[" + whole[9:]):
+        path.write_bytes(damaged)
+        caplog.clear()
+        assert read_reference(path, KEY) is None
+        assert "reference.safetensors is damaged, they are computed again" in caplog.text
+    (tmp_path / "reference.json").write_text("{")
+    after = compute(path, pairs, collator, lambda: model)
+    assert torch.equal(before.logps, after.logps)
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ReferenceKey)])
 def test_a_file_for_anything_else_is_not_used(tmp_path, processor, model, images, caplog, field):
     pairs = make_pairs(images.root, 2)

@@ -19,7 +19,8 @@ from trl import DPOConfig
 from align.config import Config, build_config
 from align.dpo.choose_layout import choose_layout
 from align.dpo.collator import PairCollator
-from align.dpo.train import DpoStage, run_dpo
+from align.dpo.stage import DpoStage
+from align.dpo.train import run_dpo
 from align.dpo.trainer_checkpoints import last_checkpoint
 from align.errors import UserError
 from align.media.images import ImageStore
@@ -199,6 +200,21 @@ def test_a_pair_that_the_template_refuses_is_dropped_and_counted(tmp_path):
         ({"freeze": ["vision", "projector", "language"]}, "leaves nothing to train"),
         ({"lora": {"rank": 4}}, "dpo.lora: .*rank"),
         ({"freeze": ["projector"], "projector_learning_rate_multiplier": 3.0}, "no projector is trained"),
+        (
+            {"save_only_model": True},
+            "dpo.save_only_model cannot be set: a training that was stopped resumes with its opt",
+        ),
+        ({"label_smoothing": 0.1}, "dpo.label_smoothing has no effect: only the losses aot"),
+        ({"ref_model_sync_steps": 2}, "dpo.ref_model_sync_steps has no effect: only sync_ref_model reads it"),
+        ({"sync_ref_model": True}, "training cannot begin with this dpo section: You cannot use `sync_ref_model=True`"),
+        ({"optim": "adamw_bnb_8bit"}, "training cannot begin .*bitsandbytes"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "training cannot begin .*min_lr"),
+        ({"lora": {"r": 2, "target_modules": ["lm_head"]}}, "training cannot begin .*lm_head"),
+        ({"loss_type": ["exo_pair"]}, "training cannot begin .*Label smoothing must be greater"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 7},
+            "dpo.dataloader_drop_last leaves out all 6 pairs",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, dpo, message):

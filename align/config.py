@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from align.errors import UserError
+from align.strict_yaml import BAD_YAML, parse_yaml, yaml_problem
 from reward.pairs import PairSettings
 
 CONFIG_NAME = "align.yaml"
@@ -379,13 +380,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        data = _parse_yaml(path.read_text(encoding="utf-8-sig"))
+        data = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", where=str(path)) from None
     except UnicodeDecodeError:
         raise UserError("not UTF-8 text", where=str(path)) from None
-    except _BAD_YAML as error:
-        raise UserError(f"not valid YAML: {_yaml_problem(error)}", where=str(path)) from None
+    except BAD_YAML as error:
+        raise UserError(f"not valid YAML: {yaml_problem(error)}", where=str(path)) from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -479,84 +480,14 @@ def _scalar(value: Any) -> str:
     )
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that reads 5e-7 as the number it is meant to be.
-
-    It refuses a key given twice, and an alias inside of an anchored value: with those a file of a few lines can stand for
-    more than any memory holds, or for itself.
-    """
-
-    _anchored = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node of the document; raises ComposerError for an alias within an anchor."""
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            if self._anchored:
-                raise yaml.composer.ComposerError(
-                    None,
-                    None,
-                    "an alias inside of an anchored value",
-                    event.start_mark,  # type: ignore[arg-type]
-                )
-            return super().compose_node(parent, index)
-        anchored = getattr(event, "anchor", None) is not None
-        self._anchored += anchored
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self._anchored -= anchored
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Keys and values; raises ConstructorError for a key that is given twice or is no name."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no name", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is duplicated", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _add_float_resolver() -> None:
-    import re
-
-    # YAML 1.1 takes 5e-7 for text, since it has no dot: https://github.com/yaml/pyyaml/issues/173
-    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
-
-
-_add_float_resolver()
-
-
-# What PyYAML raises: of its own, for a date that is none (ValueError), for what is nested too deep.
-_BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
-
-
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_StrictLoader)
-
-
-def _yaml_problem(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deep"
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
-
-
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set expects key=value, found {override!r}", fix="for example --set dpo.learning_rate=5e-7")
     try:
-        value = _parse_yaml(text)
-    except _BAD_YAML as error:
-        raise UserError(f"--set {key}: the value is not valid YAML ({_yaml_problem(error)})") from None
+        value = parse_yaml(text)
+    except BAD_YAML as error:
+        raise UserError(f"--set {key}: the value is not valid YAML ({yaml_problem(error)})") from None
     *parents, last = key.strip().split(".")
     node = data
     for part in parents:

@@ -22,6 +22,7 @@ BASE = {
     "files",
     "statistics",
     "secrets",
+    "strict_yaml",
     "reward",
     "align",
 }
@@ -32,11 +33,12 @@ ALLOWED: dict[str, set[str]] = {
     "errors": {"reward"},
     "log": set(),
     "secrets": set(),
+    "strict_yaml": set(),
     "versions": {"errors"},
     "statistics": {"reward"},
     "files": {"errors", "log"},
     "records": {"errors", "reward"},
-    "config": {"errors", "reward"},
+    "config": {"errors", "reward", "strict_yaml"},
     # What stands below every stage.
     "media": {"config", "errors", "versions"},
     "distributed": BASE,

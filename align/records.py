@@ -49,7 +49,7 @@ class Question(Record):
     video: str | None = Field(None, description="a video file or a folder of frames inside the image root")
     answer: str | None = Field(None, description="reference answer, for the verifier and for accuracy")
     answer_kind: str | None = Field(None, description="how the verifier compares answers (see reward.critics.verifier)")
-    absent: list[str] = Field(
+    absent_objects: list[str] = Field(
         default_factory=list,
         description="words for things that are not in the image; a response that names one hallucinates (as in CHAIR)",
     )
@@ -136,7 +136,9 @@ class Evaluated(Response):
     """A response to a held-out question, held against what is known of it."""
 
     correct: bool | None = Field(None, description="by the reference answer; None where there is none")
-    absent_named: list[str] = Field(default_factory=list, description="words of `absent` that the response names")
+    absent_named: list[str] = Field(
+        default_factory=list, description="words of `absent_objects` that the response names"
+    )
     token_ids: list[int] = Field(default_factory=list, description="as drawn, of sampled responses (for the KL)")
 
 

@@ -150,3 +150,8 @@ def test_what_json_cannot_read_is_one_message(value, says, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"id": "q", "question": "What?", "meta": {"a": ' + value + "}}")
     with pytest.raises(UserError, match=rf"q\.jsonl:1: .*{says}"):
         read_questions(tmp_path / "q.jsonl")
+
+
+def test_the_old_name_of_absent_objects_is_told_the_new_one():
+    with pytest.raises(UserError, match=r"unknown key 'absent' \(did you mean 'absent_objects'"):
+        parse_line('{"id": "q", "question": "What?", "absent": ["dog"]}', Question, "q.jsonl:1")

@@ -103,7 +103,7 @@ def test_without_answers_and_judge_naming_what_is_not_there_decides(tmp_path):
     for number, named in ((0, []), (1, ["dog"])):
         answered = lines(["x"] * 20)
         for line in answered:
-            line.question.absent = ["dog"]
+            line.question.absent_objects = ["dog"]
             line.sampled[0].absent_named = named
         in_round(run, number, answered)
     assert "responses that name what is not there +100.0 points" in worse_than_parent(run, 1)

@@ -206,7 +206,7 @@ def _question(entry: Entry, pictures: Sequence[Picture], store: PictureStore, me
             video=store.take_video(entry.video) if entry.video is not None else None,
             answer=entry.answer,
             answer_kind=entry.answer_kind,
-            absent=list(entry.absent),
+            absent_objects=list(entry.absent_objects),
             system=entry.system,
             history=list(entry.history),
             meta=_plain({**entry.meta, **meta}),

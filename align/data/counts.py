@@ -18,7 +18,7 @@ KEPT_FAULTS = 1000
 # What a reader finds and a record of the other kind has no place for.
 NOT_IN = {
     "questions": {"chosen", "rejected", "margin", "rewards", "responses"},
-    "pairs": {"answer", "answer_kind", "absent"},
+    "pairs": {"answer", "answer_kind", "absent_objects"},
 }
 
 

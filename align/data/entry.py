@@ -47,7 +47,7 @@ class Entry:
     video: str | None = None
     answer: str | None = None
     answer_kind: str | None = None
-    absent: Sequence[str] = ()
+    absent_objects: Sequence[str] = ()
     preferences: Sequence[Preference] = ()
     question_id: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)

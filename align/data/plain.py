@@ -26,7 +26,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "video": ("video", "videos", "video_path"),
     "answer": ("answer", "answer_gt", "ground_truth", "solution"),
     "answer_kind": ("answer_kind",),
-    "absent": ("absent",),
+    "absent_objects": ("absent_objects",),
     "system": ("system",),
     "history": ("history",),
     "meta": ("meta",),
@@ -52,7 +52,7 @@ def read_plain(row: Fields) -> Entry:
         video=row.video(*COLUMNS["video"]),
         answer=row.label("answer", *COLUMNS["answer"]),
         answer_kind=row.optional_text("answer_kind"),
-        absent=_absent(row),
+        absent_objects=_absent(row),
         preferences=preferences,
         meta=row.object("meta"),
     )
@@ -98,9 +98,9 @@ def _image_columns(row: Fields) -> Iterator[str]:
 
 
 def _absent(row: Fields) -> list[str]:
-    words = unpacked(row.take("absent"))
+    words = unpacked(row.take("absent_objects"))
     if words is None:
         return []
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise BadRow("absent is no list of words", repr(words)[:80])
+        raise BadRow("absent_objects is no list of words", repr(words)[:80])
     return words

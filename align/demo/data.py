@@ -63,7 +63,7 @@ def as_question(name: str, task: Task, image: str) -> Question:
         images=[image],
         answer=task.answer,
         answer_kind="exact",
-        absent=absent_words(task),
+        absent_objects=absent_words(task),
         meta=meta,
     )
 

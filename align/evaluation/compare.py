@@ -36,7 +36,7 @@ def compare_runs(one: Path, other: Path) -> dict[str, Interval]:
         found["sampled_accuracy"] = paired_difference(
             *_columns(answered, lambda line: [float(bool(response.correct)) for response in line.sampled])
         )
-    absent = [pair for pair in pairs if pair[0].question.absent]
+    absent = [pair for pair in pairs if pair[0].question.absent_objects]
     if absent:
         found["hallucination"] = paired_difference(
             *_columns(absent, lambda line: [float(bool(response.absent_named)) for response in line.sampled])

@@ -149,7 +149,7 @@ def worse_than_parent(run: RunDir, number: int) -> str | None:
     lines = read_jsonl(now.evaluation_lines, Evaluation)
     pairs = [(parent[line.id], line) for line in lines if line.id in parent]
     answered = [pair for pair in pairs if pair[0].greedy.correct is not None]
-    with_absent = [pair for pair in pairs if pair[0].question.absent]
+    with_absent = [pair for pair in pairs if pair[0].question.absent_objects]
     won = _win_rate_against_parent(now)
     if answered:
         change = _paired(answered, _is_right)
@@ -203,7 +203,7 @@ def measure(lines: list[Evaluation]) -> dict[str, Interval]:
     if answered:
         metrics["greedy_accuracy"] = bootstrap_mean([float(bool(line.greedy.correct)) for line in answered])
         metrics["sampled_accuracy"] = _over_samples(answered, _is_right)
-    with_absent = [line for line in lines if line.question.absent]
+    with_absent = [line for line in lines if line.question.absent_objects]
     if with_absent:
         metrics["hallucination"] = _over_samples(with_absent, _hallucinates)
     metrics["response_tokens"] = _over_samples(lines, lambda response: float(response.num_tokens))
@@ -267,7 +267,7 @@ def _evaluated(result: SampleResult, question: Question) -> list[Evaluated]:
             num_tokens=num_tokens,
             finish_reason=reason,
             correct=_correct(text, question),
-            absent_named=[word for word in question.absent if word in set(words(text))],
+            absent_named=[word for word in question.absent_objects if word in set(words(text))],
         )
         for text, num_tokens, reason in zip(result.texts, result.num_tokens, result.finish_reasons, strict=True)
     ]

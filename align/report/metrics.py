@@ -76,7 +76,7 @@ def _correct(line: Evaluation, response: Evaluated) -> float | None:
 
 
 def _hallucinates(line: Evaluation, response: Evaluated) -> float | None:
-    return float(bool(response.absent_named)) if line.question.absent else None
+    return float(bool(response.absent_named)) if line.question.absent_objects else None
 
 
 _METRICS = (

@@ -178,7 +178,7 @@ def test_own_questions_come_back_with_every_field(tmp_path):
         "images": ["0.png"],
         "answer": "red",
         "answer_kind": "contains",
-        "absent": ["dog"],
+        "absent_objects": ["dog"],
         "system": "Answer in one word.",
         "history": [user("<image>What is it?"), assistant("A ball.")],
         "meta": {"src": "x", "n": 3},

@@ -44,7 +44,7 @@ def test_records_carry_what_the_rule_needs(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert {line["meta"]["task"] for line in lines} <= set(TASKS)
     for line in lines:
-        assert not {str(digit) for digit in line["meta"]["digits"]} & set(line["absent"])
+        assert not {str(digit) for digit in line["meta"]["digits"]} & set(line["absent_objects"])
 
 
 def test_the_critic_prompt_offers_two_verdicts():

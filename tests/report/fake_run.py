@@ -87,7 +87,7 @@ class FakeRun:
             images=[name],
             answer=answer,
             answer_kind="contains",
-            absent=absent,
+            absent_objects=absent,
             meta={"task": task},
         )
 
@@ -98,7 +98,7 @@ class FakeRun:
         if question.meta["task"] == "count":
             number = int(question.answer or 0) + (0 if right else int(self.rng.integers(1, 4)))
             return (f"There are {number} circles.", f"I count {number} circles.")[self.rng.integers(2)]
-        colour = question.answer if right else question.absent[self.rng.integers(2)]
+        colour = question.answer if right else question.absent_objects[self.rng.integers(2)]
         return (f"They are {colour}.", f"The circles in the picture are {colour}.")[self.rng.integers(2)]
 
     def _evaluate(self, this: Round, questions: list[Question], skill: float) -> None:
@@ -108,7 +108,7 @@ class FakeRun:
                 text=text,
                 num_tokens=len(text.split()) + 1,
                 correct=question.answer in text.strip(".").split(),
-                absent_named=[word for word in question.absent if word in text],
+                absent_named=[word for word in question.absent_objects if word in text],
             )
 
         begin(this, "evaluate")

@@ -27,8 +27,9 @@ from align.prefix.log_probs import head_of, hidden_to_stats
 from align.prefix.rows import backbone_of
 from align.prefix.token_stats import token_stats
 
-# Segments are computed in chunks of about as many tokens as the prompt has, at least these: they need no more memory.
-CHUNK_TOKENS = 256
+# Segments behind a prompt are computed so many tokens at a time: more needs memory (what a chunk may see is a mask of
+# chunk x (prompt + chunk) in every query head of a key head) and is no faster.
+CHUNK_TOKENS = 512
 # New questions are begun once there is room for this part of a batch.
 REFILL_SHARE = 0.25
 
@@ -151,8 +152,7 @@ class SharedPath:
         """The segments behind every prompt, some at a time, each chunk with its states."""
         cache = RowCache()
         prompts = prefill(self.model, inputs, cache, range(len(rows)))
-        most = max(inputs["input_ids"].shape[1], CHUNK_TOKENS)
-        for kept in itertools.zip_longest(*(chunks_of(row, most) for row in rows), fillvalue=[]):
+        for kept in itertools.zip_longest(*(chunks_of(row, CHUNK_TOKENS) for row in rows), fillvalue=[]):
             parts = [renumbered(row, indices) for row, indices in zip(rows, kept, strict=True)]
             layout = Layout.build(inputs["attention_mask"], parts, pad_token_id=0)
             hidden = _segment_states(self.model, cache, prompts, layout)

@@ -8,7 +8,8 @@ before. How far a round has moved from the first policy is estimated on its samp
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from align.config import Config
 from align.distributed.ranks import is_main_process
@@ -54,19 +55,8 @@ def run_evaluate(config: Config, number: int) -> None:
     images = evaluation_images(config)
     check_overlap(config, questions)
     questions = pick_frames(questions, images, config, checkpoint, served=bool(config.evaluate.servers))
-    settings = {
-        "evaluate": config.evaluate.model_dump(
-            exclude={"questions", "image_root", "servers", "engine", "stop_if_worse"}
-        ),
-        "seed": config.seed,
-    }
-    inputs = {"questions": content_hash(config.evaluate.questions), "checkpoint": checkpoint_hash(checkpoint)}
-    inputs |= served_as(config.evaluate.servers, number)
-    if is_measured(config, number):
-        inputs["first policy"] = checkpoint_hash(config.policy)
-    if number and has_judge(config):
-        inputs |= plan_critic(config).identities()
-    if not begin(this.manifest, STAGE, settings=settings, inputs=inputs, image_root=images.root):
+    inputs = _inputs(config, config.evaluate.questions, number, checkpoint)
+    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs, image_root=images.root):
         log.info("round %d is evaluated already: %s", number, this.evaluation)
         return
     if is_main_process():
@@ -109,6 +99,21 @@ def run_evaluate(config: Config, number: int) -> None:
     if is_measured(config, number):
         outputs += [this.own_log_probs, this.first_log_probs]
     finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=done.notes | notes)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    left_out = {"questions", "image_root", "servers", "engine", "stop_if_worse"}
+    return {"evaluate": config.evaluate.model_dump(exclude=left_out), "seed": config.seed}
+
+
+def _inputs(config: Config, questions: Path, number: int, checkpoint: str) -> dict[str, str]:
+    inputs = {"questions": content_hash(questions), "checkpoint": checkpoint_hash(checkpoint)}
+    inputs |= served_as(config.evaluate.servers, number)
+    if is_measured(config, number):
+        inputs["first policy"] = checkpoint_hash(config.policy)
+    if number and has_judge(config):
+        inputs |= plan_critic(config).identities()
+    return inputs
 
 
 def _moved(

@@ -72,7 +72,9 @@ def log_probs_of_both(
     config: Config, this: Round, checkpoint: str, lines: Sequence[Evaluation], models: OneModel
 ) -> tuple[list[ResponseLogProbs], list[ResponseLogProbs], dict[str, str]]:
     """The sampled responses of `lines` under the checkpoint that gave them and under the first policy, and notes."""
-    own, _ = _log_probs(config, this.own_log_probs, checkpoint, lines, models, f"round {this.number}: log-probabilities")
+    own, _ = _log_probs(
+        config, this.own_log_probs, checkpoint, lines, models, f"round {this.number}: log-probabilities"
+    )
     first, notes = _log_probs(
         config, this.first_log_probs, config.policy, lines, models, f"round {this.number}: under the first policy"
     )

@@ -212,10 +212,9 @@ class ImageChatProcessor(ProcessorMixin):
         ]
         if not tokenize:
             return texts if is_batch else texts[0]
-        options: dict[str, Any] = {"padding": padding, "padding_side": padding_side, "return_tensors": return_tensors}
-        options.update(processor_kwargs or {})
-        if options["padding_side"] is None and add_generation_prompt:
-            options["padding_side"] = "left"
+        side = "left" if padding_side is None and add_generation_prompt else padding_side
+        options: dict[str, Any] = {"padding": padding, "padding_side": side, "return_tensors": return_tensors}
+        options |= processor_kwargs or {}
         if any(found["video"] for _, found in placed):
             options["videos"] = [found["video"] for _, found in placed]
         inputs = self(images=[found["image"] for _, found in placed], text=texts, **options)

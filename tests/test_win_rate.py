@@ -36,8 +36,8 @@ def test_win_rates_of_a_critic_model_mirror_when_the_sides_are_changed(tmp_path)
     config = load_config(folder / "align.yaml")
     assert has_judge(config)
     one, other = lines(["a", "bb", "same", "dddd"]), lines(["xx", "b", "same", "d"])
-    forth = win_rates(config, one, {"initial": other})["initial"]
-    back = win_rates(config, other, {"initial": one})["initial"]
+    forth = win_rates(config, one, {"initial": other}, tmp_path / "critic")["initial"]
+    back = win_rates(config, other, {"initial": one}, tmp_path / "critic")["initial"]
     assert forth.rate.mean + back.rate.mean == 1.0
     assert forth.num_ties >= 1
     assert forth.num_unjudged == 0
@@ -83,12 +83,12 @@ def in_round(run, number, answered, metrics=None):
     this = run.round(number)
     this.path.mkdir()
     write_jsonl(this.evaluation_lines, answered)
-    this.evaluation.write_text(json.dumps({"metrics": metrics or {}}))
+    this.evaluation.write_text(json.dumps({"round": 1, "questions": 40, "metrics": metrics or {}}))
 
 
 def test_without_reference_answers_the_win_rate_against_the_parent_decides_and_no_other(tmp_path):
     run = RunDir(tmp_path)
-    lost, won = {"mean": 0.3, "low": 0.2, "high": 0.4}, {"mean": 0.6, "low": 0.4, "high": 0.8}
+    lost, won = {"mean": 0.3, "low": 0.2, "high": 0.4, "count": 40}, {"mean": 0.6, "low": 0.4, "high": 0.8}
     in_round(run, 0, lines(["x"] * 5))
     in_round(run, 1, lines(["x"] * 5), {"win_rate_initial": lost})
     in_round(run, 2, lines(["x"] * 5), {"win_rate_initial": lost, "win_rate_parent": won})

@@ -88,7 +88,7 @@ def in_round(run, number, answered, metrics=None):
 
 def test_without_reference_answers_the_win_rate_against_the_parent_decides_and_no_other(tmp_path):
     run = RunDir(tmp_path)
-    lost, won = {"mean": 0.3, "low": 0.2, "high": 0.4, "count": 40}, {"mean": 0.6, "low": 0.4, "high": 0.8}
+    lost, won = {"mean": 0.3, "low": 0.2, "high": 0.4, "count": 40}, {"mean": 0.6, "low": 0.4, "high": 0.8, "count": 40}
     in_round(run, 0, lines(["x"] * 5))
     in_round(run, 1, lines(["x"] * 5), {"win_rate_initial": lost})
     in_round(run, 2, lines(["x"] * 5), {"win_rate_initial": lost, "win_rate_parent": won})

@@ -236,7 +236,7 @@ def with_warmup_that_ends(fields: dict[str, Any], given: dict[str, Any], num_ste
     """The fields with a warm-up that leaves a step to learn in: the first step of a warm-up has rate 0.
 
     Raises:
-        UserError: `given`, the user's own settings, say that warm-up takes all steps.
+        UserError: `given`, the user's own settings, leave the only step at a rate of 0.
 
     >>> with_warmup_that_ends(RECIPE, {}, 1)["warmup_steps"], with_warmup_that_ends(RECIPE, {}, 2)["warmup_steps"]
     (0, 0.1)
@@ -245,9 +245,12 @@ def with_warmup_that_ends(fields: dict[str, Any], given: dict[str, Any], num_ste
     steps = math.ceil(num_steps * warmup) if warmup < 1 else int(warmup)
     if steps < num_steps or fields["lr_scheduler_type"] == "constant":
         return fields
+    if "warmup_steps" in given and num_steps > 1:
+        log.warning("dpo.warmup_steps is %g, and there are %d steps: all of them are warm-up", warmup, num_steps)
+        return fields
     if "warmup_steps" in given:
         raise UserError(
-            f"dpo.warmup_steps is {warmup:g}, and there are {num_steps} steps: warm-up would take all of them",
+            f"dpo.warmup_steps is {warmup:g}, and there are {num_steps} steps: the learning rate would be 0 in all of them",
             fix="lower it, or train on more pairs",
         )
     log.info("there are %d steps: no warm-up, which would leave them at a learning rate of 0", num_steps)

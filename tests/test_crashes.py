@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from align.cli import app
 from align.config import build_config
 from align.records import write_jsonl
-from align.stages.score import _settings
+from align.stages.critic_inputs import critic_settings
 from tests import tiny_models
 from tests.distributed.launches import ROOT, add_run
 from tests.dpo.conftest import make_pairs
@@ -191,9 +191,9 @@ def test_a_run_that_was_moved_goes_on_in_its_new_place(tmp_path, adapter):
 def test_where_the_members_of_a_panel_lie_is_no_setting(tmp_path):
     critics = {"reader": {"kind": "pairwise", "model": "./critic"}, "checker": {"kind": "verifier"}}
     data = {"policy": "./policy", "questions": "q.jsonl", "critic": {"kind": "panel", "options": {"critics": critics}}}
-    here, there = (_settings(build_config(data, base=tmp_path / place)) for place in ("here", "there"))
+    here, there = (critic_settings(build_config(data, base=tmp_path / place).critic) for place in ("here", "there"))
     assert here == there
-    assert here["critic"]["options"]["critics"]["reader"] == {"kind": "pairwise"}
+    assert here["options"]["critics"]["reader"] == {"kind": "pairwise"}
 
 
 def test_every_stage_may_be_killed_at_any_moment(tmp_path):

@@ -56,7 +56,7 @@ def test_gpu_seconds_and_tokens_are_added_over_processes_and_the_time_is_the_mai
 def test_a_killed_process_has_left_its_last_beat(tmp_path):
     code = (
         "import time, sys; from pathlib import Path; from align.monitoring import cost as meter; meter.EVERY_S = 0.02\n"
-        "with meter.metered(Path(sys.argv[1]), 'score'): meter.count_tokens(read=3); time.sleep(60)"
+        "with meter.cost_counter(Path(sys.argv[1]), 'score'): meter.count_tokens(read=3); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     path = tmp_path / ".spent-score-0.json"

@@ -272,10 +272,16 @@ def test_an_output_that_is_gone_is_a_warning_with_the_command_that_makes_it_agai
     assert warning.endswith("align sample --round 1 --redo")
 
 
+# A shell starts what runs in the background with SIGINT ignored.
+AS_IN_A_TERMINAL = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from align.cli import main; main()"
+)
+
+
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
 def test_watching_ends_without_a_word_about_going_on(this, signal_name):
     process = subprocess.Popen(
-        [sys.executable, "-m", "align.cli", "status", str(this.path.parent), "--watch"],
+        [sys.executable, "-c", AS_IN_A_TERMINAL, "status", str(this.path.parent), "--watch"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

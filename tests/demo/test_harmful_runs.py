@@ -63,12 +63,12 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
     return [{name: item["mean"] for name, item in metrics.items()} for metrics in rounds]
 
 
-def test_a_run_on_random_preferences_is_not_called_better_and_its_preferences_a_coin_s(sampled):
+def test_a_run_on_random_preferences_is_not_called_better_and_its_preferences_are_as_good_as_random(sampled):
     run = run_with(sampled, "random")
     title, header = headline_of(run)
     assert not title.startswith("Better")
-    assert title.endswith("its preferences were no better than a coin's.")
-    assert "It was trained on preferences like a coin's:" in header
+    assert title.endswith("its preferences were no better than random.")
+    assert "It was trained on preferences that are as good as random:" in header
 
 
 def test_a_run_with_a_critic_that_loves_length_is_said_to_have_learned_length(sampled):

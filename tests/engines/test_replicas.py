@@ -133,7 +133,9 @@ def test_a_server_that_never_answers_is_given_up_and_stopped(tmp_path):
 
 
 LOOP = """
-import sys, time
+import signal, sys, time
+# A shell starts what runs in the background with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from tests.engines.test_replicas import look, replicas

@@ -384,7 +384,7 @@ def test_a_key_in_the_url_is_refused_without_being_shown(tmp_path):
 
 def test_the_settings_in_the_guide_are_understood(tmp_path):
     guide = Path(__file__).parents[2] / "docs" / "serving.md"
-    block = re.search(r"```yaml\n(.*?)```", guide.read_text(), re.DOTALL)
+    block = re.search(r"```yaml\n(sample:\n  servers.*?)```", guide.read_text(), re.DOTALL)
     assert block is not None
     config = build_config({"policy": "p", "questions": "q"} | yaml.safe_load(block[1]), base=tmp_path)
     assert [server.model for server in named_for_round(config.sample.servers, 2)] == ["policy-2", "policy-2"]

@@ -108,5 +108,5 @@ def test_the_model_and_a_checkpoint_made_from_it_know_the_added_tokens(folder, t
 
 def test_without_sentencepiece_the_message_says_what_to_install(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    with pytest.raises(UserError, match=r"valley-align\[sentencepiece\]"):
+    with pytest.raises(UserError, match=r"which needs SentencePiece: pip install sentencepiece"):
         load_processor(folder)

@@ -101,7 +101,7 @@ def check_strategy(strategy: str, device: torch.device) -> None:
     if strategy in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"launch.strategy is {strategy}, but deepspeed is not installed",
-            fix="pip install 'valley-align[deepspeed]', or use ddp or fsdp2",
+            fix="python -m pip install 'deepspeed>=0.19.8', or use ddp or fsdp2",
         )
 
 

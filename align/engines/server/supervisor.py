@@ -53,13 +53,17 @@ def main(arguments: list[str]) -> int:
     return 1
 
 
+# By its number: Windows knows no such name.
+SIGKILL = 9
+
+
 def _start(command: list[str]) -> subprocess.Popen[bytes]:
     _say(f"starting: {' '.join(command)}")
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+        preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, SIGKILL),
     )
 
 

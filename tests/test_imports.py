@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "records": {"errors", "reward"},
     "config": {"errors", "reward", "strict_yaml"},
     # What stands below every stage.
-    "media": {"config", "errors", "versions"},
+    "media": {"config", "errors", "files", "versions"},
     "distributed": BASE,
     "monitoring": BASE | {"distributed"},
     "run": BASE | {"distributed", "media", "monitoring"},

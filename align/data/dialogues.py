@@ -39,7 +39,7 @@ def read_dialogue(row: Fields, tags: Tags | None = None) -> Entry:
             row.note_unused(f"{name} (the last answer)")
         else:
             row.take("chosen", name)
-    return _entry(row, dialogue, [preference] if preference else [])
+    return entry_of(row, dialogue, [preference] if preference else [])
 
 
 def read_llava_preference(row: Fields) -> Entry:
@@ -54,7 +54,7 @@ def read_llava_preference(row: Fields) -> Entry:
     if preferred not in (1, 2):
         raise BadRow("preference is neither 1 nor 2", repr(preferred))
     chosen, rejected = texts if preferred == 1 else texts[::-1]
-    return _entry(row, dialogue, [Preference(chosen, rejected)])
+    return entry_of(row, dialogue, [Preference(chosen, rejected)])
 
 
 def read_openai(row: Fields) -> Entry:
@@ -69,7 +69,7 @@ def read_openai(row: Fields) -> Entry:
             row.note_unused(f"input.{key}")
     dialogue = dialogue_of(messages_of(given.get("messages"), "input.messages"))
     chosen = _one(row, "chosen", "preferred_output")
-    return _entry(row, dialogue, [Preference(chosen, _one(row, "rejected", "non_preferred_output"))])
+    return entry_of(row, dialogue, [Preference(chosen, _one(row, "rejected", "non_preferred_output"))])
 
 
 def read_alpaca(row: Fields) -> Entry:
@@ -148,7 +148,8 @@ def _same_images(row: Fields) -> None:
         raise BadRow("the rejected response is about other images")
 
 
-def _entry(row: Fields, dialogue: Dialogue, preferences: list[Preference]) -> Entry:
+def entry_of(row: Fields, dialogue: Dialogue, preferences: list[Preference]) -> Entry:
+    """A dialogue and what is preferred in it, with what the row says besides: id, images, system prompt, video."""
     return Entry(
         dialogue.question,
         dialogue.all_images(lambda: row.images(*IMAGES)),

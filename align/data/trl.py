@@ -7,9 +7,10 @@ documentation. Beside "prompt", "chosen" and "rejected" may repeat the whole dia
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from align.data.dialogues import IMAGES
+from align.data.dialogues import entry_of
 from align.data.entry import BadRow, Entry, Preference
 from align.data.fields import Fields, unpacked
 from align.data.messages import Dialogue, Message, dialogue_of, messages_of, response_of
@@ -40,17 +41,8 @@ def read_trl(row: Fields) -> Entry:
         margin, rewards, responses = _number(row, "margin"), _numbers(row, "rewards"), _numbers(row, "responses")
         indices = {name: int(index) for name, index in responses.items()}
         preferences = [Preference(chosen, rejected, margin, rewards, indices)]
-    return Entry(
-        dialogue.question,
-        dialogue.all_images(lambda: row.images(*IMAGES)),
-        row.label("id"),
-        dialogue.history,
-        system=dialogue.system if dialogue.system is not None else row.optional_text("system"),
-        video=row.video(),
-        preferences=preferences,
-        question_id=row.label("question_id"),
-        meta=row.object("meta"),
-    )
+    entry = entry_of(row, dialogue, preferences)
+    return replace(entry, question_id=row.label("question_id"), meta=row.object("meta"))
 
 
 def _asked(dialogue: Dialogue) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from align.engines.prompts import right_padded
 from align.errors import UserError
 from align.log import log
 from align.media.images import FRAME_FILE_KEY, ImageStore
+from align.models.record_faults import UnusableRecord
 from align.monitoring.progress import progress
 from align.records import Pair
 
@@ -68,14 +69,6 @@ class TokenizedPairs:
         self.dropped.setdefault(reason, []).append(id_)
 
 
-class UnusablePair(UserError):
-    """One pair cannot be rendered or tokenised; `reason` is what it is counted under."""
-
-    def __init__(self, reason: str, message: str, *, where: str, fix: str) -> None:
-        super().__init__(message, where=where, fix=fix)
-        self.reason = reason
-
-
 def tokenize_pairs(pairs: Iterable[Pair], processor: Any, images: ImageStore) -> TokenizedPairs:
     """Every pair rendered and tokenised, in order; those that cannot be are left out with their reason.
 
@@ -85,13 +78,13 @@ def tokenize_pairs(pairs: Iterable[Pair], processor: Any, images: ImageStore) ->
     pairs = list(pairs)
     counter = PromptCounter(processor)
     found = TokenizedPairs()
-    problem: UnusablePair | None = None
+    problem: UnusableRecord | None = None
     with progress("tokenise pairs", total=len(pairs)) as advance:
         for pair in pairs:
             advance(1)
             try:
                 found.pairs.append(tokenize_pair(pair, processor, images, counter))
-            except UnusablePair as error:
+            except UnusableRecord as error:
                 problem = problem or error
                 found.drop(error.reason, pair.id)
                 if len(found.dropped[error.reason]) == 1:
@@ -107,7 +100,7 @@ def tokenize_pair(pair: Pair, processor: Any, images: ImageStore, counter: Promp
     """One pair rendered and tokenised.
 
     Raises:
-        UnusablePair: see `render_pair` and `encode_responses`; or the processor refuses the prompt with its images.
+        UnusableRecord: see `render_pair` and `encode_responses`; or the processor refuses the prompt with its images.
         UserError: an image cannot be used.
     """
     rendered = render_pair(pair, processor)
@@ -117,7 +110,7 @@ def tokenize_pair(pair: Pair, processor: Any, images: ImageStore, counter: Promp
     try:
         prompt_tokens = counter.count(rendered.prompt, sizes, are_frames=are_frames)
     except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, StopIteration) as error:
-        raise UnusablePair(
+        raise UnusableRecord(
             CANNOT_ENCODE,
             f"the processor cannot encode the prompt with its {len(sizes)} images: {error}",
             where=f"pair {pair.id}",
@@ -130,7 +123,7 @@ def render_pair(pair: Pair, processor: Any) -> RenderedPair:
     """The pair as the chat template writes it; a response is what follows the prompt when the reply is added.
 
     Raises:
-        UnusablePair: the template refuses the messages, or does not write the prompt the same way before a reply: the
+        UnusableRecord: the template refuses the messages, or does not write the prompt the same way before a reply: the
             response would then follow a prompt that the model never sees when it answers.
     """
     where = f"pair {pair.id}"
@@ -146,7 +139,7 @@ def render_pair(pair: Pair, processor: Any) -> RenderedPair:
         ]
     except Exception as error:
         # Templates are programs, and raise what they like for messages that they do not take.
-        raise UnusablePair(
+        raise UnusableRecord(
             CANNOT_RENDER,
             f"the chat template refuses the messages: {error}",
             where=where,
@@ -154,7 +147,7 @@ def render_pair(pair: Pair, processor: Any) -> RenderedPair:
         ) from None
     for name, text in zip(("chosen", "rejected"), with_reply, strict=True):
         if not text.startswith(prompt):
-            raise UnusablePair(
+            raise UnusableRecord(
                 CANNOT_RENDER,
                 f"the chat template writes the prompt differently once the {name} response follows: "
                 f"expected it to begin with ...{prompt[-40:]!r}, found ...{_divergence(prompt, text)!r}",
@@ -185,7 +178,7 @@ def encode_responses(pair: Pair, rendered: RenderedPair, processor: Any) -> tupl
     asks for an image.
 
     Raises:
-        UnusablePair: a response spells such a token, and either the template does not write its text as it is, or the
+        UnusableRecord: a response spells such a token, and either the template does not write its text as it is, or the
             tokenizer has no other tokens for it.
     """
     special = special_tokens(processor)
@@ -219,7 +212,7 @@ def _encode(
         before, found, rest = rest.partition(text)
         as_text = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if not found or set(as_text) & set(special.values()):
-            raise UnusablePair(
+            raise UnusableRecord(
                 SPELLS_TOKENS,
                 f"{SPELLS_TOKENS}: {text[:60]!r}",
                 where=where,

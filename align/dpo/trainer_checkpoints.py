@@ -6,7 +6,6 @@ used: the one before is, and that is reported.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from align.distributed.ranks import is_main_process
-from align.files import write_text
+from align.files import file_sha256, write_text
 from align.log import log
 
 MANIFEST = "complete.json"
@@ -83,13 +82,8 @@ def _by_step(folder: Path) -> list[Path]:
 def _file_facts(folder: Path) -> dict[str, Any]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor(8) as pool:
-        hashes = list(pool.map(_sha256, files))
+        hashes = list(pool.map(file_sha256, files))
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, hashes, strict=True)
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

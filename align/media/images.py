@@ -18,6 +18,7 @@ from PIL import Image
 
 from align.config import Config
 from align.errors import UserError
+from align.files import file_sha256
 from align.media.decoding import MAX_IMAGE_PIXELS, Header, convert, read_header, read_picture
 from align.media.rgb import Conversion
 from align.media.video_decoding import read_frame
@@ -148,5 +149,4 @@ def _file_hash(path: Path) -> str:
 
 @lru_cache(maxsize=1_000_000)
 def _hash_of(path: Path, *file_and_age: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

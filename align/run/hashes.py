@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from align.errors import UserError
+from align.files import file_sha256
 
 
 def content_hash(path: Path) -> str:
@@ -19,9 +20,9 @@ def content_hash(path: Path) -> str:
         if not files:
             raise UserError("no model files in the folder", where=str(path))
         with ThreadPoolExecutor(8) as pool:
-            parts = [f"{file.name}:{digest}" for file, digest in zip(files, pool.map(_file_hash, files), strict=True)]
+            parts = [f"{file.name}:{digest}" for file, digest in zip(files, pool.map(file_sha256, files), strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return _file_hash(path)
+    return file_sha256(path)
 
 
 def checkpoint_hash(reference: str) -> str:
@@ -41,8 +42,3 @@ def _is_model_file(name: str) -> bool:
     if name.startswith(".") or name in {"README.md", "trainer_state.json", "manifest.json"}:
         return False
     return name.endswith((".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".py"))
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

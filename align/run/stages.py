@@ -42,11 +42,6 @@ class Stage:
         module, _, function = self.runner.partition(":")
         return getattr(import_module(module), function)
 
-    @property
-    def command(self) -> str:
-        """What a person types, but for the round."""
-        return f"align {self.name}"
-
 
 def _samples(config: Config, number: int) -> bool:
     return number > 1 or config.pairs_file is None

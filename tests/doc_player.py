@@ -44,6 +44,8 @@ SMALL = {
     "dpo.gradient_accumulation_steps": "1",
     "evaluate.max_new_tokens": "16",
     "evaluate.limit": "2",
+    # The stub server reads no prompt.
+    "server.compare_prompts": "false",
     "launch.num_processes": "1",
     "launch.num_machines": "1",
     "launch.strategy": "ddp",
@@ -74,6 +76,7 @@ NOT_RUN = {
     r"vllm serve": "needs a GPU and an environment of its own; the commands around it meet a stub server",
     r"python -m sglang": "as vllm",
     r"python scripts/bench_(dpo|sample)\.py": "minutes; its flags are read",
+    r"python scripts/bench_(batching|scale)\.py": "minutes",
     r"python scripts/bench_score\.py": "minutes; its flags are read; tests/engines/test_benchmark_model.py runs it tiny",
     r"python scripts/harmful_runs\.py": "ten minutes; its flags are read, a small form of it is among the report's tests",
     r"python scripts/demo_seeds\.py": "the better part of an hour; its flags are read",

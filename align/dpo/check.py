@@ -24,7 +24,6 @@ from align.dpo.settings import (
     planned_steps,
     training_arguments,
     training_fields,
-    with_warmup_that_ends,
 )
 from align.dpo.sharding.strategies import unsharded_models
 from align.dpo.tokenize import TokenizedPair, check_lengths, tokenize_pairs
@@ -89,8 +88,7 @@ def check_pairs(config: Config, pairs: Sequence[Pair], processor: Any, images: I
     with unsharded_models():
         fields = training_fields(config, Path(), torch.device("cpu"), torch.float32)
     num_processes = config.launch.num_processes * config.launch.num_machines
-    num_steps = planned_steps(fields, len(tokenized.pairs) - len(too_long), num_processes)
-    with_warmup_that_ends(fields, config.dpo.trainer_fields(), num_steps)
+    planned_steps(fields, len(tokenized.pairs) - len(too_long), num_processes)
     return dropped
 
 

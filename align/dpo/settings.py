@@ -232,28 +232,21 @@ def planned_steps(fields: dict[str, Any], num_pairs: int, num_processes: int) ->
     return math.ceil(math.ceil(batches / fields["gradient_accumulation_steps"]) * fields["num_train_epochs"])
 
 
-def with_warmup_that_ends(fields: dict[str, Any], given: dict[str, Any], num_steps: int) -> dict[str, Any]:
+def with_warmup_that_ends(fields: dict[str, Any], num_steps: int) -> dict[str, Any]:
     """The fields with a warm-up that leaves a step to learn in: the first step of a warm-up has rate 0.
 
-    Raises:
-        UserError: `given`, the user's own settings, leave the only step at a rate of 0.
+    Where it would take all of them there is none, and that is said.
 
-    >>> with_warmup_that_ends(RECIPE, {}, 1)["warmup_steps"], with_warmup_that_ends(RECIPE, {}, 2)["warmup_steps"]
+    >>> with_warmup_that_ends(RECIPE, 1)["warmup_steps"], with_warmup_that_ends(RECIPE, 2)["warmup_steps"]
     (0, 0.1)
     """
     warmup = fields["warmup_steps"]
     steps = math.ceil(num_steps * warmup) if warmup < 1 else int(warmup)
     if steps < num_steps or fields["lr_scheduler_type"] == "constant":
         return fields
-    if "warmup_steps" in given and num_steps > 1:
-        log.warning("dpo.warmup_steps is %g, and there are %d steps: all of them are warm-up", warmup, num_steps)
-        return fields
-    if "warmup_steps" in given:
-        raise UserError(
-            f"dpo.warmup_steps is {warmup:g}, and there are {num_steps} steps: the learning rate would be 0 in all of them",
-            fix="lower it, or train on more pairs",
-        )
-    log.info("there are %d steps: no warm-up, which would leave them at a learning rate of 0", num_steps)
+    log.warning(
+        "dpo.warmup_steps is %g, and there are %d steps: no warm-up, which would take all of them", warmup, num_steps
+    )
     return fields | {"warmup_steps": 0}
 
 

@@ -158,7 +158,7 @@ class DpoStage:
         return TrainingData(
             pairs=pairs,
             collator=PairCollator(processor, images, "shared", max_length, always_images),
-            fields=with_warmup_that_ends(self.fields, self.config.dpo.trainer_fields(), num_steps),
+            fields=with_warmup_that_ends(self.fields, num_steps),
             counts={"dropped_too_long": len(tokenized.pairs) - len(pairs)} | ({"dropped": dropped} if dropped else {}),
             notes={"turns": "; ".join(faults)} if faults else {},
         )

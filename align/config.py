@@ -146,6 +146,16 @@ class SampleSettings(Section):
     )
     top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
     max_new_tokens: int = Field(1024, ge=1, description="a response longer than this is cut and marked 'length'")
+    until_pair: bool = Field(
+        False,
+        description="draw further responses to questions without two different complete ones, until there are two or max_responses",
+    )
+    max_responses: int = Field(
+        16, ge=2, le=256, description="for until_pair: most responses per question, the first ones included"
+    )
+    further_temperature: float | None = Field(
+        None, gt=0, description="for until_pair: temperature of the further responses; empty: as the first ones"
+    )
     questions_per_round: int | None = Field(
         None,
         ge=1,

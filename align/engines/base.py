@@ -54,6 +54,18 @@ class SampleResult:
 
 
 @dataclass(frozen=True)
+class FurtherSamples:
+    """What is drawn beyond `SampleRequest.num_samples`, behind the same prompt: the next samples of the question's seed.
+
+    `wanted` gets the samples so far and says how many further ones to draw; it is asked again until it says 0.
+    `temperature` is theirs; None: that of the settings.
+    """
+
+    wanted: Callable[[SampleResult], int]
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
 class GivenResponses:
     """Given responses to a question, as tokens; `messages` and `images` as in `SampleRequest`."""
 
@@ -75,6 +87,8 @@ class Engine(JudgeModel, Protocol):
         requests: Sequence[SampleRequest],
         settings: SamplingSettings,
         on_result: Callable[[SampleResult], None],
+        *,
+        further: FurtherSamples | None = None,
     ) -> None:
         """Answer all requests, calling `on_result` as soon as one question is finished (in any order)."""
         ...

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from align.engines.base import GivenResponses, SampleRequest, SampleResult, SamplingSettings
+from align.engines.base import FurtherSamples, GivenResponses, SampleRequest, SampleResult, SamplingSettings
 from align.engines.batch_size import BRANCHES, FIRST_ITEMS, SAMPLES, BatchSizer
 from align.engines.batching import Batch, BatchQueue
 from align.engines.check import check_branches, check_samples
@@ -47,10 +47,6 @@ class Path(Protocol):
 
     def generate(self, batch: Batch[PromptTree], *, max_new_tokens: int) -> list[list[list[int]]]:
         """Greedy continuations of branched prompts, as token ids."""
-
-
-# Samples of a question so far in; how many more are wanted out.
-MoreSamples = Callable[[SampleResult], int]
 
 
 class LocalEngine:
@@ -89,19 +85,18 @@ class LocalEngine:
         settings: SamplingSettings,
         on_result: Callable[[SampleResult], None],
         *,
-        more: MoreSamples | None = None,
+        further: FurtherSamples | None = None,
     ) -> None:
         """Answer all requests; `on_result` is called once per question, as soon as its last sample has ended.
 
-        `more` is asked then, with the samples so far, how many further ones to draw behind the same prompt, which is
-        still encoded; they are the next ones of the question's seed. It is asked again until it says 0.
+        Further samples are drawn behind the prompt while it is still encoded.
         """
 
         def encode(batch: list[SampleRequest]) -> dict[str, Any]:
             texts = [self.prompter.render(request.messages) for request in batch]
             return self.prompter.encode(texts, [request.images for request in batch])
 
-        self._sample(self._sample_queue(requests, encode), settings, on_result, more=more)
+        self._sample(self._sample_queue(requests, encode), settings, on_result, further=further)
 
     def stream(
         self, request: SampleRequest, settings: SamplingSettings, on_texts: Callable[[tuple[str, ...]], None]
@@ -187,7 +182,7 @@ class LocalEngine:
         settings: SamplingSettings,
         on_result: Callable[[SampleResult], None],
         *,
-        more: MoreSamples | None = None,
+        further: FurtherSamples | None = None,
         on_step: OnStep | None = None,
     ) -> None:
         def result_of(place: int, tokens: list[list[int]], stopped: list[bool]) -> SampleResult:
@@ -205,7 +200,8 @@ class LocalEngine:
                 on_tokens,
                 device=self.device,
                 eos=self.eos_token_ids,
-                more=None if more is None else lambda *samples: more(result_of(*samples)),
+                more=None if further is None else lambda *samples: further.wanted(result_of(*samples)),
+                further_temperature=None if further is None else further.temperature,
                 on_step=on_step,
             )
 

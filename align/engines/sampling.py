@@ -42,16 +42,18 @@ def uniforms(seeds: Sequence[int], num_samples: int, num_steps: int, *, first: i
     return torch.from_numpy(numbers)
 
 
-def choose(logits: Tensor, settings: SamplingSettings, uniform: Tensor | None) -> Tensor:
+def choose(
+    logits: Tensor, settings: SamplingSettings, uniform: Tensor | None, *, temperatures: Tensor | None = None
+) -> Tensor:
     """Tokens `(N,)` int64 from fp32 logits `(N, V)` and `(N,)` numbers in [0, 1); greedy at temperature 0.
 
-    The order is that of generate: temperature, then top-k, then top-p of what is left. Of top-p, the tokens are kept
+    `temperatures` `(N,)` fp32, above 0, take the place of that of the settings. The order is that of generate: temperature, then top-k, then top-p of what is left. Of top-p, the tokens are kept
     before which, in falling order, less than `top_p` of the probability stands; so at least one is.
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
     assert uniform is not None
-    scores = logits / settings.temperature
+    scores = logits / (settings.temperature if temperatures is None else temperatures[:, None])
     ids = None
     if 0 < settings.top_k < scores.shape[-1]:
         scores, ids = scores.topk(settings.top_k, dim=-1)
@@ -99,11 +101,16 @@ class SeededSampler:
     """Samples tokens by each branch's own numbers; knows what a branch has said, where repetition is penalised.
 
     A question is begun under a number of its own, its ticket, that may be used again once the question is finished.
+    Samples that are drawn after a question's first ones have `further_temperature`, where it is given.
     """
 
-    def __init__(self, settings: SamplingSettings, device: torch.device) -> None:
+    def __init__(
+        self, settings: SamplingSettings, device: torch.device, *, further_temperature: float | None = None
+    ) -> None:
         self.settings = settings
         self.device = device
+        self.further_temperature = further_temperature
+        self._temperatures = torch.zeros(0, device=device)
         self._numbers = torch.zeros(0, 0, settings.max_new_tokens, dtype=torch.float64, device=device)
         self._prompt_ids: dict[int, Tensor] = {}
         self._seen: Tensor | None = None
@@ -124,6 +131,10 @@ class SeededSampler:
             self._numbers = old.new_zeros(size)
             self._numbers[: old.shape[0], : old.shape[1]] = old
         self._numbers[list(tickets), :num_samples] = numbers
+        if self.further_temperature is not None:
+            padding = size[0] - len(self._temperatures)
+            self._temperatures = torch.nn.functional.pad(self._temperatures, (0, padding))
+            self._temperatures[list(tickets)] = self.further_temperature if first else self.settings.temperature
         if self._seen is not None:
             self._see_prompts(tickets)
 
@@ -136,7 +147,8 @@ class SeededSampler:
             assert self._seen is not None
             logits = penalise_repetition(logits, self._seen[question, branch], self.settings.repetition_penalty)
         finite = logits.amax(dim=-1).isfinite()
-        tokens = choose(logits, self.settings, self._numbers[question, branch, step])
+        temperatures = None if self.further_temperature is None else self._temperatures[question]
+        tokens = choose(logits, self.settings, self._numbers[question, branch, step], temperatures=temperatures)
         if self._seen is not None:
             self._seen[question, branch, tokens] = True
         return torch.where(finite, tokens, -1)

@@ -20,8 +20,8 @@ class SamplingRun:
     """Which question has which ticket, the sampler of them all, and where results go.
 
     `on_tokens` gets a question's place, the tokens of its samples, whether each ended by itself and how many tokens the
-    prompt has. `more` may ask for
-    further samples behind a prompt that is still encoded. `on_step` hears every token (of a single question).
+    prompt has. `more` may ask for further samples behind a prompt that is still encoded, drawn at `further_temperature`
+    where it is given. `on_step` hears every token (of a single question).
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class SamplingRun:
         device: torch.device,
         eos: Sequence[int],
         more: More | None = None,
+        further_temperature: float | None = None,
         on_step: OnStep | None = None,
     ) -> None:
         self.queue = queue
@@ -40,7 +41,7 @@ class SamplingRun:
         self.wants_more = more is not None
         self._on_tokens = on_tokens
         self._more = more
-        self._seeded = SeededSampler(settings, device)
+        self._seeded = SeededSampler(settings, device, further_temperature=further_temperature)
         self.sampler: Sampler = self._seeded
         if on_step is not None:
             self.sampler = StreamingSampler(self._seeded, list(eos), on_step)

@@ -133,6 +133,8 @@ class StagePlanner:
         )
         written = round(len(self.sizes) * sample.num_responses * self.lengths.chosen)
         note = "on servers, at this speed" if sample.servers else ""
+        if sample.until_pair:
+            note = ", ".join(filter(None, [note, "without the further responses of until_pair"]))
         return StageCost("sample", self._seconds(cost), self.config.rounds, self._read(self.sizes), written, note)
 
     def _score(self) -> StageCost:

@@ -59,7 +59,7 @@ class Cost:
 
 
 _SHOWN = {
-    "sample": {"questions", "responses", "truncated", "empty", "identical", "tokens"},
+    "sample": {"questions", "responses", "further_responses", "truncated", "empty", "identical", "tokens"},
     "score": {"questions", "responses", "scored", "unscored", "verdicts", "pairs", "dropped", "dropped_responses",
               "dropped_pairs", "questions_without_pair", "critic"},
     "pairs": {"questions", "pairs", "dropped", "dropped_responses", "dropped_pairs", "questions_without_pair"},
@@ -83,7 +83,9 @@ def _steps(data: RoundData) -> list[Step]:
         # Once pairs are made, these stand among the responses that were not fit for one.
         kinds = () if "dropped_responses" in judged else ("truncated", "empty", "identical")
         losses = [Loss(_WORDS[key], n) for key in kinds if (n := number(sample.get(key)))]
-        steps.append(Step("responses sampled", responses, losses=losses))
+        further = number(sample.get("further_responses"))
+        label = f"responses sampled, {further:,.0f} of them to questions without two different" if further else ""
+        steps.append(Step(label or "responses sampled", responses, losses=losses))
     scored, verdicts = number(judged.get("scored")), number(judged.get("verdicts"))
     if scored is not None:
         label = f"responses scored by {verdicts:,.0f} verdicts" if verdicts else "responses scored"

@@ -1,7 +1,8 @@
 """Stage 1: questions in, samples.jsonl out: K responses of the round's policy to every image question.
 
 A question's responses depend on the run's seed, the round and the question's id alone, not on the order of questions,
-the batch or the number of processes. Finished questions are kept when the stage is interrupted.
+the batch or the number of processes. Finished questions are kept when the stage is interrupted. With `until_pair`
+questions whose responses are all the same get further ones (align.stages.until_pair).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.config import Config
+from align.config import Config, SampleSettings
 from align.distributed.ranks import is_main_process
 from align.engines.open import open_policy, served_as
 from align.errors import UserError
@@ -23,6 +24,7 @@ from align.run.folder import RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
 from align.run.image_hashes import record_or_verify_images
 from align.run.sharding import OnRecord, begin, finish, map_resumable
+from align.stages.until_pair import can_make_pair, further_samples
 
 if TYPE_CHECKING:
     from align.engines.base import SampleResult
@@ -56,7 +58,7 @@ def run_sample(config: Config, number: int) -> None:
         return _sample(config, policy, todo, images, number, on_record)
 
     done = map_resumable(this.samples, Samples, questions, work, label=f"round {number}: sample")
-    finish(this.manifest, STAGE, outputs=[this.samples], counts=_counts(done.records), notes=done.notes)
+    finish(this.manifest, STAGE, outputs=[this.samples], counts=_counts(done.records, config.sample), notes=done.notes)
 
 
 def check_settings(config: Config) -> None:
@@ -71,6 +73,12 @@ def check_settings(config: Config) -> None:
         raise UserError(
             "sample.temperature is 0: all responses to a question would be the same, and none is preferred",
             fix="set it above 0 (0.7 is usual)",
+        )
+    if config.sample.until_pair and config.sample.max_responses <= config.sample.num_responses:
+        raise UserError(
+            f"sample.until_pair has nothing to draw: max_responses ({config.sample.max_responses}) is not above "
+            f"num_responses ({config.sample.num_responses})",
+            fix="raise sample.max_responses, or lower sample.num_responses",
         )
 
 
@@ -145,7 +153,7 @@ def _sample(
         question, seed = by_id[result.id]
         on_record(Samples(id=result.id, question=question, responses=responses_of(result), seed=seed))
 
-    engine.sample(requests, settings, on_result)
+    engine.sample(requests, settings, on_result, further=further_samples(config.sample))
     return engine.notes
 
 
@@ -157,8 +165,16 @@ def responses_of(result: SampleResult) -> list[Response]:
     ]
 
 
-def _counts(samples: list[Samples]) -> dict[str, int]:
+def _counts(samples: list[Samples], settings: SampleSettings) -> dict[str, int]:
     counts: Counter[str] = Counter(questions=len(samples))
+    if settings.until_pair:
+        further = [len(line.responses) - settings.num_responses for line in samples]
+        counts["further_responses"] = sum(further)
+        counts["questions_with_further_responses"] = sum(number > 0 for number in further)
+        counts["questions_without_two_different"] = sum(
+            not can_make_pair((response.text, response.finish_reason) for response in line.responses)
+            for line in samples
+        )
     for line in samples:
         counts["responses"] += len(line.responses)
         counts["tokens"] += sum(response.num_tokens for response in line.responses)
@@ -170,7 +186,10 @@ def _counts(samples: list[Samples]) -> dict[str, int]:
 
 
 def _settings(config: Config) -> dict[str, object]:
-    sample = config.sample.model_dump(exclude={"batch_size", "servers", "engine"})
+    left_out = {"batch_size", "servers", "engine"}
+    if not config.sample.until_pair:
+        left_out |= {"until_pair", "max_responses", "further_temperature"}
+    sample = config.sample.model_dump(exclude=left_out)
     return {
         "sample": sample,
         "seed": config.seed,

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from align.engines import batch_size, shared_path
-from align.engines.base import SampleRequest, SampleResult, SamplingSettings
+from align.engines.base import FurtherSamples, SampleRequest, SampleResult, SamplingSettings
 from align.engines.batch_size import BatchSizer
 from align.engines.decoding import Branches, Decoder, prefill
 from align.engines.local import LocalEngine
@@ -347,12 +347,31 @@ def test_more_samples_are_drawn_behind_the_same_prompt(
         [question(i, num_samples=2) for i in range(7)],
         settings,
         lambda result: found.__setitem__(result.id, result),
-        more=lambda result: min(4, wanted[result.id] - len(result.texts)),
+        further=FurtherSamples(lambda result: min(4, wanted[result.id] - len(result.texts))),
     )
     assert {key: len(result.texts) for key, result in found.items()} == wanted
     at_once = [question(i, num_samples=wanted[f"q{i}"]) for i in range(7)]
     assert sum(prefills) == (7 if shared_prefix == "on" else 0)
     assert found == collect(LocalEngine(*onevision), at_once, settings)
+
+
+@pytest.mark.parametrize("shared_prefix", ["on", "off"])
+def test_further_samples_have_a_temperature_of_their_own(onevision: tuple[Any, Any], shared_prefix: str):
+    found: dict[str, SampleResult] = {}
+    LocalEngine(*onevision, shared_prefix=shared_prefix).sample(
+        [question(i, num_samples=2) for i in range(5)],
+        SamplingSettings(temperature=0.5, max_new_tokens=6),
+        lambda result: found.__setitem__(result.id, result),
+        further=FurtherSamples(lambda result: min(2, 2 + int(result.id[1:]) % 4 - len(result.texts)), temperature=1.5),
+    )
+    at_once = [question(i, num_samples=5) for i in range(5)]
+    cool, warm = (
+        collect(LocalEngine(*onevision), at_once, SamplingSettings(temperature=t, max_new_tokens=6)) for t in (0.5, 1.5)
+    )
+    assert {len(result.texts) for result in found.values()} > {2}
+    for id_, result in found.items():
+        assert result.texts == cool[id_].texts[:2] + warm[id_].texts[2 : len(result.texts)]
+        assert result.texts[2:] != cool[id_].texts[2 : len(result.texts)] or len(result.texts) == 2
 
 
 def test_a_sliding_window_falls_back_and_says_so():

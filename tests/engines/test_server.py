@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from align.config import Server, ServerSettings, build_config
-from align.engines.base import SampleRequest, SamplingSettings
+from align.engines.base import FurtherSamples, SampleRequest, SamplingSettings
 from align.engines.open import named_for_round, open_servers
 from align.engines.server.chat import sample_seed
 from align.errors import UserError
@@ -93,6 +93,20 @@ def test_a_server_that_ignores_n_is_asked_one_by_one_with_the_same_seeds(serve):
     assert at_once.num_requests == 5
     assert {id_: result.texts for id_, result in first.items()} == {id_: result.texts for id_, result in second.items()}
     assert first["q1"].num_tokens == tuple(map(len, first["q1"].texts))
+
+
+@pytest.mark.parametrize("has_n", [True, False])
+def test_further_samples_are_the_next_ones_of_the_seed_at_their_own_temperature(serve, has_n):
+    server = serve(has_n=has_n)
+    found = []
+    further = FurtherSamples(lambda result: min(2, 6 - len(result.texts)), temperature=1.5)
+    engine_on(server).sample([ask_for(1, num_samples=3)], SETTINGS, found.append, further=further)
+    assert found[0].texts == expected(ask_for(1, num_samples=6))
+    asked = [(body["seed"], body["temperature"], body.get("n", 1)) for body in server.asked]
+    if has_n:
+        assert asked == [(100, 1.0, 3), (103, 1.5, 2), (105, 1.5, 1)]
+    else:
+        assert sorted(asked) == [(100 + index, 1.0 if index < 3 else 1.5, 1) for index in range(6)]
 
 
 @pytest.mark.parametrize("given", [1, 2, 5])

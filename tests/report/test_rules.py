@@ -371,6 +371,13 @@ def test_funnels_name_every_loss():
     assert steps["pairs trained on"] == (68, 68 / 70, [("too long", 2)])
 
 
+def test_further_responses_are_said_where_the_responses_are():
+    data = scored()
+    data.stages["sample"] = Stage("sample", "complete", counts={"responses": 420, "further_responses": 20})
+    labels = [step.label for step in funnels(a_run(data))[0].steps]
+    assert "responses sampled, 20 of them to questions without two different" in labels
+
+
 def test_reasons_come_largest_first():
     assert [loss.reason for loss in reasons({"a": 1, "b": 3, "c": 0, "d": "x"})] == ["b", "a"]
     assert reasons(None) == []

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from align.config import ServerSettings
-from align.engines.base import GivenResponses, SampleRequest, SampleResult, SamplingSettings
+from align.engines.base import FurtherSamples, GivenResponses, SampleRequest, SampleResult, SamplingSettings
 from align.engines.server.chat import (
     Choice,
     bare_messages,
@@ -70,6 +71,8 @@ class ServerEngine:
         requests: Sequence[SampleRequest],
         settings: SamplingSettings,
         on_result: Callable[[SampleResult], None],
+        *,
+        further: FurtherSamples | None = None,
     ) -> None:
         """Answer all requests; `on_result` is called as soon as a question is finished.
 
@@ -82,7 +85,12 @@ class ServerEngine:
             uris = await self._uris(request.images)
             messages = chat_messages(request.messages, uris)
             try:
-                choices = await self._draw(messages, request, settings)
+                choices = await self._draw(messages, request, settings, range(request.num_samples))
+                while further and (count := further.wanted(_result(request.id, choices))):
+                    warmer = (
+                        settings if further.temperature is None else replace(settings, temperature=further.temperature)
+                    )
+                    choices += await self._draw(messages, request, warmer, range(len(choices), len(choices) + count))
             except (RefusedError, UnansweredError) as error:
                 self._missed(request.id, str(error))
                 return
@@ -150,10 +158,10 @@ class ServerEngine:
             self.notes = self.about | compared | {"servers": "; ".join(servers)} | counts
 
     async def _draw(
-        self, messages: list[dict[str, Any]], request: SampleRequest, settings: SamplingSettings
+        self, messages: list[dict[str, Any]], request: SampleRequest, settings: SamplingSettings, indices: range
     ) -> list[Choice]:
-        """The samples of a question: with `n` at once, else, and for those that are missing, one by one."""
-        wanted = 1 if settings.temperature == 0 else request.num_samples
+        """These samples of a question: with `n` at once, else, and for those that are missing, one by one."""
+        wanted = indices[:1] if settings.temperature == 0 else indices
 
         async def draw(first: int, num: int, prefer: Endpoint | None = None) -> tuple[list[Choice], Endpoint]:
             def body(endpoint: Endpoint) -> dict[str, Any]:
@@ -169,11 +177,11 @@ class ServerEngine:
                 log.info("asked one by one: %s gave %d choices instead of %d", answer.endpoint, len(choices), num)
             return choices[:num], answer.endpoint
 
-        choices, endpoint = await draw(0, wanted)
-        rest = await asyncio.gather(*(draw(index, 1, endpoint) for index in range(len(choices), wanted)))
+        choices, endpoint = await draw(wanted[0], len(wanted))
+        rest = await asyncio.gather(*(draw(index, 1, endpoint) for index in wanted[len(choices) :]))
         choices = [*choices, *(choice for (choice,), _ in rest)]
         if settings.temperature == 0:
-            choices = choices * request.num_samples
+            choices = choices * len(indices)
         self.counts["token counts guessed from lengths"] += sum(not choice.exact for choice in choices)
         return choices
 

@@ -1,4 +1,5 @@
-"""The device that torch computes on beside the CPU, whatever make it is: torch's accelerator interface, a few questions wide.
+"""The device that torch computes on beside the CPU, whatever make it is: torch's accelerator interface,
+a few questions wide.
 
 Kinds are `cuda` (NVIDIA, and AMD under ROCm), `xpu` (Intel), `npu` (Ascend, with torch_npu) and `mps` (Apple). torch is
 imported in the functions, or only looked up where a thread may ask while it is being imported.
@@ -84,7 +85,8 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is what one computes in on this device: not on a CPU, nor where torch does not say that it can."""
+    """Whether bfloat16 is what one computes in on this device: not on a CPU,
+    nor where torch does not say that it can."""
     import torch
 
     if device.type == "cpu":

@@ -42,7 +42,10 @@ class Server(Section):
     url: str = Field(..., description="e.g. http://gpu1:8000 or https://host/openai/v1")
     model: str | None = Field(
         None,
-        description="the name it is served under; {round} stands for the round that made the checkpoint, 0 for the first policy; empty: the checkpoint's path",
+        description=(
+            "the name it is served under; {round} stands for the round that made the checkpoint, 0 for the first"
+            " policy; empty: the checkpoint's path"
+        ),
     )
     api_key_env: str | None = Field(None, description="environment variable that holds the key")
     check_model: bool = Field(True, description="false where the server does not list the model that it serves")
@@ -83,7 +86,10 @@ class ServerSettings(Section):
     image_format: Literal["png", "jpeg"] = Field("png", description="how images travel; jpeg is smaller and loses")
     compare_prompts: bool = Field(
         True,
-        description="compare the first prompts with what the checkpoint's own processor makes of them, and stop where they differ",
+        description=(
+            "compare the first prompts with what the checkpoint's own processor makes of them, and stop where they"
+            " differ"
+        ),
     )
     top_logprobs: int = Field(
         20, ge=1, description="alternatives per token that a critic's server is asked to show (vLLM: --max-logprobs)"
@@ -91,7 +97,10 @@ class ServerSettings(Section):
 
 
 EngineName = Literal["auto", "local", "vllm"]
-ENGINE = "what answers where no servers are named: local, vllm (started and stopped by the stage), or auto: vllm where it is installed, knows the family and a GPU is there"
+ENGINE = (
+    "what answers where no servers are named: local, vllm (started and stopped by the stage), or auto: vllm where it is"
+    " installed, knows the family and a GPU is there"
+)
 
 
 class VllmSettings(Section):
@@ -117,7 +126,9 @@ class ModelSettings(Section):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="type of the weights; auto: bfloat16 on a GPU that has it, else float32; float32 where they are trained",
+        description=(
+            "type of the weights; auto: bfloat16 on a GPU that has it, else float32; float32 where they are trained"
+        ),
     )
     device: str = Field("auto", description="auto, cpu, cuda, mps, xpu or npu; one of several: cuda:N")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
@@ -159,13 +170,18 @@ class SampleSettings(Section):
     questions_per_round: int | None = Field(
         None,
         ge=1,
-        description="how many questions a round takes, in file order, without repeats between rounds until all are used; empty: all of them every round",
+        description=(
+            "how many questions a round takes, in file order, without repeats between rounds until all are used; empty:"
+            " all of them every round"
+        ),
     )
     batch_size: int | None = Field(None, ge=1, description="questions at a time; empty: found by itself within memory")
     engine: EngineName = Field("auto", description=ENGINE)
     servers: Servers = Field(
         default_factory=list,
-        description="endpoints that serve the policy, which is then not loaded here: URLs, or {url, model, api_key_env}",
+        description=(
+            "endpoints that serve the policy, which is then not loaded here: URLs, or {url, model, api_key_env}"
+        ),
     )
 
 
@@ -174,7 +190,10 @@ class CriticSettings(Section):
 
     kind: str = Field(
         "pairwise",
-        description="pairwise, pointwise, claims, verifier, scalar, panel, python, scores, ratings, or the controls random and length",
+        description=(
+            "pairwise, pointwise, claims, verifier, scalar, panel, python, scores, ratings, or the controls random and"
+            " length"
+        ),
     )
     model: str | None = Field(None, description="checkpoint of the critic model")
     processor: dict[str, Any] = Field(default_factory=dict, description="keyword settings of the critic's processor")
@@ -189,7 +208,9 @@ class CriticSettings(Section):
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="further settings of the critic kind, e.g. {soft: true}; members of a panel may name a `model` of their own",
+        description=(
+            "further settings of the critic kind, e.g. {soft: true}; members of a panel may name a `model` of their own"
+        ),
     )
     reliability_sample: int = Field(
         32, ge=0, description="questions judged again with a blank and a shuffled image, to see that the critic looks"
@@ -202,7 +223,9 @@ class CriticSettings(Section):
     engine: EngineName = Field("auto", description=ENGINE)
     servers: Servers = Field(
         default_factory=list,
-        description="endpoints that serve critic.model, which is then not loaded here: URLs, or {url, model, api_key_env}",
+        description=(
+            "endpoints that serve critic.model, which is then not loaded here: URLs, or {url, model, api_key_env}"
+        ),
     )
 
 
@@ -213,11 +236,15 @@ class DpoSettings(BaseModel):
 
     reference: Literal["round-start", "initial", "live"] = Field(
         "round-start",
-        description="the reference policy: of this round's start (LLaVA-Critic), the first one, or a second model in memory",
+        description=(
+            "the reference policy: of this round's start (LLaVA-Critic), the first one, or a second model in memory"
+        ),
     )
     freeze: list[str] = Field(
         default_factory=list,
-        description="parts that are not trained: vision, projector, language, embeddings, head, or prefixes of parameter names",
+        description=(
+            "parts that are not trained: vision, projector, language, embeddings, head, or prefixes of parameter names"
+        ),
     )
     projector_learning_rate_multiplier: float = Field(
         1.0, gt=0, description="learning rate of the projector relative to the rest (Valley2-DPO: 3)"
@@ -258,7 +285,9 @@ class EvaluateSettings(Section):
     )
     kl: bool = Field(
         True,
-        description="estimate the KL divergence from the first policy on the sampled responses; loads both models in turn",
+        description=(
+            "estimate the KL divergence from the first policy on the sampled responses; loads both models in turn"
+        ),
     )
     stop_if_worse: bool = Field(
         False, description="end the run after a round that is worse than its parent by more than chance"
@@ -293,7 +322,10 @@ class SaveSettings(Section):
 
     code: Literal["parent", "toolkit", "both"] = Field(
         "parent",
-        description="modelling files for trust_remote_code of our families: parent's own where it brought some, or the toolkit's",
+        description=(
+            "modelling files for trust_remote_code of our families: parent's own where it brought some, or the"
+            " toolkit's"
+        ),
     )
 
 
@@ -305,7 +337,9 @@ class Config(Section):
     policy: str = Field(..., description="checkpoint to start from: a folder or a hub id")
     pairs_file: Path | None = Field(
         None,
-        description="existing preference pairs (off-policy, JSONL): round 1 trains on them, nothing is sampled or scored",
+        description=(
+            "existing preference pairs (off-policy, JSONL): round 1 trains on them, nothing is sampled or scored"
+        ),
     )
     questions: Path | None = Field(
         None, description="image questions (JSONL: id, question, images, answer); may be empty with pairs_file"
@@ -407,7 +441,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def checkpoint_config(checkpoint: str, overrides: list[str] | None = None) -> Config:
-    """The defaults with overrides, for a checkpoint by itself: a run's own keys (questions, critic) mean nothing in it."""
+    """The defaults with overrides, for a checkpoint by itself: a run's own keys (questions, critic)
+    mean nothing in it."""
     data: dict[str, Any] = {"policy": checkpoint, "questions": os.devnull}
     for override in overrides or []:
         _apply_override(data, override)

@@ -1,4 +1,5 @@
-"""Text in, a file that is there as a whole or not at all out; folders that can be made, or a message that says why not."""
+"""Text in, a file that is there as a whole or not at all out; folders that can be made,
+or a message that says why not."""
 
 from __future__ import annotations
 

@@ -113,9 +113,11 @@ def run_stage(
 ) -> StageResult:
     """Do what `align STAGE --round NUMBER` does: here, or in the processes that `launch:` asks for.
 
-    `redo` discards what this stage and all later ones of the round have done. `critic` judges in place of the configured
-    one: a function of question, images and responses (see docs/adding-a-critic.md), for `score` in one process. As on the
-    command line, `score` goes on to make the pairs, and `dpo` of a round that begins with `pairs_file` reads them first.
+    `redo` discards what this stage and all later ones of the round have done.
+    `critic` judges in place of the configured
+    one: a function of question, images and responses (see docs/adding-a-critic.md), for `score` in one process. As on
+    the command line, `score` goes on to make the pairs, and `dpo` of a round that begins with
+    `pairs_file` reads them first.
 
     Raises:
         UserError: an unknown stage, an input that is not there, settings or data that cannot be used.
@@ -147,7 +149,8 @@ def _look_first(config: Config) -> None:
     found = run_preflight(config)
     if found.problems:
         raise UserError(
-            f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''} before the first stage\n{found.text()}"
+            f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''} before the first"
+            f" stage\n{found.text()}"
         )
 
 

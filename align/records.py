@@ -1,4 +1,5 @@
-"""The lines of a run's JSONL files as typed records: Question, Samples, Pair (a line of scores: reward.judgement.Judgement).
+"""The lines of a run's JSONL files as typed records: Question, Samples, Pair (a line of scores:
+reward.judgement.Judgement).
 
 Text in, validated objects out, and back. Nothing here opens an image or imports torch.
 """
@@ -85,7 +86,8 @@ class Question(Record):
     def as_text(self) -> str:
         """The dialogue up to the question in one text without image tags, as a critic reads it.
 
-        >>> Question(id="q", question="<image>And this?", images=["b"], history=[Turn(role="user", content="Hi")]).as_text()
+        >>> greeting = Turn(role="user", content="Hi")
+        >>> Question(id="q", question="<image>And this?", images=["b"], history=[greeting]).as_text()
         'user: Hi\\nAnd this?'
         """
         turns = [f"{turn.role}: {turn.content}" for turn in self.history] + [self.question]
@@ -128,7 +130,8 @@ class Response(Record):
     @field_validator("text")
     @classmethod
     def _whole(cls, text: str) -> str:
-        """Halves of characters, as a server's JSON may hold, become U+FFFD, as tokenizers decode bytes that are no text."""
+        """Halves of characters, as a server's JSON may hold, become U+FFFD,
+        as tokenizers decode bytes that are no text."""
         return _LONE_SURROGATE.sub("\ufffd", text)
 
 
@@ -292,7 +295,8 @@ def write_jsonl(path: Path, records: Iterable[BaseModel]) -> None:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A validation error in one line: which key, what is wrong with it, and the nearest known key for an unknown one."""
+    """A validation error in one line: which key, what is wrong with it,
+    and the nearest known key for an unknown one."""
     from difflib import get_close_matches
 
     problems = []

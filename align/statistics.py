@@ -140,11 +140,22 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['’][^\W{_UNSPACED}]+)
 _REFUSALS = tuple(
     re.compile(pattern)
     for pattern in (
-        r"^(?:i'm|i am|we are|we're)?\s*(?:very |so |really )?(?:sorry|afraid)\b[^.!?]{0,40}?\b(?:can't|cannot|can not|unable|not able|won't)\b",
-        r"^(?:unfortunately,? |apologies,? (?:but )?|my apologies,? (?:but )?)?i (?:can't|cannot|can not|won't|will not|am unable to|am not able to)\s+"
-        r"(?:help(?! but)|assist|answer|provide|comply|fulfil|fulfill|do that|discuss|engage|identify|support|process|continue)\b",
-        r"^(?:unfortunately,? )?i(?:'m| am) (?:unable|not able) to\s+(?:help|assist|answer|provide|comply|identify|process|view|see)\b",
-        r"^as an? (?:ai|language model|artificial intelligence)\b[^.!?]{0,60}?\b(?:can't|cannot|unable|not able|don't|do not)\b",
+        (
+            r"^(?:i'm|i am|we are|we're)?\s*(?:very |so |really )?(?:sorry|afraid)\b[^.!?]{0,40}?\b(?:can't|cannot|can"
+            r" not|unable|not able|won't)\b"
+        ),
+        r"^(?:unfortunately,? |apologies,? (?:but )?|my apologies,? (?:but )?)?i (?:can't|cannot|can not|won't|will"
+        r" not|am unable to|am not able to)\s+"
+        r"(?:help(?! but)|assist|answer|provide|comply|fulfil|fulfill|do"
+        r" that|discuss|engage|identify|support|process|continue)\b",
+        (
+            r"^(?:unfortunately,? )?i(?:'m| am) (?:unable|not able)"
+            r" to\s+(?:help|assist|answer|provide|comply|identify|process|view|see)\b"
+        ),
+        (
+            r"^as an? (?:ai|language model|artificial intelligence)\b[^.!?]{0,60}?\b(?:can't|cannot|unable|not"
+            r" able|don't|do not)\b"
+        ),
         r"^(?:很|非常|十分)?(?:抱歉|对不起|不好意思)[^。!?！？]{0,20}?(?:无法|不能|没法|没有办法|不便)",
         r"^(?:作为|我是)(?:一个|一名)?(?:ai|人工智能|语言模型)[^。!?！？]{0,30}?(?:无法|不能|没法)",
         r"^我(?:无法|不能|没法)(?:回答|提供|帮助|协助|满足|处理|完成)",

@@ -10,8 +10,8 @@ import yaml
 class _StrictLoader(yaml.SafeLoader):
     """Safe YAML that reads 5e-7 as the number it is meant to be.
 
-    It refuses a key given twice, and an alias inside of an anchored value: with those a file of a few lines can stand for
-    more than any memory holds, or for itself.
+    It refuses a key given twice, and an alias inside of an anchored value: with those a file of a few lines can stand
+    for more than any memory holds, or for itself.
     """
 
     _anchored = 0

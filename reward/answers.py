@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from reward.texts import normalise
 
 _MARKED = re.compile(
-    r"(?:(?:final |correct )?answer(?: is)?\s*[:：]|(?:final|correct|the) answer is|答案(?:是|为)?\s*[:：]|答案[是为]|答\s*[:：])\s*",
+    r"(?:(?:final |correct )?answer(?: is)?\s*[:：]|(?:final|correct|the) answer"
+    r" is|答案(?:是|为)?\s*[:：]|答案[是为]|答\s*[:：])\s*",
     re.IGNORECASE,
 )
 # A tag without an end is passed over by the next one, not by looking through the rest of the text.
@@ -78,7 +79,10 @@ _DIGITS = re.compile(
     r"(?P<exponent>e[-+]?\d+)?(?:\s*/\s*(?P<below>\d+(?:\.\d+)?))?\s?(?P<percent>%)?",
     re.IGNORECASE,
 )
-_UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+    " eighteen nineteen"
+)
 _WORDS = {word: value for value, word in enumerate(_UNITS.split())}
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), start=2)}
@@ -102,7 +106,7 @@ _CHINESE_DIGITS = {
 _CHINESE_UNITS = {"十": 10, "百": 100, "千": 1000}
 _CHINESE_SCALES = {"万": 10_000, "亿": 100_000_000}
 _CHINESE_SIGNS = "".join((*_CHINESE_DIGITS, *_CHINESE_UNITS, *_CHINESE_SCALES))
-# A lone 一 or 十 stands in many words (一起, 十分), so in running text a numeral needs a measure word or an end after it.
+# A lone 一 or 十 stands in many words (一起, 十分), so in a text a numeral needs a measure word or an end after it.
 _CHINESE = re.compile(
     rf"负?[{_CHINESE_SIGNS}]+(?:点[{''.join(_CHINESE_DIGITS)}]+)?"
     r"(?=$|[\s\W]|[个只条张位名头匹辆本件块元岁年月日天米人次种台架棵朵双对组度只支根座间层秒厘公斤克])"

@@ -54,7 +54,9 @@ class PairSettings(BaseModel):
     correct_threshold: float = Field(
         0.5,
         allow_inf_nan=False,
-        description="for correct_incorrect: reward from which a response counts as correct where the critic says no more",
+        description=(
+            "for correct_incorrect: reward from which a response counts as correct where the critic says no more"
+        ),
     )
     near_duplicate: float = Field(
         1.0, gt=0, le=1, description="responses at least this much alike (0 to 1) count as one; 1: identical ones only"
@@ -66,7 +68,10 @@ class PairSettings(BaseModel):
     balance_lengths: float | None = Field(
         None,
         ge=0,
-        description="drop the most lopsided pairs until the mean log(chosen/rejected length) is within +- this (or the next would tip it over); empty: keep all",
+        description=(
+            "drop the most lopsided pairs until the mean log(chosen/rejected length) is within +- this (or the next"
+            " would tip it over); empty: keep all"
+        ),
     )
     replay_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of a round's pairs that are replayed from earlier rounds (0.2: a fifth)"

@@ -107,10 +107,10 @@ MEASURES = {
         0.3, None, "size", percent=False,
     ),
     "agreement_with_reference": Measure(
-        "Orders right above wrong", "right-wrong pairs that it orders rightly, a tie being half", _RIGHT_WRONG, 0.65, 0.5
+        "Orders right above wrong", "right-wrong pairs that it orders so, a tie being half", _RIGHT_WRONG, 0.65, 0.5
     ),
     "agreement_between_critics": Measure(
-        "The panel agrees", "pairs that two of its critics order the same way, lowest of all couples", "pairs both order"
+        "The panel agrees", "pairs that two of its critics order alike, lowest of all couples", "pairs both order"
     ),
     "image_dependence": Measure(
         "Changes its mind with the image", "preferences that change with the image: the lower of the two below",
@@ -130,7 +130,8 @@ MEASURES = {
 PAIR_MEASURES = {
     "pairs_agree_with_reference": Measure(
         "Agrees with reference answers",
-        "pairs that chose the right response, of those that set a right one against a wrong one", _RIGHT_WRONG, 0.65, 0.5,
+        "pairs that chose the right response, of those that set a right one against a wrong one", _RIGHT_WRONG,
+        0.65, 0.5,
     ),
     "chosen_longer": Measure("Chosen is the longer one", "of the pairs of unequal length", "pairs"),
 }  # fmt: skip

@@ -81,8 +81,12 @@ _BOUND_BEFORE = re.compile(
     r"|至少|最多|超过|不到|低于|高于|大于|小于|介于|\d\s*(?:-|–|—|~|to|or|至|到|或))\s*\**$",
     re.IGNORECASE,
 )
-_RANGE_AFTER = re.compile(rf"\**{_UNIT}\s*(?:%\s*)?(?:-|–|—|~|to|or|±|\+/-|至|到|或)\s*\**\s*\d|\s*(?:分|points?)?\s*(?:以上|以下|左右到)", re.IGNORECASE)  # fmt: skip
-_BETWEEN = re.compile(rf"between\s*{_SPAN}|介于|\d{_UNIT}(?:\s*(?:~|–|—|至|到)\s*|\s*-\s*|\s+to\s+)\d", re.IGNORECASE)  # fmt: skip
+_RANGE_AFTER = re.compile(
+    rf"\**{_UNIT}\s*(?:%\s*)?(?:-|–|—|~|to|or|±|\+/-|至|到|或)\s*\**\s*\d"
+    r"|\s*(?:分|points?)?\s*(?:以上|以下|左右到)",
+    re.IGNORECASE,
+)
+_BETWEEN = re.compile(rf"between\s*{_SPAN}|介于|\d{_UNIT}(?:\s*(?:~|–|—|至|到)\s*|\s*-\s*|\s+to\s+)\d", re.IGNORECASE)
 _ENGLISH_WORDS = (
     "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
     "|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred"

@@ -1,11 +1,12 @@
-"""Responses of mixed lengths: places that ended ones leave are refilled, against batches that wait for their last response.
+"""Responses of mixed lengths: places that ended ones leave are refilled,
+against batches that wait for their last response.
 
     python scripts/bench_batching.py [--quick] [--json numbers.json]
 
-Both sides are the shared path, on the same questions with the same sampled tokens; lengths are drawn once, exponentially
-around 48 and at most 256 tokens, and a response ends where its length says. The peer takes the questions in batches of
-eight, each of which ends with its last response; ours reads eight at a time, too. Target: 1.5 times the tokens per second
-at 200 prompt tokens.
+Both sides are the shared path, on the same questions with the same sampled tokens; lengths are drawn once,
+exponentially around 48 and at most 256 tokens, and a response ends where its length says. The peer takes the questions
+in batches of eight, each of which ends with its last response; ours reads eight at a time, too. Target: 1.5 times the
+tokens per second at 200 prompt tokens.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the benchmark scripts share: a model to measure on, timing in turn, the ratio with its spread, the table.
 
-The model is a LLaVA-OneVision with random weights: by default 256 wide and 4 layers deep, with a SigLIP tower of 112-pixel
-tiles, on which most of a prompt is image as in real use. Inputs are made directly; the processor is not measured, as
-both sides run it once a question.
+The model is a LLaVA-OneVision with random weights: by default 256 wide and 4 layers deep, with a SigLIP tower of
+112-pixel tiles, on which most of a prompt is image as in real use. Inputs are made directly; the processor is not
+measured, as both sides run it once a question.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ def start(options: argparse.Namespace) -> Any:
     on_gpu = options.device.startswith("cuda")
     where = torch.cuda.get_device_name() if on_gpu else f"{platform.processor() or platform.machine()} CPU"
     print(
-        f"{where}, {options.threads} threads, {options.clock} seconds, torch {torch.__version__}, transformers {transformers.__version__}"
+        f"{where}, {options.threads} threads, {options.clock} seconds, torch {torch.__version__}, transformers"
+        f" {transformers.__version__}"
     )
     return build_model(device=options.device, dtype=torch.bfloat16 if on_gpu else torch.float32)
 

@@ -229,14 +229,17 @@ def measure_valley(options: argparse.Namespace) -> None:
     rate = statistics.median(rates)
     print(f"{options.size}: {work.prompt_tokens} prompt tokens, 2 x {work.response_tokens} response tokens a pair")
     print(
-        f"{options.pairs} pairs a forward, optimiser {options.optim} every {options.accumulation} forwards, weights {dtype}"
+        f"{options.pairs} pairs a forward, optimiser {options.optim} every {options.accumulation} forwards, weights"
+        f" {dtype}"
     )
     print(
-        f"{rate:.3f} pairs/s ({rates[0]:.3f} to {rates[-1]:.3f}), {rate * work.tokens:.0f} tokens/s, peak {peak:.1f} GiB"
+        f"{rate:.3f} pairs/s ({rates[0]:.3f} to {rates[-1]:.3f}), {rate * work.tokens:.0f} tokens/s, peak"
+        f" {peak:.1f} GiB"
     )
     if (peak_rate := peak_flops()) is not None:
         print(
-            f"model FLOPs utilisation {100 * rate * work.flops / peak_rate:.1f} % ({work.flops / 1e12:.1f} TFLOP a pair)"
+            f"model FLOPs utilisation {100 * rate * work.flops / peak_rate:.1f} % ({work.flops / 1e12:.1f} TFLOP a"
+            " pair)"
         )
     if options.size == "valley-eagle-7b":
         print(f"the published Valley2-DPO run had {PUBLISHED_PAIRS_S} pairs/s a GPU (of a type that is not recorded)")

@@ -2,8 +2,8 @@
 
     python scripts/bench_scale.py [--questions 1000 10000 100000] [--folder DIR]
 
-Synthetic runs: N questions of K = 5 responses of 30 words with scores and one image, no weights. Every command runs as a
-process of its own; its processor time (user and system, start of Python with it) and largest resident set are those
+Synthetic runs: N questions of K = 5 responses of 30 words with scores and one image, no weights. Every command runs as
+a process of its own; its processor time (user and system, start of Python with it) and largest resident set are those
 that the system counted for it. `status, again` is the second look of a process that watches, in its own seconds; it is
 taken of the round after `align pairs`, and of one whose sampling is under way with half of the questions finished.
 """

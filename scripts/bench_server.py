@@ -1,7 +1,8 @@
 """Sampling through 1, 2 and 4 OpenAI-compatible endpoints, and through two of which one dies in the middle.
 
-The endpoints are stubs in processes of their own: each works on SLOTS requests at a time and takes a fixed time for each,
-so the numbers say how well our side keeps endpoints busy, not how fast a model is. Every question carries an image.
+The endpoints are stubs in processes of their own: each works on SLOTS requests at a time and takes a fixed time for
+each, so the numbers say how well our side keeps endpoints busy, not how fast a model is.
+Every question carries an image.
 
     python scripts/bench_server.py            questions/s in a table; the last line is the ratio of 4 endpoints to 1
 """
@@ -115,9 +116,9 @@ def main() -> None:
             case.seconds.append(run(case, options.questions, options.service_s, image))
     most = SLOTS / options.service_s
     print(
-        f"stub endpoints: {SLOTS} requests at a time, {options.service_s:g} s each, so at most {most:g} questions/s each; "
-        f"{options.questions} questions with an image of {options.image_px} x {options.image_px}, n = {NUM_SAMPLES}, "
-        f"{options.repeats} runs in turn on {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f})"
+        f"stub endpoints: {SLOTS} requests at a time, {options.service_s:g} s each, so at most {most:g} questions/s"
+        f" each; {options.questions} questions with an image of {options.image_px} x {options.image_px}, n ="
+        f" {NUM_SAMPLES}, {options.repeats} runs in turn on {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f})"
     )
     print(f"{'':38} {'questions/s':>12} {'lowest':>8} {'highest':>8} {'of the most':>12}")
     for case in cases:

@@ -4,9 +4,10 @@
 
 The demo's policy gives up to K different answers to fresh digit pictures; its critic compares them by each pairing, in
 turn, in this process. A question's best and worst answer become a pair, as in a run. Every question has one right text,
-so a pair that sets a right answer against a wrong one is either the right way round or not. Printed: judgements (one order of one
-pair) a question, seconds with their spread, how many pairs are decided by the reference answer, how many of those
-choose the right one (with the 95 % interval over questions), and how often the pair is the one that all pairs gave.
+so a pair that sets a right answer against a wrong one is either the right way round or not. Printed: judgements (one
+order of one pair) a question, seconds with their spread, how many pairs are decided by the reference answer, how many
+of those choose the right one (with the 95 % interval over questions),
+and how often the pair is the one that all pairs gave.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def main() -> None:
         images = ImageStore(Path(folder))
         critic = open_engine(str(CRITIC), MODEL, open_image=images.open)
         print(
-            "| K | answers | pairing | judgements/question | seconds | vs all | decided pairs | right | same pair as all |"
+            "| K | answers | pairing | judgements/question | seconds | vs all | decided pairs | right | same pair as"
+            " all |"
         )
         print("|---|---|---|---|---|---|---|---|---|")
         for number in options.responses:
@@ -72,7 +74,8 @@ def main() -> None:
 
 
 def sampled(questions: list[Question], images: ImageStore, number: int) -> list[Item]:
-    """The questions with up to `number` different responses of the demo's policy each: a critic is asked of those only."""
+    """The questions with up to `number` different responses of the demo's policy each:
+    a critic is asked of those only."""
     policy = open_engine(str(POLICY), MODEL, open_image=images.open)
     requests = [
         SampleRequest(q.id, q.messages(), tuple(q.images), num_samples=DRAWS * number, seed=place)

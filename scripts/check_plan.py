@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python scripts/check_plan.py --times
 
 Trains two steps on random images with the toolkit's own trainer and counts every tensor alive (on a
-CPU; on a GPU the allocator says). Weights are random and small enough for a laptop; the shapes are those of real models.
+CPU; on a GPU the allocator says). Weights are random and small enough for a laptop;
+the shapes are those of real models.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def main() -> None:
         ratio = planned.total / measured
         worst = max(worst, abs(ratio - 1))
         print(
-            f"| {case.name} | {case.rows} x ({lengths}) | {planned.total / MIB:.1f} | {measured / MIB:.1f} | {ratio:.3f} |",
+            f"| {case.name} | {case.rows} x ({lengths}) | {planned.total / MIB:.1f} | {measured / MIB:.1f} |"
+            f" {ratio:.3f} |",
             flush=True,
         )
     print(f"\nfurthest from measured: {100 * worst:.1f} %")
@@ -172,7 +174,8 @@ def build(case: Case) -> tuple[Any, Any]:
 
 
 def make_pairs(folder: Path, case: Case) -> list[Pair]:
-    """Pairs of about the wanted lengths: a token is a byte, and a tenth of the prompt is the template's and the image's."""
+    """Pairs of about the wanted lengths: a token is a byte, and a tenth of the prompt is
+    the template's and the image's."""
     pairs = []
     for number in range(2 * case.accumulation * case.rows):
         tiny_models.random_image(number).save(folder / f"{number}.png")

@@ -2,8 +2,8 @@
 
     python scripts/fuzz_images.py --mutations 20000 --seed 0
 
-Every format that Pillow writes here is damaged in the ways that files are: bytes flipped, numbers in the header replaced, cut,
-pieces doubled or taken out. Each result goes through the header, the decoder and the fingerprint.
+Every format that Pillow writes here is damaged in the ways that files are: bytes flipped, numbers in the header
+replaced, cut, pieces doubled or taken out. Each result goes through the header, the decoder and the fingerprint.
 """
 
 from __future__ import annotations

@@ -285,7 +285,10 @@ def times_table(only: str | None = None, repeats: int = 1) -> None:
             ratio = planned[stage] / measured[stage]
             ratios[stage].append(ratio)
             cells.append(f"{planned[stage]:.2f} / {measured[stage]:.2f} = {ratio:.2f}")
-        speed = f"{1000 * machine.tflops:.0f}, {machine.bandwidth_gbs:.0f} and {machine.arrays_gbs:.0f}, {machine.layer_us:.0f}"
+        speed = (
+            f"{1000 * machine.tflops:.0f}, {machine.bandwidth_gbs:.0f} and {machine.arrays_gbs:.0f},"
+            f" {machine.layer_us:.0f}"
+        )
         print(f"| {timed.name} | {tokens:.0f} | {speed} | " + " | ".join(cells) + " |", flush=True)
     print()
     for stage, found in ratios.items():

@@ -2,8 +2,8 @@
 
     python scripts/plot_growth.py sample.json sampling docs/growth-sampling.png
 
-Left: seconds against prompt tokens at the target's K; right: against K at the target's prompt length; below the same for
-memory where it was measured.
+Left: seconds against prompt tokens at the target's K; right: against K at the target's prompt length; below the same
+for memory where it was measured.
 """
 
 from __future__ import annotations

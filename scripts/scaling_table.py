@@ -2,9 +2,9 @@
 
     python scripts/scaling_table.py
 
-Memory comes from `align.dpo.step_memory`, operations from `scripts/valley_size.py`, both of the model's real shapes on torch's
-meta device; communication from the sizes of what each strategy exchanges. What a GPU and a network achieve is assumed
-(the constants below). No GPU is used and nothing is measured.
+Memory comes from `align.dpo.step_memory`, operations from `scripts/valley_size.py`, both of the model's real shapes on
+torch's meta device; communication from the sizes of what each strategy exchanges. What a GPU and a network achieve is
+assumed (the constants below). No GPU is used and nothing is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from scripts.valley_size import Work, build_valley, prompt_of_one_image, work_of
 NUM_GPUS = (1, 8, 64, 256)
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 RESPONSE_TOKENS = 200
-# An H100's dense bfloat16 operations a second, as its maker states them, and the share that training is assumed to reach.
+# An H100's dense bfloat16 operations a second, as its maker states them,
+# and the share that training is assumed to reach.
 PEAK_FLOPS, UTILISATION = 989e12, 0.40
 # One pair at a time on a GPU; so many times a step.
 ACCUMULATION = (1, 8)
@@ -103,7 +104,8 @@ def main() -> None:
     )
     print(f"weights: {shape.weights / 1e9:.2f} billion, trained (vision frozen): {shape.trained / 1e9:.2f} billion")
     print(
-        f"a pair: prompt of {work.prompt_tokens} tokens, two responses of {RESPONSE_TOKENS}: {work.flops / 1e12:.0f} TFLOP"
+        f"a pair: prompt of {work.prompt_tokens} tokens, two responses of {RESPONSE_TOKENS}: {work.flops / 1e12:.0f}"
+        " TFLOP"
     )
     print("\nGiB of one GPU:\n")
     print("\n".join(memory_rows(shape, batch)))

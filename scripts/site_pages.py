@@ -1,7 +1,8 @@
 """Pages of the site that are made, not written: the start from README.md, two more from the root, the reference.
 
-mkdocs calls `on_config` and `on_files`; griffe, which reads the docstrings, calls `Doctests`. The reference has a page for each group of modules, in the order of
-README's "Architecture"; what stands in no group is listed with the stages, so that a new module cannot be forgotten.
+mkdocs calls `on_config` and `on_files`; griffe, which reads the docstrings, calls `Doctests`. The reference has a page
+for each group of modules, in the order of README's "Architecture"; what stands in no group is listed with the stages,
+so that a new module cannot be forgotten.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The corpus of what people get wrong: configurations, data files and checkpoints, each with the message that it must give.
+"""The corpus of what people get wrong: configurations, data files and checkpoints,
+each with the message that it must give.
 
 A case changes a project that works (`tests.stage_runs.make_project`): `settings` are dotted keys of align.yaml, `files`
 are written over the project's (text, bytes, or None to remove one). `stage` is where the run itself must stop: `config`

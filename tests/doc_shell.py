@@ -1,8 +1,8 @@
 """The shell blocks of a page, run by bash; programs are played by functions of the test's process.
 
-bash itself reads comments, loops, variables and pipes. Each program on its PATH is a few lines that hand arguments and folder
-to the test and print what comes back, so that `align` needs no new interpreter. What is neither a program here nor one of
-`TOOLS` is a fault.
+bash itself reads comments, loops, variables and pipes. Each program on its PATH is a few lines that hand arguments and
+folder to the test and print what comes back, so that `align` needs no new interpreter. What is neither a program here
+nor one of `TOOLS` is a fault.
 """
 
 from __future__ import annotations

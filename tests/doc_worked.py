@@ -1,4 +1,5 @@
-"""A page that adds code: its blocks are put where their titles say, in a copy of the repository; its commands are run there.
+"""A page that adds code: its blocks are put where their titles say, in a copy of the repository;
+its commands are run there.
 
 python -m tests.doc_worked docs/adding-a-critic.md PROJECT     (in the copy; PROJECT is an empty folder)
 """

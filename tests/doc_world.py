@@ -1,4 +1,5 @@
-"""What the pages talk about, made small: checkpoints at path/to/..., questions, public data in their formats, photos."""
+"""What the pages talk about, made small: checkpoints at path/to/..., questions, public data in their formats,
+photos."""
 
 from __future__ import annotations
 

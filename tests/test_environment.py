@@ -1,4 +1,5 @@
-"""What is installed and what torch computes on: said in full by `align env`, refused in one line where it cannot work."""
+"""What is installed and what torch computes on: said in full by `align env`,
+refused in one line where it cannot work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Imports run one way (README, "Architecture"): every allowed arrow between folders stands here, and there is no circle."""
+"""Imports run one way (README, "Architecture"): every allowed arrow between folders stands here,
+and there is no circle."""
 
 import ast
 import shutil

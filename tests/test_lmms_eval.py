@@ -1,4 +1,5 @@
-"""lmms-eval's own evaluator on local tasks, answered by the demo's Valley-Eagle; expected values from stock transformers."""
+"""lmms-eval's own evaluator on local tasks, answered by the demo's Valley-Eagle;
+expected values from stock transformers."""
 
 from __future__ import annotations
 

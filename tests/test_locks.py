@@ -1,4 +1,5 @@
-"""The lock names everything that is installed, pyproject.toml admits the lock, and `pip check` complains of nothing unexplained."""
+"""The lock names everything that is installed, pyproject.toml admits the lock,
+and `pip check` complains of nothing unexplained."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ NOT_SHIPPED = ("__pycache__", ".pyc")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the wheel was unpacked into. It is built from a copy: setuptools leaves files beside the sources."""
+    """A folder that the wheel was unpacked into. It is built from a copy:
+    setuptools leaves files beside the sources."""
     folder = tmp_path_factory.mktemp("package")
     copy = folder / "source"
     for package in ("align", "reward"):

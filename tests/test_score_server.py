@@ -1,6 +1,7 @@
 """Critics behind a server, on responses whose order is known by construction: every judging kind, and the two controls.
 
-The stub judges by a rule that looks: pictures are of one shade of grey, responses name shades, and the nearer the better.
+The stub judges by a rule that looks: pictures are of one shade of grey, responses name shades,
+and the nearer the better.
 """
 
 from __future__ import annotations

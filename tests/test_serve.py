@@ -1,4 +1,5 @@
-"""`align serve` prints a whole command line for vLLM, from the run's questions and settings; it needs no vLLM for that."""
+"""`align serve` prints a whole command line for vLLM, from the run's questions and settings;
+it needs no vLLM for that."""
 
 import json
 import shlex

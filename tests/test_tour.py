@@ -1,7 +1,7 @@
 """Every command of README.md, CONTRIBUTING.md and docs/ is run, in its order, on what it talks about made small.
 
-A page's shell blocks are run by bash (`doc_shell.py`); what is played, changed and left out there, and why, stands in the
-tables of `doc_player.py`. A command that is neither run nor in a table fails.
+A page's shell blocks are run by bash (`doc_shell.py`); what is played, changed and left out there, and why, stands in
+the tables of `doc_player.py`. A command that is neither run nor in a table fails.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tests.engines.stub_server import StubServer
 # In commands inside of a sentence.
 PLACEHOLDERS = {r"\bN\b": "1", r"\bSTAGE\b": "pairs", r"\bRUN\b": "runs/run"}
 PLACEHOLDERS |= {r"\bCHECKPOINT\b": "runs/run/round-3/checkpoint", r"\bOWNER/NAME\b": "me/my-model"}
-# Pages go on from what the README leaves, but for those that begin without a run, some of them even without an align.yaml,
-# and those whose every block begins anew.
+# Pages go on from what the README leaves, but for those that begin without a run, some of them even without an
+# align.yaml, and those whose every block begins anew.
 WITHOUT_RUN = ("data.md", "installing.md", "migrating.md", "recipes.md", "scaling.md", "serving.md")
 WITHOUT_CONFIG = ("data.md", "recipes.md")
 APART = ("recipes.md", "scaling.md", "serving.md")

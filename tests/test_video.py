@@ -221,8 +221,8 @@ def test_models_know_the_frames_of_a_file():
     assert open_image.FRAME_KEY == FRAME_KEY
 
 
-# Containers and codecs with B-frames and a keyframe every 7 frames, in groups that are closed or open; one refreshes its
-# pictures column by column instead, one has no times.
+# Containers and codecs with B-frames and a keyframe every 7 frames, in groups that are closed or open; one refreshes
+# its pictures column by column instead, one has no times.
 FILMS = {
     "closed.mp4": ("libx264", {"g": "7", "bf": "3", "x264-params": "scenecut=0"}),
     "open.mkv": ("libx264", {"g": "7", "bf": "3", "x264-params": "open-gop=1:scenecut=0:keyint=7:min-keyint=7"}),

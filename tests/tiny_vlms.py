@@ -1,6 +1,7 @@
 """Tiny random checkpoints of vision-language models that transformers brings, each with its own kind of processor.
 
-Real classes with a few thousand weights, one byte a token, images of a few visual tokens. No file, network or torchvision.
+Real classes with a few thousand weights, one byte a token, images of a few visual tokens. No file,
+network or torchvision.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A checkpoint and a conversation with pictures in, its next answers out while they are written.
 
-The terminal (`align.chat.terminal`) and the page (`align.chat.web`) both talk through this. Pictures are checked as those of a
-run are, by `align.media.images`, and opened once.
+The terminal (`align.chat.terminal`) and the page (`align.chat.web`) both talk through this. Pictures are checked as
+those of a run are, by `align.media.images`, and opened once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a person asked, the pictures shown with it (a video as its frames), and the answer; None while there is none.
+    """What a person asked, the pictures shown with it (a video as its frames), and the answer;
+    None while there is none.
 
     `files` are what the pictures were opened from.
     """
@@ -109,8 +110,8 @@ class Chat:
 def messages_of(exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
     """The chat messages of a conversation, pictures as bare parts in front of the question they were shown with.
 
-    >>> messages_of([Exchange("Hello", answer="Hi."), Exchange("And?")])[1:]
-    [{'role': 'assistant', 'content': [{'type': 'text', 'text': 'Hi.'}]}, {'role': 'user', 'content': [{'type': 'text', 'text': 'And?'}]}]
+    >>> messages_of([Exchange("Hello", answer="Hi."), Exchange("And?")])[1]
+    {'role': 'assistant', 'content': [{'type': 'text', 'text': 'Hi.'}]}
     """
     messages: list[dict[str, Any]] = []
     for exchange in exchanges:

@@ -1,8 +1,9 @@
 """Requests to the chat page in; those that the page itself makes go on, everything else is refused.
 
-Gradio offers more than this page uses: files by their path, a proxy, addresses fetched for the visitor, its own editor. None
-of that is let through. Every answer forbids the browser to load anything from elsewhere, whatever a model or a card writes.
-A site that points a name of its own at this machine (DNS rebinding) is refused by the name it gives in `Host`.
+Gradio offers more than this page uses: files by their path, a proxy, addresses fetched for the visitor, its own editor.
+None of that is let through. Every answer forbids the browser to load anything from elsewhere, whatever a model or a
+card writes. A site that points a name of its own at this machine (DNS rebinding)
+is refused by the name it gives in `Host`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def is_own_host(host: str, names: Collection[str]) -> bool:
 
     >>> [is_own_host(host, ["gpu7"]) for host in ("127.0.0.1:7860", "[::1]:7860", "localhost", "GPU7:80", "10.0.0.5")]
     [True, True, True, True, True]
-    >>> [is_own_host(host, ["gpu7"]) for host in ("evil.example:7860", "127.0.0.1.evil.example", "", "[::1", "gpu7.evil")]
+    >>> [is_own_host(host, ["gpu7"]) for host in ("evil.org:7860", "127.0.0.1.evil.org", "", "[::1", "gpu7.evil")]
     [False, False, False, False, False]
     """
     name = host.strip().lower()

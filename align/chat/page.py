@@ -1,7 +1,7 @@
 """Loaded checkpoints in, the page's controls out: what each does to a visitor's conversation, and what is shown of it.
 
-Texts stand as they were written, no Markdown of a model or a visitor is rendered. What goes wrong is told to the visitor in a
-sentence. Needs Gradio; `align.chat.web` serves the page.
+Texts stand as they were written, no Markdown of a model or a visitor is rendered. What goes wrong is told to the
+visitor in a sentence. Needs Gradio; `align.chat.web` serves the page.
 """
 
 from __future__ import annotations

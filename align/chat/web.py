@@ -1,7 +1,8 @@
 """Checkpoints in, a page out on which people talk to them, served until Ctrl-C.
 
-It listens on its own machine unless told otherwise, asks nothing of the network, and lets a browser fetch nothing but its own
-parts and what was shown to it (`align.chat.guard`). Conversations live in memory; they and what was uploaded end with it.
+It listens on its own machine unless told otherwise, asks nothing of the network, and lets a browser fetch nothing but
+its own parts and what was shown to it (`align.chat.guard`). Conversations live in memory;
+they and what was uploaded end with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Commands about one checkpoint: what it is, other layouts, the Hub, a conversation; the demo; what is installed here."""
+"""Commands about one checkpoint: what it is, other layouts, the Hub, a conversation; the demo;
+what is installed here."""
 
 from __future__ import annotations
 

@@ -134,7 +134,8 @@ def run(
     if done.stopped_early:
         before = f"round {done.last_round - 1}" if done.last_round > 1 else "the first policy"
         say(
-            f"the run ended after round {done.last_round} of {loaded.rounds} (evaluate.stop_if_worse): {before} is better",
+            f"the run ended after round {done.last_round} of {loaded.rounds} (evaluate.stop_if_worse): {before} is"
+            " better",
             next_command=None,
         )
     say(f"checkpoint: {done.checkpoint}\nreport:     {done.report}", next_command="open the report in a browser")

@@ -1,4 +1,5 @@
-"""Tables of rows with their readers in; questions.jsonl or pairs.jsonl with their images out, and the counts of all of it.
+"""Tables of rows with their readers in; questions.jsonl or pairs.jsonl with their images out,
+and the counts of all of it.
 
 A row that cannot be used is reported with file and line and left out; the rest goes on. `import.json` beside the result
 keeps the counts, the first of the faults, and what became of every column.
@@ -47,7 +48,8 @@ class ConvertSettings:
 
 
 def convert(tables: Sequence[tuple[Table, Reader]], store: PictureStore, settings: ConvertSettings) -> ImportCounts:
-    """Write `store.out`/questions.jsonl or pairs.jsonl, and import.json. Rows are read once, and once before for a limit.
+    """Write `store.out`/questions.jsonl or pairs.jsonl, and import.json. Rows are read once,
+    and once before for a limit.
 
     Raises:
         UserError: nothing is left, or some images are files and others bytes and they are not to be copied.
@@ -145,7 +147,8 @@ def _taken(
 
 
 def _drawn(tables: Sequence[tuple[Table, Reader]], settings: ConvertSettings) -> set[int]:
-    """The numbers of the rows to take: those with the smallest hashes, so that a row's fate does not hang on others'."""
+    """The numbers of the rows to take: those with the smallest hashes,
+    so that a row's fate does not hang on others'."""
 
     def hashed(number: int) -> bytes:
         return hashlib.sha256(f"{settings.seed}:{number}".encode()).digest()

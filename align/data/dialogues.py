@@ -1,10 +1,10 @@
 """Formats whose rows hold a dialogue: LLaVA, POVID, LLaMA-Factory, ms-swift, OpenAI, Alpaca.
 
-What they share: the last question of the dialogue is the question, earlier turns are its history, a system turn or column
-its system prompt. They differ in where the preference stands:
+What they share: the last question of the dialogue is the question, earlier turns are its history, a system turn or
+column its system prompt. They differ in where the preference stands:
 
-* LLaMA-Factory (data/README.md of hiyouga/LLaMA-Factory, "Preference dataset"): "conversations" or "messages" ends with the
-  question, "chosen" and "rejected" are one turn each.
+* LLaMA-Factory (data/README.md of hiyouga/LLaMA-Factory, "Preference dataset"): "conversations" or "messages" ends with
+  the question, "chosen" and "rejected" are one turn each.
 * ms-swift (docs, "Custom dataset", RLHF): the last turn of "messages" is the chosen response, "rejected_response" is a
   text, or "rejected_messages" the dialogue with the other response.
 * OpenAI (guide "Direct preference optimization"): "input" holds the messages, "preferred_output" and

@@ -14,8 +14,8 @@ from align.data.pictures import Picture
 
 # Fewer than the bits by which a picture is kept away from the evaluation: a question is lost here for good.
 MAX_BITS = 7
-# A hash is cut into one piece more than bits may differ, so that near hashes have a piece in common. Which bits go into a
-# piece is drawn once: neighbouring bits often agree (a sky), and would make all pictures share a piece.
+# A hash is cut into one piece more than bits may differ, so that near hashes have a piece in common. Which bits go into
+# a piece is drawn once: neighbouring bits often agree (a sky), and would make all pictures share a piece.
 NUM_PIECES = MAX_BITS + 1
 BITS_PER_PIECE = 8 * HASH_BYTES // NUM_PIECES
 ORDER = np.random.default_rng(0).permutation(8 * HASH_BYTES)

@@ -35,8 +35,8 @@ class Preference:
 class Entry:
     """One question, field by field as in `align.records.Question`, with the preferences between responses to it.
 
-    `images` are paths, URLs, data URIs, bytes, or ``{"bytes": ..., "path": ...}`` as parquet files hold them; `id` is the
-    row's own, `question_id` that of the question where a pair names it.
+    `images` are paths, URLs, data URIs, bytes, or ``{"bytes": ..., "path": ...}`` as parquet files hold them; `id` is
+    the row's own, `question_id` that of the question where a pair names it.
     """
 
     question: str

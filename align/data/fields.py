@@ -15,7 +15,8 @@ from align.data.entry import BadRow
 
 
 class Fields:
-    """The columns of one row. `columns` maps the name that a reader asks for to the column that holds it, where they differ.
+    """The columns of one row. `columns` maps the name that a reader asks for to the column that holds it,
+    where they differ.
 
     Names are found whatever their case. None, NaN, blank text and empty lists are missing values, as tables write them.
 
@@ -97,7 +98,8 @@ class Fields:
         return {}
 
     def images(self, *names: str) -> list[Any]:
-        """The images under the first of `names` that has any: a list, one image, or a JSON list in a cell of a table."""
+        """The images under the first of `names` that has any: a list, one image,
+        or a JSON list in a cell of a table."""
         value = unpacked(self.take("images", *names))
         return [item for item in (value if isinstance(value, list) else [value]) if not is_missing(item)]
 

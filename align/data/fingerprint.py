@@ -1,7 +1,7 @@
 """A picture in, a fingerprint out that changes little when the picture is scaled, recompressed or lightly edited.
 
-Two difference hashes (which of two neighbouring cells is brighter, across and down, 8 x 8 each: 128 bits) and the colours
-of an 8 x 8 thumbnail. The colours keep apart what hashes cannot: flat pictures, which all hash alike.
+Two difference hashes (which of two neighbouring cells is brighter, across and down, 8 x 8 each: 128 bits) and the
+colours of an 8 x 8 thumbnail. The colours keep apart what hashes cannot: flat pictures, which all hash alike.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ URL_CACHE = "url-cache"
 class ImportOptions:
     """How a source is read and what is kept of it.
 
-    format: a name of `align.data.formats.FORMATS`, None to recognise it by its shape. make: `questions`, `pairs`, or None
-    for pairs where the rows have preferences. columns: of a plain table, by what they are. against: evaluation questions
-    (JSONL) whose images nothing may come near, `against_root` their folder. min_side: least shorter side of an image in
+    format: a name of `align.data.formats.FORMATS`, None to recognise it by its shape. make: `questions`, `pairs`, or
+    None for pairs where the rows have preferences. columns: of a plain table, by what they are. against: evaluation
+    questions (JSONL) whose images nothing may come near, `against_root` their folder. min_side:
+    least shorter side of an image in
     pixels. allow_urls: fetch images that are URLs.
     """
 

@@ -1,8 +1,8 @@
 """Dialogues as data sets write them in; system prompt, earlier turns, question, images and answer out.
 
-Turns are ``{"from", "value"}`` (ShareGPT, LLaVA) or ``{"role", "content"}`` (OpenAI, TRL, ms-swift); content is text or a
-list of parts. Images stand as `<image>` in the text, as parts with or without the image itself, or as `<img>path</img>`.
-Turns of tools are not taken.
+Turns are ``{"from", "value"}`` (ShareGPT, LLaVA) or ``{"role", "content"}`` (OpenAI, TRL, ms-swift); content is text or
+a list of parts. Images stand as `<image>` in the text, as parts with or without the image itself, or as
+`<img>path</img>`. Turns of tools are not taken.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Tags:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `images` are those of its `<image>` tags in order; None stands for the next of the row's image column."""
+    """One turn. `images` are those of its `<image>` tags in order;
+    None stands for the next of the row's image column."""
 
     role: str
     text: str

@@ -1,4 +1,5 @@
-"""A JSONL file of pairs that exist already in; the pairs that can be trained on out, and a count of the others by reason.
+"""A JSONL file of pairs that exist already in; the pairs that can be trained on out,
+and a count of the others by reason.
 
 A bad line is reported with file and line and left out; the rest goes on.
 """

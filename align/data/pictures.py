@@ -1,6 +1,7 @@
 """Images as they stand in rows in; paths inside an image root out, verified, measured and fingerprinted.
 
-Paths stay where they are (or are copied where that is asked for); bytes and data URIs become files named by their content.
+Paths stay where they are (or are copied where that is asked for);
+bytes and data URIs become files named by their content.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Plain tables, and this toolkit's questions.jsonl: a question with its images, and perhaps an answer or two responses.
 
-The columns may be called as in COLUMNS (whatever the case), or are named with `--columns question=prompt,images=picture`.
-Where none is called like an image, the columns whose values look like images are taken. MMPR, MM-RLHF and SPA-VL are plain
+The columns may be called as in COLUMNS (whatever the case), or are named with `--columns
+question=prompt,images=picture`. Where none is called like an image, the columns whose values look like images are
+taken. MMPR, MM-RLHF and SPA-VL are plain
 tables too: cards of OpenGVLab/MMPR (v1.2 adds "answer_gt"), yifanzhang114/MM-RLHF and sqrti/SPA-VL.
 """
 
@@ -67,9 +68,10 @@ def read_spa_vl(row: Fields) -> Entry:
 
 
 def looks_like_image(value: Any) -> bool:
-    """Whether a value is what data sets write for an image: a path, URL or data URI of one, bytes, a struct, a list of them.
+    """Whether a value is what data sets write for an image: a path, URL or data URI of one, bytes, a struct,
+    a list of them.
 
-    >>> [looks_like_image(value) for value in ("a/b.JPG", "https://x.org/a.png?w=1", {"bytes": b"", "path": None}, "a.b")]
+    >>> [looks_like_image(value) for value in ("a/b.JPG", "https://x.org/a.png?", {"bytes": b"", "path": None}, "a.b")]
     [True, True, True, False]
     """
     value = unpacked(value)

@@ -1,8 +1,8 @@
 """RLAIF-V and RLHF-V: a question, a chosen and a rejected answer, and the image inside the row.
 
 RLAIF-V (card of openbmb/RLAIF-V-Dataset): parquet with "ds_name", "image" ``{"bytes", "path"}``, "question", "chosen",
-"rejected", "origin_dataset", "origin_split", "idx", "image_path". RLHF-V (openbmb/RLHF-V-Dataset) has question, chosen and
-rejected as JSON in "text" instead.
+"rejected", "origin_dataset", "origin_split", "idx", "image_path". RLHF-V (openbmb/RLHF-V-Dataset) has question, chosen
+and rejected as JSON in "text" instead.
 """
 
 from __future__ import annotations

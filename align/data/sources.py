@@ -1,9 +1,10 @@
-"""What a person names in, the tables behind it out: a file, a folder, a `datasets` folder or id, or a file that lists others.
+"""What a person names in, the tables behind it out: a file, a folder, a `datasets` folder or id,
+or a file that lists others.
 
-Two listings are known: `meta.json` of MMPR (a name to ``{"root", "annotation", "repeat_time"}``: cards of OpenGVLab/MMPR,
-and InternVL's training code, which takes the first `repeat_time` of the rows, or all of them so many times), and
-`dataset_info.json` of LLaMA-Factory (a name to ``{"file_name", "formatting", "columns", "tags"}``: its data/README.md). A
-listing names files below its own folder or the folder above; what leads out of these is refused.
+Two listings are known: `meta.json` of MMPR (a name to ``{"root", "annotation", "repeat_time"}``: cards of
+OpenGVLab/MMPR, and InternVL's training code, which takes the first `repeat_time` of the rows, or all of them so many
+times), and `dataset_info.json` of LLaMA-Factory (a name to ``{"file_name", "formatting", "columns", "tags"}``: its
+data/README.md). A listing names files below its own folder or the folder above; what leads out of these is refused.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 class Table:
     """Rows of one shape. `name` is what messages call it; `rows` reads them anew.
 
-    `format`, `columns` and `tags` are set where a listing says how the rows are written; `root` is the folder that their
-    image paths count from where the listing names one; every row counts `repeat` times.
+    `format`, `columns` and `tags` are set where a listing says how the rows are written; `root` is the folder that
+    their image paths count from where the listing names one; every row counts `repeat` times.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """TRL's preference format, and this toolkit's pairs.jsonl, which is that with an id and where the pair came from.
 
-"prompt", "chosen" and "rejected" are texts or lists of messages; without "prompt" it is what "chosen" and "rejected" have
-in common (implicit prompt). Images stand in "images" or in the parts of the prompt: "Dataset formats and types" of TRL's
-documentation. Beside "prompt", "chosen" and "rejected" may repeat the whole dialogue, as in ultrafeedback_binarized.
+"prompt", "chosen" and "rejected" are texts or lists of messages; without "prompt" it is what "chosen" and "rejected"
+have in common (implicit prompt). Images stand in "images" or in the parts of the prompt: "Dataset formats and types" of
+TRL's documentation. Beside "prompt", "chosen" and "rejected" may repeat the whole dialogue,
+as in ultrafeedback_binarized.
 """
 
 from __future__ import annotations

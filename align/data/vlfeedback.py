@@ -1,8 +1,8 @@
 """VLFeedback: four answers a question, each rated by GPT-4V; the best against the worst becomes a pair.
 
 ``{"id", "prompt", "img_path", "models", "completions"}``, a completion being ``{"model", "response", "annotations":
-{"Helpfulness" | "Visual Faithfulness" | "Ethical Considerations": {"Rating": "1".."5" or "N/A", "Rationale"}}}``; `datasets`
-gives the completions as columns (a dict of lists). Card of MMInstruction/VLFeedback.
+{"Helpfulness" | "Visual Faithfulness" | "Ethical Considerations": {"Rating": "1".."5" or "N/A", "Rationale"}}}``;
+`datasets` gives the completions as columns (a dict of lists). Card of MMInstruction/VLFeedback.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The same command again in several processes, under `accelerate launch`; and what schedulers have arranged, understood.
+"""The same command again in several processes, under `accelerate launch`; and what schedulers have arranged,
+understood.
 
 Processes that a launcher has started already (torchrun, accelerate, Slurm's srun with a task a GPU) are respected: a
 command that finds WORLD_SIZE set never starts itself again. Run as a module this file is `accelerate launch` with the
@@ -65,7 +66,8 @@ def run_stage_command(
 
     Raises:
         UserError: what one of them found the user can mend; each such fault once, however many have it.
-        SystemExit: with 0 where the processes were told to stop; with 1 where one failed otherwise, after its traceback.
+        SystemExit: with 0 where the processes were told to stop; with 1 where one failed otherwise,
+            after its traceback.
     """
     ended = Ended(EXIT_RESTART)
     with tempfile.TemporaryDirectory(prefix="align-") as folder:
@@ -167,7 +169,8 @@ def adopt_slurm() -> None:
 
 
 def _local_rank(task: int) -> int:
-    """Of a task on its machine: the number of the GPU that it uses, which `--gpus-per-task=1` shows to it as its first."""
+    """Of a task on its machine: the number of the GPU that it uses,
+    which `--gpus-per-task=1` shows to it as its first."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return task % len(visible.split(",")) if visible else task
 

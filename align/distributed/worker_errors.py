@@ -115,7 +115,8 @@ def root_causes(faults: list[WorkerError]) -> list[WorkerError]:
 
     Of several faults of ours only the earliest is kept: the others mostly follow from it.
 
-    >>> one, two = WorkerError("bad key", 2, "users", rank=1, when=1.0), WorkerError("bad key", 2, "users", rank=0, when=2.0)
+    >>> one = WorkerError("bad key", 2, "users", rank=1, when=1.0)
+    >>> two = WorkerError("bad key", 2, "users", rank=0, when=2.0)
     >>> lost = WorkerError("connection lost", 1, "neighbour", rank=2, when=0.0)
     >>> [(fault.text, fault.rank) for fault in root_causes([lost, one, two])]
     [('bad key', 0)]

@@ -168,8 +168,8 @@ def shared_batch(
     What TRL reads: `input_ids` (K n, 1 + C), the last token of the prompt and then the response, all first responses
     before all second ones; `completion_mask` of the same shape; `attention_mask` (n, P + S), of the tokens that are
     really computed, since TRL counts with it. What the model reads instead (`align.dpo.shared_forward`): `prompt_ids`
-    (n, P), whatever else the processor made of prompts and images, and the fields of the `Layout` under ``prefix_``. Prompts
-    beyond those that have responses are run and give nothing.
+    (n, P), whatever else the processor made of prompts and images, and the fields of the `Layout` under ``prefix_``.
+    Prompts beyond those that have responses are run and give nothing.
 
     >>> prompts = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
     >>> batch = shared_batch(prompts, [[[3, 4]], [[5]]], pad_token_id=0)

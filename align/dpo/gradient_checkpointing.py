@@ -19,8 +19,8 @@ def checkpoint_what_is_needed(model: PreTrainedModel, kept_layers: int = 0) -> N
     """From now on checkpointing spares frozen towers and the last `kept_layers` layers of the language model.
 
     The last ones, since backward frees their activations first. transformers calls `model.enable_input_require_grads`
-    whenever checkpointing is switched on, which happens anew at the start of training and after every pass of a reference
-    without its adapter; the choice is made at each call, when adapters are in place.
+    whenever checkpointing is switched on, which happens anew at the start of training and after every pass of a
+    reference without its adapter; the choice is made at each call, when adapters are in place.
     """
 
     def choose(model: PreTrainedModel) -> None:

@@ -7,7 +7,8 @@ differ by their rounding, in float32 by some 1e-6, in bfloat16 so that rewards (
 random model.
 
 ``reference.safetensors`` holds per-token and summed values, and in its header the key: hashes of everything that the
-numbers depend on, and a checksum. A file with another key, or a damaged one, is not used. Unfinished work lies beside it, line by line, and is continued.
+numbers depend on, and a checksum. A file with another key, or a damaged one, is not used. Unfinished work lies beside
+it, line by line, and is continued.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def reference_log_probs(
 
     `load_model` is called only when something is to be computed; its model must be on its device, or sharded over
     those of all processes (`align.dpo.sharding.shards`). Every process takes a share of the questions, `batch_size` at
-    a time, collated by `num_workers` of its own. What had been computed for another key is discarded, with a line in the log that names
-    what has changed.
+    a time, collated by `num_workers` of its own. What had been computed for another key is discarded, with a line in
+    the log that names what has changed.
     """
     stored = read_reference(path, key)
     if stored is not None:

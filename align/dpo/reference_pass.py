@@ -1,4 +1,5 @@
-"""A model and tokenised pairs in; the log-probabilities of both responses of every pair out, each question encoded once.
+"""A model and tokenised pairs in; the log-probabilities of both responses of every pair out,
+each question encoded once.
 
 All responses of a question stand behind one prompt, in the layout, the dtype and the code that training uses.
 """
@@ -55,7 +56,8 @@ class GroupBatch:
 
 
 class GroupBatches(Dataset[GroupBatch]):
-    """Questions, `batch_size` at a time, collated when asked for: in the workers of a loader, while the GPU computes."""
+    """Questions, `batch_size` at a time, collated when asked for: in the workers of a loader,
+    while the GPU computes."""
 
     def __init__(self, groups: list[list[TokenizedPair]], collator: PairCollator, batch_size: int) -> None:
         self.batches = [groups[start : start + batch_size] for start in range(0, len(groups), batch_size)]

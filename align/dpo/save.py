@@ -28,8 +28,8 @@ def save_trained(
 ) -> None:
     """Write the finished checkpoint in the form of its parent, with the trainer's record of how it came about.
 
-    All processes call it. `load(checkpoint, device=...)` opens a model again where the trained one is sharded. `code`: as
-    in `save_checkpoint`.
+    All processes call it. `load(checkpoint, device=...)` opens a model again where the trained one is sharded. `code`:
+    as in `save_checkpoint`.
 
     Raises:
         UserError: the folder does not open as the model that was trained, or training has changed nothing; the folder

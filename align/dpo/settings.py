@@ -137,8 +137,8 @@ def training_arguments(fields: dict[str, Any], given: dict[str, Any] | None = No
     long as the result is alive.
 
     Raises:
-        UserError: a field has a value that TRL or transformers refuse, or that fails when training begins; or a field of
-            `given`, the user's own, has no effect.
+        UserError: a field has a value that TRL or transformers refuse, or that fails when training begins; or a field
+            of `given`, the user's own, has no effect.
     """
     try:
         arguments = DPOConfig(**fields)
@@ -153,7 +153,8 @@ def training_arguments(fields: dict[str, Any], given: dict[str, Any] | None = No
 EFFECTIVE = (
     "loss_type", "beta", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "label_smoothing", "disable_dropout", "bf16", "fp16", "gradient_checkpointing", "seed",
+    "gradient_accumulation_steps", "label_smoothing", "disable_dropout", "bf16", "fp16", "gradient_checkpointing",
+    "seed",
 )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Pairs and the round's policy in, the round's checkpoint out: what `align.dpo.train` does once a round may be trained."""
+"""Pairs and the round's policy in, the round's checkpoint out:
+what `align.dpo.train` does once a round may be trained."""
 
 from __future__ import annotations
 

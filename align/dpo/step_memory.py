@@ -5,8 +5,8 @@ Korthikanti et al. count it (https://arxiv.org/abs/2205.05198, section 4), opera
 transformers writes them; how weights, gradients and optimiser are divided over processes follows ZeRO
 (https://arxiv.org/abs/1910.02054, section 5). `scripts/check_plan.py` holds it against measured peaks.
 
-Left out: the allocator's fragmentation, CUDA's own context (about half a GiB), buffers of NCCL. Four bits (`How.quantised`) were
-never measured.
+Left out: the allocator's fragmentation, CUDA's own context (about half a GiB), buffers of NCCL. Four bits
+(`How.quantised`) were never measured.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class How:
 
     `compute_bytes` below `weight_bytes` is autocast: weights are cast for each forward pass, and the casts are kept.
     `triton`: TRL's kernels of the head are there, as on a GPU; without them it scores every position, with copies, and
-    dropout keeps numbers where a GPU keeps truth values. `quantised`: the linear layers under an adapter have four bits.
+    dropout keeps numbers where a GPU keeps truth values. `quantised`:
+    the linear layers under an adapter have four bits.
     `dropout`: an adapter's dropout acts, which TRL switches off unless told otherwise. `kept_layers`: of the language
     model, whose activations are kept although those of the others are recomputed (`checkpointing`).
     """
@@ -113,8 +114,8 @@ class Memory:
 def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
     """The peak of a step after the first, in bytes.
 
-    It is reached at the head, when the backward pass begins and all activations are there, or at the first layer, when it
-    ends and all gradients are. Gradients of earlier micro-steps (`accumulates`) are there all the time.
+    It is reached at the head, when the backward pass begins and all activations are there, or at the first layer, when
+    it ends and all gradients are. Gradients of earlier micro-steps (`accumulates`) are there all the time.
     """
     size = how.trained_bytes(shape)
     gradient_total = shape.trained * size
@@ -153,8 +154,8 @@ def weight_bytes(shape: ModelShape, how: How) -> int:
 
 
 def _cast_bytes(shape: ModelShape, how: How) -> int:
-    """What autocast makes of the matrices: of trained ones it keeps every cast, of frozen ones those that gradients pass
-    are kept with the activations (with checkpointing, one layer's at a time)."""
+    """What autocast makes of the matrices: of trained ones it keeps every cast, of frozen ones those that gradients
+    pass are kept with the activations (with checkpointing, one layer's at a time)."""
     if not how.casts or how.quantised:
         return 0
     frozen = shape.frozen_linear
@@ -307,8 +308,8 @@ def in_pieces(whole: Memory, shape: ModelShape, how: How) -> Memory:
 def _head_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:
     """Statistics of the responses' tokens: hidden states twice, logits of a chunk at a time.
 
-    Separate rows go through TRL's own head: tiles of TILE_TOKENS by TILE_VOCABULARY, which its kernels work on in place,
-    while torch makes fp32 arrays of them; without the kernels every position is scored.
+    Separate rows go through TRL's own head: tiles of TILE_TOKENS by TILE_VOCABULARY, which its kernels work on in
+    place, while torch makes fp32 arrays of them; without the kernels every position is scored.
     """
     if how.shared:
         tokens = batch.num_rows * batch.response_tokens

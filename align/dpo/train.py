@@ -42,7 +42,8 @@ def run_dpo(config: Config, number: int) -> None:
     """Train a round; does nothing when the round has been trained already.
 
     Raises:
-        UserError: the round before is not complete, the settings or the pairs cannot be used, or the loss is not finite.
+        UserError: the round before is not complete, the settings or the pairs cannot be used,
+            or the loss is not finite.
         SystemExit: with code 0, after SIGTERM; the same command resumes from the state that was saved. With the code
             EXIT_RESTART, in one of several processes, when memory ran out and a smaller batch has been noted.
     """

@@ -1,4 +1,5 @@
-"""TRL's DPOTrainer with our batches: how pairs are laid out, where the reference comes from, which parts learn how fast.
+"""TRL's DPOTrainer with our batches: how pairs are laid out, where the reference comes from,
+which parts learn how fast.
 
 Losses, metrics and the training loop are TRL's and transformers'; `_compute_loss` is not overridden. What is changed:
 
@@ -49,8 +50,9 @@ METRIC_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 class PairTrainer(DPOTrainer):
     """DPO on image preference pairs.
 
-    `train_dataset` comes from `align.dpo.collator.pair_dataset`. With its reference columns no reference model is needed; without them
-    `ref_model` runs beside the policy, or, with `peft_config`, the policy without its adapter does.
+    `train_dataset` comes from `align.dpo.collator.pair_dataset`. With its reference columns no reference model is
+    needed; without them `ref_model` runs beside the policy, or, with `peft_config`,
+    the policy without its adapter does.
     """
 
     _tag_names = ("trl", "dpo")

@@ -1,4 +1,5 @@
-"""What a training that was stopped resumes from: trainer checkpoints, each with a manifest of its own that is written last.
+"""What a training that was stopped resumes from: trainer checkpoints,
+each with a manifest of its own that is written last.
 
 The manifest holds size and sha256 of every file. A checkpoint without one, or with a file that differs from it, is not
 used: the one before is, and that is reported.

@@ -1,7 +1,7 @@
 """What a stage asks of an engine: responses to questions, and log-probabilities of given continuations.
 
-Stages do not know which engine they talk to. Images are handles (paths inside the image root, or PIL images); the engine
-was given a function that opens them.
+Stages do not know which engine they talk to. Images are handles (paths inside the image root, or PIL images); the
+engine was given a function that opens them.
 """
 
 from __future__ import annotations

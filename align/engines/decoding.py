@@ -44,7 +44,8 @@ class Prompts:
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, inputs: dict[str, Any], cache: RowCache, rows: Sequence[int]) -> Prompts:
-    """Encode right-padded prompts once, into rows of the cache. The model must have been given to `use_shared_prefix`."""
+    """Encode right-padded prompts once, into rows of the cache.
+    The model must have been given to `use_shared_prefix`."""
     mask = inputs["attention_mask"].bool()
     positions, next_position = prompt_positions_of(model, inputs, mask)
     width = mask.shape[1]
@@ -123,8 +124,8 @@ class _Branch:
 class _Question:
     """A row in use: `num_columns` of it have been given out, of which `free` ones are nobody's any more.
 
-    `prompt`: what each branch sees at first `(L,)`, the position of its first new token `()` and the state that predicts
-    it `(H,)`; kept where more branches may be wanted.
+    `prompt`: what each branch sees at first `(L,)`, the position of its first new token `()` and the state that
+    predicts it `(H,)`; kept where more branches may be wanted.
     """
 
     ticket: int
@@ -165,7 +166,8 @@ class Decoder:
         self._questions: dict[int, _Question] = {}
         self._living: list[_Branch] = []
         self._num_axes: int | None = None
-        # (R, K, C): what every lane sees of its row; (N,): positions of first new tokens; (N, H): what predicts the next.
+        # (R, K, C): what every lane sees of its row; (N,): positions of first new tokens; (N, H):
+        # what predicts the next.
         self._visible = torch.zeros(0, 0, 0, dtype=torch.bool)
         self._position = torch.zeros(0, dtype=torch.int64)
         self._hidden = torch.zeros(0, 0)

@@ -18,7 +18,8 @@ BATCH_SIZE = 32
 
 
 def open_image_embedder(checkpoint: str, settings: ModelSettings) -> Callable[[Iterable[Image.Image]], np.ndarray]:
-    """A function from n pictures to (n, D) float32 rows of length 1: of a CLIP or SigLIP model, or of a vision encoder alone.
+    """A function from n pictures to (n, D) float32 rows of length 1: of a CLIP or SigLIP model,
+    or of a vision encoder alone.
 
     Raises:
         UserError: the checkpoint cannot be opened, or gives no one vector a picture.

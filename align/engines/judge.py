@@ -118,8 +118,8 @@ def open_critic(
 ) -> tuple[Critic, Callable[[], dict[str, str]]]:
     """The critic with its models loaded, and a function that gives what they have to say for the manifest.
 
-    `logs`: where servers that are started here write, a file without its ending; None starts none. Of several models each
-    would need the GPUs that the others hold, so only a single one is hosted.
+    `logs`: where servers that are started here write, a file without its ending; None starts none. Of several models
+    each would need the GPUs that the others hold, so only a single one is hosted.
     """
     alone = len(plan.shared) + len(plan.own) == 1
     opened: dict[tuple[str, str, str], Any] = {}

@@ -59,7 +59,8 @@ class SegmentPlacement:
 
 @dataclass(frozen=True)
 class TokenPlacement:
-    """One token per branch, `(1, heads, N, D)`, at `row` and `column` `(N,)`; seen are `num_keys` columns of `num_rows`."""
+    """One token per branch, `(1, heads, N, D)`, at `row` and `column` `(N,)`;
+    seen are `num_keys` columns of `num_rows`."""
 
     row: Tensor
     column: Tensor

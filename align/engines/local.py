@@ -52,8 +52,8 @@ class Path(Protocol):
 class LocalEngine:
     """`Engine` with a loaded model.
 
-    `open_image` opens an image handle. `shared_prefix`: `auto` uses it where the first batch shows that it is exact, `on` raises
-    UserError where it is not, `off` never does. `batch_size` is in questions; None finds it by itself.
+    `open_image` opens an image handle. `shared_prefix`: `auto` uses it where the first batch shows that it is exact,
+    `on` raises UserError where it is not, `off` never does. `batch_size` is in questions; None finds it by itself.
     `fallback_reason` is None as long as the shared prefix is used.
     """
 
@@ -103,8 +103,8 @@ class LocalEngine:
     ) -> SampleResult:
         """Answer one request as `sample` does; after every token `on_texts` gets what each sample says so far.
 
-        What it raises ends the answer; `Stopped` (align.engines.streaming) is meant for that. An answer ends where the model's
-        context does.
+        What it raises ends the answer; `Stopped` (align.engines.streaming) is meant for that. An answer ends where the
+        model's context does.
 
         Raises:
             UserError: the processor refuses the conversation, or it is longer than the model's context or the memory.
@@ -124,7 +124,8 @@ class LocalEngine:
         return results[0]
 
     def log_probs(self, prompts: Sequence[BranchedPrompt]) -> list[Any]:
-        """Per prompt `(num_branches, num_options)` float64: log-probability of each option as the answer's beginning."""
+        """Per prompt `(num_branches, num_options)` float64: log-probability of each option
+        as the answer's beginning."""
         return self._answer(self._trees_of(prompts), lambda path, batch: path.log_probs(batch))
 
     def loglikelihood(

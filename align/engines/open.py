@@ -86,7 +86,8 @@ def _checked(
     open_image: Callable[[Any], Any],
     processor: dict[str, Any],
 ) -> ServerEngine:
-    """An engine on endpoints that answer and have the model; where the checkpoint lies here, with all that is compared."""
+    """An engine on endpoints that answer and have the model; where the checkpoint lies here,
+    with all that is compared."""
     from align.engines.server.chat import scaled_down
     from align.engines.server.comparison import PromptComparison, check_weights
     from align.engines.server.engine import ServerEngine

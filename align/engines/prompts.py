@@ -1,8 +1,9 @@
 """Chat messages and images in, right-padded model inputs out; and a branched prompt cut into its prompt and segments.
 
-The chat template is rendered by the processor. For a branched prompt it is rendered once, with a mark where the branches begin:
-what stands before the mark (images included) is the prompt that all branches share, and what stands behind it follows
-every branch. Pieces are tokenised one by one, so that the shared and the unshared path read the very same tokens.
+The chat template is rendered by the processor. For a branched prompt it is rendered once, with a mark where the
+branches begin: what stands before the mark (images included) is the prompt that all branches share, and what stands
+behind it follows every branch. Pieces are tokenised one by one,
+so that the shared and the unshared path read the very same tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ BLANK_PX = (112, 84)
 
 @dataclass(frozen=True)
 class PromptTree:
-    """A branched prompt as a prompt text and a tree of segments: `leaf_segments[b]` is the segment in which branch b ends.
+    """A branched prompt as a prompt text and a tree of segments:
+    `leaf_segments[b]` is the segment in which branch b ends.
 
     `options[o]` are the tokens of option o.
     """

@@ -107,7 +107,8 @@ class LocalScorer:
         return self.model(**inputs).logits[:, 0].float().tolist()
 
     def _mark_padding(self, input_ids: Tensor, attention_mask: Tensor) -> None:
-        """Pad with a token that no dialogue of the batch has: transformers reads the score before the last padding token.
+        """Pad with a token that no dialogue of the batch has:
+        transformers reads the score before the last padding token.
 
         With the end token for padding it would be read before the end of the dialogue.
         """

@@ -26,7 +26,8 @@ NUCLEUS_GUESS = 512
 
 
 def uniforms(seeds: Sequence[int], num_samples: int, num_steps: int, *, first: int = 0) -> Tensor:
-    """`(len(seeds), num_samples, num_steps)` float64 in [0, 1): one Philox stream per seed and sample index from `first` on.
+    """`(len(seeds), num_samples, num_steps)` float64 in [0, 1):
+    one Philox stream per seed and sample index from `first` on.
 
     A stream begins in the same way however long it is and however many stand beside it.
 
@@ -116,7 +117,8 @@ class SeededSampler:
         self._seen: Tensor | None = None
 
     def begin(self, tickets: Sequence[int], seeds: Sequence[int], num_samples: int, inputs: dict[str, Tensor]) -> None:
-        """Begin questions with prompts `input_ids` and `attention_mask` `(n, P)`, each with samples 0 to `num_samples`."""
+        """Begin questions with prompts `input_ids` and `attention_mask` `(n, P)`,
+        each with samples 0 to `num_samples`."""
         for ticket, ids, mask in zip(tickets, inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
             # Padding counts as the first token: it must not be taken for something that was said.
             self._prompt_ids[ticket] = torch.where(mask, ids, ids[0])

@@ -1,9 +1,9 @@
 """A round's sampled held-out responses in, the KL divergence of its checkpoint from the first policy out.
 
 With y drawn from the checkpoint, log p(y) - log p_first(y) is an unbiased estimate of KL(p || p_first) (k1 in Schulman,
-"Approximating KL divergence", 2020, http://joschu.net/blog/kl-approx.html), provided that p is what y was drawn from. So both policies
-are taken at the temperature of the evaluation: at another one the difference would be the estimate of no divergence,
-and might well be negative. The tokens are those that were drawn, not the text cut into tokens anew.
+"Approximating KL divergence", 2020, http://joschu.net/blog/kl-approx.html), provided that p is what y was drawn from.
+So both policies are taken at the temperature of the evaluation: at another one the difference would be the estimate of
+no divergence, and might well be negative. The tokens are those that were drawn, not the text cut into tokens anew.
 
 Its low-variance relative k3 adds p_first(y)/p(y) - 1, which has mean zero but hardly ever shows it: where training has
 taught the checkpoint to avoid a token that the first policy liked, the ratio is huge in draws that are never seen, and
@@ -111,7 +111,8 @@ def _log_probs(
 
 
 def divergence(own: Sequence[ResponseLogProbs], first: Sequence[ResponseLogProbs]) -> dict[str, Interval]:
-    """`kl` in nats per response and `kl_per_token`, with 95 % intervals over questions; nothing where no number is finite.
+    """`kl` in nats per response and `kl_per_token`, with 95 % intervals over questions;
+    nothing where no number is finite.
 
     Responses that one of the two finds impossible (a logarithm that is not finite) are left out.
     """

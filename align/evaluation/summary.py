@@ -13,7 +13,8 @@ from reward.intervals import Interval
 
 
 class EvaluationSummary(BaseModel):
-    """Metrics by name, each a mean with its 95 % interval and the number of questions it rests on; shares from 0 to 1."""
+    """Metrics by name, each a mean with its 95 % interval and the number of questions it rests on;
+    shares from 0 to 1."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 

@@ -67,7 +67,8 @@ def benchmark_rows(summary: dict[str, Any]) -> list[BenchmarkRow]:
 
 
 def print_table(runs: dict[str, Path]) -> None:
-    """Print a table for each run: its held-out metrics, one column per round; runs without an evaluation are left out."""
+    """Print a table for each run: its held-out metrics, one column per round;
+    runs without an evaluation are left out."""
     from rich.console import Console
     from rich.table import Table
 

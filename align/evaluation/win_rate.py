@@ -1,7 +1,7 @@
 """Held-out responses of two checkpoints in, how often the critic prefers the one to the other out.
 
-The greedy responses to the same questions are compared in both orders; a tie (identical texts, or both orders summing to
-nothing) counts as half. What the critic could not judge is left out and counted.
+The greedy responses to the same questions are compared in both orders; a tie (identical texts, or both orders summing
+to nothing) counts as half. What the critic could not judge is left out and counted.
 """
 
 from __future__ import annotations

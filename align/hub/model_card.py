@@ -49,16 +49,21 @@ def _write_card(config: Config, run: RunDir, number: int, outdated: str | None) 
         _results(run, number),
         _cost(run, number),
         _benchmarks(run.round(number).benchmarks),
-        f"## Use\n\nThis folder opens where its parent opened{_code(path.parent)}. Intended for research on preference alignment; it inherits "
-        "its parent's licence, biases and limits, and what its critic prefers is not a guarantee of truth.",
+        (
+            f"## Use\n\nThis folder opens where its parent opened{_code(path.parent)}. Intended for research on"
+            " preference alignment; it inherits its parent's licence, biases and limits, and what its critic prefers"
+            " is not a guarantee of truth."
+        ),
     ]
     write_text(path, f"---\n{heading}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n")
     return path
 
 
 CODE = {
-    "parent": "; with `trust_remote_code=True` it runs the modelling files that the parent brought, in the environment that "
-    "those ask for",
+    "parent": (
+        "; with `trust_remote_code=True` it runs the modelling files that the parent brought, in the environment that "
+        "those ask for"
+    ),
     "toolkit": "; with `trust_remote_code=True` it runs the toolkit's modelling files, which need transformers 5",
     None: "",
 }
@@ -102,7 +107,8 @@ def _heading(config: Config, parent: str) -> dict[str, Any]:
 
 
 def lineage_of(checkpoint: str | Path) -> str | None:
-    """What the checkpoint's own card says of its lineage, as Markdown without the heading; None where it says nothing."""
+    """What the checkpoint's own card says of its lineage, as Markdown without the heading;
+    None where it says nothing."""
     card = Path(checkpoint) / "README.md"
     if not card.is_file():
         return None

@@ -1,7 +1,8 @@
 """Names of lmms-eval's tasks and a checkpoint in; their numbers (`lmms-eval.json`) and every response out.
 
-lmms-eval prepares the questions and computes the metrics; the checkpoint is opened by this toolkit's loader, native families
-included, and answers through its engine. Each task is one entry of a manifest in the folder `lmms-eval/` beside the
+lmms-eval prepares the questions and computes the metrics; the checkpoint is opened by this toolkit's loader, native
+families included, and answers through its engine. Each task is one entry of a manifest in
+the folder `lmms-eval/` beside the
 results: finished responses are kept, the same command goes on after an interruption, a finished task does nothing.
 """
 

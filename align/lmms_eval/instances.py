@@ -18,8 +18,8 @@ from align.run.hashes import text_hash
 
 # What lmms-eval's own models write at most where a task does not say.
 MAX_NEW_TOKENS = 1024
-# lmms-eval fills it in where a task names no end; it is the end of a few-shot example, and would cut any answer that has
-# paragraphs. Its models for chat leave it out as well.
+# lmms-eval fills it in where a task names no end; it is the end of a few-shot example, and would cut any answer that
+# has paragraphs. Its models for chat leave it out as well.
 NOT_AN_END = "\n\n"
 FOLLOWED = {
     "until", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty",

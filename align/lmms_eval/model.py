@@ -33,8 +33,8 @@ def as_model(answerer: Answerer) -> Any:
                 as_lmms_eval_wants(answer, callable(request.args[1])) if answer else (0.0, False)
                 for request, answer in zip(requests, answers, strict=True)
             ]
-            # The evaluator of 0.7.3 turns a bare pair into text, which its metrics cannot read (unwrap_generation_output);
-            # what is wrapped it hands on as it is.
+            # The evaluator of 0.7.3 turns a bare pair into text, which its metrics cannot read
+            # (unwrap_generation_output); what is wrapped it hands on as it is.
             return [GenerationResult(text=pair) for pair in pairs]
 
         def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
@@ -49,9 +49,10 @@ def as_model(answerer: Answerer) -> Any:
 def as_lmms_eval_wants(answer: Answered, whole: bool) -> tuple[float, bool]:
     """What lmms-eval's metrics take for a log-likelihood.
 
-    Of tasks that choose between continuations they take the smallest number (`multiple_choice` in its api/task.py), since
-    its models hand out the loss: the mean negative log-probability of a token. Of tasks with one continuation (`whole`) they
-    take the log-probability, for perplexity.
+    Of tasks that choose between continuations they take the smallest number
+    (`multiple_choice` in its api/task.py), since
+    its models hand out the loss: the mean negative log-probability of a token. Of tasks with one continuation (`whole`)
+    they take the log-probability, for perplexity.
 
     >>> answer = Answered(id="a", task="t", doc_id=0, prompt="?", continuation=" A", num_tokens=2, log_prob=-3.0)
     >>> as_lmms_eval_wants(answer, whole=False), as_lmms_eval_wants(answer, whole=True)

@@ -1,8 +1,8 @@
 """What lmms-eval asks in (its Instances), the checkpoint's answers out, each kept as soon as it is there.
 
 A request is a prompt with pictures and either settings of generation or a continuation whose probability is wanted.
-Prompts are asked through an engine, greedily or as the task says; the continuations of one prompt are scored behind it in
-one go. Nothing of lmms-eval is imported here.
+Prompts are asked through an engine, greedily or as the task says; the continuations of one prompt are scored behind it
+in one go. Nothing of lmms-eval is imported here.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ AT_A_TIME = 64
 class Answerer:
     """Answers requests through an engine, which is opened when the first unfinished one comes.
 
-    `datasets[task][split][doc_id]` is the document of a request; lmms-eval fills it. `used` holds the ids of all that was
-    asked for.
+    `datasets[task][split][doc_id]` is the document of a request; lmms-eval fills it. `used` holds the ids of all that
+    was asked for.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ def counts_of(records: list[Answered]) -> dict[str, Any]:
 def numbers_of(found: dict[str, Any]) -> dict[str, Any]:
     """By task (or group): version, shots, documents and metrics, each with its standard error where there is one.
 
-    >>> row = {"alias": "t", "acc,none": 0.5, "acc_stderr,none": "N/A", "acc_stderr_clt,none": 0.1, "submission,none": None}
+    >>> row = {"alias": "t", "acc,none": 0.5, "acc_stderr,none": "N/A", "acc_stderr_clt,none": 0.1, "sub,none": None}
     >>> numbers_of({"results": {"t": row}, "higher_is_better": {"t": {"acc": True}}})["t"]["metrics"]
     {'acc': {'value': 0.5, 'stderr': 0.1, 'higher_is_better': True}}
     """

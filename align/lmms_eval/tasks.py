@@ -1,7 +1,7 @@
 """Names of lmms-eval's tasks in, loaded tasks out: checked before a weight is loaded.
 
-The only place, with `model`, that imports lmms-eval. Its package has heavy requirements and changes global settings when
-imported, so nothing here is imported at the top.
+The only place, with `model`, that imports lmms-eval. Its package has heavy requirements and changes global settings
+when imported, so nothing here is imported at the top.
 """
 
 from __future__ import annotations
@@ -95,8 +95,11 @@ def load_task(manager: Any, name: str) -> None:
             raise UserError(
                 f"the task's dataset cannot be had: {root_cause(error)}",
                 where=name,
-                fix="lmms-eval's tasks fetch their datasets from the Hugging Face Hub once (HF_HOME keeps them; some want "
-                "`hf auth login`); on a machine without network copy that folder, or use tasks with a dataset on disk",
+                fix=(
+                    "lmms-eval's tasks fetch their datasets from the Hugging Face Hub once (HF_HOME keeps them; some"
+                    " want `hf auth login`); on a machine without network copy that folder, or use tasks with a dataset"
+                    " on disk"
+                ),
             ) from error
         raise UserError(
             f"the task's own code fails: {root_cause(error)}",
@@ -132,7 +135,8 @@ def _manager_class() -> Any:
     from lmms_eval.tasks import TaskManager
 
     class Manager(TaskManager):
-        """Loads each task once. Tasks that have messages of their own are asked with these, the others with a prompt."""
+        """Loads each task once. Tasks that have messages of their own are asked with these,
+        the others with a prompt."""
 
         def load_task_or_group(self, task_list: Any = None, task_type: str = "simple") -> dict[Any, Any]:
             names = (task_list,) if isinstance(task_list, str) else tuple(task_list)

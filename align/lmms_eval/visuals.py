@@ -32,7 +32,8 @@ class Unaskable(Exception):
 
 @dataclass
 class Dialogue:
-    """Messages with bare image parts, and their pictures in order; `num_marks` of <image> were taken out of the text."""
+    """Messages with bare image parts, and their pictures in order;
+    `num_marks` of <image> were taken out of the text."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
@@ -54,8 +55,8 @@ class Dialogue:
 def dialogue_of(looked: Any, prompt: str, gives_messages: bool, sampler: FrameSampler) -> Dialogue:
     """What a task shows of a document: its messages, or its visuals in front of the prompt.
 
-    Where the prompt names every picture as <image>, they stand there; otherwise such marks are taken out, since they would
-    ask for pictures that are not there.
+    Where the prompt names every picture as <image>, they stand there; otherwise such marks are taken out, since they
+    would ask for pictures that are not there.
 
     Raises:
         Unaskable: it holds sound, a piece of a video, an address, or something unknown.

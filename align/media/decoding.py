@@ -1,7 +1,7 @@
 """A picture file in, its header or its RGB pixels out; whatever a decoder raises becomes a UserError.
 
-Only the formats that data sets have are tried: every further decoder of Pillow is one more that a hostile file may choose.
-Nothing is decoded before the size in the header has been held against the limit.
+Only the formats that data sets have are tried: every further decoder of Pillow is one more that a hostile file may
+choose. Nothing is decoded before the size in the header has been held against the limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ MAX_IMAGE_PIXELS = 100_000_000
 
 @dataclass(frozen=True)
 class Header:
-    """What a picture's header tells: (width, height) in pixels as it is shown, its format, and what `rgb` will do to it."""
+    """What a picture's header tells: (width, height) in pixels as it is shown, its format,
+    and what `rgb` will do to it."""
 
     size: tuple[int, int]
     format: str
@@ -51,8 +52,8 @@ def read_picture(
 ) -> tuple[Header, Image.Image]:
     """Header and RGB pixels, of an animation those of its first frame.
 
-    `draft_px`: a JPEG may be decoded smaller, down to twice this many pixels a side, its data are read to the end all the
-    same. Raises UserError as `read_header` does.
+    `draft_px`: a JPEG may be decoded smaller, down to twice this many pixels a side, its data are read to the end all
+    the same. Raises UserError as `read_header` does.
     """
     with _checked(source, name, max_pixels) as image:
         header = _header(image, conversion)

@@ -1,6 +1,7 @@
 """Image references in, verified PIL images out: inside the image root, readable, within the pixel limit.
 
-A reference is a path, or a frame of a video file: `clips/dog.mp4#frame=12` (counted from 0), or an image file that is a frame
+A reference is a path, or a frame of a video file: `clips/dog.mp4#frame=12` (counted from 0),
+or an image file that is a frame
 of a video: `clips/dog/12.png#frame`. URLs are not fetched here; a reference that is one is refused.
 """
 
@@ -42,7 +43,8 @@ class ImageStore:
     conversion: Conversion = "displayed"
 
     def path(self, reference: str) -> Path:
-        """The file of a reference (of a frame: its video); UserError when it is a URL, leaves the root, or is not there."""
+        """The file of a reference (of a frame: its video); UserError when it is a URL, leaves the root,
+        or is not there."""
         frame = _FRAME.fullmatch(reference)
         reference = frame["video"] if frame else reference.removesuffix(FRAME_MARK)
         if "://" in reference or reference.startswith("data:"):

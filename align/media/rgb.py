@@ -1,8 +1,9 @@
 """A PIL image of any mode in, the RGB picture that people see out: upright, scaled by its true range, laid on white.
 
-Image viewers, browsers, `transformers.image_utils.load_image` and `datasets` turn a picture as its EXIF orientation says.
-16-bit grey fills its 65536 values, floats fill 0..1 (or 0..255, or their own range), and what is transparent shows the page
-behind it. `Image.convert("RGB")` does none of that; `plain` asks for it all the same, as the authors of older models did.
+Image viewers, browsers, `transformers.image_utils.load_image` and `datasets` turn a picture as its EXIF orientation
+says. 16-bit grey fills its 65536 values, floats fill 0..1 (or 0..255, or their own range), and what is transparent
+shows the page behind it. `Image.convert("RGB")` does none of that; `plain` asks for it all the same,
+as the authors of older models did.
 
 Needs PIL and numpy only: it travels with the processors into checkpoint folders.
 """
@@ -79,7 +80,8 @@ def treatments(image: Image.Image) -> tuple[str, ...]:
 
 
 def orientation(image: Image.Image) -> int:
-    """1 to 8 as EXIF (or XMP) counts them, 1 where it says nothing that can be read, or Pillow turns by itself (TIFF)."""
+    """1 to 8 as EXIF (or XMP) counts them, 1 where it says nothing that can be read,
+    or Pillow turns by itself (TIFF)."""
     return 1 if image.format == "TIFF" else _stated_orientation(image)
 
 
@@ -147,10 +149,11 @@ def _scaled_grey(image: Image.Image) -> Image.Image:
 
 
 def _range_of(values: np.ndarray, mode: str) -> tuple[float, float]:
-    """The values that are black and white: the smallest usual range that holds all, else from the least to the greatest.
+    """The values that are black and white: the smallest usual range that holds all,
+    else from the least to the greatest.
 
-    >>> _range_of(np.array([0.0, 0.5]), "F"), _range_of(np.array([0.0, 200.0]), "F"), _range_of(np.array([-5.0, 900.0]), "F")
-    ((0.0, 1.0), (0.0, 255.0), (-5.0, 900.0))
+    >>> [_range_of(np.array(ends), "F") for ends in ([0.0, 0.5], [0.0, 200.0], [-5.0, 900.0])]
+    [(0.0, 1.0), (0.0, 255.0), (-5.0, 900.0)]
     >>> _range_of(np.array([0, 200]), "I"), _range_of(np.array([0, 4000]), "I")
     ((0.0, 255.0), (0.0, 65535.0))
     """

@@ -1,8 +1,8 @@
 """A video in, a few of its frames out as PIL images: a file through PyAV, or a folder of frames.
 
-Which frames are looked at differs between models: a sampler gets the number of frames and the frame rate and gives indices. A
-model's processor has its own (`processor.frame_indices`). Frames of a file carry their number under `info["video_frame"]`: some
-models scale them otherwise than pictures. Sound is not read, addresses are not fetched.
+Which frames are looked at differs between models: a sampler gets the number of frames and the frame rate and gives
+indices. A model's processor has its own (`processor.frame_indices`). Frames of a file carry their number under
+`info["video_frame"]`: some models scale them otherwise than pictures. Sound is not read, addresses are not fetched.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ FrameSampler = Callable[[int, float | None], list[int]]
 
 
 def uniform(num_frames: int, frames_per_second: float | None = None, *, count: int = 8) -> list[int]:
-    """`count` frames from the first to the last, indices truncated: Valley 1, Valley2 (8), LLaVA-OneVision (16 or more).
+    """`count` frames from the first to the last, indices truncated: Valley 1, Valley2 (8),
+    LLaVA-OneVision (16 or more).
 
     A video with fewer frames has some twice, as in the originals.
 
@@ -103,10 +104,11 @@ def read_frames(
 ) -> list[Image.Image]:
     """The picked frames of a video file, or of a folder of frames in the order of their names, as RGB images.
 
-    `sampler`: which ones, by default `num_frames` evenly (8 where neither is given). `max_pixels`: the most pixels of a frame.
+    `sampler`: which ones, by default `num_frames` evenly (8 where neither is given). `max_pixels`:
+    the most pixels of a frame.
 
-    Raises UserError for a path that is not there, a file that cannot be decoded, a folder without frames, a frame that is too
-    large, and where PyAV is missing.
+    Raises UserError for a path that is not there, a file that cannot be decoded, a folder without frames, a frame that
+    is too large, and where PyAV is missing.
     """
     path = Path(path)
     sampler = sampler or partial(uniform, count=num_frames or 8)

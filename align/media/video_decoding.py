@@ -1,8 +1,8 @@
 """A video file and numbers of its frames in, those frames out as RGB images; PyAV reads it.
 
-Frames are numbered from 0 in the order in which they are shown. A frame is decoded from the keyframe before it. Where that
-does not give it (it refers to what lies further back, or the file has no times), the file is decoded from its start.
-What is decoded, and what is held in memory, is limited in all: a file of 1 KB can ask for terabytes.
+Frames are numbered from 0 in the order in which they are shown. A frame is decoded from the keyframe before it. Where
+that does not give it (it refers to what lies further back, or the file has no times), the file is decoded from its
+start. What is decoded, and what is held in memory, is limited in all: a file of 1 KB can ask for terabytes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ MAX_HELD_PIXELS = 400_000_000
 class FileIndex:
     """What the packets of a file tell: how many frames it has, how many a second, and where they can be found.
 
-    `times` are the presentation times of all frames in order, None where the packets do not tell; `keys` the presentation
-    time of every keyframe, in order, and `key_packets` the decoding time of its packet, for which one seeks. `frame_pixels`:
-    of one frame, as the header has it.
+    `times` are the presentation times of all frames in order, None where the packets do not tell; `keys` the
+    presentation time of every keyframe, in order, and `key_packets` the decoding time of its packet,
+    for which one seeks.
+    `frame_pixels`: of one frame, as the header has it.
     """
 
     frame_pixels: int
@@ -52,8 +53,10 @@ class FileIndex:
     def num_decoded(self, numbers: Collection[int]) -> int:
         """How many frames are decoded for some: from the keyframe before each, or from where the one before it was.
 
-        >>> FileIndex(1, 100, None, tuple(range(100)), (0, 50), (0, 50)).num_decoded([10, 20, 60]), _UNTIMED.num_decoded([20])
-        (32, 21)
+        >>> FileIndex(1, 100, None, tuple(range(100)), (0, 50), (0, 50)).num_decoded([10, 20, 60])
+        32
+        >>> _UNTIMED.num_decoded([20])
+        21
         """
         if self.times is None:
             return max(numbers, default=-1) + 1
@@ -106,8 +109,8 @@ def file_index(path: Path, max_pixels: int) -> FileIndex:
 def read_numbers(path: Path, index: FileIndex, numbers: Collection[int], max_pixels: int) -> dict[int, Image.Image]:
     """Those of the frames that can be decoded, by number.
 
-    Raises UserError where PyAV is missing, frames are too large, or too much would be decoded or held; PyAV's errors for
-    files that are no videos.
+    Raises UserError where PyAV is missing, frames are too large, or too much would be decoded or held; PyAV's errors
+    for files that are no videos.
     """
     check_held(len(numbers), index.frame_pixels, path)
     DecodeBudget(path).spend(index.num_decoded(numbers) * index.frame_pixels)
@@ -120,7 +123,8 @@ def read_numbers(path: Path, index: FileIndex, numbers: Collection[int], max_pix
 
 
 def decodable(path: Path, index: FileIndex) -> list[int]:
-    """The numbers of all frames that come out; fewer than there are packets where some are damaged or hold no picture."""
+    """The numbers of all frames that come out; fewer than there are packets where some are
+    damaged or hold no picture."""
     return [number for number, _ in _numbered(path, index, DecodeBudget(path))]
 
 

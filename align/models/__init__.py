@@ -1,4 +1,5 @@
-"""The only place that opens and saves checkpoints; importing it registers our families with transformers' Auto classes."""
+"""The only place that opens and saves checkpoints; importing it registers our families
+with transformers' Auto classes."""
 
 from align.versions import require_supported
 

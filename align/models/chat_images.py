@@ -1,7 +1,7 @@
 """Chat messages with images and videos in, token ids with one placeholder per visual token and flat image tensors out.
 
-What the families' processors have in common: where images stand in a text, how a text between them is tokenised, how rows
-are padded, how settings are read and kept. A family says how many tokens an image has and what tensors it becomes
+What the families' processors have in common: where images stand in a text, how a text between them is tokenised, how
+rows are padded, how settings are read and kept. A family says how many tokens an image has and what tensors it becomes
 (`new_pixels`). Texts name an image as `<image>` and a video, where videos are given, as `<video>`; neither is a token.
 """
 
@@ -138,7 +138,8 @@ class ImageChatProcessor(ProcessorMixin):
         return cls(tokenizer, chat_template or stored.get("chat_template"), config=config, **settings)  # type: ignore[call-arg]
 
     def save_settings(self, folder: str | os.PathLike) -> None:
-        """Adds the settings to a checkpoint folder in which no other file is to be touched, unless it has them already."""
+        """Adds the settings to a checkpoint folder in which no other file is to be touched,
+        unless it has them already."""
         settings = {name: getattr(self, name) for name in self.settings}
         own, general = Path(folder, self.settings_file), Path(folder, "processor_config.json")
         stored = json.loads(general.read_text(encoding="utf-8")) if general.is_file() else {}
@@ -146,7 +147,8 @@ class ImageChatProcessor(ProcessorMixin):
             own.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
-        """What processor_config.json holds: the settings; sizes stay in config.json, tokens in the tokenizer's files."""
+        """What processor_config.json holds: the settings; sizes stay in config.json,
+        tokens in the tokenizer's files."""
         settings = {name: getattr(self, name) for name in self.settings}
         auto_map = getattr(self, "auto_map", None)
         return {**settings, "processor_class": type(self).__name__, **({"auto_map": auto_map} if auto_map else {})}
@@ -178,13 +180,15 @@ class ImageChatProcessor(ProcessorMixin):
     ) -> Any:
         """Renders one conversation, or a list of them, as text, or where `tokenize` as model inputs.
 
-        Contents are strings, or lists of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or `path`,
-        `url`; a video likewise, as a list of frames); an image part without an image takes the next of `images`. A place
-        for an image is an image part or `<image>` in the text. Images in front of a message's text, and images that have
-        no place, which go in front of the first user turn, are joined by a space and followed by a line break. Where the
-        texts say `<image>` as often as there are image parts, they place the images. Other keywords go to the template.
+        Contents are strings, or lists of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or
+        `path`, `url`; a video likewise, as a list of frames); an image part without an image takes the next of
+        `images`. A place for an image is an image part or `<image>` in the text. Images in front of a message's text,
+        and images that have no place, which go in front of the first user turn, are joined by a space and followed by a
+        line break. Where the texts say `<image>` as often as there are image parts, they place the images.
+        Other keywords go to the template.
 
-        Several conversations are padded, on the left where `add_generation_prompt`, so that `generate` can go on from them.
+        Several conversations are padded, on the left where `add_generation_prompt`,
+        so that `generate` can go on from them.
         """
         if template_kwargs.pop("truncation", None):
             raise ValueError("truncation is not supported: it would cut images in two")
@@ -250,14 +254,15 @@ class ImageChatProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Tokenizes rendered texts and expands every `<image>` and `<video>` in them to its visual tokens.
 
-        `images`: one image, a list of them in the order of their marks, or a list of lists, one per text. `videos`: a list
-        of videos (lists of frames) per text; without it `<video>` is plain text. `padding`: as in transformers, and by
-        default on where tensors of several texts are asked for; `padding_side` by default the tokenizer's. Gives
+        `images`: one image, a list of them in the order of their marks, or a list of lists, one per text. `videos`: a
+        list of videos (lists of frames) per text; without it `<video>` is plain text. `padding`: as in transformers,
+        and by default on where tensors of several texts are asked for; `padding_side` by default the tokenizer's. Gives
         `input_ids` and `attention_mask` `(B, L)` int64 and, where there are images, the tensors of the modelling file.
         Raises ValueError where marks and images differ in number, for images that cannot be used, and for `truncation`,
         which would cut images in two.
 
-        One dict `{"conversations": [...], "images": [...]}` in place of all this is how ByteDance's processors are called.
+        One dict `{"conversations": [...], "images": [...]}` in place of all this is how
+        ByteDance's processors are called.
         """
         if isinstance(images, dict) and "conversations" in images:
             return self._published_call(images, return_tensors=return_tensors or "pt", **unused)
@@ -298,7 +303,8 @@ class ImageChatProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Model inputs `(1, L)` of a conversation of `{"role", "content"}` or `{"from", "value"}` turns and its images.
 
-        They are this toolkit's (`model.generate(**inputs)`). Raises ValueError for `inference=False`, which asks for labels.
+        They are this toolkit's (`model.generate(**inputs)`). Raises ValueError for `inference=False`,
+        which asks for labels.
         """
         if not inference:
             raise ValueError("inference=False asks for training labels, which this processor does not make")

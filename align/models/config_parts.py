@@ -57,7 +57,8 @@ QWEN2VL_ENCODER: dict[str, Any] = {
 
 
 def text_settings(published: dict[str, Any], given: dict[str, Any], *, rope_theta: float) -> dict[str, Any]:
-    """Keywords of a text model's configuration: what is given, and the published sizes and base of the rotary angles."""
+    """Keywords of a text model's configuration: what is given,
+    and the published sizes and base of the rotary angles."""
     settings = {**published, **given}
     return settings if "rope_parameters" in settings else {"rope_theta": rope_theta, **settings}
 
@@ -67,8 +68,8 @@ def encoder_config(
 ) -> EncoderConfig:
     """An encoder's configuration: as it is given, what a dictionary leaves open as published.
 
-    Families keep it out of `sub_configs` deliberately: a setting of the text model's attention (a function registered for
-    shared-prefix attention, say) must not reach the encoders.
+    Families keep it out of `sub_configs` deliberately: a setting of the text model's attention (a function registered
+    for shared-prefix attention, say) must not reach the encoders.
     """
     if isinstance(given, kind):
         return given
@@ -88,7 +89,8 @@ def qwen2vl_config(given: dict[str, Any] | Qwen2VLVisionConfig | None, width: in
 
 
 class TokenIdsBeside:
-    """Mixin in front of a configuration; token ids that config.json lacks are read from the tokenizer files beside it."""
+    """Mixin in front of a configuration; token ids that config.json lacks are read from
+    the tokenizer files beside it."""
 
     token_keys: ClassVar[dict[str, str]] = {}
     """Configuration keys of token ids, and the tokens they are the ids of."""

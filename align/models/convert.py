@@ -1,7 +1,7 @@
 """A checkpoint folder in one layout in, the same weights in another layout out, tensor by tensor and bit by bit.
 
-`CONVERSIONS` names what there is. Values and types are never changed, except where a delta is added to its base; one file of
-weights is in memory at a time. A folder is written beside its final place and moved there whole.
+`CONVERSIONS` names what there is. Values and types are never changed, except where a delta is added to its base; one
+file of weights is in memory at a time. A folder is written beside its final place and moved there whole.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Converted:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A layout to convert to: `write(source, work, base, allow_pickle)` fills the folder `work`, gives the dropped rows."""
+    """A layout to convert to: `write(source, work, base, allow_pickle)` fills the folder `work`,
+    gives the dropped rows."""
 
     description: str
     write: Callable[[Path, Path, Path | None, bool], int]

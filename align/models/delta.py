@@ -1,7 +1,8 @@
 """Delta weights and the model they were subtracted from in, the whole model out, shard by shard.
 
 Valley's 13B was published as its difference from LLaMA-13B, whose licence did not allow more. What both have is added;
-where the delta has more rows (tokens that were added), these rows are whole already, as are the tensors that the base does not
+where the delta has more rows (tokens that were added), these rows are whole already,
+as are the tensors that the base does not
 have: the projection and the vision tower. Sums are taken in the delta's type, as its authors took the differences.
 """
 
@@ -27,7 +28,8 @@ RESIZED = ("model.embed_tokens.weight", "lm_head.weight")
 WHOLE = re.compile(
     r"^model\.(mm_projector|vision_tower|pooling_layer|position_matrix|transformer_delta_encoder|transforemr_adding_layer)\b"
 )
-# Frequencies that are computed today. Their difference is zero, and their sum is right only where the base stores them too.
+# Frequencies that are computed today. Their difference is zero,
+# and their sum is right only where the base stores them too.
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$")
 COPIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".md")
 
@@ -37,8 +39,8 @@ def apply_delta(
 ) -> Path:
     """Writes the folder `target`: the sum of the folders `delta` and `base`, with the other files of the delta.
 
-    `allow_pickle`: read pickled weights (.bin) too, without running what is in them. One shard of the delta and one of the
-    base are in memory at a time. Gives the folder.
+    `allow_pickle`: read pickled weights (.bin) too, without running what is in them. One shard of the delta and one of
+    the base are in memory at a time. Gives the folder.
 
     Raises UserError where the two do not belong together, a folder has no weights, or `target` exists.
     """
@@ -63,7 +65,8 @@ def apply_delta(
 
 
 def add(name: str, difference: Tensor, original: Tensor) -> Tensor:
-    """The sum over what both have, in the type of the difference; rows and columns beyond the original stay as they are.
+    """The sum over what both have, in the type of the difference;
+    rows and columns beyond the original stay as they are.
 
     Raises UserError where the shapes differ and the tensor is not one that grows with the vocabulary.
 
@@ -136,7 +139,8 @@ def _check(differences: _Weights, originals: _Weights) -> None:
     for names, where, what in ((unknown, originals.folder, "base"), (missing, differences.folder, "delta")):
         if names:
             raise UserError(
-                f"expected a base and its delta; {len(names)} tensors are not in the {what}, such as {sorted(names)[0]}",
+                f"expected a base and its delta; {len(names)} tensors are not in the {what}, such as"
+                f" {sorted(names)[0]}",
                 where=str(where),
                 fix="use the base that the delta was made from",
             )

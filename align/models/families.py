@@ -38,8 +38,8 @@ class Family:
     """The three classes of a family and how its tensor names on disk differ from those in memory.
 
     `names_on_disk`: regular expressions and their replacements, applied in order; they leave names on disk as they are.
-    `stored_buffers`: regular expressions of names on disk that are no weights: buffers that transformers 4 stored. They are
-    not loaded, and carried from a checkpoint to those made from it.
+    `stored_buffers`: regular expressions of names on disk that are no weights: buffers that transformers 4 stored. They
+    are not loaded, and carried from a checkpoint to those made from it.
     """
 
     config: type[PreTrainedConfig]

@@ -12,8 +12,9 @@ from align.errors import UserError
 def inside(folder: Path, name: str) -> Path:
     """The file of this name in a checkpoint folder.
 
-    A link may lead elsewhere in the folder, or to the blobs of the Hub's cache, where a folder of snapshots is all links.
-    Raises UserError where the name or a link leads out of it: a foreign checkpoint must not name files of this machine.
+    A link may lead elsewhere in the folder, or to the blobs of the Hub's cache, where a folder of snapshots is all
+    links. Raises UserError where the name or a link leads out of it:
+    a foreign checkpoint must not name files of this machine.
     """
     path = folder / name
     try:

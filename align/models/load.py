@@ -1,8 +1,8 @@
 """A checkpoint folder in, its model and processor out, decided by `architectures` in its config.json.
 
 Our own families come first, everything else goes to transformers' Auto classes. Folders are checked before a weight is
-loaded: what a user can have got wrong is a UserError. No code from a checkpoint is ever run, and pickled weights are read
-only where that is asked for.
+loaded: what a user can have got wrong is a UserError. No code from a checkpoint is ever run, and pickled weights are
+read only where that is asked for.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Opens the model of a local folder, or of a Hub name where `HF_HUB_OFFLINE` is not set, in evaluation mode.
 
-    `dtype`: `auto` takes that of the checkpoint. `device`: None leaves the model where transformers loads it, on the CPU,
-    or lets DeepSpeed place it. `quantization`: a `BitsAndBytesConfig`, for QLoRA. Every weight must be there. Raises UserError for folders and settings that cannot work.
+    `dtype`: `auto` takes that of the checkpoint. `device`: None leaves the model where transformers loads it, on the
+    CPU, or lets DeepSpeed place it. `quantization`: a `BitsAndBytesConfig`, for QLoRA. Every weight must be there.
+    Raises UserError for folders and settings that cannot work.
     """
     family = check_checkpoint(folder, allow_pickle=allow_pickle)
     options: dict[str, Any] = {

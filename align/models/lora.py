@@ -44,8 +44,8 @@ def lora_config(fields: dict[str, Any] | None, freeze: list[str]) -> Any:
 def check_tied_weights(model: Any, adapted: Any) -> None:
     """Refuse an adapter that trains one of two tied weights; both models are those of `align.models.meta`.
 
-    peft would train a copy of the embeddings or of the vocabulary projection, which the checkpoint has no place for: its
-    config.json says that the two are one.
+    peft would train a copy of the embeddings or of the vocabulary projection, which the checkpoint has no place for:
+    its config.json says that the two are one.
 
     Raises:
         UserError: the vocabulary projection is tied to the embeddings, and the adapter changes either of them.
@@ -62,5 +62,8 @@ def check_tied_weights(model: Any, adapted: Any) -> None:
         raise UserError(
             f"dpo.lora changes the {' and the '.join(changed)}, which this model ties to each other: the saved "
             "checkpoint could not hold what was trained",
-            fix="take embed_tokens and lm_head out of dpo.lora.target_modules and modules_to_save, or train without lora",
+            fix=(
+                "take embed_tokens and lm_head out of dpo.lora.target_modules and modules_to_save, or train without"
+                " lora"
+            ),
         )

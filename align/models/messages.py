@@ -1,4 +1,5 @@
-"""Chat messages with images and videos in; messages of plain text with marks where they stand, and what stands there, out.
+"""Chat messages with images and videos in; messages of plain text with marks where they stand,
+and what stands there, out.
 
 A place is an image (video) part or `<image>` (`<video>`) written in the text. Marks in front of a message's text, and
 marks of what has no place, which go in front of the first user turn, are joined by a space and set off by a line break.
@@ -76,8 +77,8 @@ def spread_videos(text: str, images: Sequence[Any], videos: Sequence[Sequence[An
 def parts_of(message: dict) -> list[dict]:
     """A message's content as a list of parts, those of type "text" with a text.
 
-    Keys without a value are left out: a column of `datasets` gives every part the keys of all others. Raises ValueError for
-    a part that is neither text nor to be looked at.
+    Keys without a value are left out: a column of `datasets` gives every part the keys of all others. Raises ValueError
+    for a part that is neither text nor to be looked at.
 
     >>> parts_of({"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Why?"}]})
     [{'type': 'image'}, {'type': 'text', 'text': 'Why?'}]

@@ -1,4 +1,5 @@
-"""A checkpoint's config.json in, its model without any weights out (torch's meta device): names and shapes to look at."""
+"""A checkpoint's config.json in, its model without any weights out (torch's meta device):
+names and shapes to look at."""
 
 from __future__ import annotations
 

@@ -12,14 +12,16 @@ from PIL import Image
 
 from ..media.rgb import FORMATS, rgb
 
-# A picture whose `info` has this key is a frame decoded from a video; its value is the frame's number, -1 where not known.
+# A picture whose `info` has this key is a frame decoded from a video; its value is the frame's number,
+# -1 where not known.
 FRAME_KEY = "video_frame"
 # One whose `info` has this key is a frame that was an image file.
 FRAME_FILE_KEY = "frame_file"
 
 
 def open_image(source: Any) -> Image.Image:
-    """An RGB image, upright and on white, from an image, an array `(H, W, 3)` uint8, a path, an address, or encoded bytes.
+    """An RGB image, upright and on white, from an image, an array `(H, W, 3)` uint8, a path, an address,
+    or encoded bytes.
 
     Addresses are `file://` or `data:`. Raises ValueError for anything else, and where a file cannot be decoded.
     """

@@ -41,7 +41,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 
 def normalise(image: Image.Image, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> np.ndarray:
-    """An RGB image's bytes to `(value / 255 - mean) / std`, `(3, H, W)` float32, rounded where the published ones round.
+    """An RGB image's bytes to `(value / 255 - mean) / std`, `(3, H, W)` float32,
+    rounded where the published ones round.
 
     A byte has 256 values, so a table per channel replaces arithmetic on every pixel.
     """

@@ -1,8 +1,9 @@
 """Pixtral's processor (Mistral 3, Pixtral) for machines without torchvision, where transformers withholds its own.
 
-Rendered texts and images in, `input_ids`, `attention_mask`, padded `pixel_values` and `image_sizes` out; files are read and
-written as transformers' class of the same name does. Every `[IMG]` of a text becomes a grid: a token per merged patch,
-`[IMG_BREAK]` at the end of a row, `[IMG_END]` at the end of the last (https://huggingface.co/docs/transformers/model_doc/pixtral).
+Rendered texts and images in, `input_ids`, `attention_mask`, padded `pixel_values` and `image_sizes` out; files are read
+and written as transformers' class of the same name does. Every `[IMG]` of a text becomes a grid: a token per merged
+patch, `[IMG_BREAK]` at the end of a row, `[IMG_END]` at the end of the last
+(https://huggingface.co/docs/transformers/model_doc/pixtral).
 This can go when transformers' class can be imported without torchvision.
 """
 

@@ -1,4 +1,5 @@
-"""Images in, what the Qwen2-VL encoder takes out: sizes, counts of tokens and float32 patches, bit for bit as published.
+"""Images in, what the Qwen2-VL encoder takes out: sizes, counts of tokens and float32 patches,
+bit for bit as published.
 
 Resizing is PIL's bicubic filter; torchvision's is another and not used. The patches equal those of transformers'
 `Qwen2VLImageProcessorPil` after the first resize of the original. Sizes are `(width, height)` in pixels.
@@ -45,7 +46,8 @@ def smart_resize(width: int, height: int, *, factor: int, min_pixels: int, max_p
 
 @dataclass(frozen=True)
 class PatchGeometry:
-    """What of an encoder's config decides its patches: their edge, patches merged along a side, frames a patch covers."""
+    """What of an encoder's config decides its patches: their edge, patches merged along a side,
+    frames a patch covers."""
 
     patch_px: int
     merge: int
@@ -88,7 +90,8 @@ def qwen2vl_pixels(
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """An image as the encoder takes it: patches `(N, 3 * 2 * 14 * 14)` float32 and their grid (1, rows, columns).
 
-    The patches of each 2 x 2 block that the encoder merges lie next to each other; a still image is its own second frame.
+    The patches of each 2 x 2 block that the encoder merges lie next to each other;
+    a still image is its own second frame.
     """
     for size in geometry.sizes(*image.size, min_pixels, max_pixels):
         image = image.resize(size, Image.Resampling.BICUBIC)

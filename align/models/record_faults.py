@@ -1,8 +1,8 @@
 """What a template, tokenizer or processor raises for one record in, an error that names the record out.
 
-Templates are programs that came with a checkpoint: they refuse system turns, roles that do not alternate, or what they have
-no words for. Processors refuse pictures (1800 x 4 pixels for Qwen-VL, one scaled to nothing). Such a record can be left out
-and counted; a fault of the machine, such as memory that ran out, is none of the record's and passes.
+Templates are programs that came with a checkpoint: they refuse system turns, roles that do not alternate, or what they
+have no words for. Processors refuse pictures (1800 x 4 pixels for Qwen-VL, one scaled to nothing). Such a record can be
+left out and counted; a fault of the machine, such as memory that ran out, is none of the record's and passes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class TookTooLong(Exception):
 def bounded_time(seconds: float = MAX_RENDER_S) -> Iterator[None]:
     """Stops Python code that is called inside after so many processor seconds of this thread.
 
-    For a template that loops for ever (`range` in `range` in `range` is enough). Code runs several times slower under the
+    For a template that loops for ever (`range` in `range` in `range` is enough).
+    Code runs several times slower under the
     trace that watches it: for a check, not for every record. Raises TookTooLong.
     """
     deadline = time.thread_time() + seconds
@@ -85,7 +86,8 @@ def bounded_time(seconds: float = MAX_RENDER_S) -> Iterator[None]:
 def without_nulls(message: dict[str, Any]) -> dict[str, Any]:
     """A message whose parts have only keys with values.
 
-    `datasets` gives every part the keys of all others; templates that ask `'image' in part` then see an image everywhere.
+    `datasets` gives every part the keys of all others; templates that ask `'image' in
+    part` then see an image everywhere.
 
     >>> without_nulls({"role": "user", "content": [{"type": "text", "text": "Why?", "image": None}]})
     {'role': 'user', 'content': [{'type': 'text', 'text': 'Why?'}]}

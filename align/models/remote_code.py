@@ -26,7 +26,8 @@ FURTHER = "# What the files above import in turn: loaders before transformers 5 
 
 
 def has_code(folder: Path) -> bool:
-    """Whether a checkpoint folder names code that is there: a file in it, or one of another repository (`owner/name--`)."""
+    """Whether a checkpoint folder names code that is there: a file in it,
+    or one of another repository (`owner/name--`)."""
     entries = []
     for name in ("config.json", *PROCESSOR_FILES):
         named = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
@@ -37,7 +38,8 @@ def has_code(folder: Path) -> bool:
 
 
 def whose_code(folder: Path) -> str | None:
-    """`toolkit` where config.json names files that this toolkit writes, `parent` where it names others, None without code."""
+    """`toolkit` where config.json names files that this toolkit writes, `parent` where it names others,
+    None without code."""
     if not has_code(folder):
         return None
     named = read_json(folder / "config.json").get("auto_map") or {}
@@ -48,8 +50,8 @@ def whose_code(folder: Path) -> str | None:
 def add_code(family: Family, folder: Path, *, keep_parents: bool = False) -> None:
     """Copies the files and names them in `auto_map` of config.json and of the processor's files that have one.
 
-    `keep_parents`: the entries that are there stay, and ours stand in config.json as `auto_map_toolkit`, from where they
-    can be put in their place. Raises UserError where a file of the parent has the name of one of ours.
+    `keep_parents`: the entries that are there stay, and ours stand in config.json as `auto_map_toolkit`, from where
+    they can be put in their place. Raises UserError where a file of the parent has the name of one of ours.
     """
     texts = _texts(family)
     for name, text in texts.items():

@@ -67,11 +67,13 @@ def save_checkpoint(
     """Saves weights, config, tokenizer and processor; an existing checkpoint at `folder` is replaced. Gives the folder.
 
     `parent`: the folder the model came from, by default the one it remembers; without one, the files are those of
-    transformers with the legacy keys put back. `state_dict`: the weights where the model's own are sharded or wrapped, as
-    accelerate, FSDP or DeepSpeed gather them. `dtype`: cast floating-point weights, by default they stay as they are.
-    `code`, of our own families: which modelling files make the folder open with `trust_remote_code=True` where this toolkit
-    is not installed. `parent`: those that the parent brought, the toolkit's where it brought none; `toolkit`: the toolkit's
-    in their place; `both`: as `parent`, with the toolkit's beside them; `none`: the toolkit's never.
+    transformers with the legacy keys put back. `state_dict`: the weights where the model's own are sharded or wrapped,
+    as accelerate, FSDP or DeepSpeed gather them. `dtype`: cast floating-point weights,
+    by default they stay as they are.
+    `code`, of our own families: which modelling files make the folder open with
+    `trust_remote_code=True` where this toolkit
+    is not installed. `parent`: those that the parent brought, the toolkit's where it brought none; `toolkit`: the
+    toolkit's in their place; `both`: as `parent`, with the toolkit's beside them; `none`: the toolkit's never.
     `extra_files`: further files of the checkpoint by name, as text or as a path to copy. Call it on one process only.
 
     Raises UserError where the tensors are not exactly those of the parent, with the names that are missing or too many.

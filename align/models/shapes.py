@@ -30,8 +30,10 @@ class Kept:
     """Numbers of a token that a layer keeps because its own weights, or adapters on them, are trained.
 
     `inputs`: different inputs of trained linear layers; `own_inputs`: the same where each keeps a copy of its own (cast
-    under autocast, or with dropout). `dropped`: those that pass an adapter's dropout. `ranks`: between the two matrices of
-    adapters. `norms`: normalised inputs of trained norms. `output`: width of the attention's result, if it is among them.
+    under autocast, or with dropout). `dropped`: those that pass an adapter's dropout. `ranks`:
+    between the two matrices of
+    adapters. `norms`: normalised inputs of trained norms. `output`: width of the attention's result,
+    if it is among them.
     """
 
     inputs: float = 0.0
@@ -47,9 +49,10 @@ class Stack:
     """Layers of a transformer, as the mean over them where they differ: what decides how much of a token they keep.
 
     `query` and `key` are widths of all heads together; `inner` is that of the feed-forward part that a token passes, of
-    all its experts together. `norms`: how many, of the whole width; `rms`: as transformers writes RMSNorm; `normed_heads`:
-    queries and keys are normalised, too. `flows`: gradients pass through. `layer_weights`: of one layer, all experts
-    counted; `frozen_linear`: those in matrices that are not trained; `active_weights`: those that one token passes. `top_k` of `experts`, 0 without.
+    all its experts together. `norms`: how many, of the whole width; `rms`: as transformers writes RMSNorm;
+    `normed_heads`: queries and keys are normalised, too. `flows`: gradients pass through. `layer_weights`: of one
+    layer, all experts counted; `frozen_linear`: those in matrices that are not trained; `active_weights`: those that
+    one token passes. `top_k` of `experts`, 0 without.
     """
 
     num_layers: int

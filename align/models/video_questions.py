@@ -1,4 +1,5 @@
-"""Questions about videos in, the same questions about their picked frames out; questions about images stay as they are."""
+"""Questions about videos in, the same questions about their picked frames out;
+questions about images stay as they are."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What the models of our families share: visual tokens in the places of their placeholders, images in generation.
 
-A backbone says what its image tensors are (`image_inputs`), what they become (`get_image_features`) and what a blank image
-looks like (`dummy_image_inputs`). Images are flat over the batch, in the order of their placeholders. Nothing here
-lengthens a sequence.
+A backbone says what its image tensors are (`image_inputs`), what they become (`get_image_features`) and what a blank
+image looks like (`dummy_image_inputs`). Images are flat over the batch, in the order of their placeholders. Nothing
+here lengthens a sequence.
 
 Shapes: B sequences, L tokens, D text width, n visual tokens of all images.
 """
@@ -122,8 +122,8 @@ class VisualCausalLM:
     """Mixin in front of a causal language model of transformers, with a `VisualBackbone` in the place of its backbone.
 
     `forward` takes the image tensors of the backbone as keywords and gives logits `(B, L, vocabulary)`, of the last
-    `logits_to_keep` positions where that is given. `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on, give a
-    mean cross-entropy as `loss`.
+    `logits_to_keep` positions where that is given. `labels` `(B, L)` int64 as `input_ids`, -100 where not trained on,
+    give a mean cross-entropy as `loss`.
     """
 
     config: Any
@@ -180,7 +180,8 @@ class VisualCausalLM:
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
     ) -> Any:
-        """Repeats every sequence; images are encoded once and their tokens repeated, since they lie flat over the batch."""
+        """Repeats every sequence; images are encoded once and their tokens repeated,
+        since they lie flat over the batch."""
         names = (*self.model.image_inputs, "image_features")
         images = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
         expanded_ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]

@@ -87,7 +87,8 @@ def shards_of(index: Path) -> list[Path]:
 
 
 def tensor_table(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint. Raises UserError for cut files, missing shards and tensors that are in none of them."""
+    """Every tensor of a checkpoint. Raises UserError for cut files,
+    missing shards and tensors that are in none of them."""
     table = {name: info for path in weight_files(folder) for name, info in read_header(path).items()}
     index = folder / INDEX_FILE
     if index.is_file() and not (folder / SINGLE_FILE).is_file():

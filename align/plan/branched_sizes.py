@@ -1,7 +1,7 @@
 """A critic and a question in; what the critic would ask a model about it, in tokens, out. No model is asked.
 
-The critic itself is run, with somebody who answers anything and counts: so every kind, prompt and panel is counted as it
-will ask. A tournament's later rounds depend on the answers; all here are equal.
+The critic itself is run, with somebody who answers anything and counts: so every kind, prompt and panel is counted as
+it will ask. A tournament's later rounds depend on the answers; all here are equal.
 """
 
 from __future__ import annotations

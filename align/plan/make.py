@@ -2,7 +2,8 @@
 fit out.
 
 Works from config.json, the model's shapes on torch's meta device and the headers of images: no weight is loaded, no
-picture decoded. The memory model is `align.dpo.step_memory`, the model of time `align.plan.speed` and `align.plan.times`.
+picture decoded. The memory model is `align.dpo.step_memory`,
+the model of time `align.plan.speed` and `align.plan.times`.
 """
 
 from __future__ import annotations
@@ -191,7 +192,8 @@ def shaped_model(config: Config) -> Any:
 
 
 def sharing(config: Config, model: Any) -> tuple[bool, bool, list[str]]:
-    """Whether prompts are expected to be shared in training, and elsewhere; a note where they are not, though asked for."""
+    """Whether prompts are expected to be shared in training, and elsewhere; a note where they are not,
+    though asked for."""
     from align.models.inspect import expected_shared_prefix
 
     if config.shared_prefix == "off":
@@ -393,14 +395,20 @@ def _whole(
 
 def _assumptions(config: Config, machine: Machine, how: How, lengths: Lengths, shape: ModelShape) -> list[str]:
     lines = [
-        f"{machine.tflops:g} TFLOP/s achieved, {machine.bandwidth_gbs:g} GB/s and {machine.layer_us:g} us to start a layer "
-        "on each GPU (--tflops, --bandwidth, --layer-us)",
-        f"{USABLE:.0%} of a GPU's memory usable; weights of {how.weight_bytes} bytes, arithmetic of {how.compute_bytes}",
+        (
+            f"{machine.tflops:g} TFLOP/s achieved, {machine.bandwidth_gbs:g} GB/s and {machine.layer_us:g} us to start"
+            " a layer on each GPU (--tflops, --bandwidth, --layer-us)"
+        ),
+        (
+            f"{USABLE:.0%} of a GPU's memory usable; weights of {how.weight_bytes} bytes, arithmetic of"
+            f" {how.compute_bytes}"
+        ),
     ]
     if config.questions is not None:
         lines.append(
-            f"responses of {lengths.chosen:g} tokens for times (--response-tokens), of {config.sample.max_new_tokens} "
-            f"(sample.max_new_tokens) for memory; {config.pairs.max_per_question or 'all'} pairs per question (pairs.max_per_question)"
+            f"responses of {lengths.chosen:g} tokens for times (--response-tokens), of {config.sample.max_new_tokens}"
+            f" (sample.max_new_tokens) for memory; {config.pairs.max_per_question or 'all'} pairs per question"
+            " (pairs.max_per_question)"
         )
     if how.quantised:
         lines.append("four bits are arithmetic here: they were never measured")

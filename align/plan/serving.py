@@ -16,7 +16,8 @@ def needs_of_server(
 ) -> tuple[int | None, int | None]:
     """The most images of a question, and the tokens of the longest prompt with its response; None where not known.
 
-    Videos are left out: their frames are picked when they are asked about. What a critic reads depends on the responses.
+    Videos are left out: their frames are picked when they are asked about.
+    What a critic reads depends on the responses.
     """
     if config.questions is None:
         return None, None

@@ -1,11 +1,12 @@
-"""A model's shape and a machine in; seconds of a forward pass, of tokens written one by one, and of a training step out.
+"""A model's shape and a machine in; seconds of a forward pass, of tokens written one by one,
+and of a training step out.
 
 Three things take time. Matrix products: two operations for every weight and token (https://arxiv.org/abs/2001.08361,
 section 2.1), and for attention four for every query, key it is scored with and unit of width, over what the machine
 achieves (`tflops`); but never less than it takes to read the weights once. Everything else that a layer does, as
-transformers writes it, is reading and writing arrays (`bandwidth_gbs`): the counts below were made by reading that code.
-And each layer's operations must be started by Python (`layer_us`): beside the work on a GPU, which does not wait for
-it, and on top of it on a CPU. Nothing here is fitted to a model; `scripts/check_plan.py --times` holds it against
+transformers writes it, is reading and writing arrays (`bandwidth_gbs`): the counts below were made by reading that
+code. And each layer's operations must be started by Python (`layer_us`): beside the work on a GPU, which does not wait
+for it, and on top of it on a CPU. Nothing here is fitted to a model; `scripts/check_plan.py --times` holds it against
 measured seconds.
 
 The processor's work on images is measured while prompts are counted (`PromptSize.prepared_s`); it, too, goes on beside
@@ -31,10 +32,11 @@ NORM_PASSES, ROTARY_PASSES, ACTIVATION_PASSES, ATTENTION_PASSES = 10, 10, 6, 4
 # Of what matrix products achieve, fused attention achieves about so much (0.46 causal on one CPU thread).
 ATTENTION_SHARE = 0.4
 # Numbers of the vocabulary's width, for each token: log-probabilities; those with the statistics of training; going
-# backward; choosing a token greedily, and from a nucleus (where finding the 512 likeliest takes most, measured on a CPU).
+# backward; choosing a token greedily, and from a nucleus (where finding the 512 likeliest takes most,
+# measured on a CPU).
 LOG_PROB_PASSES, STATISTICS_PASSES, GRADIENT_PASSES, GREEDY_PASSES, NUCLEUS_PASSES = 5, 12, 16, 3, 40
-# Numbers for each trained weight: AdamW reads weight, gradient and two moments and writes three of them, in a handful of
-# passes; the norm of the gradient is read before and scaled.
+# Numbers for each trained weight: AdamW reads weight, gradient and two moments and writes three of them, in a handful
+# of passes; the norm of the gradient is read before and scaled.
 OPTIMISER_PASSES = 18
 # Going backward: half of the start-up, since autograd starts its operations without Python.
 BACKWARD_START = 0.5
@@ -44,8 +46,8 @@ BACKWARD_START = 0.5
 class Machine:
     """`gpus` in all, each with `gpu_gib` of memory, `tflops` achieved and `bandwidth_gbs` of memory traffic.
 
-    `bandwidth_gbs` is what a product of few rows reads its weights with; `arrays_gbs` what other operations read and write
-    their arrays with, where that is another (on a CPU these stay in its caches); 0: the same.
+    `bandwidth_gbs` is what a product of few rows reads its weights with; `arrays_gbs` what other operations read and
+    write their arrays with, where that is another (on a CPU these stay in its caches); 0: the same.
     `layer_us`: microseconds to start a layer's operations; `waits`: the work waits for them, as on a CPU. `link_gbs`:
     what one GPU sends a second to the others; 0: that of one machine, or of a network between machines of eight.
     """
@@ -171,8 +173,8 @@ class Speed:
     def writing(self, rows: float, branches: float, prompt: float, tokens: float, passes: float) -> Cost:
         """One batch written to its end: `branches` of each of `rows` questions, `tokens` steps.
 
-        Every step reads the weights and the keys of the batch once. A branch's query is scored with all keys of its row,
-        those of its neighbours too, and the mask that hides these is made anew in every step.
+        Every step reads the weights and the keys of the batch once. A branch's query is scored with all keys of its
+        row, those of its neighbours too, and the mask that hides these is made anew in every step.
         """
         text, width = self.shape.text, rows * branches
         mean_keys = prompt + branches * tokens / 2
@@ -205,9 +207,9 @@ def touched_weights(stack: Stack, tokens: float) -> float:
 def sent_bytes(strategy: str, shape: ModelShape, num_gpus: int, accumulation: int) -> float:
     """Bytes that one GPU sends in a step, with ring algorithms: (N - 1) / N of what is gathered or scattered.
 
-    ddp: gradients in fp32, reduced and spread again, once a step. zero2: gradients in bf16 scattered in every micro-step,
-    weights in bf16 gathered once a step. zero3 and fsdp2: in every micro-step weights gathered forward and again
-    backward, and gradients scattered, all in bf16.
+    ddp: gradients in fp32, reduced and spread again, once a step. zero2: gradients in bf16 scattered in every
+    micro-step, weights in bf16 gathered once a step. zero3 and fsdp2: in every micro-step weights gathered forward and
+    again backward, and gradients scattered, all in bf16.
     """
     share = (num_gpus - 1) / num_gpus
     if strategy == "ddp":

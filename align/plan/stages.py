@@ -1,4 +1,5 @@
-"""A configuration with its prompts measured and a machine's speed in; seconds and tokens of every stage of the run out."""
+"""A configuration with its prompts measured and a machine's speed in;
+seconds and tokens of every stage of the run out."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage: seconds of one run of it on all GPUs, how often the whole run has it, tokens that it reads and writes."""
+    """One stage: seconds of one run of it on all GPUs, how often the whole run has it,
+    tokens that it reads and writes."""
 
     name: str
     seconds: float
@@ -285,7 +287,8 @@ class StagePlanner:
                 shared = self.config.shared_prefix != "off" and expected_shared_prefix(empty).startswith("expected")
             except UserError:
                 self.notes.append(
-                    f"the critic {model.checkpoint or '(served)'} cannot be looked at here: counted as if it were the policy"
+                    f"the critic {model.checkpoint or '(served)'} cannot be looked at here: counted as if it were the"
+                    " policy"
                 )
                 speed, processor = self.speed, self.processor
         meter = PromptMeter(processor, store, patch_px)

@@ -71,8 +71,10 @@ def _tokens(plan: Plan, width: int) -> str:
     tokens = [size.tokens for size in plan.sizes]
     visual = sum(size.visual_tokens for size in plan.sizes)
     lines = [
-        f"tokens   {len(tokens):,} prompts, {_count(sum(tokens))} tokens, {visual / max(sum(tokens), 1):.0%} visual; "
-        f"median {round(statistics.median(tokens)):,}, longest {max(tokens):,}",
+        (
+            f"tokens   {len(tokens):,} prompts, {_count(sum(tokens))} tokens, {visual / max(sum(tokens), 1):.0%}"
+            f" visual; median {round(statistics.median(tokens)):,}, longest {max(tokens):,}"
+        ),
         *histogram(tokens, length=max(width - 40, 20)),
     ]
     if plan.limit is None:
@@ -97,8 +99,8 @@ def _does_not_fit(plan: Plan, width: int) -> list[str]:
             f"{plan.response_limit:,}: {_named(plan.too_long)}"
         )
     found.append(
-        f"nothing is truncated: such pairs {happens}. To change: dpo.max_length, sample.max_new_tokens, or fewer visual "
-        "tokens (model.processor)"
+        f"nothing is truncated: such pairs {happens}. To change: dpo.max_length, sample.max_new_tokens, or fewer visual"
+        " tokens (model.processor)"
     )
     return [textwrap.fill(line, width, initial_indent="  ! ", subsequent_indent="    ") for line in found]
 
@@ -139,8 +141,8 @@ def _verdict(plan: Plan, size: int, unit: str) -> list[str]:
     else:
         missing = (chosen.memory.total - plan.machine.usable_bytes) / size
         lines.append(
-            f"  ! launch.strategy {chosen.strategy} does not fit ({missing:.1f} {unit} are missing), and nothing that is "
-            "known here helps: use larger GPUs, shorter responses or a smaller model"
+            f"  ! launch.strategy {chosen.strategy} does not fit ({missing:.1f} {unit} are missing), and nothing that"
+            " is known here helps: use larger GPUs, shorter responses or a smaller model"
         )
     for whole in plan.whole:
         if not whole.fits:
@@ -188,9 +190,8 @@ def _time(plan: Plan, width: int) -> str:
         sum(round(getattr(stage, name) * stage.runs) for stage in plan.stages)
         for name in ("read_tokens", "written_tokens")
     )
-    lines.append(
-        f"  {'all rounds':<11}{'':>10}{'':>7}{_count(read):>9}{_count(written):>9}{duration(total):>10}{plan.gpu_hours:>9.2f}"
-    )
+    tokens = f"{_count(read):>9}{_count(written):>9}"
+    lines.append(f"  {'all rounds':<11}{'':>10}{'':>7}{tokens}{duration(total):>10}{plan.gpu_hours:>9.2f}")
     return "\n".join(line.rstrip() for line in lines)
 
 

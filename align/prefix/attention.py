@@ -3,8 +3,8 @@
 The prompt's tokens are causal among themselves and need no mask: right padding stands behind every real token. The
 segments' tokens see `[prompt keys | segment keys]` under a mask of `(segments, prompt + segments)`; where there are
 many segments, those below each child of the prompt see `[prompt keys | their own keys]` as a batch entry of their own.
-No mask of the whole row squared is ever made. `register` tells transformers the name; `use_shared_prefix` sets it on the language
-model; outside `active_layout` it is sdpa, to the bit.
+No mask of the whole row squared is ever made. `register` tells transformers the name; `use_shared_prefix` sets it on
+the language model; outside `active_layout` it is sdpa, to the bit.
 
 Inside `active_layout`, the mask function gives the layers an `AttentionPlan` where they expect a mask. It travels as
 the layers' argument, so that gradient checkpointing, which runs a layer again in backward and outside of the context,
@@ -70,7 +70,8 @@ def use_shared_prefix(model: PreTrainedModel) -> None:
 
 
 def stop_shared_prefix(model: PreTrainedModel) -> None:
-    """Give the language model sdpa back, after the equivalence check has failed. Other attentions are left as they are."""
+    """Give the language model sdpa back, after the equivalence check has failed.
+    Other attentions are left as they are."""
     for config in _decoder_configs(model):
         if config._attn_implementation == NAME:
             config._attn_implementation_internal = "sdpa"

@@ -4,11 +4,11 @@ Shared-prefix attention is exact maths, but only for models whose layers do what
 of architectures: the first batch of a run is computed both ways, and the unshared path is used where they differ.
 
 How far two right computations lie apart is measured, not assumed: the unshared path against itself with padding on the
-left and with the result of every linear layer rounded the other way here and there (the noise). The shared path must lie
-within a few times of that. And the
-check must be able to fail: rows that are laid out wrong on purpose, one position too far or with a response that sees its
-sibling, must lie outside. In half precision on long prompts they need not; then the same rows are compared in float32.
-Where that does not tell right from wrong either, the answer is no.
+left and with the result of every linear layer rounded the other way here and there (the noise). The shared path must
+lie within a few times of that. And the
+check must be able to fail: rows that are laid out wrong on purpose, one position too far or with a response that sees
+its sibling, must lie outside. In half precision on long prompts they need not; then the same rows are compared in
+float32. Where that does not tell right from wrong either, the answer is no.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from align.prefix.layout import Layout
 from align.prefix.log_probs import forward_segments, unshared_segments
 from align.prefix.rows import unwrap
 
-# How many times the noise is allowed. Measured on seven families and on models of 4 and 12 layers, in float32 and bfloat16:
-# right rows lie at 0 to 1.1 times the mean and at 0 to 2 times the largest difference.
+# How many times the noise is allowed. Measured on seven families and on models of 4 and 12 layers, in float32 and
+# bfloat16: right rows lie at 0 to 1.1 times the mean and at 0 to 2 times the largest difference.
 MEAN_ALLOWED, LARGEST_ALLOWED = 3.0, 6.0
 # Tokens to the left of the rows whose noise is measured: odd, so that no tile stays where it was.
 PADDING = 7
@@ -38,7 +38,8 @@ PADDING = 7
 
 @dataclass(frozen=True)
 class Difference:
-    """Between two sets of log-probabilities of the same tokens, in nats: the largest and the mean; nan if one has nan."""
+    """Between two sets of log-probabilities of the same tokens, in nats: the largest and the mean;
+    nan if one has nan."""
 
     largest: float
     mean: float

@@ -33,8 +33,8 @@ class Layout:
     `input_ids` `(B, S)` int64, the segments of a row one after the other, right-padded.
     `segment` `(B, S)` int64, the index of a token's segment, -1 on padding.
     `path_position` `(B, S)` int64, how many tokens of its own path lie between the prompt and the token.
-    `predicted_at` `(B, S)` int64, where in the row `[prompt (P) | segments (S)]` the token is predicted: the last real token
-    of the prompt, the last token of the parent, or the token before. 0 on padding.
+    `predicted_at` `(B, S)` int64, where in the row `[prompt (P) | segments (S)]` the token is predicted: the last real
+    token of the prompt, the last token of the parent, or the token before. 0 on padding.
     `last` `(B, N)` int64, where in the row a segment ends: its last token, or for an empty segment what stands above.
     `ancestors` `(B, N, N)` bool, True at `[b, i, j]` where segment j is segment i or stands above it.
 

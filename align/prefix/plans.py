@@ -124,8 +124,8 @@ class BranchPlan(AttentionPlan):
     """One token per branch of many rows, all in one entry of the batch: N queries, each over the keys of its own row.
 
     So layers compute nothing for rows with fewer branches than others; only here are they laid side by side. `mask`
-    `(R, 1, K, E)` bool: what the K places of a row see of its E keys. `query` `(R, K)`: which of the N queries stands at
-    a place (any, where none does). `place` `(N,)`: where among the `R * K` a query stands.
+    `(R, 1, K, E)` bool: what the K places of a row see of its E keys. `query` `(R, K)`: which of the N queries stands
+    at a place (any, where none does). `place` `(N,)`: where among the `R * K` a query stands.
     """
 
     def __init__(self, mask: Tensor, query: Tensor, place: Tensor) -> None:

@@ -170,7 +170,8 @@ def final_logits(
     logit_scale: float,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor | float | None]:
-    """fp32 logits as the model means them, over the temperature, and their derivative by the projection's output (None: 1)."""
+    """fp32 logits as the model means them, over the temperature,
+    and their derivative by the projection's output (None: 1)."""
     logits = hidden @ weight.t()
     if bias is not None:
         logits = logits + bias.to(logits.dtype)

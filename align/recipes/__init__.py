@@ -30,7 +30,8 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name: str, **paths: str | None) -> str:
-    """The text of a recipe, with `policy`, `questions`, `pairs`, `critic` and `image_root` instead of its own where given.
+    """The text of a recipe, with `policy`, `questions`, `pairs`,
+    `critic` and `image_root` instead of its own where given.
 
     Raises:
         UserError: there is no such recipe, or it has no place for one of the paths.

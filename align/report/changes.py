@@ -81,7 +81,8 @@ def change(name: str, before: RoundData, after: RoundData) -> Change:
 def widened(difference: Interval) -> Interval:
     """A paired difference of shares, where the bootstrap had nothing to draw from: every question moved alike.
 
-    That n questions did not differ says that few of all would, not that none does: as far as Wilson's interval of 0 of n.
+    That n questions did not differ says that few of all would, not that none does:
+    as far as Wilson's interval of 0 of n.
 
     >>> widened(Interval(0.0, 0.0, 0.0, 7)).high == wilson(0, 7).high
     True

@@ -57,9 +57,9 @@ def _length(changes: History, critics: Sequence[Figures], *, improved: bool) -> 
         return None
     return Diagnosis(
         "part of it is length" if improved else "what it learned is length",
-        f"{'Part of what' if improved else 'What'} was learned is length: {plain(length.first)} tokens per response became "
-        f"{plain(length.last)} ({'+' if drift > 0 else ''}{percent(drift, 0)}), and among comparable responses the "
-        f"critic's rewards follow length (correlation {_span(follows)}){_chosen(critics, longer=drift > 0)}.",
+        f"{'Part of what' if improved else 'What'} was learned is length: {plain(length.first)} tokens per response"
+        f" became {plain(length.last)} ({'+' if drift > 0 else ''}{percent(drift, 0)}), and among comparable responses"
+        f" the critic's rewards follow length (correlation {_span(follows)}){_chosen(critics, longer=drift > 0)}.",
     )
 
 
@@ -73,7 +73,10 @@ def _chosen(critics: Sequence[Figures], *, longer: bool) -> str:
     if not shares:
         return ""
     share = sum(shares) / len(shares)
-    return f"; the {'longer' if longer else 'shorter'} response was chosen in {percent(share if longer else 1 - share)} of the pairs of unequal length"
+    return (
+        f"; the {'longer' if longer else 'shorter'} response was chosen in {percent(share if longer else 1 - share)} of"
+        " the pairs of unequal length"
+    )
 
 
 def _span(values: Sequence[float]) -> str:
@@ -82,15 +85,17 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _preferences(run: RunData, critics: Sequence[Figures]) -> Diagnosis | None:
-    """The pairs of all rounds, held against reference answers; where there are none, against what training made of them."""
+    """The pairs of all rounds, held against reference answers; where there are none,
+    against what training made of them."""
     agreement = _pooled([figures[AGREEMENT] for figures in critics if AGREEMENT in figures])
     if agreement is None or agreement.count < MIN_COUNT:
         return _unlearned(run)
     if agreement.high >= (PAIR_MEASURES[AGREEMENT].limit or 0.0):
         return None
     evidence = (
-        f"where a right response met a wrong one, the right one was chosen in {percent(agreement.mean, 0)} of "
-        f"{agreement.count:,} pairs ({percent(agreement.low, 0)} to {percent(agreement.high, 0)}; random preferences give 50\u00a0%)."
+        f"where a right response met a wrong one, the right one was chosen in {percent(agreement.mean, 0)} of"
+        f" {agreement.count:,} pairs ({percent(agreement.low, 0)} to {percent(agreement.high, 0)}; random preferences"
+        " give 50\u00a0%)."
     )
     if agreement.high < 0.5:
         return Diagnosis(
@@ -117,6 +122,7 @@ def _unlearned(run: RunData) -> Diagnosis | None:
         return None
     return Diagnosis(
         "training learned hardly anything from its pairs",
-        f"Training learned hardly anything from its pairs: at the end of a round it ranks {percent(sum(ends) / len(ends), 0)} "
-        "of them as wanted (random: 50\u00a0%). The preferences may be random, or the learning rate too small.",
+        "Training learned hardly anything from its pairs: at the end of a round it ranks"
+        f" {percent(sum(ends) / len(ends), 0)} of them as wanted (random: 50\u00a0%). The preferences may be random, or"
+        " the learning rate too small.",
     )

@@ -1,4 +1,5 @@
-"""A run's manifests in, the facts under the report's headline out: what happened, not what the first align.yaml asked for."""
+"""A run's manifests in, the facts under the report's headline out: what happened,
+not what the first align.yaml asked for."""
 
 from __future__ import annotations
 

@@ -201,7 +201,8 @@ def _describe_rounds(curves: Sequence[Curve], show: Callable[[float], str]) -> s
 
 @dataclass(frozen=True)
 class Panel:
-    """One round's training: `series` holds (step, value) points by kind, `reference_curve` (share of the round, value)."""
+    """One round's training: `series` holds (step, value) points by kind, `reference_curve` (share of the round,
+    value)."""
 
     number: int
     series: dict[str, list[tuple[float, float]]]
@@ -211,7 +212,8 @@ class Panel:
 def training_chart(
     title: str, panels: Sequence[Panel], *, reference_curve: bool = False, baseline: float | None = None
 ) -> Chart:
-    """The training curves of the rounds side by side, each in a panel of its own: raw values faint, running mean strong."""
+    """The training curves of the rounds side by side, each in a panel of its own: raw values faint,
+    running mean strong."""
     values = [v for panel in panels for points in panel.series.values() for _, v in points]
     values += (
         [v for panel in panels for points in panel.reference_curve.values() for _, v in points]

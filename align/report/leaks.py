@@ -1,4 +1,5 @@
-"""Held-out and training images of a run in, a warning where they share any out; images count by content, whatever their name.
+"""Held-out and training images of a run in, a warning where they share any out; images count by content,
+whatever their name.
 
 Training images are those of the rounds' questions, of which every round keeps the hashes (align.run.image_hashes).
 """

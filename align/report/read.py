@@ -78,7 +78,8 @@ class RoundData:
     def setting(self, stage: str, *keys: str) -> Any:
         """A setting with which a stage of this round ran, as its manifest tells it; None where it does not.
 
-        >>> data = RoundData(1, Round(Path(), 1), {"score": Stage("score", "complete", settings={"critic": {"kind": "random"}})})
+        >>> score = Stage("score", "complete", settings={"critic": {"kind": "random"}})
+        >>> data = RoundData(1, Round(Path(), 1), {"score": score})
         >>> data.setting("score", "critic", "kind"), data.setting("dpo", "dpo", "beta")
         ('random', None)
         """
@@ -171,7 +172,8 @@ def read_run(path: Path) -> RunData:
 def find_records(
     path: Path, kind: type[RecordT], ids: Collection[str], problems: list[str], key: str = "id"
 ) -> list[RecordT]:
-    """The records of a JSONL file whose `key` is one of `ids`; unreadable ones are listed in `problems` and left out."""
+    """The records of a JSONL file whose `key` is one of `ids`;
+    unreadable ones are listed in `problems` and left out."""
     found = []
     for where, line in _lines(path):
         try:

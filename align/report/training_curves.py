@@ -25,7 +25,8 @@ class HeldOutFigure:
 
 @dataclass(frozen=True)
 class TrainingFigure:
-    """A training curve with, where wanted, a second drawing that has the published one behind it (the reference curve)."""
+    """A training curve with, where wanted, a second drawing that has the published one
+    behind it (the reference curve)."""
 
     title: str
     explanation: str
@@ -37,9 +38,11 @@ class TrainingFigure:
 # Title, what it says, baseline, and the trainer's keys with the class that colours each.
 _TRAINING: tuple[tuple[str, str, float | None, dict[str, str]], ...] = (
     ("Loss", "dashed: ln 2, a policy that equals its reference", 0.6931, {"loss": "loss"}),
-    ("Accuracy", "pairs whose chosen response has the higher reward; dashed: random preferences", 0.5, {"rewards/accuracies": "accuracy"}),
+    ("Accuracy", "pairs whose chosen response has the higher reward; dashed: random preferences", 0.5,
+     {"rewards/accuracies": "accuracy"}),
     ("Margin", "reward of the chosen minus that of the rejected response", 0.0, {"rewards/margins": "margin"}),
-    ("Rewards", "beta times the log-probability ratio to the reference", 0.0, {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+    ("Rewards", "beta times the log-probability ratio to the reference", 0.0,
+     {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
 )  # fmt: skip
 
 
@@ -152,7 +155,8 @@ def end_of(data: RoundData, key: str) -> float | None:
 
 
 def read_published() -> dict[str, list[tuple[float, float]]]:
-    """The training curves of Valley2-DPO by the trainer's key, as (share of the training, mean over a window of steps)."""
+    """The training curves of Valley2-DPO by the trainer's key, as (share of the training,
+    mean over a window of steps)."""
     data = _published()
     steps = data["steps"]
     return {

@@ -16,8 +16,8 @@ from align.report.read import RunData, number
 class Verdict:
     """`state` colours it, `title` says it, `detail` says how sure.
 
-    `warnings` are rounds that are worse than their parent or have none, `control` compares with the control, `diagnoses` say what was learned
-    instead of being right, or besides.
+    `warnings` are rounds that are worse than their parent or have none, `control` compares with the control,
+    `diagnoses` say what was learned instead of being right, or besides.
     """
 
     state: State
@@ -61,8 +61,10 @@ def _nothing_measured(run: RunData) -> tuple[str, str]:
     if run.evaluated:
         return (
             "It is not known whether the model improved.",
-            "The held-out questions have no reference answers and no critic model compared the rounds, so nothing was "
-            "measured that is good or bad. The curves below show how the responses changed.",
+            (
+                "The held-out questions have no reference answers and no critic model compared the rounds, so nothing"
+                " was measured that is good or bad. The curves below show how the responses changed."
+            ),
         )
     if run.setting("evaluate", "questions"):
         return ("Not evaluated yet.", "No round has held-out numbers so far; the report fills as stages finish.")
@@ -77,8 +79,10 @@ def _one_round(run: RunData, name: str) -> tuple[str, str]:
     known, value = metric(name), data.metrics[name]
     return (
         "Too early to say: one evaluation so far.",
-        f"{known.label}: {known.show(value.mean)} in round {data.number} "
-        f"({known.show(value.low)} to {known.show(value.high)}, {value.count} held-out questions).",
+        (
+            f"{known.label}: {known.show(value.mean)} in round {data.number} "
+            f"({known.show(value.low)} to {known.show(value.high)}, {value.count} held-out questions)."
+        ),
     )
 
 
@@ -109,8 +113,8 @@ def _detail(moved: Change) -> str:
     if moved.metric.against:
         low, high = (moved.metric.show(0.5 + end) for end in (moved.difference.low, moved.difference.high))
         return (
-            "The critic compared its responses with the first policy's in both orders; a tie is half, so 50\u00a0% is no "
-            f"change. The 95\u00a0% interval is {low} to {high} ({moved.difference.count} held-out questions)."
+            "The critic compared its responses with the first policy's in both orders; a tie is half, so 50\u00a0% is"
+            f" no change. The 95\u00a0% interval is {low} to {high} ({moved.difference.count} held-out questions)."
         )
     how = "same questions, paired" if moved.paired else "unpaired: the responses of both rounds are not on disk"
     which = (

@@ -89,8 +89,8 @@ def _how_worse(step: Change) -> str:
     if step.metric.against == "before":
         return f"It wins {show(step.last)} of the comparisons, {span} from the half that is no change (95 % interval)."
     return (
-        f"{show(step.first)} in round {step.first_round}, {show(step.last)} in round {step.last_round}; the 95 % interval "
-        f"of the change is {span}."
+        f"{show(step.first)} in round {step.first_round}, {show(step.last)} in round {step.last_round}; the 95 %"
+        f" interval of the change is {span}."
     )
 
 
@@ -126,8 +126,8 @@ def _training(data: RoundData) -> Iterator[RunWarning]:
         yield RunWarning(
             "The chosen reward fell",
             f"{plain(chosen)} at the end of training, at a margin of {plain(margin)}.",
-            f"Chosen responses became less likely than under the reference, by more than {percent(CHOSEN_FALL, 0)} of the "
-            "margin. An SFT term on the chosen response or a smaller learning rate holds them.",
+            f"Chosen responses became less likely than under the reference, by more than {percent(CHOSEN_FALL, 0)} of"
+            " the margin. An SFT term on the chosen response or a smaller learning rate holds them.",
             data.number,
         )
     accuracy = end_of(data, "rewards/accuracies")

@@ -129,7 +129,7 @@ def render(
         warnings=warnings,
         facts=run_facts(run),
         examples=examples,
-        written=max((stage.written for data in run.rounds for stage in data.stages.values() if stage.written), default=None),
+        written=max((time for data in run.rounds for it in data.stages.values() if (time := it.written)), default=None),
         versions=_versions(run),
         problems=list(dict.fromkeys(run.problems + (control.problems if control else []))),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),

@@ -85,7 +85,8 @@ class RunDir:
         make_folder(self.path)
         if self.config.is_file() and not self.config.read_bytes().startswith(RESOLVED.encode()):
             raise UserError(
-                "the run's folder holds a configuration that this toolkit has not written, and would write its own over it",
+                "the run's folder holds a configuration that this toolkit has not written, and would write its own"
+                " over it",
                 where=str(self.config),
                 fix="give the run a folder of its own: set name, or run_root",
             )

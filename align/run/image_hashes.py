@@ -1,8 +1,8 @@
 """A round's images by their contents: what a stage has seen, the next stage must see too.
 
-Samples of one picture, judged and trained on with another of the same name, would be wrong without a word. The first stage
-that looks at an image notes the hash of its file in the round's folder; every later stage holds its images against that.
-Hashing costs what reading costs: 1.7 s for 10,000 files of 100 kB from memory, on one core.
+Samples of one picture, judged and trained on with another of the same name, would be wrong without a word. The first
+stage that looks at an image notes the hash of its file in the round's folder; every later stage holds its images
+against that. Hashing costs what reading costs: 1.7 s for 10,000 files of 100 kB from memory, on one core.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ PACKAGES = ("valley-align", "torch", "transformers", "trl", "accelerate", "peft"
 class StageEntry(BaseModel):
     """What the manifest says of one stage.
 
-    `settings` and `inputs` (name to content hash) are those it was begun with; `outputs` are the files it wrote, by name, with
-    their hashes; `counts` what was kept and dropped by reason; `notes` what it fell back to; `cost` what all attempts in
-    all processes took (`align.monitoring.cost`), `seconds` of it the main process's; `refused` why it did not go on;
-    `image_root` the folder of the images it looked at, for the report. A stage may add facts of its own.
+    `settings` and `inputs` (name to content hash) are those it was begun with; `outputs` are the files it wrote, by
+    name, with their hashes; `counts` what was kept and dropped by reason; `notes` what it fell back to; `cost` what all
+    attempts in all processes took (`align.monitoring.cost`), `seconds` of it the main process's; `refused` why it did
+    not go on; `image_root` the folder of the images it looked at, for the report. A stage may add facts of its own.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -93,7 +93,8 @@ class Manifest:
         missing = [output for output in entry.outputs if not (self.path.parent / output).exists()]
         if missing:
             raise UserError(
-                f"stage {name} is complete, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there",
+                f"stage {name} is complete, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not"
+                " there",
                 where=str(self.path.parent),
                 fix=f"put {'it' if len(missing) == 1 else 'them'} back, or do the stage again: {self._redo(name)}",
             )
@@ -119,7 +120,10 @@ class Manifest:
             raise UserError(
                 f"stage {name} was {'finished' if entry.complete else 'begun'} with other inputs: {'; '.join(changed)}",
                 where=str(self.path.parent),
-                fix=f"do it again, {self._redo(name)} (this discards the round from {name} on), or give the run another name",
+                fix=(
+                    f"do it again, {self._redo(name)} (this discards the round from {name} on), or give the run another"
+                    " name"
+                ),
             )
         if not entry.complete:
             self._put(name, entry.model_copy(update=where | ({"refused": None} if entry.refused is not None else {})))

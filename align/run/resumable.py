@@ -1,4 +1,5 @@
-"""Records in as they are finished, a JSON Lines file in order out; what was finished before a kill is not done again."""
+"""Records in as they are finished, a JSON Lines file in order out;
+what was finished before a kill is not done again."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from align.records import RecordT, parse_line, to_line, write_jsonl
 class PartialFile:
     """An append-only JSONL file of records in the order they finish, beside the file it will become.
 
-    Each process appends to a part of its own; `merge` puts all parts in the wanted order and writes the final file at once;
-    `finish` also removes the parts. A torn last line (the process was killed while writing) is cut off and its record done again.
+    Each process appends to a part of its own; `merge` puts all parts in the wanted order and writes the final file at
+    once; `finish` also removes the parts. A torn last line (the process was killed while writing)
+    is cut off and its record done again.
     """
 
     def __init__(self, final: Path, kind: type[RecordT], rank: int = 0) -> None:

@@ -1,4 +1,5 @@
-"""A stage that answers question by question: shared by all processes of a launch, kept when interrupted, written in order.
+"""A stage that answers question by question: shared by all processes of a launch, kept when interrupted,
+written in order.
 
 Each process takes every n-th unfinished question and appends what it finishes to a part of its own; when all are done,
 the main process merges the parts in question order. So two processes leave the same file as one. The parts stay until
@@ -66,7 +67,8 @@ def map_resumable(
     *,
     label: str,
 ) -> StageOutput:
-    """Let `work` answer every unfinished item of this process, calling its second argument with each finished record."""
+    """Let `work` answer every unfinished item of this process,
+    calling its second argument with each finished record."""
     partial = PartialFile(final, kind, rank())
     finished = partial.read()
     barrier()  # nobody appends before everybody has read

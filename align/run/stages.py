@@ -1,7 +1,7 @@
 """The table of stages: what each reads and writes, what runs it, what follows it.
 
-Everything that must know a stage reads this table: the loop, `--redo`, status, report, check and the command line. A new
-stage is a row here and the file that runs it.
+Everything that must know a stage reads this table: the loop, `--redo`, status, report, check and the command line. A
+new stage is a row here and the file that runs it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ PLACES = ("model", "prompt", "split_prompt", "function", "file")
 
 
 def critic_settings(critic: CriticSettings) -> dict[str, Any]:
-    """The settings that change what the critic says; gates judge what was measured and may change without judging again."""
+    """The settings that change what the critic says; gates judge what was measured and may
+    change without judging again."""
     settings = critic.model_dump(exclude={*PLACES, "batch_size", "gates", "servers", "engine", "options"})
     settings["options"] = _without_places(critic.options)
     members = critic.options.get("critics")

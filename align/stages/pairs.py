@@ -120,8 +120,9 @@ def _nothing_left(config: Config, this: Round, counts: dict[str, Any]) -> UserEr
         f"no pair is left of {counts['questions']} questions: {reasons}",
         where=str(this.scores),
         fix=(
-            f"look at the scores; change pairs.* (align pairs --round {this.number} --redo), use another critic "
-            f"(align score --round {this.number} --redo) or raise sample.temperature (align sample --round {this.number} --redo)"
+            f"look at the scores; change pairs.* (align pairs --round {this.number} --redo), use another critic (align"
+            f" score --round {this.number} --redo) or raise sample.temperature (align sample --round {this.number}"
+            " --redo)"
         ),
     )
 

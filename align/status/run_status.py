@@ -1,8 +1,9 @@
 """A run directory in, where it stands out: stages, progress, speed, losses, warnings; read-only, from any terminal.
 
-What a running stage does is read from three sources: the round's manifest (which stages have begun and which are complete), the
-process that holds the round (is it still there?), and what its processes write every two seconds (`align.monitoring.heartbeat`).
-Finished questions are counted in the files themselves, so the number also holds after a kill.
+What a running stage does is read from three sources: the round's manifest (which stages have begun and which are
+complete), the process that holds the round (is it still there?), and what its processes write every two seconds
+(`align.monitoring.heartbeat`). Finished questions are counted in the files themselves,
+so the number also holds after a kill.
 """
 
 from __future__ import annotations
@@ -284,7 +285,8 @@ def _num_logged(this: Round) -> int:
 
 
 def _run_warnings(run: RunData) -> list[str]:
-    """The report's warnings but for those about a training that has hardly begun, and that something is not finished."""
+    """The report's warnings but for those about a training that has hardly begun,
+    and that something is not finished."""
     training = {data.number for data in run.trained if "dpo" in data.stages and not data.stages["dpo"].complete}
     for data in run.trained:
         if data.number in training and len(data.log) < MIN_STEPS:

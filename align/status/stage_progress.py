@@ -1,4 +1,5 @@
-"""Who is at work on a round and how far they have come, from what the processes themselves write (`align.monitoring.heartbeat`).
+"""Who is at work on a round and how far they have come, from what the processes themselves write
+(`align.monitoring.heartbeat`).
 
 Finished questions are counted in the files that hold them, so the number is exact, also after a kill.
 """
@@ -29,7 +30,8 @@ FIRST_STEP_S = 900.0
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who holds a round, as it says itself, and whether it is still there; `heartbeats` are what its processes wrote last."""
+    """Who holds a round, as it says itself, and whether it is still there;
+    `heartbeats` are what its processes wrote last."""
 
     stage: str | None
     alive: bool
@@ -58,7 +60,10 @@ class LockHolder:
             stage = next((name for name, entry in begun.items() if entry.status == "running"), None)
         count = f"{len(heartbeats)} processes, " if len(heartbeats) > 1 else ""
         age = duration(max(time.time() - _timestamp(holder["since"]), 0))
-        text = f"round {this.number} {stage or ''} is running ({count}process {holder['pid']} on {holder['host']}, for {age})"
+        text = (
+            f"round {this.number} {stage or ''} is running ({count}process {holder['pid']} on {holder['host']}, for"
+            f" {age})"
+        )
         return cls(
             stage, _is_alive(holder, heartbeats), text.replace("  ", " "), f"since {holder['since']}", heartbeats
         )

@@ -28,7 +28,8 @@ def stage_metrics(this: Round, stage: str) -> dict[str, float]:
 
 def _flat(counts: dict[str, Any]) -> dict[str, float]:
     """
-    >>> _flat({"scored": 9, "unscored": {"no answer": 2, "torn": 1}, "critic": {"position_bias": {"value": 0.1, "count": 9}}})
+    >>> bias = {"position_bias": {"value": 0.1, "count": 9}}
+    >>> _flat({"scored": 9, "unscored": {"no answer": 2, "torn": 1}, "critic": bias})
     {'scored': 9.0, 'unscored': 3.0, 'critic/position_bias': 0.1}
     """
     found: dict[str, float] = {}

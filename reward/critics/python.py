@@ -122,7 +122,8 @@ def check_signature(function: Any, name: str) -> None:
         signature.bind("question", [], [], **more)
     except TypeError as error:
         raise RewardError(
-            f"{name}{signature} cannot be called as {getattr(function, '__name__', name)}(question, images, responses): {error}"
+            f"{name}{signature} cannot be called as {getattr(function, '__name__', name)}(question, images, responses):"
+            f" {error}"
         ) from None
 
 

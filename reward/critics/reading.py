@@ -55,7 +55,8 @@ def chosen_option(text: str | None, options: dict[str, str]) -> str | None:
     """The name of the option that a written judgement chooses, None if that is not clear.
 
     In this order: the option that begins the first line or the last one (not clear if they begin with two different
-    ones, as in "First, let me look. ..."); the only option that occurs in it at all. An option of one word must occur as
+    ones, as in "First, let me look. ..."); the only option that occurs in it at all.
+    An option of one word must occur as
     it is written: a "no" in a sentence is no "No".
 
     >>> options = {"first": "the first response is better", "second": "the second response is better"}

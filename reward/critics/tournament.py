@@ -92,7 +92,8 @@ def _upwards(table: list[int], *, without: set[int]) -> list[int]:
 
 
 def _new_matches(table: list[int], met: set[Match]) -> list[Match] | None:
-    """Pair all of the table (even in number), each with the nearest possible; None if they cannot all meet somebody new.
+    """Pair all of the table (even in number), each with the nearest possible;
+    None if they cannot all meet somebody new.
 
     The search goes back where the last two have met already. In the few rounds of a Swiss tournament that is rare, so
     it is short.

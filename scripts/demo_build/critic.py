@@ -1,4 +1,5 @@
-"""Stage four: a model that says which of two responses is better, taught through the very prompt that `align score` uses.
+"""Stage four: a model that says which of two responses is better,
+taught through the very prompt that `align score` uses.
 
 It starts from the good reader and goes on reading beside comparing. What it compares: right answers, the policy's
 habits, misreadings, and what the real policies said about training pictures.

@@ -1,7 +1,7 @@
 """A call of scaled_dot_product_attention in, the kernel that a Hopper GPU would run it with out, and its memory.
 
-The rules are torch's (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), read and not run. cuDNN is asked first where
-`torch.backends.cuda` allows it, as it is by default on a Hopper GPU.
+The rules are torch's (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), read and not run. cuDNN is asked first
+where `torch.backends.cuda` allows it, as it is by default on a Hopper GPU.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A CUDA device on the CPU build of torch: what a program does with it is noted, nothing is computed.
 
-Tensors on the CPU are real. Tensors on cuda are fake (shape, dtype, device, autograd); those of integers and truth values
-carry their contents beside them, so that code that reads masks and ids goes the way it would go. Floating-point contents
-are unknown and read as 0. Noted with the place in the code (`Log`): waits of the host for the device, the attention kernel
-of every call, the largest tensors; and counted: bytes alive, their peak, operations. A tensor on the wrong device raises,
-as it would on a GPU.
+Tensors on the CPU are real. Tensors on cuda are fake (shape, dtype, device, autograd); those of integers and truth
+values carry their contents beside them, so that code that reads masks and ids goes the way it would go. Floating-point
+contents are unknown and read as 0. Noted with the place in the code (`Log`): waits of the host for the device, the
+attention kernel of every call, the largest tensors; and counted: bytes alive, their peak, operations. A tensor on the
+wrong device raises, as it would on a GPU.
 
 `fake_cuda.load` must have run before torch was imported.
 """

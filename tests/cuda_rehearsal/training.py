@@ -1,4 +1,5 @@
-"""Steps of the real trainer on the simulated device, for a tiny model of every family or a Valley-Eagle of full size."""
+"""Steps of the real trainer on the simulated device, for a tiny model of every family or a
+Valley-Eagle of full size."""
 
 from __future__ import annotations
 

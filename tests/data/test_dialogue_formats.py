@@ -1,4 +1,5 @@
-"""Formats of other trainers, recognised by their shape: the right pair or question of each, and what is said of the rest."""
+"""Formats of other trainers, recognised by their shape: the right pair or question of each,
+and what is said of the rest."""
 
 import base64
 import json

@@ -1,4 +1,5 @@
-"""Every format stands in docs/data.md with an example, and every example is imported as the format that it stands for."""
+"""Every format stands in docs/data.md with an example, and every example is imported as
+the format that it stands for."""
 
 import re
 

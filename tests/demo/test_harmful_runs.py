@@ -1,4 +1,5 @@
-"""Runs that must not be praised, really run with the demo's models through every stage: what their reports say first."""
+"""Runs that must not be praised, really run with the demo's models through every stage:
+what their reports say first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Three steps under ZeRO-3 for a tiny model of every family, one process often without an image; FSDP2 where GPUs are."""
+"""Three steps under ZeRO-3 for a tiny model of every family, one process often without an image;
+FSDP2 where GPUs are."""
 
 from __future__ import annotations
 

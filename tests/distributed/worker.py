@@ -1,4 +1,5 @@
-"""Trains round 1 of several configurations, one after the other, in every process of a launch: starting is what takes long."""
+"""Trains round 1 of several configurations, one after the other, in every process of a launch:
+starting is what takes long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One of the processes of `test_sharded_reference.py`: reference log-probabilities of a model that none of them holds whole.
+"""One of the processes of `test_sharded_reference.py`: reference log-probabilities of a
+model that none of them holds whole.
 
 torchrun --nproc_per_node 2 tests/dpo/sharded_reference.py FOLDER LAYOUT
 """

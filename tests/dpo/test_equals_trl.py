@@ -78,7 +78,8 @@ LOSSES = {
     "MPO": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     "WPO": {"loss_type": ["sigmoid"], "use_weighting": True},
     "LD-DPO": {"loss_type": ["sigmoid"], "ld_alpha": 0.3},
-    # The loss takes the exponential of log-ratios: small steps, so that it does not magnify the rounding of one processor.
+    # The loss takes the exponential of log-ratios: small steps,
+    # so that it does not magnify the rounding of one processor.
     "forward KL": {"loss_type": ["sigmoid"], "f_divergence_type": "forward_kl", "learning_rate": 1e-4},
     "Jensen-Shannon": {"loss_type": ["sigmoid"], "f_divergence_type": "js_divergence"},
     "alpha divergence": {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence"},

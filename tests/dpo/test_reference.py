@@ -1,4 +1,5 @@
-"""Cached reference log-probabilities: equal to a live reference, exact at step 1, kept and refused as they should be."""
+"""Cached reference log-probabilities: equal to a live reference, exact at step 1,
+kept and refused as they should be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Reference log-probabilities and the equivalence check of a model whose weights are sharded over two processes (ZeRO-3)."""
+"""Reference log-probabilities and the equivalence check of a model whose weights are
+sharded over two processes (ZeRO-3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Branched prompts behind one encoded question: against full prompts written out, one branch and one option at a time."""
+"""Branched prompts behind one encoded question: against full prompts written out,
+one branch and one option at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a server says is compared with the checkpoint: prompts by their tokens, weights by their folder, room by its length."""
+"""What a server says is compared with the checkpoint: prompts by their tokens, weights by their folder,
+room by its length."""
 
 import shutil
 

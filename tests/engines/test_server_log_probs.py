@@ -27,7 +27,8 @@ OPTIONS = ("yes", "yep", "no", "not at all")
 
 
 class ModelBehindHttp:
-    """Answers chat completions with a real model, greedily, as vLLM does: alternatives, and begun answers gone on with."""
+    """Answers chat completions with a real model, greedily, as vLLM does: alternatives,
+    and begun answers gone on with."""
 
     def __init__(self, model, processor, *, most=VOCABULARY, continues=True):
         self.engine = LocalEngine(model, processor, shared_prefix="off")

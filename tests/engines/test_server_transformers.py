@@ -1,4 +1,5 @@
-"""The server engine against `transformers serve`, a real server: one that ignores `n` and shows no log-probabilities."""
+"""The server engine against `transformers serve`, a real server:
+one that ignores `n` and shows no log-probabilities."""
 
 import os
 import shutil

@@ -22,8 +22,9 @@ Case = dict[str, Any]
 
 @dataclass(frozen=True)
 class Golden:
-    """A golden folder. `settings` are those of the processor that a case was recorded under; `ask` gives its conversation,
-    images and videos; `recorded_text` a rendered text as the case tells it; `greedy` says how the recording went on."""
+    """A golden folder. `settings` are those of the processor that a case was recorded under; `ask` gives its
+    conversation, images and videos; `recorded_text` a rendered text as the case tells it;
+    `greedy` says how the recording went on."""
 
     name: str
     settings: Callable[[Case], dict[str, Any]]
@@ -81,7 +82,8 @@ class Golden:
         return {"videos": [], **self.ask(self.cases[name])}
 
     def _prompt(self, name: str) -> dict[str, Any]:
-        """Whether an answer is wanted: not where the conversation ends with one. Valley 1's styles write it themselves."""
+        """Whether an answer is wanted: not where the conversation ends with one.
+        Valley 1's styles write it themselves."""
         ends_with_answer = self.ask(self.cases[name])["conversation"][-1]["role"] == "assistant"
         return {} if self is VALLEY1 or ends_with_answer else {"add_generation_prompt": True}
 

@@ -48,8 +48,9 @@ def collapsed(golden, inputs, fill):
     return kept
 
 
-# Pillow 13, which the recordings were made with, resizes otherwise than earlier versions: with Pillow 11 single pixels differ
-# by one level of grey (0.015 when normalised), in one video by up to eight. The rest is equal in so far as that allows.
+# Pillow 13, which the recordings were made with, resizes otherwise than earlier versions: with Pillow 11 single pixels
+# differ by one level of grey (0.015 when normalised), in one video by up to eight.
+# The rest is equal in so far as that allows.
 RESIZES_ALIKE = Version(PIL.__version__) >= Version("13")
 RESIZED = 0.13
 

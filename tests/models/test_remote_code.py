@@ -1,4 +1,5 @@
-"""A trained folder opens where its parent opened: with the parent's own code, by its authors' call, under their loader."""
+"""A trained folder opens where its parent opened: with the parent's own code, by its authors' call,
+under their loader."""
 
 import json
 import re
@@ -159,7 +160,8 @@ for line in sys.stdin.read().split():
 
 
 def test_every_file_that_is_named_brings_all_that_it_needs(tmp_path):
-    """As transformers 4.51 opens a local folder: the named file is copied, and what it names itself; nothing further."""
+    """As transformers 4.51 opens a local folder: the named file is copied, and what it names itself;
+    nothing further."""
     wanted = []
     for number, (architecture, family) in enumerate(FAMILIES.items()):
         folder = tmp_path / architecture

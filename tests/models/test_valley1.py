@@ -204,7 +204,8 @@ def test_configurations_that_cannot_be_computed_are_refused(tmp_path, changes, r
         load_model(write_folder(tmp_path / "policy", changes, {}))
 
 
-# name, sizes, tensors, parameters: Llama 2 and CLIP ViT-L/14 with a linear projection, and eight tokens added to 32,000.
+# name, sizes, tensors, parameters: Llama 2 and CLIP ViT-L/14 with a linear projection,
+# and eight tokens added to 32,000.
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 CLIP_L14 = 303_179_776

@@ -26,7 +26,8 @@ PICTURE = Image.new("RGB", (50, 40), (200, 30, 30))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The golden's weights with a byte-pair tokenizer as Llama's, trained here; ids of added tokens follow the pieces."""
+    """The golden's weights with a byte-pair tokenizer as Llama's, trained here;
+    ids of added tokens follow the pieces."""
     folder = tmp_path_factory.mktemp("published") / "policy"
     shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("images", "golden.npz", "cases.json", "*token*"))
     generator = random.Random(0)
@@ -53,8 +54,8 @@ def folder(tmp_path_factory):
 
 
 def original_ids(folder: Path, text: str, *, strip: bool) -> list[int]:
-    """As LlamaTokenizer of transformers 4.28 tokenises: added tokens cut out, spaces beside them dropped, and every piece
-    between them on its own."""
+    """As LlamaTokenizer of transformers 4.28 tokenises: added tokens cut out, spaces beside them dropped, and every
+    piece between them on its own."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     ids = [pieces.bos_id()]
     parts = re.split("(" + "|".join(map(re.escape, ADDED)) + ")", text)

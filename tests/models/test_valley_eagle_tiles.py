@@ -70,7 +70,8 @@ def test_unpadding_truncates_where_rounding_would_keep_more():
 
 
 def test_an_odd_slack_keeps_one_more_row():
-    # 1000 x 100 on 14 x 42: int(100 * 0.042) = 4 rows, slack 10, pad 5. 1200 x 100: 3 rows, slack 11, pad 5, 4 rows kept.
+    # 1000 x 100 on 14 x 42: int(100 * 0.042) = 4 rows, slack 10, pad 5. 1200 x 100: 3 rows, slack 11, pad 5,
+    # 4 rows kept.
     rows, _ = unpadded(1200, 100, 42, 14)
     assert rows == slice(5, 9)
 

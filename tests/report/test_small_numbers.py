@@ -1,4 +1,5 @@
-"""Of few questions nothing is claimed: intervals that hold, counts beside figures, no verdict below a stated minimum."""
+"""Of few questions nothing is claimed: intervals that hold, counts beside figures,
+no verdict below a stated minimum."""
 
 from __future__ import annotations
 

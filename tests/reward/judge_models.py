@@ -1,4 +1,5 @@
-"""Judge models that answer from a rule: real implementations of the protocol, small enough to know what must come out."""
+"""Judge models that answer from a rule: real implementations of the protocol,
+small enough to know what must come out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Reliability of a critic: every measure by hand, the two controls on critics built to fail them, warnings and gates."""
+"""Reliability of a critic: every measure by hand, the two controls on critics built to fail them,
+warnings and gates."""
 
 from __future__ import annotations
 
@@ -149,7 +150,8 @@ def test_among_equally_right_responses_only_their_own_lengths_count():
 
 
 def test_what_correctness_explains_is_no_correlation_with_length():
-    # Rewards that follow from correctness but for rounding, and rewards that are all the same (0.1 is no binary number).
+    # Rewards that follow from correctness but for rounding, and rewards that are all the
+    # same (0.1 is no binary number).
     draw = np.random.default_rng(2)
     names = [f"q{number}" for number in range(500)]
     lengths = dict(zip(names, draw.integers(5, 200, (500, 5)).tolist(), strict=True))

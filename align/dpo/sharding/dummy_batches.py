@@ -1,4 +1,5 @@
-"""A model in; the same model out, whose forward takes one more row, a dummy with a blank image, and gives nothing for it.
+"""A model in; the same model out, whose forward takes one more row, a dummy with a blank image,
+and gives nothing for it.
 
 Where a batch of the plain layout has no image, the collator adds such a row (`PairCollator.always_images`),
 so that every process of a launch runs the vision tower in every step. TRL must not see the row: it halves what it gets

@@ -1,7 +1,7 @@
 """A trained model in, perhaps sharded over processes or adapted; what `save_checkpoint` writes out.
 
-All processes call `gather_weights`; the rest happens on the main one. Under ZeRO-2 and DDP every process has all weights
-and nothing is gathered. An adapter is merged into the weights, and where those are sharded or quantised, into
+All processes call `gather_weights`; the rest happens on the main one. Under ZeRO-2 and DDP every process has all
+weights and nothing is gathered. An adapter is merged into the weights, and where those are sharded or quantised, into
 weights loaded afresh from the round's policy.
 """
 

@@ -2,7 +2,8 @@
 
 Reference log-probabilities and the equivalence check of the shared prefix come before there is a trainer. Under `zero3`
 the model is then sharded already, one shard per process, and its layers are gathered one after the other while they
-compute. It has the dtype of an unsharded model, so the numbers are the same. All processes must run the same forwards, equally many.
+compute. It has the dtype of an unsharded model, so the numbers are the same.
+All processes must run the same forwards, equally many.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def gathered_as_needed(model: Any) -> Iterator[None]:
 
     _run.add(model)
     engine, *_ = deepspeed.initialize(model=model, config=_config(next(model.parameters()).dtype))
-    # A weight that another module than its own computes with (torch's fused attention does) is gathered only by who says
-    # that a forward is running. The engine's own forward says so; the backbone is called without it.
+    # A weight that another module than its own computes with (torch's fused attention does) is gathered only by who
+    # says that a forward is running. The engine's own forward says so; the backbone is called without it.
     _say_whether_forward(model, True)
     try:
         yield

@@ -35,7 +35,8 @@ def zero2() -> dict[str, Any]:
 
 
 def zero3() -> dict[str, Any]:
-    """As `zero2`, with the weights sharded too and gathered when a trainer checkpoint is saved (the name says 16bit, fp32 works)."""
+    """As `zero2`, with the weights sharded too and gathered when a trainer checkpoint is
+    saved (the name says 16bit, fp32 works)."""
     return _deepspeed(
         {
             "stage": 3,
@@ -95,7 +96,8 @@ def check_strategy(strategy: str, device: torch.device) -> None:
         )
     if strategy == "fsdp2" and device.type == "cpu":
         raise UserError(
-            "launch.strategy is fsdp2, which accelerate has for accelerators only: on a CPU it would silently train as ddp",
+            "launch.strategy is fsdp2, which accelerate has for accelerators only: on a CPU it would silently train"
+            " as ddp",
             fix="use ddp, zero2 or zero3, or run on GPUs",
         )
     if strategy in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:

@@ -1,4 +1,5 @@
-"""Questions, branched prompts and images in, bodies of chat completions out; and an answer's choices as texts with their lengths.
+"""Questions, branched prompts and images in, bodies of chat completions out;
+and an answer's choices as texts with their lengths.
 
 Images become data URIs. A server tokenises by itself: text that looks like a special token (`<image>`) may be taken for
 one there, which a model in this process never does.
@@ -28,7 +29,8 @@ BYTES_A_TOKEN = 4
 
 @dataclass(frozen=True)
 class Choice:
-    """One generated text; `exact` is False where the number of tokens is a guess, `token_ids` is empty where not known."""
+    """One generated text; `exact` is False where the number of tokens is a guess,
+    `token_ids` is empty where not known."""
 
     text: str
     num_tokens: int
@@ -60,8 +62,8 @@ def scaled_down(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]
 def chat_messages(messages: Sequence[dict[str, Any]], uris: Sequence[str]) -> list[dict[str, Any]]:
     """Messages with the images in the places of bare ``{"type": "image"}`` parts; those of text alone as strings.
 
-    >>> chat_messages([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}], ["data:,"])
-    [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'data:,'}}, {'type': 'text', 'text': '?'}]}]
+    >>> chat_messages([{"role": "user", "content": [{"type": "image"}]}], ["data:,"])
+    [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'data:,'}}]}]
     """
     rest = iter(uris)
     chat = []

@@ -1,8 +1,8 @@
 """What a server says of itself, held against the checkpoint that it is to serve: prompts, weights, positions.
 
 A server tokenises and cuts images by itself, and may do it otherwise: on vLLM a LLaVA-OneVision reads two images as 88
-tokens where its own processor makes 58, and answers otherwise. So the first prompts of each kind (no image, one, several)
-are made here too, and compared by their tokens where the server returns them, else by how many it counts.
+tokens where its own processor makes 58, and answers otherwise. So the first prompts of each kind (no image, one,
+several) are made here too, and compared by their tokens where the server returns them, else by how many it counts.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ class PromptComparison:
             raise UserError(
                 f"the server reads a prompt with {kind} as {at}: it would answer another question",
                 where=url,
-                fix="serve the checkpoint as `align serve` does, or set server.compare_prompts=false to go on all the same",
+                fix=(
+                    "serve the checkpoint as `align serve` does, or set server.compare_prompts=false to go on all the"
+                    " same"
+                ),
             )
         self.compared[kind] += 1
 

@@ -1,7 +1,7 @@
 """One OpenAI-compatible endpoint: a JSON body in, its JSON answer out, or what went wrong sorted by what can be done.
 
-Knows what the server can do beyond the bare protocol (`Abilities`) and how it has fared. Who is asked, and when again, is
-decided in `server_fleet`. Keys come from the environment, go into one header, and are struck out of every message.
+Knows what the server can do beyond the bare protocol (`Abilities`) and how it has fared. Who is asked, and when again,
+is decided in `server_fleet`. Keys come from the environment, go into one header, and are struck out of every message.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ class NotServedError(Exception):
 class Abilities:
     """What a server does beyond the bare protocol; found out by asking, once (`server_probe`).
 
-    several: `n` gives that many choices. extras: `top_k` and `repetition_penalty` are taken. token_ids: choices come with
-    their tokens. token_log_probs: they come with log-probabilities when asked for. top_log_probs: so many alternatives a
+    several: `n` gives that many choices. extras: `top_k` and `repetition_penalty` are taken. token_ids:
+    choices come with
+    their tokens. token_log_probs: they come with log-probabilities when asked for. top_log_probs:
+    so many alternatives a
     token, 0 for none. continues: an assistant turn that has begun is gone on with.
     """
 

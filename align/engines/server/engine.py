@@ -1,8 +1,8 @@
 """Servers with an OpenAI-compatible interface as an engine: vLLM, SGLang, `transformers serve` or a paid service.
 
 Nothing is loaded in this process. A sample depends on its question's seed and its index as far as the server honours
-seeds, and not on how many requests are in flight or which endpoint answers. Greedy answers and log-probabilities are the
-server's own; they differ from those of a model in this process by its arithmetic and its image processing.
+seeds, and not on how many requests are in flight or which endpoint answers. Greedy answers and log-probabilities are
+the server's own; they differ from those of a model in this process by its arithmetic and its image processing.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ class ServerEngine:
     def _answer(
         self, prompts: Sequence[BranchedPrompt], fill: Callable[[int, int, list[str], Endpoint | None], Any]
     ) -> None:
-        """Fill every branch: a prompt's first one alone, so that the server has its prompt in the cache for the others."""
+        """Fill every branch: a prompt's first one alone, so that the server has its prompt
+        in the cache for the others."""
 
         async def guarded(index: int, branch: int, uris: list[str], prefer: Endpoint | None) -> Endpoint | None:
             try:
@@ -263,7 +264,8 @@ class ServerEngine:
         self.num_missed_in_a_row += 1
         if self.num_missed_in_a_row >= (HOPELESS if self.counts["answered by servers"] else HOPELESS_FROM_THE_START):
             raise UserError(
-                f"the servers answered none of the last {self.num_missed_in_a_row} questions:\n{_listed(self.failures)}",
+                f"the servers answered none of the last {self.num_missed_in_a_row}"
+                f" questions:\n{_listed(self.failures)}",
                 fix="mend what they say, then run the same command again: what was answered is kept",
             )
 

@@ -96,7 +96,8 @@ class Fleet:
         return asyncio.run(within())
 
     async def each(self, items: Iterable[ItemT], work: Callable[[ItemT], Awaitable[None]]) -> None:
-        """Do `work` on all items: on twice as many at a time as there are slots, so that images are made ready ahead."""
+        """Do `work` on all items: on twice as many at a time as there are slots,
+        so that images are made ready ahead."""
         rest = iter(items)
 
         async def worker() -> None:
@@ -157,7 +158,8 @@ class Fleet:
         if self.context is not None and room >= self.context:
             return
         raise UserError(
-            f"the server has room for {room} tokens; a prompt of {read} and max_new_tokens {wanted} need {read + wanted}",
+            f"the server has room for {room} tokens; a prompt of {read} and max_new_tokens {wanted} need"
+            f" {read + wanted}",
             where=endpoint.url,
             fix=f"serve it with --max-model-len {read + wanted} or more (vllm.max_model_len where stages start it)",
         )

@@ -1,8 +1,8 @@
 """Log-probabilities of whole options from a server that shows, for every token it writes, the likeliest alternatives.
 
 The server writes its answer greedily. An option shares its first tokens with that answer, then leaves it by one of the
-alternatives; what comes after is learnt by letting the server go on from there. So every option gets the sum over all its
-tokens, as from a model in this process, and an option outside of the alternatives gets -inf.
+alternatives; what comes after is learnt by letting the server go on from there. So every option gets the sum over all
+its tokens, as from a model in this process, and an option outside of the alternatives gets -inf.
 
 Left out on purpose: `prompt_logprobs`, which would do it in one request but returns a line for every image token and
 switches the server's prefix cache off.

@@ -1,7 +1,8 @@
 """Command lines of servers in, running servers on free local ports out: started, waited for, stopped.
 
 Each has a supervisor of its own (`supervisor.py`), which restarts it a bounded number of times and ends it with this
-process, however that ends. What a server prints stands in a log file of its own. Any server with OpenAI's interface will do.
+process, however that ends. What a server prints stands in a log file of its own.
+Any server with OpenAI's interface will do.
 """
 
 from __future__ import annotations

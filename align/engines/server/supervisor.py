@@ -5,9 +5,10 @@ Started as a program of its own, without the toolkit's imports:
     python supervisor.py MAX_RESTARTS STOP_S COMMAND...
 
 Standard input is a pipe that the starting process holds. A byte in it says that the server has answered: one that dies
-before that has a fault that a restart would only repeat. It closes however that process ends, also by SIGKILL; the server is then asked to stop (SIGTERM), and after STOP_S seconds it and all that it started are killed. On
-Linux what the server leaves behind is adopted by this process, and the server dies with this process too. Exits with 0
-when it was told to stop, with 1 when the server has died and is not restarted.
+before that has a fault that a restart would only repeat. It closes however that process ends, also by SIGKILL; the
+server is then asked to stop (SIGTERM), and after STOP_S seconds it and all that it started are killed. On Linux what
+the server leaves behind is adopted by this process, and the server dies with this process too. Exits with 0 when it was
+told to stop, with 1 when the server has died and is not restarted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """vLLM knows our families: a plugin that it finds by the entry point `vllm.general_plugins` when it starts.
 
 Checkpoint folders in, vLLM models out: the towers, projectors, tiles and processors of `align.models`, vLLM's own text
-models. Nothing is computed here. May import `align.models` and, where it is installed, vLLM; importing this module alone
-needs neither vLLM nor a GPU.
+models. Nothing is computed here. May import `align.models` and, where it is installed, vLLM; importing this module
+alone needs neither vLLM nor a GPU.
 """
 
 ARCHITECTURES = {

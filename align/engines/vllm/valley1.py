@@ -1,8 +1,8 @@
 """Valley 1 and Chinese-Valley for vLLM: pictures through CLIP, pooled over all of a prompt, vLLM's Llama.
 
-All pictures of a prompt are the frames of one image: 256 visual tokens that they have in common, then one for each. vLLM
-has an item per picture. The first item holds all pictures and stands for the common tokens and its own one; every other
-holds itself. What the first becomes depends on the others, so every item's key in the cache is made of all.
+All pictures of a prompt are the frames of one image: 256 visual tokens that they have in common, then one for each.
+vLLM has an item per picture. The first item holds all pictures and stands for the common tokens and its own one; every
+other holds itself. What the first becomes depends on the others, so every item's key in the cache is made of all.
 """
 
 from __future__ import annotations

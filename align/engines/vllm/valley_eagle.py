@@ -8,7 +8,8 @@ from align.engines.vllm.model import VisualModel
 
 
 def sizes_px(processor: Any) -> Iterator[tuple[int, int]]:
-    """Canvases, on which no token shows padding, as large as they are and as large as the second encoder sees images."""
+    """Canvases, on which no token shows padding, as large as they are and as large as the
+    second encoder sees images."""
     eagle = processor.geometry.eagle
     for width, height in processor.geometry.canvases:
         yield width, height

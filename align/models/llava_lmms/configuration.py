@@ -1,8 +1,9 @@
 """A config.json of lmms-lab in, a Qwen2 configuration with a SigLIP encoder out.
 
 The published files carry no encoder sizes: an absent `vision_config` means SigLIP-so400m at 384 pixels without its last
-layer, 26 of 27. `model_type` is "llava" in some folders, a name that transformers gives to another model, and "llava_qwen"
-in others; `architectures` decides. Keys that change nothing at inference are kept as attributes and not read.
+layer, 26 of 27. `model_type` is "llava" in some folders, a name that transformers gives to another model, and
+"llava_qwen" in others; `architectures` decides. Keys that change nothing at inference are
+kept as attributes and not read.
 """
 
 import re
@@ -19,7 +20,8 @@ PINPOINTS = [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)]
 
 VOCABULARY = 152064
 SIGLIP_DEFAULTS = {**SIGLIP_SO400M, "num_hidden_layers": 26, "vision_use_head": False}
-# What of the original's many switches is computed here; all published OneVision and Critic checkpoints have these values.
+# What of the original's many switches is computed here; all published OneVision and Critic
+# checkpoints have these values.
 SUPPORTED = {
     "mm_patch_merge_type": ("spatial_unpad",),
     "mm_newline_position": ("one_token",),
@@ -31,9 +33,9 @@ SUPPORTED = {
 class LlavaQwenConfig(Qwen2Config):
     """Configuration of LLaVA-OneVision and LLaVA-Critic (`architectures: ["LlavaQwenForCausalLM"]`).
 
-    `image_token_index`: the row of the embedding that stands for one visual token in `input_ids`. The tokenizer has no such
-    token and the row is never trained; the original's sentinel, -200, is no row at all. `mm_spatial_pool_stride`: how much
-    smaller a video frame's map of tokens is, along each side.
+    `image_token_index`: the row of the embedding that stands for one visual token in `input_ids`. The tokenizer has no
+    such token and the row is never trained; the original's sentinel, -200, is no row at all. `mm_spatial_pool_stride`:
+    how much smaller a video frame's map of tokens is, along each side.
     """
 
     model_type = "llava_qwen"
@@ -73,7 +75,8 @@ class LlavaQwenConfig(Qwen2Config):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Takes "llava" for this model's type, which transformers would take for another model's, tokenizer included."""
+        """Takes "llava" for this model's type, which transformers would take for another model's,
+        tokenizer included."""
         content, rest = super().get_config_dict(*args, **kwargs)
         return {**content, "model_type": cls.model_type}, rest
 

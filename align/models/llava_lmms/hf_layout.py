@@ -1,9 +1,10 @@
-"""LLaVA-OneVision's two layouts on disk, each out of the other: tensor names, config.json, tokenizer and processor files.
+"""LLaVA-OneVision's two layouts on disk, each out of the other: tensor names, config.json,
+tokenizer and processor files.
 
 lmms-lab published `LlavaQwenForCausalLM` folders; llava-hf, for transformers and what builds on it (vLLM),
-`LlavaOnevisionForConditionalGeneration` folders. The tensors are the same but for names and rows of padding at the end of
-the vocabulary, of which llava-hf appended 64. Each config carries the one that it was made from, so that a folder gets its
-own config back.
+`LlavaOnevisionForConditionalGeneration` folders. The tensors are the same but for names and rows of padding at the end
+of the vocabulary, of which llava-hf appended 64. Each config carries the one that it was made from, so that a folder
+gets its own config back.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ def hf_config(source: dict[str, Any], image_token_id: int, dtype: str) -> dict[s
 
 
 def lmms_config(source: dict[str, Any], num_rows: int, dtype: str) -> dict[str, Any]:
-    """config.json of lmms-lab from that of llava-hf. Raises UserError for a variant that lmms-lab's code cannot compute."""
+    """config.json of lmms-lab from that of llava-hf. Raises UserError for a variant that
+    lmms-lab's code cannot compute."""
     for key, only in (("vision_feature_layer", -1), ("vision_feature_select_strategy", "full")):
         if source.get(key, only) != only:
             raise UserError(f"expected {key} to be {only!r}, found {source[key]!r}", where="config.json")

@@ -1,8 +1,9 @@
 """Image sizes in, what becomes of the encoder's patches out: which tiles, which rows and columns, how many tokens.
 
-All of it is decided here, in whole numbers that travel to the model, so that the floating-point arithmetic of the original
-stands in one place. It is float64 in the original's order, sizes are `(width, height)` and un-padding truncates;
-transformers' llava_onevision rounds and takes heights first, and differs for some sizes (423 x 188 keeps two rows more).
+All of it is decided here, in whole numbers that travel to the model, so that the floating-point arithmetic of the
+original stands in one place. It is float64 in the original's order, sizes are `(width, height)` and un-padding
+truncates; transformers' llava_onevision rounds and takes heights first,
+and differs for some sizes (423 x 188 keeps two rows more).
 """
 
 import math
@@ -18,9 +19,9 @@ POOLING_TOLERANCE = 1.1
 class ImageLayout:
     """What becomes of the patches of one image or video; every field an integer, so that it fits in a tensor.
 
-    Tiled: the whole image as one tile, then `tile_rows * tile_columns` tiles, of whose joint map the rows `top` to `bottom`
-    and columns `left` to `right` are kept and resized to `rows` x `columns`. Untiled: one view, `tile_rows` 0. Video:
-    `num_frames` views, each resized to `rows` x `columns`.
+    Tiled: the whole image as one tile, then `tile_rows * tile_columns` tiles, of whose joint map the rows `top` to
+    `bottom` and columns `left` to `right` are kept and resized to `rows` x `columns`. Untiled: one view, `tile_rows` 0.
+    Video: `num_frames` views, each resized to `rows` x `columns`.
     """
 
     num_frames: int = 0

@@ -1,11 +1,12 @@
 """Token ids and image tensors in, hidden states and logits out: LLaVA-OneVision on transformers' Qwen2 and SigLIP.
 
-SigLIP sees the whole image and its tiles as squares of 384 pixels; the output of its last stored layer, before the final
-normalisation, goes through a perceptron; the tiles' patches are put together as one map, from which what shows padding is
-cut, and which is resized where it is too large; a learned token ends every row of it (LLaVA-OneVision, arXiv 2408.03326).
+SigLIP sees the whole image and its tiles as squares of 384 pixels; the output of its last stored layer, before the
+final normalisation, goes through a perceptron; the tiles' patches are put together as one map, from which what shows
+padding is cut, and which is resized where it is too large; a learned token ends every row of it (LLaVA-OneVision,
+arXiv 2408.03326).
 
-Shapes: B sequences, L tokens, D text width, I images and videos of the batch, V views (tiles and frames) of all of them,
-S edge of a view in pixels. Images are flat over the batch, in the order of their placeholders:
+Shapes: B sequences, L tokens, D text width, I images and videos of the batch, V views (tiles and frames) of all of
+them, S edge of a view in pixels. Images are flat over the batch, in the order of their placeholders:
 
     pixel_values         (V, 3, S, S)  float   views of every image: the whole image first, or the frames of a video
     image_layouts        (I, 9)        int64   what becomes of their patches, see `ImageLayout`
@@ -57,7 +58,8 @@ class LlavaQwenModel(VisualBackbone, Qwen2Model):
     def get_image_features(
         self, *, pixel_values: torch.Tensor, image_layouts: torch.Tensor
     ) -> BaseModelOutputWithPooling:
-        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`, n as the processor counts.
+        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`,
+        n as the processor counts.
 
         Raises ValueError where layouts and views do not belong together.
         """

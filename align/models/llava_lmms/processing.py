@@ -30,11 +30,11 @@ class LlavaQwenProcessor(ImageChatProcessor):
 
     Settings, each a keyword of `from_pretrained`, are kept when the processor is saved:
 
-    `image_aspect_ratio`: `anyres_max_N` tiles every image on the canvas that suits it, also where there are several, and
-    makes maps of tokens larger than N tiles smaller; `pad` shows every image once, as a square with grey margins, which is
-    what the authors' tutorial sets for several images. Default: that of config.json, `anyres_max_9`.
-    `image_grid_pinpoints`: canvases, as pixel pairs or like "(1x1),...,(2x2)". Default: those of config.json, up to 6 x 6
-    tiles (7,371 tokens for an image); fewer make long prompts shorter, but are not what the model was trained with.
+    `image_aspect_ratio`: `anyres_max_N` tiles every image on the canvas that suits it, also where there are several,
+    and makes maps of tokens larger than N tiles smaller; `pad` shows every image once, as a square with grey margins,
+    which is what the authors' tutorial sets for several images. Default: that of config.json, `anyres_max_9`.
+    `image_grid_pinpoints`: canvases, as pixel pairs or like "(1x1),...,(2x2)". Default: those of config.json, up to 6 x
+    6 tiles (7,371 tokens for an image); fewer make long prompts shorter, but are not what the model was trained with.
     `default_system`: the system turn of a conversation that has none; None leaves it to the tokenizer's chat template.
     `num_video_frames`: frames of a video, evenly spaced, 16 by default.
     """
@@ -93,7 +93,8 @@ class LlavaQwenProcessor(ImageChatProcessor):
 def gather_frames(text: str, images: list[Any]) -> tuple[str, list[Any], list[Any]]:
     """A text in which a video's mark stands for the marks of its frames; its other images, and its videos.
 
-    Frames with nothing or a space between them are one video. Raises ValueError where marks and images differ in number.
+    Frames with nothing or a space between them are one video.
+    Raises ValueError where marks and images differ in number.
     """
     pieces = text.split(IMAGE_MARK)
     if len(pieces) != len(images) + 1:

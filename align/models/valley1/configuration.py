@@ -1,7 +1,7 @@
 """A Valley 1 or Chinese-Valley config.json in, a Llama configuration with a CLIP encoder and a way of pooling out.
 
-The published files name the encoder but not its sizes: absent `vision_config` means CLIP ViT-L/14 at 224 pixels. Ids of the
-image tokens depend on the order in which they were added, so they are looked up in the tokenizer files.
+The published files name the encoder but not its sizes: absent `vision_config` means CLIP ViT-L/14 at 224 pixels. Ids of
+the image tokens depend on the order in which they were added, so they are looked up in the tokenizer files.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ PATCH_TOKEN, FRAME_TOKEN = "<im_patch>", "<vi_frame>"
 class ValleyLlamaConfig(TokenIdsBeside, LlamaConfig):
     """Configuration of Valley 1 (`architectures: ["ValleyLlamaForCausalLM"]`).
 
-    How patches are pooled over time is `pooling`: `use_delta_transformer` and `use_patch_importance_pooling` say so in the
-    published files, else it is the mean. The original never reads `patch_pooling_method`; nor does this.
+    How patches are pooled over time is `pooling`: `use_delta_transformer` and `use_patch_importance_pooling` say so in
+    the published files, else it is the mean. The original never reads `patch_pooling_method`; nor does this.
     """
 
     model_type = "valley"
@@ -69,7 +69,8 @@ class ValleyLlamaConfig(TokenIdsBeside, LlamaConfig):
 class ChineseValleyConfig(ValleyLlamaConfig):
     """Configuration of Chinese-Valley (`architectures: ["LlavaLlamaForCausalLM"]` with a Chinese-CLIP tower).
 
-    Its files say `model_type: "llava"`, a name that transformers gives to another model, so `AutoConfig` cannot open them.
+    Its files say `model_type: "llava"`, a name that transformers gives to another model,
+    so `AutoConfig` cannot open them.
     """
 
     model_type = "chinese_valley"
@@ -78,8 +79,8 @@ class ChineseValleyConfig(ValleyLlamaConfig):
         super().__init__(mm_vision_tower=mm_vision_tower, **kwargs)
         if not self.is_chinese:
             raise ValueError(
-                f"config.json: LlavaLlamaForCausalLM with the tower {mm_vision_tower!r} is the first LLaVA, which is not "
-                "supported in this format; use its copy in transformers' own format (llava-hf)"
+                f"config.json: LlavaLlamaForCausalLM with the tower {mm_vision_tower!r} is the first LLaVA, which is"
+                " not supported in this format; use its copy in transformers' own format (llava-hf)"
             )
 
 
@@ -91,6 +92,6 @@ def _check(config: ValleyLlamaConfig) -> None:
         )
     if config.vision_config.hidden_size != config.mm_hidden_size:
         raise ValueError(
-            f"config.json: expected mm_hidden_size to equal vision_config.hidden_size, "
+            "config.json: expected mm_hidden_size to equal vision_config.hidden_size, "
             f"found {config.mm_hidden_size} and {config.vision_config.hidden_size}"
         )

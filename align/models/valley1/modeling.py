@@ -1,11 +1,11 @@
 """Token ids and frames in, hidden states and logits out: Valley 1 on transformers' Llama and CLIP (arXiv 2306.07207).
 
-An image is a video or one picture or several: T pictures. Each goes through CLIP and a linear projection. Of the 256 patch
-tokens of the T pictures one set is made by pooling over time, and the T class tokens follow it, so an image has 256 + T
-visual tokens; they replace `<im_patch>` and `<vi_frame>` tokens of the text.
+An image is a video or one picture or several: T pictures. Each goes through CLIP and a linear projection. Of the 256
+patch tokens of the T pictures one set is made by pooling over time, and the T class tokens follow it, so an image has
+256 + T visual tokens; they replace `<im_patch>` and `<vi_frame>` tokens of the text.
 
-For the image arguments see `image_llama`. The original keeps text embeddings where placeholders and frames do not fit each
-other; here that raises.
+For the image arguments see `image_llama`. The original keeps text embeddings where placeholders and frames do not fit
+each other; here that raises.
 """
 
 from typing import Any
@@ -24,7 +24,8 @@ DELTA_HEADS, DELTA_WIDTH, DELTA_DROPOUT = 8, 2048, 0.1
 
 
 class DeltaEncoder(nn.Module):
-    """One layer under the name it has in an nn.TransformerEncoder, which would copy it: ZeRO-3's parts cannot be copied."""
+    """One layer under the name it has in an nn.TransformerEncoder, which would copy it:
+    ZeRO-3's parts cannot be copied."""
 
     def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
         super().__init__()
@@ -97,16 +98,17 @@ class ValleyLlamaModel(ImageLlamaModel):
             found = input_ids[self.places(input_ids)].tolist()
             if found != expected:
                 raise ValueError(
-                    f"expected for {len(counts)} images of {counts.tolist()} pictures {len(expected)} placeholders, first "
-                    f"the patches of an image, then its frames; found {len(found)}, of which "
-                    f"{found.count(self.config.video_token_id)} frames; was the sequence truncated?"
+                    f"expected for {len(counts)} images of {counts.tolist()} pictures {len(expected)} placeholders,"
+                    f" first the patches of an image, then its frames; found {len(found)}, of which"
+                    f" {found.count(self.config.video_token_id)} frames; was the sequence truncated?"
                 )
         return super().embed(input_ids, inputs_embeds, past_key_values, image_features, **image_inputs)
 
     def get_image_features(
         self, pixel_values: torch.Tensor, pictures_per_image: torch.Tensor
     ) -> BaseModelOutputWithPooling:
-        """Encodes images. `pooler_output` is a tuple: for every image of T pictures its visual tokens `(256 + T, D)`."""
+        """Encodes images. `pooler_output` is a tuple: for every image of T pictures its visual tokens `(256 + T,
+        D)`."""
         hidden = self.vision_tower(pixel_values.to(self.dtype), output_hidden_states=True).hidden_states
         tokens_PND = self.mm_projector(hidden[self.config.mm_vision_select_layer])
         images = tokens_PND.split(pictures_per_image.tolist())
@@ -125,7 +127,8 @@ class ValleyLlamaModel(ImageLlamaModel):
         return mean_ND
 
     def _delta(self, patches_NTD: torch.Tensor) -> torch.Tensor:
-        """What the last frame tells beyond the mean: every patch position is a sequence over time, `(N, T, D)` to `(N, D)`."""
+        """What the last frame tells beyond the mean: every patch position is a sequence over time, `(N, T,
+        D)` to `(N, D)`."""
         num_frames = patches_NTD.shape[1]
         if num_frames > MAX_FRAMES:
             raise ValueError(f"expected at most {MAX_FRAMES} frames, found {num_frames}")

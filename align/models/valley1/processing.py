@@ -1,8 +1,8 @@
 """Chat messages and pictures in; token ids with one placeholder per visual token and flat pixels out.
 
-All pictures of a text are the frames of one image: 256 `<im_patch>` for what they have in common and a `<vi_frame>` for each.
-A rendered text names each of these tokens once, between the four that wrap them; `<image>` and `<video>` in a text stand for
-all six. Where a text names its image twice it is shown twice, as in the original.
+All pictures of a text are the frames of one image: 256 `<im_patch>` for what they have in common and a `<vi_frame>` for
+each. A rendered text names each of these tokens once, between the four that wrap them; `<image>` and `<video>` in a
+text stand for all six. Where a text names its image twice it is shown twice, as in the original.
 
 Prompts are those of github.com/RupertLuo/Valley; its training and its demo disagree, so which is meant is a setting.
 """
@@ -34,32 +34,47 @@ TURN = "###"
 
 SYSTEMS = {
     # How the original's training texts begin (conversation "v1").
-    "v1": "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the human's questions.",
+    "v1": (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the human's questions."
+    ),
     # Its default for videos; the missing spaces are the original's.
-    "multimodal_video": "You are Valley, a large language and vision assistant trained by ByteDance."
-    "You are able to understand the visual content or video that the user provides, and assist the user with a variety "
-    "of tasks using natural language.Follow the instructions carefully and explain your answers in detail.",
+    "multimodal_video": (
+        "You are Valley, a large language and vision assistant trained by ByteDance.You are able to understand the"
+        " visual content or video that the user provides, and assist the user with a variety of tasks using natural"
+        " language.Follow the instructions carefully and explain your answers in detail."
+    ),
     # The same as the demo writes it.
-    "demo": "You are Valley, a large language and vision assistant trained by ByteDance. "
-    "You are able to understand the visual content or video that the user provides, and assist the user with a variety "
-    "of tasks using natural language. Follow the instructions carefully and explain your answers in detail.",
-    "chinese": "你是大型语言视觉助手 Chinese-Valley。你能够理解用户提供的视觉内容或视频，并使用自然语言协助用户完成各种任务。"
-    "请仔细按照人类的指令进行回答，并详细解释你的答案。",
+    "demo": (
+        "You are Valley, a large language and vision assistant trained by ByteDance. You are able to understand the"
+        " visual content or video that the user provides, and assist the user with a variety of tasks using natural"
+        " language. Follow the instructions carefully and explain your answers in detail."
+    ),
+    "chinese": (
+        "你是大型语言视觉助手 Chinese-Valley。你能够理解用户提供的视觉内容或视频，并使用自然语言协助用户完成各种任务。"
+        "请仔细按照人类的指令进行回答，并详细解释你的答案。"
+    ),
 }
 
 _SYSTEM = "{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content + '\\n\\n' }}{% endfor %}"
 TEMPLATES = {
-    "training": _SYSTEM + "{% for m in messages if m.role != 'system' %}"
-    "{% if m.role == 'user' %}{{ '### Human: ' + m.content + '\\n' }}"
-    "{% elif loop.last %}{{ '### Assistant:' + reply_gap + m.content + '\\n###' }}"
-    "{% else %}{{ '### Assistant: ' + m.content + '\\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:' }}{% endif %}",
-    "original_training": _SYSTEM + "{% for m in messages if m.role != 'system' %}"
-    "{{ '### ' + ('Human' if m.role == 'user' else 'Assistant') + ': ' + m.content + '\\n' }}{% endfor %}{{ '### ' }}",
-    "original_demo": _SYSTEM + "{{ '###' }}{% for m in messages if m.role != 'system' %}"
-    "{% if m.role == 'assistant' %}{{ ' Assistent: ' + m.content + ' \\n###' }}"
-    "{% elif '<im_start>' in m.content %}{{ ' Human: ' + m.content + ' \\n###' }}{% endif %}{% endfor %}",
+    "training": (
+        _SYSTEM + "{% for m in messages if m.role != 'system' %}"
+        "{% if m.role == 'user' %}{{ '### Human: ' + m.content + '\\n' }}"
+        "{% elif loop.last %}{{ '### Assistant:' + reply_gap + m.content + '\\n###' }}"
+        "{% else %}{{ '### Assistant: ' + m.content + '\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Assistant:' }}{% endif %}"
+    ),
+    "original_training": (
+        _SYSTEM
+        + "{% for m in messages if m.role != 'system' %}{{ '### ' + ('Human' if m.role == 'user' else 'Assistant') + ':"
+        " ' + m.content + '\\n' }}{% endfor %}{{ '### ' }}"
+    ),
+    "original_demo": (
+        _SYSTEM + "{{ '###' }}{% for m in messages if m.role != 'system' %}"
+        "{% if m.role == 'assistant' %}{{ ' Assistent: ' + m.content + ' \\n###' }}"
+        "{% elif '<im_start>' in m.content %}{{ ' Human: ' + m.content + ' \\n###' }}{% endif %}{% endfor %}"
+    ),
 }
 
 
@@ -68,16 +83,17 @@ class ValleyLlamaProcessor(ImageChatProcessor):
 
     Settings, each a keyword of `from_pretrained`, kept when saved:
 
-    `prompt_style`: `training` (default) is the text that the model was trained on, up to and with `### Assistant:` where an
-    answer is wanted, and `###` behind an answer. The others reproduce the original to the letter: `original_training` always
-    ends with `### `, so that the model writes `Assistant:` itself; `original_demo` is how its demo asks, where the word is
-    misspelt `Assistent` and user turns without an image are left out.
-    `default_system`: the system text of a conversation that has none: one of `v1`, `multimodal_video`, `demo`, `chinese`, or
-    a text of one's own; None or an empty text for none. Default: `chinese` for Chinese-Valley, else `multimodal_video`.
+    `prompt_style`: `training` (default) is the text that the model was trained on, up to and with `### Assistant:`
+    where an answer is wanted, and `###` behind an answer. The others reproduce the original to the letter:
+    `original_training` always ends with `### `, so that the model writes `Assistant:` itself; `original_demo` is how
+    its demo asks, where the word is misspelt `Assistent` and user turns without an image are left out.
+    `default_system`: the system text of a conversation that has none: one of `v1`, `multimodal_video`, `demo`,
+    `chinese`, or a text of one's own; None or an empty text for none. Default: `chinese` for Chinese-Valley,
+    else `multimodal_video`.
     `num_video_frames`: frames of a video, evenly spaced, 8 by default.
     `strip_around_images`: drop spaces and line breaks beside the image tokens. Default: true for a folder with a
-    `tokenizer.model` alone, because the tokenizer that the original opened it with did so (LlamaTokenizer of transformers
-    4.28), else false.
+    `tokenizer.model` alone, because the tokenizer that the original opened it with did so (LlamaTokenizer of
+    transformers 4.28), else false.
 
     A response ends with `###` (`stop_strings`), which no end token stands for; `clean_response` takes away what the
     original's demo takes away.
@@ -115,7 +131,8 @@ class ValleyLlamaProcessor(ImageChatProcessor):
         self.num_patches = config.num_patches
         self.image_token, self.video_token = PATCH_TOKEN, FRAME_TOKEN
         self.image_token_id, self.video_token_id = _token_ids(tokenizer)
-        # Llama's tokenizer begins every text with a space of its own; in front of a response ours would be a second one.
+        # Llama's tokenizer begins every text with a space of its own;
+        # in front of a response ours would be a second one.
         self.writes_gap = tokenizer.tokenize("A", add_special_tokens=False)[0].startswith("\u2581")
 
     @classmethod
@@ -177,8 +194,10 @@ class ValleyLlamaProcessor(ImageChatProcessor):
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **options: Any) -> BatchFeature:
         """Tokenizes rendered texts, each with all of its pictures.
 
-        `images`: the pictures of a single text, or a list of lists, one per text, or one picture for each text that names
-        an image. `videos`: a list of videos (lists of frames) per text; their frames are pictures. Otherwise as in the base.
+        `images`: the pictures of a single text, or a list of lists, one per text,
+        or one picture for each text that names
+        an image. `videos`: a list of videos (lists of frames) per text; their frames are pictures.
+        Otherwise as in the base.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         names_image = [IMAGE_MARK in line or MARK in line or VIDEO_MARK in line for line in texts]
@@ -217,7 +236,8 @@ class ValleyLlamaProcessor(ImageChatProcessor):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         if self.image_token_id in ids or self.video_token_id in ids:
             raise ValueError(
-                f"the text itself contains {PATCH_TOKEN} or {FRAME_TOKEN}, which stand for visual tokens; write it differently"
+                f"the text itself contains {PATCH_TOKEN} or {FRAME_TOKEN}, which stand for visual tokens; write it"
+                " differently"
             )
         return ids
 
@@ -265,7 +285,8 @@ class _Pixels:
 
 
 def clip_pixels(picture: Image.Image, side: int) -> np.ndarray:
-    """A picture as CLIP takes it, `(3, side, side)` float32; a frame of a video file goes its own way, as in the original."""
+    """A picture as CLIP takes it, `(3, side, side)` float32; a frame of a video file goes its own way,
+    as in the original."""
     if FRAME_KEY in picture.info:
         scaled = resize_short_side(picture, round(side * FRAME_MARGIN), Image.Resampling.BILINEAR)
         return normalise(centre_crop(scaled, side, rounded=True))
@@ -282,7 +303,8 @@ def _token_ids(tokenizer: Any) -> tuple[int, int]:
 
 
 def _pictures_of(parts: list[dict], given: dict[str, Any]) -> list[Any]:
-    """All pictures of a conversation in the order of its parts; parts without a source take the next of what is given."""
+    """All pictures of a conversation in the order of its parts;
+    parts without a source take the next of what is given."""
     rest = {
         kind: list(own) if isinstance(own, (list, tuple)) else [own] for kind, own in given.items() if own is not None
     }
@@ -305,7 +327,8 @@ def _pictures_of(parts: list[dict], given: dict[str, Any]) -> list[Any]:
 
 
 def _join(parts: list[dict], *, mark: bool) -> tuple[str, bool]:
-    """One string of a message's parts, with a mark on a line of its own where the first picture stands; whether it has one."""
+    """One string of a message's parts, with a mark on a line of its own where the first picture stands;
+    whether it has one."""
     text = ""
     placed = False
     for part in parts:

@@ -1,8 +1,8 @@
 """Valley2.5 (ByteDance): Qwen3 with a Qwen2-VL encoder and a wide merger, `architectures: ["ValleyQwen3ForCausalLM"]`.
 
 Paper: Valley2, arXiv 2501.05901, for the line of models; Valley2.5's layout is known from the authors' repository
-(github.com/bytedance/Valley) and model card. Checkpoint: bytedance-research/Valley2.5. Licence of the weights: Apache-2.0
-as published; built on Qwen3 and Qwen2-VL (Apache-2.0).
+(github.com/bytedance/Valley) and model card. Checkpoint: bytedance-research/Valley2.5. Licence of the weights:
+Apache-2.0 as published; built on Qwen3 and Qwen2-VL (Apache-2.0).
 
 The published config.json could not be had. So `architectures`, `model_type`, the names of the keys and the width of the
 merger (`navit_merger_hidden_dim`, said to be "64k") are inferred; the width is read from the weights where config.json

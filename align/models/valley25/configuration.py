@@ -38,7 +38,8 @@ TEXT_DEFAULTS: dict[str, Any] = {
 class Valley25Config(TokenIdsBeside, Qwen3Config):
     """Configuration of Valley2.5 (`architectures: ["ValleyQwen3ForCausalLM"]`).
 
-    `navit_merger_hidden_dim`: width of the merger's hidden layer. `image_token_id`: the token that stands for one visual
+    `navit_merger_hidden_dim`: width of the merger's hidden layer. `image_token_id`:
+    the token that stands for one visual
     token. `max_pixels`: the most pixels of a single image, None where config.json does not say.
     """
 

@@ -40,7 +40,8 @@ class WideMerger(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """`(N, C)` in merge order to `(N / 4, D)`; recomputed in backward under gradient checkpointing, being so wide."""
+        """`(N, C)` in merge order to `(N / 4, D)`; recomputed in backward under gradient checkpointing,
+        being so wide."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(self._merge, patches, use_reentrant=False)
         return self._merge(patches)
@@ -66,7 +67,8 @@ class ValleyQwen3Model(VisualBackbone, Qwen3Model):
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor
     ) -> BaseModelOutputWithPooling:
-        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`, n as the processor counts."""
+        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`,
+        n as the processor counts."""
         encoded = self.qwen2vl_vision_tower(pixel_values.to(self.dtype), grid_thw=image_grid_thw)
         features = encoded.pooler_output.split(self.config.geometry().counts(image_grid_thw))
         return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=features)

@@ -19,13 +19,16 @@ MAX_PIXELS_OF_SEVERAL = 256 * 28 * 28
 
 
 class Valley25Processor(ValleyChatProcessor):
-    """Valley2.5's processor. Keywords of `apply_chat_template` such as `enable_thinking` go to the tokenizer's template.
+    """Valley2.5's processor. Keywords of `apply_chat_template` such as `enable_thinking`
+    go to the tokenizer's template.
 
     Settings, each a keyword of `from_pretrained`, are kept when the processor is saved:
 
-    `max_pixels`: the most pixels the encoder sees of the only image of a text; one visual token is 784 of them. Default:
-    `max_pixels` of config.json, else 12,845,056 (16,384 tokens) as in the authors' demo; lower it for training.
-    `max_pixels_of_several`: the same for each of several images or the frames of a video, 200,704 (256 tokens) by default.
+    `max_pixels`: the most pixels the encoder sees of the only image of a text; one visual token is 784 of them.
+    Default: `max_pixels` of config.json, else 12,845,056 (16,384 tokens) as in the authors' demo;
+    lower it for training.
+    `max_pixels_of_several`: the same for each of several images or the frames of a video, 200,704 (256 tokens)
+    by default.
     `min_pixels`: the fewest, 3,136 by default; smaller images are enlarged.
     `default_system`: the system turn of a conversation that has none, by default `You are a helpful assistant.` as in
     the processor that the family's published code brings; None leaves it to the tokenizer's chat template.

@@ -1,4 +1,5 @@
-"""Token ids and image tensors in, hidden states and logits out: Valley-Eagle on transformers' Qwen2, SigLIP and Qwen2-VL.
+"""Token ids and image tensors in, hidden states and logits out: Valley-Eagle on transformers' Qwen2,
+SigLIP and Qwen2-VL.
 
 Two encoders see every image. SigLIP sees square tiles, which a convolutional projector turns into words of a "visual
 vocabulary" (Ovis, arXiv 2405.20797); the Qwen2-VL encoder sees the whole image at its own resolution (Eagle, arXiv
@@ -14,8 +15,8 @@ n placeholder runs takes the next n images:
     eagle_pixel_values   (N, 1176)     float   Qwen2-VL patches in 2 x 2-merge order
     image_grid_thw       (I, 3)        int64   frames, rows, columns of patches; products sum to N
 
-`forward` never lengthens a sequence. What the original offers beyond images (video arguments, navit-only encoders, token
-compressors) is left out.
+`forward` never lengthens a sequence. What the original offers beyond images (video arguments, navit-only encoders,
+token compressors) is left out.
 """
 
 import torch
@@ -141,7 +142,8 @@ class ValleyQwen2Model(VisualBackbone, Qwen2Model):
         eagle_pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`, n as the processor counts."""
+        """Encodes images. `pooler_output` is a tuple: for every image its visual tokens `(n, D)`,
+        n as the processor counts."""
         patches = self.vision_tower(pixel_values.to(self.dtype))
         if self.gradient_checkpointing and self.training:
             tokens_TPD = checkpoint(self.mm_projector, patches, use_reentrant=False)

@@ -24,13 +24,13 @@ class ValleyProcessor(ValleyChatProcessor):
 
     Settings, each a keyword of `from_pretrained`, are kept when the processor is saved:
 
-    `max_pixels`: the most pixels the Qwen2-VL encoder sees of an image. Default: `max_pixels` of config.json, 571,536 in
-    the published folders, which is what the model was trained with and bounds an image to 2,689 tokens. The published
-    processor's own default is 12,845,056 (16,384 tokens from this encoder alone), its chat class's 1,003,520.
+    `max_pixels`: the most pixels the Qwen2-VL encoder sees of an image. Default: `max_pixels` of config.json, 571,536
+    in the published folders, which is what the model was trained with and bounds an image to 2,689 tokens. The
+    published processor's own default is 12,845,056 (16,384 tokens from this encoder alone), its chat class's 1,003,520.
     `min_pixels`: the fewest, 3,136 by default; smaller images are enlarged.
     `default_system`: the system turn of a conversation that has none, by default `You are a helpful assistant.` as in
-    the published processor; None leaves it to the tokenizer's chat template (`You are Qwen, created by Alibaba Cloud. ...`),
-    which is what the training code did.
+    the published processor; None leaves it to the tokenizer's chat template (`You are Qwen, created by Alibaba Cloud.
+    ...`), which is what the training code did.
     `frame_max_pixels`: the same as `max_pixels` for the frames of a video. Default: `frame_max_pixels` of config.json.
     `num_video_frames`: frames of a video, evenly spaced, 8 by default; each is an image of its own, untiled.
     `text_only_image`: `none` (default) asks text-only questions without an image, `black` puts a black 3 x 3 image in

@@ -85,7 +85,8 @@ def unpadded(width: int, height: int, columns: int, rows: int) -> tuple[slice, s
 class Geometry:
     """What of a checkpoint's config decides how many tokens an image of a given size has.
 
-    `tokens_per_side`: tokens along a tile's edge after the projector. `eagle`: that of the Qwen2-VL encoder; None without.
+    `tokens_per_side`: tokens along a tile's edge after the projector. `eagle`: that of the Qwen2-VL encoder;
+    None without.
     """
 
     crop_px: int

@@ -1,8 +1,8 @@
 """A grid of patches in, a fixed number of visual tokens out: the C-Abstractor of Honeybee (arXiv 2312.06742).
 
-Convolution blocks, pooling, convolution blocks, a perceptron. Blocks are those of RegNet with squeeze-and-excitation (arXiv
-2003.13678) and a LayerNorm over channels; its epsilon is 1e-5 whatever timm's default is today. Modules are named as in the
-checkpoints.
+Convolution blocks, pooling, convolution blocks, a perceptron. Blocks are those of RegNet with squeeze-and-excitation
+(arXiv 2003.13678) and a LayerNorm over channels; its epsilon is 1e-5 whatever timm's default is today. Modules are
+named as in the checkpoints.
 """
 
 from collections import OrderedDict

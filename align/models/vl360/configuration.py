@@ -32,7 +32,8 @@ TEXT_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class AbstractorConfig:
-    """Sizes of a C-Abstractor: `depth` blocks before and behind the pooling to `num_queries` tokens, `mlp_depth` linears."""
+    """Sizes of a C-Abstractor: `depth` blocks before and behind the pooling to `num_queries` tokens,
+    `mlp_depth` linears."""
 
     num_queries: int = 576
     depth: int = 3
@@ -52,10 +53,11 @@ class AbstractorConfig:
 class QH360VLConfig(TokenIdsBeside, LlamaConfig):
     """Configuration of 360VL (`architectures: ["QH360_VL_LlamaForCausalLM"]`).
 
-    `proj_2`: true, as in the published models, means that the four crops of an image are put together before one projector
-    reads them; absent, that it reads every crop for itself, and that a third projector is there for an image as a single
-    picture; false, as the authors' trainer writes it, that this third one is all there is. `single_picture`: the model is
-    used and trained with single pictures, the default of the authors' inference where `proj_2` is absent.
+    `proj_2`: true, as in the published models, means that the four crops of an image are put together before one
+    projector reads them; absent, that it reads every crop for itself, and that a third projector is there for an image
+    as a single picture; false, as the authors' trainer writes it, that this third one is all there is.
+    `single_picture`: the model is used and trained with single pictures,
+    the default of the authors' inference where `proj_2` is absent.
     """
 
     model_type = "QH_360VL"

@@ -1,11 +1,11 @@
 """Token ids and five crops an image in, hidden states and logits out: 360VL on transformers' Llama and CLIP.
 
-An image is seen as its four quarters and as a whole, each as large as CLIP takes it. One C-Abstractor reads the quarters,
-put together or one by one, another the whole; their tokens, in this order, replace the image's placeholders. Where the
-checkpoint has a third C-Abstractor, an image can be a single picture that this one reads.
+An image is seen as its four quarters and as a whole, each as large as CLIP takes it. One C-Abstractor reads the
+quarters, put together or one by one, another the whole; their tokens, in this order, replace the image's placeholders.
+Where the checkpoint has a third C-Abstractor, an image can be a single picture that this one reads.
 
-For the image arguments see `image_llama`; an image has five pictures: top left, top right, bottom left, bottom right, whole;
-or one.
+For the image arguments see `image_llama`; an image has five pictures: top left, top right, bottom left, bottom right,
+whole; or one.
 """
 
 from math import isqrt
@@ -105,7 +105,8 @@ class QH360_VL_LlamaForCausalLM(ImageLlamaForCausalLM):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the end of a turn ends a response too, which the published generation config leaves out."""
+        """As in transformers; the end of a turn ends a response too,
+        which the published generation config leaves out."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         add_end_of_turn(model)

@@ -1,6 +1,7 @@
 """Chat messages and images in; token ids with one placeholder per visual token and flat crops out.
 
-The crops and their order are described in the modelling file; messages, texts and padding are those of `ImageChatProcessor`.
+The crops and their order are described in the modelling file; messages,
+texts and padding are those of `ImageChatProcessor`.
 """
 
 from typing import Any
@@ -19,12 +20,12 @@ PAD_COLOUR = (122, 116, 104)
 
 # The system text of the original's demo and evaluation.
 DEFAULT_SYSTEM = (
-    "You are a multilingual, helpful, respectful and honest assistant who can respond in the same language, depending on "
-    "the language of the question. Try to be as helpful as possible while still being safe. Your answer should not contain "
-    "anything that is false, unhealthy, harmful, immoral, racist, sexist, toxic, dangerous, or illegal, and if the question "
-    "relates to such content, please decline to answer. Make sure your answer is socially fair and positive. If a question "
-    "doesn't make any sense, or is inconsistent with the facts, explain why instead of answering the wrong answer. If you "
-    "don't know the answer to a question, don't share false information."
+    "You are a multilingual, helpful, respectful and honest assistant who can respond in the same language, depending"
+    " on the language of the question. Try to be as helpful as possible while still being safe. Your answer should not"
+    " contain anything that is false, unhealthy, harmful, immoral, racist, sexist, toxic, dangerous, or illegal, and if"
+    " the question relates to such content, please decline to answer. Make sure your answer is socially fair and"
+    " positive. If a question doesn't make any sense, or is inconsistent with the facts, explain why instead of"
+    " answering the wrong answer. If you don't know the answer to a question, don't share false information."
 )
 
 # Llama-3's, used where neither the folder nor its tokenizer brings a template.
@@ -41,10 +42,10 @@ class QH360VLProcessor(ImageChatProcessor):
 
     Settings, each a keyword of `from_pretrained`, kept when saved:
 
-    `default_system`: the system turn of a conversation that has none, by default the long one of the original's demo and
-    evaluation; None or an empty text for none.
-    `image_aspect_ratio`: `pad` shows the image in the middle of a coloured square, `square` squeezes it into one. Default:
-    that of config.json, `pad` in the published folders.
+    `default_system`: the system turn of a conversation that has none, by default the long one of the original's demo
+    and evaluation; None or an empty text for none.
+    `image_aspect_ratio`: `pad` shows the image in the middle of a coloured square, `square` squeezes it into one.
+    Default: that of config.json, `pad` in the published folders.
     `single_picture`: the image is one picture of `num_queries` tokens (144 or 576) instead of five crops, which only
     checkpoints without `proj_2: true` can read. Default: `single_picture` of config.json, which training needs too.
     """
@@ -127,7 +128,8 @@ class _Pixels:
 
 
 def five_crops(image: Image.Image, side: int, *, pad: bool) -> list[np.ndarray]:
-    """The four quarters of the image, scaled to twice `side`, and the whole of it at `side`; `(3, side, side)` float32 each."""
+    """The four quarters of the image, scaled to twice `side`, and the whole of it at `side`; `(3, side,
+    side)` float32 each."""
     squared = pad_to_square(image, PAD_COLOUR) if pad else image
     large = squared.resize((2 * side, 2 * side), Image.Resampling.BICUBIC)
     corners = [(left, top) for top in (0, side) for left in (0, side)]

@@ -26,7 +26,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def reward_faults() -> Iterator[None]:
-    """What `reward` finds wrong with settings, prompts or answers is the user's to mend."""
+    """What `reward` finds wrong with settings, prompts or answers is the user's to fix."""
     from reward.errors import RewardError
 
     try:

@@ -73,7 +73,7 @@ def run_rounds(config: Config, *, report: bool = True, critic: Callable[..., Any
     checked that can be without weights (`align check`).
 
     Raises:
-        UserError: the configuration, data or a checkpoint cannot be used, or a stage does not go on.
+        UserError: the configuration, data or a checkpoint cannot be used, or a stage cannot continue.
         SystemExit: with code 0, after SIGTERM; the same call resumes.
     """
     run = RunDir(config.run_dir)
@@ -116,7 +116,7 @@ def run_stage(
     `redo` discards what this stage and all later ones of the round have done.
     `critic` judges in place of the configured
     one: a function of question, images and responses (see docs/adding-a-critic.md), for `score` in one process. As on
-    the command line, `score` goes on to make the pairs, and `dpo` of a round that begins with
+    the command line, `score` then makes the pairs, and `dpo` of a round that begins with
     `pairs_file` reads them first.
 
     Raises:
@@ -134,7 +134,7 @@ def run_stage(
 
 
 def warning_of(config: Config, number: int) -> str | None:
-    """What a person must be told of a round that was evaluated: that it is worse than its parent beyond chance."""
+    """What a person must know of a round that was evaluated: that it is worse than its parent beyond chance."""
     if not number or config.evaluate.questions is None:
         return None
     from align.evaluation.evaluate import worse_than_parent
@@ -216,7 +216,7 @@ def _run_here(
 
 @contextlib.contextmanager
 def _remembering_refusal(this: Round, stage: str) -> Iterator[None]:
-    """What a stage says when it will not go on stands in its manifest, for the report and `align status`."""
+    """What a stage says when it will not continue stands in its manifest, for the report and `align status`."""
     try:
         yield
     except UserError as error:

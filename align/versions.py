@@ -74,7 +74,7 @@ def install_extra(extra: str, texts: Sequence[str] | None = None) -> str:
 
 
 def require_supported(texts: Sequence[str] | None = None) -> None:
-    """Refuse to go on with a version that this package was not tested with.
+    """Refuse a version that this package was not tested with.
 
     Raises:
         UserError: something required (by no extra) is missing or out of its range; one line names all and the command.

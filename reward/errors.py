@@ -1,4 +1,4 @@
-"""The error of this package: a setting or a prompt file that a person must mend."""
+"""The error of this package: a setting or a prompt file that a person must fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A critic's figures in, what a person should be told about them, in words, out; the limits are those of MEASURES."""
+"""A critic's figures in, what a person should know about them, in words, out; the limits are those of MEASURES."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def critic_warnings(figures: Mapping[str, Figure]) -> list[Warned]:
     for name, measure in (MEASURES | PAIR_MEASURES).items():
         figure = figures.get(name)
         # Said by another one: by the correlation among equals, by the lower of the two controls.
-        told = name == "length_correlation" and "length_correlation_given_reference" in figures
-        told = told or name in ("image_dependence_blank", "image_dependence_shuffled")
-        if figure is not None and not told and measure.is_beyond(figure):
+        covered = name == "length_correlation" and "length_correlation_given_reference" in figures
+        covered = covered or name in ("image_dependence_blank", "image_dependence_shuffled")
+        if figure is not None and not covered and measure.is_beyond(figure):
             title, finding, advice = _words(name, measure, figure)
             found.append(Warned(title, f"{finding} ({_size(measure, figure)}).", advice, measure.is_serious(figure)))
     return found

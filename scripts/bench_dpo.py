@@ -1,4 +1,4 @@
-"""DPO steps a second and peak memory: ours against stock TRL with a live reference, on the same pairs.
+"""DPO steps per second and peak memory: ours against stock TRL with a live reference, on the same pairs.
 
     python scripts/bench_dpo.py             # table over prompt lengths
     python scripts/bench_dpo.py --quick     # 1000/120 and 400/60 only, three repeats
@@ -116,7 +116,7 @@ def trainer_arguments(folder: str, device: str, **settings: Any) -> DPOConfig:
 
 
 def stock_step(model: Any, batches: Batches, folder: str, device: str) -> Step:
-    """TRL as it is: two full rows a pair, and a reference model beside the policy."""
+    """TRL as it is: two full rows per pair, and a reference model beside the policy."""
     row = {
         "images": [],
         "prompt": batches.pair.prompt,
@@ -227,9 +227,9 @@ def measure_valley(options: argparse.Namespace) -> None:
     pairs = options.pairs * options.accumulation
     rates = sorted(pairs / second for second in seconds)
     rate = statistics.median(rates)
-    print(f"{options.size}: {work.prompt_tokens} prompt tokens, 2 x {work.response_tokens} response tokens a pair")
+    print(f"{options.size}: {work.prompt_tokens} prompt tokens, 2 x {work.response_tokens} response tokens per pair")
     print(
-        f"{options.pairs} pairs a forward, optimiser {options.optim} every {options.accumulation} forwards, weights"
+        f"{options.pairs} pairs per forward, optimiser {options.optim} every {options.accumulation} forwards, weights"
         f" {dtype}"
     )
     print(
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("small", *SIZES), default="small", help="which model")
     valley = parser.add_argument_group("with --size valley-eagle-7b")
     valley.add_argument("--response", type=int, default=150, help="tokens of a response")
-    valley.add_argument("--pairs", type=int, default=1, help="pairs a forward")
+    valley.add_argument("--pairs", type=int, default=1, help="pairs per forward")
     valley.add_argument("--accumulation", type=int, default=2, help="forwards a step of the optimiser")
     valley.add_argument("--optim", default="adamw_torch_fused", help="transformers' name of the optimiser")
     valley.add_argument(

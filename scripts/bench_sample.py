@@ -3,8 +3,8 @@
     python scripts/bench_sample.py [--quick] [--json numbers.json]
 
 The peer is transformers' `model.generate(num_return_sequences=K)` on the same batch of questions, with the same
-temperature, top-p and number of new tokens; nothing ends early on either side. Target: 2.5 times the questions a second
-at 1000 prompt tokens, K = 5 and 64 new tokens.
+temperature, top-p and number of new tokens; nothing ends early on either side. Target: 2.5 times the questions per
+second at 1000 prompt tokens, K = 5 and 64 new tokens.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 The peer gives stock transformers the same tokens as K(K-1) full sequences with the image in each, batched as many at a
 time as is fastest (tried first), and reads the last position only (`logits_to_keep=1`). Both sides give the same
-log-probabilities; that is checked. Target: 5 times as fast at 1000 prompt tokens and 80 a response, K = 5.
+log-probabilities; that is checked. Target: 5 times as fast at 1000 prompt tokens and 80 per response, K = 5.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def quiet(path: Path) -> Iterator[None]:
 
 
 def has_finished_work(project: Path, stage: str) -> bool:
-    """Whether a killed stage left something for the next run to go on from."""
+    """Whether a killed stage left something for the next run to resume from."""
     folder = project / "runs" / "run" / "round-1"
     if stage == "dpo":
         return any(folder.glob("trainer/checkpoint-*/trainer_state.json")) or any(folder.glob("reference.*"))

@@ -5,7 +5,7 @@
 #
 # `align run` starts every stage in eight processes of its own, by `accelerate launch`, and waits for them: sampling,
 # scoring and evaluation share the questions, training shares the model. Run it again after any interruption: finished
-# stages and questions are kept, training goes on from its last intermediate state.
+# stages and questions are kept, training resumes from its last trainer checkpoint.
 set -euo pipefail
 
 CONFIG=${1:?which align.yaml?}

@@ -25,10 +25,10 @@ from scripts.valley_size import Work, build_valley, prompt_of_one_image, work_of
 NUM_GPUS = (1, 8, 64, 256)
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 RESPONSE_TOKENS = 200
-# An H100's dense bfloat16 operations a second, as its maker states them,
+# An H100's dense bfloat16 operations per second, as its maker states them,
 # and the share that training is assumed to reach.
 PEAK_FLOPS, UTILISATION = 989e12, 0.40
-# One pair at a time on a GPU; so many times a step.
+# One pair at a time on a GPU; so many times per step.
 ACCUMULATION = (1, 8)
 
 
@@ -75,7 +75,7 @@ def memory_rows(shape: ModelShape, batch: StepBatch) -> Iterator[str]:
 
 
 def speed_rows(shape: ModelShape, work: Work) -> Iterator[str]:
-    yield "| strategy | GPUs | times a step | sent a GPU and step, GB | computing, s | communicating, s | pairs/s |"
+    yield "| strategy | GPUs | times per step | sent per GPU and step, GB | computing, s | communicating, s | pairs/s |"
     yield "|---|---|---|---|---|---|---|"
     for strategy in STRATEGIES:
         for num_gpus in NUM_GPUS:

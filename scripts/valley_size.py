@@ -22,7 +22,7 @@ from align.models.valley_eagle import ValleyEagleConfig, ValleyQwen2ForCausalLM
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "valley_eagle_tiny"
 SIZES = ("valley-eagle-7b", "valley-eagle-tiny")
 MAX_PIXELS = 571_536
-# Dense bfloat16 operations a second, as the makers state them.
+# Dense bfloat16 operations per second, as the makers state them.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 

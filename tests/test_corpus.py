@@ -95,7 +95,7 @@ def test_what_is_wrong_is_said_by_check_and_by_the_stage(good, tmp_path, bad, ca
     assert re.search(bad.says, said, re.DOTALL), said
     with pytest.raises(UserError) as fault:
         stage(folder, bad.stage)
-    # What is left out line by line is told as a warning before the stage ends.
+    # What is left out line by line is reported as a warning before the stage ends.
     everything = "\n".join([str(fault.value), *caplog.messages])
     assert re.search(bad.says, everything, re.DOTALL), everything
 

@@ -1,4 +1,4 @@
-"""Full disks, lost images, signals, kills, moved folders: one clear message, and the same command goes on."""
+"""Full disks, lost images, signals, kills, moved folders: one clear message, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_full_disk_ends_training_with_one_line_and_it_goes_on_when_there_is_ro
     assert code == 2, output
     assert "Traceback" not in output
     assert "File too large" in output
-    assert "the same command goes on from here" in output
+    assert "the same command resumes from here" in output
     assert not (round_ / "checkpoint").exists()
     code, output = end(begin(folder, *arguments))
     assert code == 0, output
@@ -120,7 +120,7 @@ def test_two_processes_told_to_stop_save_their_step_and_go_on_to_the_same_end(fo
     process.send_signal(signal.SIGTERM)
     code, output = end(process)
     assert code == 0, output
-    assert "the same command goes on from here" in output
+    assert "the same command resumes from here" in output
     assert not (round_ / "checkpoint").exists()
     done = num_lines(round_ / "trainer/metrics.jsonl")
     assert 2 <= done < 10
@@ -149,7 +149,7 @@ def test_a_lost_image_or_sigterm_keep_what_was_sampled(tmp_path):
     process.send_signal(signal.SIGTERM)
     code, output = end(process)
     assert code == 0, output
-    assert "the same command goes on from here" in output
+    assert "the same command resumes from here" in output
     sampled = part.read_text().splitlines()[: num_lines(part)]
     process = begin(folder, "sample")
     wait_until(process, lambda: num_lines(part) > len(sampled))

@@ -74,9 +74,9 @@ def test_an_unsupported_version_ends_a_command_and_an_import_with_one_line(tmp_p
 
 def test_env_says_what_is_unsupported_instead_of_failing(tmp_path):
     install_fake(tmp_path, "trl", "0.1.0")
-    told = run_align("env", PYTHONPATH=str(tmp_path))
-    assert told.returncode == 0, told.stderr
-    assert "trl 0.1.0  NOT SUPPORTED, wants " in told.stdout
+    found = run_align("env", PYTHONPATH=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert "trl 0.1.0  NOT SUPPORTED, wants " in found.stdout
 
 
 def test_env_names_versions_devices_and_strategies_and_no_secret(monkeypatch):
@@ -104,15 +104,15 @@ def test_version_is_that_of_the_package_everywhere():
 def test_a_shell_completes_commands_and_options():
     words = {"COMP_WORDS": "align sco", "COMP_CWORD": "1", "_ALIGN_COMPLETE": "complete_bash"}
     code = "import sys; sys.argv[0] = 'align'; from align.cli import main; main()"
-    told = subprocess.run(
+    found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | words, capture_output=True, text=True
     )
-    assert told.stdout.split() == ["score"]
+    assert found.stdout.split() == ["score"]
     words |= {"COMP_WORDS": "align score --re", "COMP_CWORD": "2"}
-    told = subprocess.run(
+    found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | words, capture_output=True, text=True
     )
-    assert "--redo" in told.stdout.split()
+    assert "--redo" in found.stdout.split()
 
 
 @pytest.mark.parametrize("setting", ["tpu", "cuda0", "gpu:1", "cpu:x"])
@@ -156,9 +156,9 @@ def test_an_extra_is_installed_by_what_it_lacks_here():
 
 def test_no_page_and_no_message_tells_to_install_a_name_that_is_not_published():
     files = [path for folder in ("align", "reward", "docs") for path in (ROOT / folder).rglob("*.*")]
-    told = re.compile(r"pip install [^\n`]*valley-align")
+    found = re.compile(r"pip install [^\n`]*valley-align")
     pages = [path for path in (*files, ROOT / "README.md") if path.suffix in (".py", ".md", ".yaml", ".j2")]
-    assert [path.name for path in pages if told.search(path.read_text(encoding="utf-8"))] == []
+    assert [path.name for path in pages if found.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_all_requirements_can_be_read():

@@ -1,4 +1,4 @@
-"""Several processes fail: one message of the cause, with exit code 2 where a person can mend it and 1 where not."""
+"""Several processes fail: one message of the cause, with exit code 2 where a person can fix it and 1 where not."""
 
 from __future__ import annotations
 
@@ -145,4 +145,4 @@ def test_an_interrupted_command_says_that_it_goes_on(from_root):
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, message) == (130, "error: interrupted; the same command goes on from here\n")
+    assert (process.returncode, message) == (130, "error: interrupted; the same command resumes from here\n")

@@ -140,7 +140,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def said(summary, folder):
-    """What several commands said, in one process; the first goes on where another was killed."""
+    """What several commands said, in one process; the first resumes where another was killed."""
     done = folder / "policy.lmms-eval"
     kept = [line | {"text": f"kept {line['doc_id']}"} for line in lines(done / "shown.jsonl")[:2]]
     again = folder / "again"

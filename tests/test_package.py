@@ -56,10 +56,10 @@ def test_the_wheel_brings_the_command_and_its_metadata(site, tmp_path):
     assert "align = align.cli:main" in (info / "entry_points.txt").read_text(encoding="utf-8")
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     assert "\nRequires-Dist: trl<1.17,>=1.16\n" in metadata
-    told = run_in(site, tmp_path, "import align, align.cli; print(align.__file__); align.cli.main()", "demo", "--help")
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.startswith(str(site))
-    assert "--rounds" in told.stdout
+    found = run_in(site, tmp_path, "import align, align.cli; print(align.__file__); align.cli.main()", "demo", "--help")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith(str(site))
+    assert "--rounds" in found.stdout
 
 
 def test_the_wheel_plays_a_round_of_the_demo_without_the_repository(site, tmp_path):

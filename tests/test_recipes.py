@@ -124,7 +124,7 @@ def test_valley2_dpo_has_the_hyper_parameters_of_the_published_record(tmp_path):
     (tmp_path / CONFIG_NAME).write_text(recipe_text("valley2-dpo"))
     config = load_config(tmp_path / CONFIG_NAME, ["dpo.bf16=false"])
     args = training_arguments(training_fields(config, tmp_path, torch.device("cpu"), torch.float32))
-    # specs: 8 x 1 x 2 = 16 pairs a step, so 100,000 pairs are 6250 steps, of which 63 are warm-up.
+    # specs: 8 x 1 x 2 = 16 pairs per step, so 100,000 pairs are 6250 steps, of which 63 are warm-up.
     assert config.launch.num_processes * args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
     assert args.get_warmup_steps(6250) == 63
     assert (args.learning_rate, args.weight_decay, args.beta, args.label_smoothing) == (1e-6, 5e-4, 0.1, 0.0)

@@ -133,7 +133,7 @@ def test_a_scoring_that_stopped_before_the_controls_judges_no_question_twice(fol
 def test_agreement_with_reference_answers_is_measured_where_there_are_any(tmp_path, critics):
     write_round(tmp_path, answers=True)
     found = score(tmp_path, kind="pointwise", model=str(critics / "seeing"))["critic"]
-    # By hand: of the three pairs a question that set "It is 7." against a wrong text, those it wins.
+    # By hand: of the three pairs per question that set "It is 7." against a wrong text, those it wins.
     right = TEXTS.index("It is 7.")
     won = [
         line.rewards[right] > reward

@@ -176,8 +176,8 @@ def test_a_run_is_read_back_from_all_three_and_no_secret_from_any_file(tmp_path,
     board = config.run_dir / "tensorboard"
     assert curves(board / "round-1")["train/loss"] == losses
     assert {"train/rewards/margins", "train/rewards/chosen", "train/learning_rate"} <= curves(board / "round-1").keys()
-    told = curves(board / "rounds")
-    assert {name: told[name] for name in rounds} == {
+    found = curves(board / "rounds")
+    assert {name: found[name] for name in rounds} == {
         name: [(1, pytest.approx(value))] for name, value in rounds.items()
     }
 

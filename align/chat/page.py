@@ -1,6 +1,6 @@
 """Loaded checkpoints in, the page's controls out: what each does to a visitor's conversation, and what is shown of it.
 
-Texts stand as they were written, no Markdown of a model or a visitor is rendered. What goes wrong is told to the
+Texts stand as they were written, no Markdown of a model or a visitor is rendered. What goes wrong is reported to the
 visitor in a sentence. Needs Gradio; `align.chat.web` serves the page.
 """
 
@@ -37,7 +37,7 @@ Changes = Iterator[dict[Any, Any]]
 
 @dataclass(frozen=True)
 class Talk:
-    """A visitor's conversation, and the answers to its last question; it goes on from the one that is `chosen`.
+    """A visitor's conversation, and the answers to its last question; it continues the one that is `chosen`.
 
     `names` are the answers' headings.
     """
@@ -128,13 +128,13 @@ class Page:
             "api_visibility": "private",
         }
         turn: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-        asked = self.box.submit(_told(self.ask), [self.box, self.talk, *self.wishes], **how, **turn)
-        again = self.retry_button.click(_told(self.retry), [self.talk, *self.wishes], **how, **turn)
+        asked = self.box.submit(_reporting_faults(self.ask), [self.box, self.talk, *self.wishes], **how, **turn)
+        again = self.retry_button.click(_reporting_faults(self.retry), [self.talk, *self.wishes], **how, **turn)
         stops = [asked, again]
         self.stop_button.click(None, cancels=stops, api_visibility="private")
-        self.clear_button.click(_told(self.clear), None, cancels=stops, **how)
+        self.clear_button.click(_reporting_faults(self.clear), None, cancels=stops, **how)
         for index, (_, _, button) in enumerate(self.cards):
-            button.click(_told(functools.partial(self.choose, index)), self.talk, cancels=stops, **how)
+            button.click(_reporting_faults(functools.partial(self.choose, index)), self.talk, cancels=stops, **how)
 
     def ask(self, message: dict[str, Any], talk: Talk, *wishes: float) -> Changes:
         """Ask what stands in the box; where the model refuses it, it stands there again."""
@@ -253,11 +253,12 @@ def _messages(talk: Talk) -> list[dict[str, Any]]:
     return messages
 
 
-def _told(control: Callable[..., Changes]) -> Callable[..., Changes]:
-    """A control whose faults are told to the visitor: those to be mended as they are, others without their details."""
+def _reporting_faults(control: Callable[..., Changes]) -> Callable[..., Changes]:
+    """A control whose faults are reported to the visitor: those to be fixed as they are,
+    others without their details."""
 
     @functools.wraps(control)
-    def told(*values: Any) -> Changes:
+    def reporting(*values: Any) -> Changes:
         # Told as a warning: after an error Gradio covers all that the control changes, the conversation too.
         try:
             yield from control(*values)
@@ -271,4 +272,4 @@ def _told(control: Callable[..., Changes]) -> Callable[..., Changes]:
             gr.Warning(text, duration=None, title="Not answered")
             yield gr.skip()
 
-    return told
+    return reporting

@@ -105,7 +105,7 @@ def chat_in_terminal(checkpoint: str, files: Sequence[Path], question: str | Non
     """Answer `question`, or whatever is typed until the end of input or an empty line.
 
     Raises:
-        UserError: a file or a question cannot be used; a person at a terminal is told and may go on.
+        UserError: a file or a question cannot be used; a person at a terminal sees why and may continue.
     """
     conversation = Conversation(Chat(checkpoint), files, settings)
     if question is not None:

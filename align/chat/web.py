@@ -1,6 +1,6 @@
 """Checkpoints in, a page out on which people talk to them, served until Ctrl-C.
 
-It listens on its own machine unless told otherwise, asks nothing of the network, and lets a browser fetch nothing but
+It listens on its own machine by default, asks nothing of the network, and lets a browser fetch nothing but
 its own parts and what was shown to it (`align.chat.guard`). Conversations live in memory;
 they and what was uploaded end with it.
 """

@@ -1,7 +1,7 @@
 """A configuration in, every problem that a run of it would meet out, before anything expensive begins.
 
 The checks are the stages' own, called here one after the other, so that all problems stand on one screen. No weight is
-loaded and nothing is written. What can be told only by running (memory, the shared prefix) is `align plan`'s and the
+loaded and nothing is written. What shows only by running (memory, the shared prefix) is `align plan`'s and the
 first batch's.
 """
 
@@ -98,7 +98,7 @@ def bad_lines(path: Path, kind: type[Record]) -> list[str]:
 
 
 def _questions(path: Path, found: Preflight, area: str) -> list[Question]:
-    """The questions of a file; where lines are bad, all of them are told and there are none."""
+    """The questions of a file; where lines are bad, all of them are reported and there are none."""
     if path.is_file():
         faults = bad_lines(path, Question)
         found.problems += [Problem(area, fault) for fault in faults[:SHOWN_LINES]]
@@ -356,7 +356,7 @@ def _servers(config: Config, found: Preflight) -> None:
             continue
         with _noting(found, name):
             if made_in_round is not None and config.rounds > 1:
-                # Later rounds must be told apart by their names.
+                # Later rounds must be distinguished by their names.
                 named_for_round(servers, 1)
             open_servers(servers, checkpoint, config.server, open_image=images.open, made_in_round=made_in_round)
             found.facts.append(f"{name}: {len(servers)} answer")

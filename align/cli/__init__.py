@@ -29,7 +29,7 @@ def main() -> None:
     except SystemExit as ended:
         # typer makes this of Ctrl-C, where the command itself does not take it.
         if isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
-            fail(WorkerError("interrupted; the same command goes on from here", 130, "users"))
+            fail(WorkerError("interrupted; the same command resumes from here", 130, "users"))
         raise
     except Exception as error:
         fault = worker_error_of(error)

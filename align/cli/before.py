@@ -168,7 +168,9 @@ def plan(
     set_: SetOption = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs in all; default: launch.num_processes.")] = None,
     gpu_memory: Annotated[float, typer.Option(min=0.1, help="Memory of each in GiB.")] = 80.0,
-    tflops: Annotated[float, typer.Option(min=0.001, help="What each achieves, in 10^12 operations a second.")] = 350.0,
+    tflops: Annotated[
+        float, typer.Option(min=0.001, help="What each achieves, in 10^12 operations per second.")
+    ] = 350.0,
     bandwidth: Annotated[float, typer.Option(min=0.001, help="Its memory's bandwidth in GB/s.")] = 2500.0,
     layer_us: Annotated[float, typer.Option(min=0, help="Microseconds of Python to start one layer.")] = 500.0,
     response_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of a response.")] = 200,

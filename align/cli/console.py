@@ -36,13 +36,13 @@ def warn(text: str | None) -> None:
 def stop(*_: object) -> None:
     """SIGTERM: what is finished is on the disk. Training takes the signal itself, to finish its step first."""
     if not is_reported():
-        log.info("stopped; the same command goes on from here")
+        log.info("stopped; the same command resumes from here")
     raise SystemExit(0)
 
 
 @contextlib.contextmanager
 def nothing_to_resume() -> Iterator[None]:
-    """For commands that only look: Ctrl-C and SIGTERM end them without a word about going on."""
+    """For commands that only look: Ctrl-C and SIGTERM end them without a word about resuming."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield

@@ -52,5 +52,5 @@ RedoOption = Annotated[
 ]
 
 ProcessesOption = Annotated[
-    int | None, typer.Option("--num-processes", "-n", min=1, help="Processes on this machine, one a GPU.")
+    int | None, typer.Option("--num-processes", "-n", min=1, help="Processes on this machine, one per GPU.")
 ]

@@ -119,7 +119,7 @@ def run(
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """All of it: every round, evaluation and the report. The same command goes on after an interruption."""
+    """All of it: every round, evaluation and the report. The same command resumes after an interruption."""
     from align.evaluation.table import print_table
     from align.loop import run_rounds
     from align.status.run_status import run_status

@@ -1,7 +1,7 @@
 """Tables of rows with their readers in; questions.jsonl or pairs.jsonl with their images out,
 and the counts of all of it.
 
-A row that cannot be used is reported with file and line and left out; the rest goes on. `import.json` beside the result
+A row that cannot be used is reported with file and line and left out; the rest is used. `import.json` beside the result
 keeps the counts, the first of the faults, and what became of every column.
 """
 

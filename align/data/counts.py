@@ -44,7 +44,7 @@ class ImportCounts:
         """Count a row that is left out, and say so of the first."""
         before = self.dropped.total()
         self.dropped[problem.reason] += copies
-        # Half a character is told as it is escaped: no log and no file could hold it.
+        # Half a character is reported as it is escaped: no log and no file could hold it.
         where, detail = (text.encode("utf-8", "backslashreplace").decode() for text in (where, str(problem)))
         if before < SHOWN:
             log.warning("%s: left out: %s", where, detail)

@@ -1,7 +1,7 @@
 """A JSON or JSON lines file in, its rows with their places out; in memory stands one row, however long the file.
 
-Whether a file holds an array or lines is told from its first character, not from its name. What cannot be read as a row
-comes out as the BadRow that says why, and the rest goes on.
+Whether a file holds an array or lines is found from its first character, not from its name. What cannot be read as a
+row comes out as the BadRow that says why, and the rest is used.
 """
 
 from __future__ import annotations

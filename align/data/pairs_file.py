@@ -1,7 +1,7 @@
 """A JSONL file of pairs that exist already in; the pairs that can be trained on out,
 and a count of the others by reason.
 
-A bad line is reported with file and line and left out; the rest goes on.
+A bad line is reported with file and line and left out; the rest is used.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def open_source(source: str, *, split: str = "train", subset: str | None = None)
 
 
 def source_folder(source: str) -> Path:
-    """The folder that image paths count from unless told otherwise."""
+    """The folder that image paths count from by default."""
     path = Path(source)
     return path if path.is_dir() else path.parent
 

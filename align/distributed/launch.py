@@ -65,8 +65,8 @@ def run_stage_command(
     be run on every machine, with the machine's own rank.
 
     Raises:
-        UserError: what one of them found the user can mend; each such fault once, however many have it.
-        SystemExit: with 0 where the processes were told to stop; with 1 where one failed otherwise,
+        UserError: what one of them found the user can fix; each such fault once, however many have it.
+        SystemExit: with 0 where the processes were asked to stop; with 1 where one failed otherwise,
             after its traceback.
     """
     ended = Ended(EXIT_RESTART)
@@ -79,7 +79,7 @@ def run_stage_command(
             # Restarted it must resume, not be discarded again.
             redo = False
     if ended.stopped:
-        log.info("stopped; the same command goes on from here")
+        log.info("stopped; the same command resumes from here")
         raise SystemExit(0)
     if ended.code:
         raise_collected(ended, f"`align {stage} --round {number}`")
@@ -87,7 +87,7 @@ def run_stage_command(
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch ended: its exit code, whether it was told to stop, and the faults that should be said."""
+    """How a launch ended: its exit code, whether it was asked to stop, and the faults that should be said."""
 
     code: int
     stopped: bool = False

@@ -42,7 +42,7 @@ LOST = "the connection to another process was lost; what that one died of stands
 class WorkerError:
     """Why a process ends: `text` for a person, `code` to exit with; `kind` says whose fault it is.
 
-    `trace` is the traceback of a fault of ours, empty for everything that a person can mend.
+    `trace` is the traceback of a fault of ours, empty for everything that a person can fix.
     """
 
     text: str
@@ -68,7 +68,7 @@ def worker_error_of(error: Exception) -> WorkerError:
     # A full disk, a read-only folder, a file that vanished: the machine's state, not a bug of ours.
     problem = writing_failed(error)
     if problem is not None:
-        return WorkerError(f"{problem}; mend that, and the same command goes on from here", USERS_FAULT, "users")
+        return WorkerError(f"{problem}; fix that, and the same command resumes from here", USERS_FAULT, "users")
     trace = traceback.format_exc().rstrip()
     return WorkerError(f"{type(error).__name__}: {error}", OUR_FAULT, "ours", trace)
 

@@ -1,4 +1,4 @@
-"""Training that ran out of memory is tried again with less at a time: half as many pairs, twice as many times a step.
+"""Training that ran out of memory is tried again with less at a time: half as many pairs, twice as many times per step.
 
 Where it was left to the memory model how many layers are recomputed (`align.dpo.recomputation`), all are, before that.
 
@@ -52,7 +52,7 @@ def remember_smaller_batch(trainer_folder: Path, fields: dict[str, Any]) -> None
     now = before // 2 if before % 2 == 0 else 1
     steps = accumulated * (before // now)
     _note(trainer_folder, now, steps, checkpointing=bool(fields[checkpointing_field()]))
-    log.warning("out of memory with %d pairs at a time: going on with %d, and %d times a step", before, now, steps)
+    log.warning("out of memory with %d pairs at a time: continuing with %d, and %d times per step", before, now, steps)
 
 
 def _note(trainer_folder: Path, batch: int, accumulated: int, *, checkpointing: bool) -> None:
@@ -68,7 +68,7 @@ def note_on_batch(trainer_folder: Path) -> dict[str, str]:
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
     every = ", every layer recomputed" if found.get("gradient_checkpointing") else ""
-    return {"batch": f"memory ran out: {found[FIELDS[0]]} pairs at a time, {found[FIELDS[1]]} times a step{every}"}
+    return {"batch": f"memory ran out: {found[FIELDS[0]]} pairs at a time, {found[FIELDS[1]]} times per step{every}"}
 
 
 def _path(trainer_folder: Path) -> Path:

@@ -127,7 +127,7 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any process of the launch has been told to stop; every process must ask."""
+        """Whether any process of the launch has been asked to stop; every process must ask."""
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             flag = torch.tensor(float(self.requested), device=device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)

@@ -250,7 +250,7 @@ class DpoStage:
         return f"/{lora['quantize']}" if lora is not None and is_quantised(lora) else ""
 
     def _train(self, trainer: PairTrainer) -> None:
-        """Train from the last trainer checkpoint, if there is one; SystemExit when told to stop on the way."""
+        """Train from the last trainer checkpoint, if there is one; SystemExit when asked to stop on the way."""
         last = last_checkpoint(self.this.trainer, world_size())
         if last is not None:
             log.info("training resumes from %s", last)
@@ -259,7 +259,7 @@ class DpoStage:
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         state = trainer.state
-        # One process may have been told after the last step, when nobody asks any more.
+        # One process may have been asked to stop after the last step, when nobody asks any more.
         if stop.agreed(trainer.args.device):
             log.info(
                 "stopped at step %d of %d; `align dpo --round %d` resumes from there",

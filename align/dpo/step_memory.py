@@ -59,7 +59,7 @@ class How:
     `triton`: TRL's kernels of the head are there, as on a GPU; without them it scores every position, with copies, and
     dropout keeps numbers where a GPU keeps truth values. `quantised`:
     the linear layers under an adapter have four bits.
-    `dropout`: an adapter's dropout acts, which TRL switches off unless told otherwise. `kept_layers`: of the language
+    `dropout`: an adapter's dropout acts, which TRL switches off by default. `kept_layers`: of the language
     model, whose activations are kept although those of the others are recomputed (`checkpointing`).
     """
 

@@ -80,7 +80,7 @@ class Engine(JudgeModel, Protocol):
 
     notes: dict[str, str]
     """What the manifest and the report should say, e.g. {"shared_prefix": "exact, max error 1e-6"} or the reason for
-    the unshared path, and how often the batch was halved for want of memory."""
+    the unshared path, and how often the batch was halved when memory ran out."""
 
     def sample(
         self,

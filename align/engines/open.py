@@ -194,7 +194,7 @@ def open_hosted(
 def served_as(servers: Sequence[Server], made_in_round: int | None = None) -> dict[str, str]:
     """For a manifest's inputs: the names that the model is served under, nothing where it is opened in this process.
 
-    URLs are left out: an interrupted stage may go on with other servers of the same model.
+    URLs are left out: an interrupted stage may resume with other servers of the same model.
 
     >>> served_as([Server(url="http://a", model="policy-{round}"), Server(url="http://b")], 0)
     {'served as': 'its path, policy-0'}

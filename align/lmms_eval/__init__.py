@@ -3,7 +3,7 @@
 lmms-eval prepares the questions and computes the metrics; the checkpoint is opened by this toolkit's loader, native
 families included, and answers through its engine. Each task is one entry of a manifest in
 the folder `lmms-eval/` beside the
-results: finished responses are kept, the same command goes on after an interruption, a finished task does nothing.
+results: finished responses are kept, the same command resumes after an interruption, a finished task does nothing.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _evaluated(work: Work, name: str, answerer: Answerer) -> dict[str, Any]:
     return found or {}
 
 
-_KEPT = "mend that; the responses are kept, and the same command goes on"
+_KEPT = "fix that; the responses are kept, and the same command resumes"
 
 
 def _write_summary(work: Work, digest: str) -> None:

@@ -188,7 +188,7 @@ class ImageChatProcessor(ProcessorMixin):
         Other keywords go to the template.
 
         Several conversations are padded, on the left where `add_generation_prompt`,
-        so that `generate` can go on from them.
+        so that `generate` can continue them.
         """
         if template_kwargs.pop("truncation", None):
             raise ValueError("truncation is not supported: it would cut images in two")

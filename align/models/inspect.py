@@ -68,7 +68,7 @@ def inspect_checkpoint(
 
 
 def expected_shared_prefix(model: Any) -> str:
-    """What can be told of the shared prefix without running the model; the first batch of a run decides."""
+    """What is known of the shared prefix without running the model; the first batch of a run decides."""
     try:
         use_shared_prefix(model)
     except (PrefixUnsupported, AttributeError, NotImplementedError) as error:

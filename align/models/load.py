@@ -49,7 +49,7 @@ def load_model(
         "use_safetensors": None if allow_pickle else True,
         "weights_only": True,
         "output_loading_info": True,
-        # They are told below, with their shapes.
+        # They are reported below, with their shapes.
         "ignore_mismatched_sizes": True,
     }
     if device is not None and torch.device(device).type != "cpu":

@@ -1,6 +1,6 @@
 """Names of a model's parts in, its parameters out: what is trained, what is frozen, what learns at its own rate.
 
-Parts are told apart by the names of the modules on a parameter's path, which differ between families but always say
+Parts are distinguished by the names of the modules on a parameter's path, which differ between families but always say
 what they are (``multi_modal_projector``, ``mm_projector``, ``connector``; ``vision_tower``, ``visual``). No list of
 architectures is kept.
 """

@@ -26,14 +26,14 @@ CONFIG_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_
 
 
 def needs_torchvision(processor_class: type[ProcessorMixin]) -> bool:
-    """Whether a processor class cannot be loaded as it is for want of torchvision."""
+    """Whether a processor class cannot be loaded as it is without torchvision."""
     return VIDEO_ATTRIBUTE in processor_class.get_attributes() and importlib.util.find_spec("torchvision") is None
 
 
 def processor_class(folder: Path, config: dict[str, Any]) -> type[ProcessorMixin] | None:
     """transformers' processor class of a local folder: the one its files name, else that of its model type.
 
-    Where transformers withholds it for want of torchvision, it is our own in its place.
+    Where transformers withholds it without torchvision, it is our own in its place.
     """
     named = [read_json(folder / name).get("processor_class") for name in CONFIG_FILES if (folder / name).is_file()]
     for name in (*named, PROCESSOR_MAPPING_NAMES.get(config.get("model_type", ""))):

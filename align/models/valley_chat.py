@@ -18,7 +18,7 @@ NUM_VIDEO_FRAMES = 8
 
 
 class ValleyChatProcessor(ImageChatProcessor):
-    """Base of both families' processors; what its settings mean is told there."""
+    """Base of both families' processors; what its settings mean is documented there."""
 
     def __init__(
         self,

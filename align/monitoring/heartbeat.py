@@ -62,7 +62,7 @@ class Work:
 
     @property
     def speed(self) -> float:
-        """Things of this process a second, over the last steps."""
+        """Things of this process per second, over the last steps."""
         since, count = self._marks[0]
         return (self.own - count) / max(time.monotonic() - since, 1e-6)
 

@@ -209,7 +209,7 @@ def sharing(config: Config, model: Any) -> tuple[bool, bool, list[str]]:
 
 
 def training_how(config: Config, machine: Machine, *, shared: bool = True) -> How:
-    """How the configuration trains on GPUs: float32 weights with bfloat16 arithmetic unless told otherwise."""
+    """How the configuration trains on GPUs: float32 weights with bfloat16 arithmetic by default."""
     fields = config.dpo.trainer_fields()
     weight_bytes = 4 if config.model.dtype in ("auto", "float32") else 2
     return How(

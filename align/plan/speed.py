@@ -9,7 +9,7 @@ code. And each layer's operations must be started by Python (`layer_us`): beside
 for it, and on top of it on a CPU. Nothing here is fitted to a model; `scripts/check_plan.py --times` holds it against
 measured seconds.
 
-The processor's work on images is measured while prompts are counted (`PromptSize.prepared_s`); it, too, goes on beside
+The processor's work on images is measured while prompts are counted (`PromptSize.prepared_s`); it, too, runs beside
 a GPU. Left out: loading checkpoints, decoding pictures, the equivalence check on the first batch, stragglers.
 """
 

@@ -48,7 +48,7 @@ class BranchedSize:
 
 @dataclass(frozen=True)
 class Training:
-    """How a round is trained: pairs a question, their lengths, and what a step is."""
+    """How a round is trained: pairs per question, their lengths, and what a step is."""
 
     pairs: float
     chosen: float

@@ -184,5 +184,5 @@ def wrong_layouts(layout: Layout) -> dict[str, Layout]:
 
 def _in_float32(half: Equivalence, full: Equivalence) -> Equivalence:
     """What both comparisons say together, the first of which agrees and cannot tell."""
-    reason = f"{full.reason} in float32, where right and wrong can be told apart; as computed {half.difference}"
+    reason = f"{full.reason} in float32, where right and wrong can be distinguished; as computed {half.difference}"
     return replace(full, reason=reason if full.exact else full.reason + " in float32")

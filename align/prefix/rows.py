@@ -1,6 +1,6 @@
 """A processor's inputs for the prompts in; the backbone's inputs for rows `[prompt | segments]` out.
 
-Positions of segments go on from the end of their prompt. Models with several position axes (Qwen-VL, GLM-V) give the
+Positions of segments continue from the end of their prompt. Models with several position axes (Qwen-VL, GLM-V) give the
 prompt's positions themselves, through their own `get_rope_index`; a segment's token is plain text there, with the same
 position on all axes.
 """

@@ -336,7 +336,7 @@ def _bounded(name: str, interval: Interval) -> Interval:
 
 
 def _read_log(this: Round, problems: list[str]) -> list[dict[str, float]]:
-    """The trainer's history: of the checkpoint; while training goes on, what it has logged so far."""
+    """The trainer's history: of the checkpoint; while training runs, what it has logged so far."""
     states = [this.checkpoint / "trainer_state.json"]
     logged = list(iter_objects(this.trainer / "metrics.jsonl", problems)) if not states[0].is_file() else []
     if logged:

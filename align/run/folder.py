@@ -190,7 +190,8 @@ class Round:
     def discard(self, stage: str) -> None:
         """Take back a stage and all later ones of this round: their entries in the manifest and their files.
 
-        The manifest is told first: killed in between, the stages count as not begun, and `settle` removes what is left.
+        The manifest is written first: killed in between, the stages count as not begun,
+        and `settle` removes what is left.
         """
         later = stages_from(stage)
         self.manifest.mark_discarded(row.name for row in later)

@@ -28,7 +28,7 @@ class StageEntry(BaseModel):
     `settings` and `inputs` (name to content hash) are those it was begun with; `outputs` are the files it wrote, by
     name, with their hashes; `counts` what was kept and dropped by reason; `notes` what it fell back to; `cost` what all
     attempts in all processes took (`align.monitoring.cost`), `seconds` of it the main process's; `refused` why it did
-    not go on; `image_root` the folder of the images it looked at, for the report. A stage may add facts of its own.
+    not continue; `image_root` the folder of the images it looked at, for the report. A stage may add facts of its own.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -106,7 +106,7 @@ class Manifest:
         """Enter a stage; returns False when it is complete already. Its images may move to another folder meanwhile.
 
         Raises:
-            UserError: the stage was begun with other settings or other inputs; going on would mix the two.
+            UserError: the stage was begun with other settings or other inputs; resuming would mix the two.
         """
         settings = json.loads(json.dumps(settings, default=str))
         where = {"image_root": str(image_root)} if image_root is not None else {}
@@ -130,7 +130,7 @@ class Manifest:
         return not self.complete(name)
 
     def note(self, name: str, **facts: Any) -> None:
-        """Add facts to a stage that has begun and is not complete: `counts` so far, why it `refused` to go on."""
+        """Add facts to a stage that has begun and is not complete: `counts` so far, why it `refused` to continue."""
         entry = self.stage(name)
         if entry is not None and not entry.complete:
             self._put(name, entry.model_copy(update=facts))

@@ -101,7 +101,7 @@ def batches(things: Sequence[ThingT], size: int) -> Iterator[list[ThingT]]:
 def finish(
     manifest: Manifest, stage: str, *, outputs: Iterable[Path], counts: dict[str, Any], notes: dict[str, str]
 ) -> None:
-    """Mark the stage complete, on the main process, and let no process go on before it is."""
+    """Mark the stage complete, on the main process, and let no process continue before it is."""
     save_cost()
     barrier()
     if is_main_process():

@@ -47,7 +47,8 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """`working` says which process is at work, empty where none is; `next_command` what goes on, None while one is."""
+    """`working` says which process is at work, empty where none is; `next_command` what resumes it,
+    None while one is."""
 
     path: Path
     stages: list[StageStatus]
@@ -104,7 +105,7 @@ class RunMonitor:
 
     @staticmethod
     def _next(rounds: list[Round], complete: bool) -> str:
-        """The command that goes on: of a run that `align run` would refuse, the one that makes it whole again."""
+        """The command that resumes: of a run that `align run` would refuse, the one that makes it whole again."""
         for this in rounds:
             for name, entry in this.manifest.begun().items():
                 if entry.complete and name in STAGES and _missing(this, name, entry):

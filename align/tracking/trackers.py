@@ -4,7 +4,7 @@
     runs/NAME/tensorboard/rounds    counts and held-out numbers of every stage (step: round)
 
 The same two kinds of runs stand at Weights & Biases and MLflow, named "NAME round-1" and "NAME rounds"; a training that
-goes on after an interruption goes on there, too. A tracker that fails on the way is given up with a warning: what it
+resumes after an interruption resumes there, too. A tracker that fails on the way is given up with a warning: what it
 would have got stands in the run's folder anyway. Other trackers that transformers knows get the steps of training from
 transformers itself.
 """

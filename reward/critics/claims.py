@@ -182,7 +182,7 @@ def _before(text: str, start: int, end: re.Match[str]) -> str:
 
 
 def listed_claims(text: str) -> list[str]:
-    """The claims that a model listed, one a line, without bullets and repeats; none if it wrote NONE.
+    """The claims that a model listed, one per line, without bullets and repeats; none if it wrote NONE.
 
     >>> listed_claims("1. A cat sits.\\n2. It is black.\\n- A cat sits.")
     ['A cat sits.', 'It is black.']

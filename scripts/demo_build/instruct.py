@@ -1,6 +1,6 @@
 """Stages two and three: an instruct model that reads well, then one that sees but answers badly.
 
-Errors of sight cannot be mended by preferences among a model's own responses; habits can. So the policy of the demo
+Errors of sight cannot be fixed by preferences among a model's own responses; habits can. So the policy of the demo
 is the good model, trained on for a while on answers with a systematic fault a task.
 """
 

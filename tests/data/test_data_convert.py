@@ -118,7 +118,7 @@ def test_what_is_written_are_records_and_the_counts_stand_beside_them(tmp_path):
 
 
 def test_a_text_that_is_no_path_is_an_image_that_cannot_be_read(tmp_path):
-    # Base64 without the head of a data URI, and half a character, are told in short; the counts can be written.
+    # Base64 without the head of a data URI, and half a character, are reported in short; the counts can be written.
     save_pictures(tmp_path, 1)
     rows = [ask("0.png"), ask("iVBORw0KGgo" * 2000), ask("\ud83d.png"), ask("a\0b.png")]
     done = imported(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out", "plain")

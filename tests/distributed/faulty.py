@@ -21,7 +21,7 @@ def fine() -> None:
 
 @app.command()
 def bad_key() -> None:
-    """What a person can mend."""
+    """What a person can fix."""
     raise UserError("there is no key 'polcy'", where="align.yaml", fix="did you mean 'policy'?")
 
 

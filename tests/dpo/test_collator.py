@@ -52,7 +52,7 @@ def test_a_response_that_spells_special_tokens_is_tokenised_as_text(processor, i
 
 def test_a_response_with_no_other_tokens_for_a_placeholder_is_left_out_and_counted(processor, images):
     pairs = make_pairs(images.root, 2)
-    # Tokens that are not called special are found in any text, whatever the tokenizer is told.
+    # Tokens that are not called special are found in any text, however the tokenizer is configured.
     processor.tokenizer.add_tokens(["<picture>"])
     processor.video_token_id = processor.tokenizer.convert_tokens_to_ids("<picture>")
     spelling = pairs[0].model_copy(update={"rejected": [{"role": "assistant", "content": "a <picture>"}]})

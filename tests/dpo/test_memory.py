@@ -62,7 +62,7 @@ def test_training_goes_on_with_smaller_batches_and_the_same_steps(tmp_path, monk
         moved = (expected[name] - before[name]).norm()
         assert (expected[name] - found[name]).norm() <= 1e-2 * moved + 1e-6, name
     notes = round_1(short).manifest.stage("dpo").notes
-    assert notes["batch"] == "memory ran out: 1 pairs at a time, 4 times a step"
+    assert notes["batch"] == "memory ran out: 1 pairs at a time, 4 times per step"
     assert "batch" not in round_1(plenty).manifest.stage("dpo").notes
 
 

@@ -35,7 +35,7 @@ def test_two_processes_train_as_one(tmp_path, strategy):
     if strategy != "ddp":
         pytest.importorskip("deepspeed")
     alone = make_run(tmp_path, name="alone", dpo={"num_train_epochs": 1})
-    # Two pairs a step with images and without: the processes take different ways through the model.
+    # Two pairs per step with images and without: the processes take different ways through the model.
     pairs = make_pairs(tmp_path / "images", 6, num_images=(1, 0, 2, 1))
     write_jsonl(round_1(alone).pairs, pairs)
     run_dpo(alone, 1)

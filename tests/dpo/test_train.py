@@ -115,7 +115,7 @@ class StopAtStep(TrainerCallback):
 
 
 def stop_once(monkeypatch, step: int) -> None:
-    """The next training is told to stop while it does `step` + 1."""
+    """The next training is asked to stop while it does `step` + 1."""
     make_trainer = DpoStage.make_trainer
 
     def with_signal(self, *args):

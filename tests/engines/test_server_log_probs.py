@@ -124,7 +124,7 @@ def test_log_probs_of_options_of_many_tokens_equal_the_local_engines(serve_model
         assert np.isfinite(theirs).all()
         np.testing.assert_allclose(mine, theirs, atol=2e-5)
     assert "options judged by their first tokens alone" not in engine.notes
-    assert "goes on with a begun answer" in engine.notes["servers"]
+    assert "continues a partial answer" in engine.notes["servers"]
 
 
 def test_greedy_samples_and_judgements_equal_the_local_engines(serve_model, onevision):
@@ -167,7 +167,7 @@ def test_a_server_without_alternatives_has_its_verdict_read_from_its_text():
     (found,) = engine.log_probs([an_ask(("The first", "The second", "Neither"))])
     server.stop()
     assert found.tolist() == [[-math.inf, 0.0, -math.inf]] * 2
-    assert engine.notes["verdicts read from text, for want of log-probabilities"] == "2"
+    assert engine.notes["verdicts read from text, without log-probabilities"] == "2"
 
 
 def test_a_verdict_that_cannot_be_read_chooses_nothing():

@@ -138,7 +138,7 @@ def test_sampling_judging_and_evaluation_on_servers_with_a_key(fresh, judging):
     manifest = (fresh / "runs/run/round-1/manifest.json").read_text()
     stages = json.loads(manifest)["stages"]
     assert stages["score"]["inputs"]["critic"] == "served: policy"
-    assert "verdicts read from text, for want of log-probabilities" in stages["score"]["notes"]
+    assert "verdicts read from text, without log-probabilities" in stages["score"]["notes"]
     assert (fresh / "runs/run/round-0/evaluation.json").exists()
     written = b"".join(path.read_bytes() for path in (fresh / "runs").rglob("*") if path.is_file())
     assert KEY.encode() not in written

@@ -36,7 +36,7 @@ def model(golden):
 
 @pytest.fixture(scope="module")
 def processor(golden):
-    """With few visual tokens an image, where the family lets one choose."""
+    """With few visual tokens per image, where the family lets one choose."""
     return load_processor(golden.folder, **({"image_aspect_ratio": "pad"} if golden is ONEVISION else {}))
 
 

@@ -230,7 +230,7 @@ def test_full_size_shapes(model_class, config_class, sizes, vocab_size, num_tens
     with torch.device("meta"):
         model = model_class(config_class(vocab_size=vocab_size, **sizes))
     parameters = dict(model.named_parameters())
-    # Nine tensors a layer, embedding, head and last norm; 391 of CLIP; weight and bias of the projection.
+    # Nine tensors per layer, embedding, head and last norm; 391 of CLIP; weight and bias of the projection.
     assert num_tensors == 9 * sizes["num_hidden_layers"] + 3 + 391 + 2
     assert len(parameters) == num_tensors
     width = sizes["hidden_size"]

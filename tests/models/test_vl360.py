@@ -268,7 +268,7 @@ def test_full_size_shapes(sizes, num_tensors, num_parameters):
         config = QH360VLConfig(proj_2=True, visual_projector_config={"num_queries": 576}, **sizes)
         model = QH360_VL_LlamaForCausalLM(config)
     parameters = dict(model.named_parameters())
-    # Nine tensors a layer and three; 391 of CLIP; two projectors of 83: six blocks of 13, two linears, a table.
+    # Nine tensors per layer and three; 391 of CLIP; two projectors of 83: six blocks of 13, two linears, a table.
     assert num_tensors == 9 * config.num_hidden_layers + 3 + 391 + 2 * (6 * 13 + 4 + 1)
     assert len(parameters) == num_tensors
     assert sum(parameter.numel() for parameter in parameters.values()) == num_parameters

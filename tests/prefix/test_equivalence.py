@@ -105,7 +105,7 @@ def long_prompt(dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor], Layou
 def test_what_half_precision_hides_is_told_apart_in_float32():
     found = check_equivalence(*long_prompt(torch.bfloat16))
     assert found.exact
-    assert "in float32, where right and wrong can be told apart" in found.reason
+    assert "in float32, where right and wrong can be distinguished" in found.reason
     assert found.difference.largest < 1e-5 < found.wrong["positions shifted by one"].largest
 
 

@@ -63,10 +63,7 @@ class PromptComparison:
             raise UserError(
                 f"the server reads a prompt with {kind} as {at}: it would answer another question",
                 where=url,
-                fix=(
-                    "serve the checkpoint as `align serve` does, or set server.compare_prompts=false to go on all the"
-                    " same"
-                ),
+                fix=("serve the checkpoint as `align serve` does, or set server.compare_prompts=false to continue"),
             )
         self.compared[kind] += 1
 

@@ -80,7 +80,7 @@ class Abilities:
             "n" if self.several else "one sample a request",
             *(["top_k"] if self.extras else []),
             *([f"top_logprobs {self.top_log_probs}"] if self.top_log_probs else []),
-            *(["goes on with a begun answer"] if self.continues else []),
+            *(["continues a partial answer"] if self.continues else []),
         ]
         return ", ".join(words)
 

@@ -102,7 +102,7 @@ class ServerEngine:
         if missed:
             raise UserError(
                 f"{len(missed)} of {len(requests)} questions got no answer from the servers:\n{_listed(missed)}",
-                fix="the others are kept: mend the server or these questions and run the same command again",
+                fix="the others are kept: fix the server or these questions and run the same command again",
             )
 
     def loglikelihood(
@@ -218,7 +218,7 @@ class ServerEngine:
         await self._compare(bare_messages(branched, branch), branched.images, first)
         written = read_steps(first.data["choices"][0])
         if written is None:
-            self.counts["verdicts read from text, for want of log-probabilities"] += 1
+            self.counts["verdicts read from text, without log-probabilities"] += 1
             return from_text(branched.options, first.choices[0].text), first.endpoint
 
         async def after(begun: bytes) -> list[Step] | None:
@@ -266,7 +266,7 @@ class ServerEngine:
             raise UserError(
                 f"the servers answered none of the last {self.num_missed_in_a_row}"
                 f" questions:\n{_listed(self.failures)}",
-                fix="mend what they say, then run the same command again: what was answered is kept",
+                fix="fix what they say, then run the same command again: what was answered is kept",
             )
 
 
@@ -280,7 +280,7 @@ def _options_body(messages: list[dict[str, Any]], endpoint: Endpoint, max_tokens
 def _continued_body(
     messages: list[dict[str, Any]], endpoint: Endpoint, begun: bytes, max_tokens: int
 ) -> dict[str, Any] | None:
-    """None where the endpoint does not go on with answers, or this one ends within a character."""
+    """None where the endpoint does not continue answers, or this one ends within a character."""
     try:
         text = begun.decode()
     except UnicodeDecodeError:

@@ -166,7 +166,7 @@ class Fleet:
 
     async def _check(self) -> None:
         deadline = time.monotonic() + self.settings.wait_s
-        told = ""
+        said_last = ""
         async with _client() as client:
             while True:
                 faults = await asyncio.gather(*(_fault(endpoint, client) for endpoint in self.endpoints))
@@ -182,9 +182,9 @@ class Fleet:
                         ("a server does not have the model:\n" if wrong else "no server answers:\n") + said,
                         fix="serve the model under this name (docs/serving.md), or set server.wait_s to wait for it",
                     )
-                if said != told:
+                if said != said_last:
                     log.info("waiting up to %g s for the servers:\n%s", self.settings.wait_s, said)
-                    told = said
+                    said_last = said
                 await asyncio.sleep(min(2.0, self.settings.wait_s))
 
     async def _take(self, prefer: Endpoint | None) -> Endpoint:
@@ -288,7 +288,7 @@ class Fleet:
         if self._all_are_out():
             raise UserError(
                 "no server is left:\n" + _list((endpoint, endpoint.last_error) for endpoint in self.endpoints),
-                fix="start them again; the same command goes on, what is finished is kept",
+                fix="start them again; the same command resumes, what is finished is kept",
             )
 
     def _pause_s(self, tries: int) -> float:

@@ -1,8 +1,8 @@
 """Log-probabilities of whole options from a server that shows, for every token it writes, the likeliest alternatives.
 
 The server writes its answer greedily. An option shares its first tokens with that answer, then leaves it by one of the
-alternatives; what comes after is learnt by letting the server go on from there. So every option gets the sum over all
-its tokens, as from a model in this process, and an option outside of the alternatives gets -inf.
+alternatives; what comes after is learnt by letting the server continue from there. So every option gets the sum over
+all its tokens, as from a model in this process, and an option outside of the alternatives gets -inf.
 
 Left out on purpose: `prompt_logprobs`, which would do it in one request but returns a line for every image token and
 switches the server's prefix cache off.
@@ -29,7 +29,7 @@ class Step:
     log_probs: dict[bytes, float]
 
 
-# What the server writes after a begun answer; None where it cannot be asked to go on.
+# What the server writes after a begun answer; None where it cannot be asked to continue.
 After = Callable[[bytes], Awaitable[list[Step] | None]]
 
 
@@ -63,8 +63,8 @@ def _steps(choice: dict[str, Any]) -> list[Step] | None:
 async def option_log_probs(options: Sequence[str], after: After) -> tuple[np.ndarray, bool]:
     """`(num_options,)` float64, and whether all are sums over whole options.
 
-    Where the server cannot go on, options that left its answer by the same token share that token's probability evenly,
-    which is exact up to the token and a bound for the rest.
+    Where the server cannot continue, options that left its answer by the same token share that token's probability
+    evenly, which is exact up to the token and a bound for the rest.
     """
     found = np.full(len(options), -math.inf)
     whole = True
@@ -135,7 +135,7 @@ def from_text(options: Sequence[str], text: str) -> np.ndarray:
 
 
 def num_tokens_to_see(options: Sequence[str]) -> int:
-    """How far the server writes at first: enough for most options to end; it is asked to go on for longer ones."""
+    """How far the server writes at first: enough for most options to end; it is asked to continue for longer ones."""
     return max(len(option.encode()) for option in options) // 2 + 1
 
 

@@ -126,7 +126,7 @@ class Replicas:
         return _Replica(launch, port, path, process)
 
     def _wait(self) -> None:
-        began = told = time.monotonic()
+        began = reported = time.monotonic()
         waiting = list(self._replicas)
         log.info("starting %s on %s; logs: %s-*.log", self.model, ", ".join(one.url for one in waiting), self.logs)
         while waiting:
@@ -139,8 +139,8 @@ class Replicas:
             now = time.monotonic()
             if waiting and now - began > self.start_timeout_s:
                 raise _not_started(f"a server does not answer after {self.start_timeout_s:g} s", waiting[0])
-            if waiting and now - told > TELL_EVERY_S:
-                told = now
+            if waiting and now - reported > TELL_EVERY_S:
+                reported = now
                 ready = len(self._replicas) - len(waiting)
                 log.info("%d of %d servers answer after %s", ready, len(self._replicas), duration(now - began))
             if waiting:

@@ -8,7 +8,7 @@ Standard input is a pipe that the starting process holds. A byte in it says that
 before that has a fault that a restart would only repeat. It closes however that process ends, also by SIGKILL; the
 server is then asked to stop (SIGTERM), and after STOP_S seconds it and all that it started are killed. On Linux what
 the server leaves behind is adopted by this process, and the server dies with this process too. Exits with 0 when it was
-told to stop, with 1 when the server has died and is not restarted.
+asked to stop, with 1 when the server has died and is not restarted.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def main(arguments: list[str]) -> int:
     """Run the command and keep it running; returns its exit code."""
     max_restarts, stop_s, command = int(arguments[0]), float(arguments[1]), arguments[2:]
     started_by = os.getppid()
-    told: list[int] = []
+    asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: told.append(number))
+        signal.signal(number, lambda number, frame: asked.append(number))
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     answered = False
     for restart in range(max_restarts + 1):
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         while server.poll() is None:
             read = _read(sys.stdin.fileno(), LOOK_EVERY_S)
             answered = answered or bool(read)
-            if told or read == b"" or os.getppid() != started_by:
+            if asked or read == b"" or os.getppid() != started_by:
                 _stop(server, stop_s)
                 return 0
         _kill_descendants()

@@ -3,7 +3,7 @@
 A head of d channels becomes one of P. Rotary embeddings turn channel i together with i + d/2, so each half is put at
 the front of its padded half; a base of `theta ** (P / d)` gives the same frequencies. Attention then divides by sqrt(P)
 instead of sqrt(d), which queries scaled by sqrt(P / d) make up for. vLLM's Qwen2 derives the width of a head from the
-others; its Llama can be told, and with a bias on queries, keys and values alone it computes the same.
+others; its Llama can be configured, and with a bias on queries, keys and values alone it computes the same.
 """
 
 from __future__ import annotations

@@ -342,7 +342,7 @@ def _join(parts: list[dict], *, mark: bool) -> tuple[str, bool]:
 
 
 def _pictures_per_text(images: Any, names_image: list[bool]) -> list[list[Any]]:
-    """The pictures of every text. Raises ValueError where it cannot be told which belong to which."""
+    """The pictures of every text. Raises ValueError where it is unclear which belong to which."""
     given = list(images) if isinstance(images, (list, tuple)) else ([] if images is None else [images])
     if any(isinstance(own, (list, tuple)) for own in given):
         if len(given) != len(names_image):

@@ -159,7 +159,10 @@ class SampleSettings(Section):
     max_new_tokens: int = Field(1024, ge=1, description="a response longer than this is cut and marked 'length'")
     until_pair: bool = Field(
         False,
-        description="draw further responses to questions without two different complete ones, until there are two or max_responses",
+        description=(
+            "draw further responses to questions without two different complete ones, until there are two or"
+            " max_responses"
+        ),
     )
     max_responses: int = Field(
         16, ge=2, le=256, description="for until_pair: most responses per question, the first ones included"

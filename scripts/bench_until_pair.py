@@ -3,8 +3,8 @@
     python scripts/bench_until_pair.py --folder build/until-pair
 
 Every setting runs the demo's rounds with the critic model on the same questions; a run that is complete is not
-repeated. A table of the share of questions that end with a pair, the tokens sampled, and what the held-out accuracy gained
-for them; markdown for docs/benchmarks.md.
+repeated. A table of the share of questions that end with a pair, the tokens sampled, and what the held-out accuracy
+gained for them; markdown for docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -72,8 +72,10 @@ def outcome(config: Config) -> Outcome:
 def table(found: dict[str, list[Outcome]]) -> str:
     """A line per setting, the mean over seeds, with each seed's accuracy and gain."""
     lines = [
-        "| responses | questions with a pair, by round | tokens sampled | sampled accuracy, by seed | hallucination, by seed "
-        "| points per 10,000 tokens, by seed |",
+        (
+            "| responses | questions with a pair, by round | tokens sampled | sampled accuracy, by seed |"
+            " hallucination, by seed | points per 10,000 tokens, by seed |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     for setting, outcomes in found.items():

@@ -55,7 +55,8 @@ class SampleResult:
 
 @dataclass(frozen=True)
 class FurtherSamples:
-    """What is drawn beyond `SampleRequest.num_samples`, behind the same prompt: the next samples of the question's seed.
+    """What is drawn beyond `SampleRequest.num_samples`, behind the same prompt:
+    the next samples of the question's seed.
 
     `wanted` gets the samples so far and says how many further ones to draw; it is asked again until it says 0.
     `temperature` is theirs; None: that of the settings.

@@ -48,8 +48,9 @@ def choose(
 ) -> Tensor:
     """Tokens `(N,)` int64 from fp32 logits `(N, V)` and `(N,)` numbers in [0, 1); greedy at temperature 0.
 
-    `temperatures` `(N,)` fp32, above 0, take the place of that of the settings. The order is that of generate: temperature, then top-k, then top-p of what is left. Of top-p, the tokens are kept
-    before which, in falling order, less than `top_p` of the probability stands; so at least one is.
+    `temperatures` `(N,)` fp32, above 0, take the place of that of the settings. The order is that of generate:
+    temperature, then top-k, then top-p of what is left. Of top-p, the tokens are kept before which, in falling order,
+    less than `top_p` of the probability stands; so at least one is.
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)

@@ -91,6 +91,7 @@ def _checked(
     from align.engines.server.chat import scaled_down
     from align.engines.server.comparison import PromptComparison, check_weights
     from align.engines.server.engine import ServerEngine
+    from align.engines.server.own_processor import OwnProcessor
 
     engine = ServerEngine(endpoints, open_image=open_image, settings=settings)
     engine.check()
@@ -101,11 +102,12 @@ def _checked(
     known = {check_weights(each.url, each.root, checkpoint) for each in endpoints if each.alive}
     engine.about["weights"] = "; ".join(sorted(known))
     engine.fleet.context = context_of(checkpoint)
+    engine.own = OwnProcessor(
+        lambda: load_processor(checkpoint, **processor),
+        lambda image: scaled_down(open_image(image), settings.max_image_pixels)[0],
+    )
     if settings.compare_prompts:
-        engine.comparison = PromptComparison(
-            lambda: load_processor(checkpoint, **processor),
-            lambda image: scaled_down(open_image(image), settings.max_image_pixels)[0],
-        )
+        engine.comparison = PromptComparison(engine.own)
     return engine
 
 

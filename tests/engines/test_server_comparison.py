@@ -116,6 +116,21 @@ def test_equally_many_other_tokens_are_seen_where_the_server_returns_them(serve,
         ask(engine_on(wrong, checkpoint), 1)
 
 
+def test_texts_are_those_of_the_checkpoints_own_tokenizer_where_the_server_returns_tokens(checkpoint):
+    """vLLM writes an answer behind its prompt: with the space that a tokenizer puts in front of every word."""
+    tokenizer = load_processor(checkpoint).tokenizer
+    ids = [*tokenizer("a red cup", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    server = StubServer(answer=lambda body: completion([" a red cup"], token_ids=ids))
+    engine = engine_on(server, checkpoint, compare_prompts=False)
+    assert ask(engine, 1)["0"].texts == ("a red cup",)
+    assert engine.generate([BranchedPrompt((), None, "Is it ", (("red",),), "?", ())], max_new_tokens=4) == [
+        ["a red cup"]
+    ]
+    elsewhere = open_servers([Server(url=server.url, model=MODEL)], None, FAST, open_image=lambda image: image)
+    assert ask(elsewhere, 1)["0"].texts == (" a red cup",)
+    server.stop()
+
+
 def test_a_critics_prompts_are_compared_too(serve, checkpoint):
     engine = engine_on(serve(lambda images: 3), checkpoint)
     prompt = BranchedPrompt(tuple(pictures(1)), None, "Is it ", (("red",),), "?", ("yes", "no"))

@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from align.engines.server.chat import num_prompt_tokens
+from align.engines.server.own_processor import OwnProcessor
 from align.errors import UserError
-from align.log import log
-from align.models.messages import IMAGE_MARK
 from align.run.hashes import checkpoint_hash
 
 PER_KIND = 2
 
 
 class PromptComparison:
-    """Compares the first prompts of each kind; `processor` opens the checkpoint's own when it is first needed.
+    """Compares the first prompts of each kind with what the checkpoint's own processor makes of them."""
 
-    `open_image`: an image as it is sent.
-    """
-
-    def __init__(self, processor: Callable[[], Any], open_image: Callable[[Any], Any]) -> None:
-        self._open_processor, self._open_image = processor, open_image
-        self._prompter: Any = None
+    def __init__(self, own: OwnProcessor) -> None:
+        self._own = own
         self._one_at_a_time = threading.Lock()
         self._taken: Counter[str] = Counter()
         self.compared: Counter[str] = Counter()
@@ -47,7 +42,7 @@ class PromptComparison:
             if self._taken[kind] >= PER_KIND:
                 return
             self._taken[kind] += 1
-            ours = self._ours(messages, images)
+        ours = self._own.prompt_tokens(messages, images)
         if ours is None:
             return
         theirs = answer.get("prompt_token_ids")
@@ -67,35 +62,10 @@ class PromptComparison:
             )
         self.compared[kind] += 1
 
-    def _ours(self, messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[int] | None:
-        """The tokens of a prompt; None where it cannot be made here: then there is nothing to compare."""
-        from align.engines.prompts import Prompter
-
-        try:
-            if self._prompter is None:
-                self._prompter = Prompter(self._open_processor(), self._open_image)
-            if self._says_special(messages):
-                return None
-            text = self._prompter.render(messages)
-            return self._prompter.encode([text], [list(images)])["input_ids"][0].tolist()
-        except (UserError, ValueError, OSError) as error:
-            log.warning("a prompt is not compared with the server's: %s", error)
-            return None
-
-    def _says_special(self, messages: Sequence[dict[str, Any]]) -> bool:
-        """Whether a text spells out a special token, which a server may take for one and a model here never does."""
-        special = [IMAGE_MARK, *self._prompter.tokenizer.all_special_tokens]
-        texts = [part.get("text", "") for message in messages for part in _parts(message["content"])]
-        return any(token in text for text in texts for token in special)
-
     def in_words(self) -> str:
         """For the manifest: what was equal."""
         kinds = ", ".join(f"{count} with {kind}" for kind, count in sorted(self.compared.items()))
         return f"equal to the checkpoint's own processor: {kinds}" if kinds else "not compared"
-
-
-def _parts(content: Any) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
 def check_weights(url: str, root: str | None, checkpoint: str) -> str:

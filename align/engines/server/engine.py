@@ -31,6 +31,7 @@ from align.engines.server.comparison import PromptComparison
 from align.engines.server.endpoint import Endpoint, RefusedError
 from align.engines.server.fleet import Answer, Fleet, UnansweredError
 from align.engines.server.options import Step, from_text, num_tokens_to_see, option_log_probs, read_steps
+from align.engines.server.own_processor import OwnProcessor
 from align.engines.server.probe import CONTINUE, continued
 from align.errors import UserError
 from align.log import log
@@ -61,6 +62,8 @@ class ServerEngine:
         self.notes: dict[str, str] = {}
         self.about: dict[str, str] = {}
         self.comparison: PromptComparison | None = None
+        self.own: OwnProcessor | None = None
+        """The checkpoint's own processor, where it lies here."""
 
     def check(self) -> None:
         """Raises UserError where the servers do not answer or have another model."""
@@ -137,7 +140,8 @@ class ServerEngine:
             messages = branch_messages(prompts[index], branch, uris)
             answer = await self._post(lambda e: greedy_body(messages, e.abilities, max_new_tokens), prefer)
             await self._compare(bare_messages(prompts[index], branch), prompts[index].images, answer)
-            texts[index][branch] = answer.choices[0].text
+            (choice,) = await asyncio.to_thread(self._own_texts, answer.choices[:1])
+            texts[index][branch] = choice.text
             return answer.endpoint
 
         self._answer(prompts, fill)
@@ -175,7 +179,7 @@ class ServerEngine:
             if answer.endpoint.abilities.several and len(choices) < num:
                 answer.endpoint.abilities.several = False
                 log.info("asked one by one: %s gave %d choices instead of %d", answer.endpoint, len(choices), num)
-            return choices[:num], answer.endpoint
+            return await asyncio.to_thread(self._own_texts, choices[:num]), answer.endpoint
 
         choices, endpoint = await draw(wanted[0], len(wanted))
         rest = await asyncio.gather(*(draw(index, 1, endpoint) for index in wanted[len(choices) :]))
@@ -230,6 +234,15 @@ class ServerEngine:
         values, whole = await option_log_probs(branched.options, after)
         self.counts["options judged by their first tokens alone"] += not whole
         return values, first.endpoint
+
+    def _own_texts(self, choices: Sequence[Choice]) -> list[Choice]:
+        """Choices with the texts that the checkpoint's own tokenizer makes of their tokens, where both are known."""
+        if self.own is None:
+            return list(choices)
+        texts = [self.own.text(choice.token_ids) if choice.token_ids else None for choice in choices]
+        return [
+            choice if text is None else replace(choice, text=text) for choice, text in zip(choices, texts, strict=True)
+        ]
 
     async def _compare(self, messages: list[dict[str, Any]], images: Sequence[Any], answer: Answer) -> None:
         if self.comparison is not None:

@@ -300,6 +300,10 @@ class EvaluateSettings(Section):
         default_factory=list,
         description="endpoints that serve the round's checkpoint: URLs, or {url, model, api_key_env}",
     )
+    first_policy_servers: Servers = Field(
+        default_factory=list,
+        description="endpoints that serve the first policy, for the KL where `servers` are named; empty: no KL then",
+    )
 
 
 class LaunchSettings(Section):

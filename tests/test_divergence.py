@@ -20,7 +20,8 @@ from align.evaluation.kl import OneModel, divergence
 from align.monitoring.cost import cost_counter
 from align.records import Evaluation, ResponseLogProbs, read_jsonl
 from align.run.folder import RunDir
-from tests.engines.stub_server import StubServer
+from tests.engines.prompt_reader import prompt_read
+from tests.engines.stub_server import StubServer, completion
 from tests.stage_runs import make_project, write_lines
 from tests.tiny_models import llava_onevision_processor
 
@@ -134,6 +135,40 @@ def test_an_interrupted_evaluation_weighs_no_question_twice_and_ends_like_an_uni
     assert not list(this.path.glob("*.part-*"))
 
 
+def test_on_servers_it_is_the_difference_of_what_they_find_of_the_prompts(fresh):
+    """The checkpoint's server finds every token as likely as exp(-1), the first policy's as exp(-1.25)."""
+    processor = llava_onevision_processor()
+    tokens = [*processor.tokenizer.encode("a cup", add_special_tokens=False), processor.tokenizer.eos_token_id]
+
+    def weighing(log_prob):
+        def answer(body):
+            if "prompt_logprobs" not in body:
+                return completion(["a cup"] * body.get("n", 1), token_ids=tokens)
+            ids = prompt_read(processor, body["messages"])
+            entries = [None, *({str(token): {"logprob": log_prob}} for token in ids[1:])]
+            return completion(["x"]) | {"prompt_token_ids": ids, "prompt_logprobs": entries}
+
+        return answer
+
+    ours = StubServer(models=("policy-1",), answer=weighing(-1.0))
+    first = StubServer(models=("start",), answer=weighing(-1.25))
+    try:
+        _, metrics, stage = evaluated(
+            fresh,
+            temperature=1.0,
+            servers=[{"url": ours.url, "model": "policy-{round}"}],
+            first_policy_servers=[{"url": first.url, "model": "start"}],
+        )
+    finally:
+        ours.stop()
+        first.stop()
+    assert metrics["kl"]["mean"] == pytest.approx(0.25 * len(tokens))
+    assert metrics["kl_per_token"]["mean"] == pytest.approx(0.25)
+    assert metrics["kl"]["count"] == 5
+    assert stage.notes["kl"].startswith("both policies at temperature 1")
+    assert {"log-probs-own.jsonl", "log-probs-first.jsonl"} <= stage.outputs.keys()
+
+
 def test_a_served_policy_is_left_out_with_a_note(fresh):
     server = StubServer(models=("policy-1",))
     try:
@@ -141,7 +176,7 @@ def test_a_served_policy_is_left_out_with_a_note(fresh):
     finally:
         server.stop()
     assert "kl" not in metrics
-    assert stage.notes["kl"].startswith("left out: servers give no log-probabilities")
+    assert stage.notes["kl"] == "left out: no server has the first policy (evaluate.first_policy_servers)"
     assert not this.own_log_probs.exists()
 
 

@@ -350,12 +350,13 @@ def _servers(config: Config, found: Preflight) -> None:
         "sample.servers": (config.sample.servers, config.policy, 0),
         "critic.servers": (config.critic.servers, config.critic.model, None),
         "evaluate.servers": (config.evaluate.servers, config.policy, 0),
+        "evaluate.first_policy_servers": (config.evaluate.first_policy_servers, config.policy, 0),
     }
     for name, (servers, checkpoint, made_in_round) in named.items():
         if not servers:
             continue
         with _noting(found, name):
-            if made_in_round is not None and config.rounds > 1:
+            if made_in_round is not None and config.rounds > 1 and name != "evaluate.first_policy_servers":
                 # Later rounds must be distinguished by their names.
                 named_for_round(servers, 1)
             open_servers(servers, checkpoint, config.server, open_image=images.open, made_in_round=made_in_round)

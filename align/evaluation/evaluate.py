@@ -17,7 +17,7 @@ from align.engines.judge import plan_critic
 from align.engines.open import open_policy, served_as
 from align.engines.vllm.hosting import choose
 from align.errors import UserError, reward_faults
-from align.evaluation.kl import SERVED, OneModel, divergence, is_measured, log_probs_of_both
+from align.evaluation.kl import OneModel, divergence, is_measured, log_probs_of_both, why_not_measured
 from align.evaluation.summary import EvaluationSummary, read_summary
 from align.evaluation.win_rate import WinRate, has_judge, win_rates
 from align.log import log
@@ -65,11 +65,13 @@ def run_evaluate(config: Config, number: int) -> None:
         )
 
     def open_engine(name: str, engine: str = config.evaluate.engine) -> Engine:
+        # The first policy beside a round's own checkpoint: for the KL.
+        is_other = bool(config.evaluate.servers) and name != checkpoint
         return open_policy(
             config,
             name,
-            config.evaluate.servers,
-            made_in_round=number,
+            config.evaluate.first_policy_servers if is_other else config.evaluate.servers,
+            made_in_round=0 if is_other else number,
             open_image=images.open,
             engine=engine,
             logs=this.server_logs / STAGE,
@@ -81,8 +83,9 @@ def run_evaluate(config: Config, number: int) -> None:
         return _answer(config, models.get(checkpoint), todo, on_record, keep_tokens=is_measured(config, number))
 
     done = map_resumable(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
-    if is_measured(config, number) and choose(config.evaluate.engine, checkpoint, config.vllm)[0]:
-        # vLLM gives no log-probabilities of given responses at a temperature.
+    hosted = not config.evaluate.servers and choose(config.evaluate.engine, checkpoint, config.vllm)[0]
+    if is_measured(config, number) and hosted:
+        # Exactly, and for every token that was drawn; servers can neither (align.engines.server.prompt_log_probs).
         models.close()
         models = OneModel(lambda name: open_engine(name, "local"))
     moved, notes = _moved(config, this, checkpoint, done.records, models)
@@ -102,7 +105,7 @@ def run_evaluate(config: Config, number: int) -> None:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    left_out = {"questions", "image_root", "servers", "engine", "stop_if_worse"}
+    left_out = {"questions", "image_root", "servers", "first_policy_servers", "engine", "stop_if_worse"}
     return {"evaluate": config.evaluate.model_dump(exclude=left_out), "seed": config.seed}
 
 
@@ -121,8 +124,8 @@ def _moved(
 ) -> tuple[dict[str, Interval], dict[str, str]]:
     """The KL divergence from the first policy, where it can be estimated, and what the manifest should say of it."""
     if not is_measured(config, this.number):
-        served = config.evaluate.kl and config.evaluate.servers and this.number
-        return {}, {"kl": SERVED} if served else {}
+        why = why_not_measured(config) if this.number else None
+        return {}, {"kl": why} if why else {}
     own, first, notes = log_probs_of_both(config, this, checkpoint, lines, models)
     at = f"both policies at temperature {config.evaluate.temperature:g}, on the checkpoint's own samples"
     return divergence(own, first), notes | {"kl": at}
@@ -252,7 +255,7 @@ def _answer(
     def keep_sampled(result: SampleResult) -> None:
         question = by_id[result.id]
         sampled = _evaluated(result, question)
-        if keep_tokens:
+        if keep_tokens and result.token_ids:
             for response, token_ids in zip(sampled, result.token_ids, strict=True):
                 response.token_ids = list(token_ids)
         on_record(Evaluation(id=result.id, question=question, greedy=greedy[result.id], sampled=sampled))

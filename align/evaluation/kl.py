@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from align.engines.base import Engine
 
 QUESTIONS_AT_A_TIME = 256
-SERVED = "left out: servers give no log-probabilities of given responses (evaluate.servers)"
+# What servers say of the responses that they weighed.
+WEIGHED = ("log-probabilities", "responses not weighed")
 # More digits would say how the responses were put into batches.
 DIGITS = 5
 
@@ -64,21 +65,34 @@ class OneModel:
 
 
 def is_measured(config: Config, number: int) -> bool:
-    """Whether the KL of a round is estimated: not that of the first policy from itself, and not on servers."""
-    return config.evaluate.kl and number > 0 and not config.evaluate.servers
+    """Whether the KL of a round is estimated: not that of the first policy from itself."""
+    return config.evaluate.kl and number > 0 and why_not_measured(config) is None
+
+
+def why_not_measured(config: Config) -> str | None:
+    """Why the KL that is wanted is not estimated on servers; None where it is, or is not wanted."""
+    evaluate = config.evaluate
+    if not evaluate.kl or not evaluate.servers:
+        return None
+    if not evaluate.first_policy_servers:
+        return "left out: no server has the first policy (evaluate.first_policy_servers)"
+    if evaluate.temperature > 1:
+        return "left out: servers weigh no responses at a temperature above 1 (evaluate.temperature)"
+    return None
 
 
 def log_probs_of_both(
     config: Config, this: Round, checkpoint: str, lines: Sequence[Evaluation], models: OneModel
 ) -> tuple[list[ResponseLogProbs], list[ResponseLogProbs], dict[str, str]]:
     """The sampled responses of `lines` under the checkpoint that gave them and under the first policy, and notes."""
-    own, _ = _log_probs(
+    own, own_notes = _log_probs(
         config, this.own_log_probs, checkpoint, lines, models, f"round {this.number}: log-probabilities"
     )
     first, notes = _log_probs(
         config, this.first_log_probs, config.policy, lines, models, f"round {this.number}: under the first policy"
     )
-    return own, first, {f"{name} of the first policy": text for name, text in notes.items()}
+    weighed = {f"{name} of the checkpoint": text for name, text in own_notes.items() if name in WEIGHED}
+    return own, first, weighed | {f"{name} of the first policy": text for name, text in notes.items()}
 
 
 def _log_probs(

@@ -8,6 +8,7 @@ the server's own; they differ from those of a model in this process by its arith
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from align.engines.server.fleet import Answer, Fleet, UnansweredError
 from align.engines.server.options import Step, from_text, num_tokens_to_see, option_log_probs, read_steps
 from align.engines.server.own_processor import OwnProcessor
 from align.engines.server.probe import CONTINUE, continued
+from align.engines.server.prompt_log_probs import Weighed, given_body, weigh
 from align.errors import UserError
 from align.log import log
 from reward.judge_model import BranchedPrompt
@@ -115,8 +117,70 @@ class ServerEngine:
         *,
         temperature: float = 1.0,
     ) -> None:
-        """Raises UserError: the interface has no log-probabilities of given tokens behind images."""
-        raise UserError("servers give no log-probabilities of given responses", fix="leave evaluate.servers empty")
+        """The log-probability of every token of given responses, from a server's prompt log-probabilities.
+
+        A response that the server cuts into other tokens, or refuses, gets nan and is counted in `notes`.
+
+        Raises:
+            UserError: the server has no prompt log-probabilities, the temperature is above 1, or the checkpoint, whose
+                tokenizer says what was drawn, does not lie here.
+        """
+        if self.own is None or temperature > 1:
+            why = "the checkpoint does not lie here" if self.own is None else f"temperature {temperature:g} is above 1"
+            raise UserError(f"servers cannot weigh given responses: {why}", fix="set evaluate.kl to false")
+        own = self.own
+        num_alternatives = 0 if temperature == 1 else self.settings.top_logprobs
+        off: list[float] = []
+
+        async def one(item: GivenResponses) -> None:
+            uris = await self._uris(item.images)
+            messages = chat_messages(item.messages, uris)
+            prompt = await asyncio.to_thread(own.prompt_tokens, item.messages, item.images)
+
+            async def row(token_ids: Sequence[int]) -> list[float]:
+                found = None
+                text = await asyncio.to_thread(own.text, token_ids) if prompt is not None and token_ids else None
+                if text is not None:
+                    body = given_body(messages, text, num_alternatives)
+                    found = await self._weigh(item.id, body, prompt or [], token_ids, temperature)
+                if found is None:
+                    self.counts["responses not weighed"] += 1
+                    return [math.nan] * max(len(token_ids), 1)
+                off.append(found.uncertainty)
+                return found.log_probs
+
+            on_result(item.id, list(await asyncio.gather(*map(row, item.token_ids))))
+
+        self._run(given, one)
+        if off and num_alternatives:
+            self.notes["log-probabilities"] = (
+                f"from the {num_alternatives} likeliest tokens of each place: a response's may be off by up to "
+                f"{max(off):.2g} nats, by {math.fsum(off) / len(off):.2g} on average"
+            )
+
+    async def _weigh(
+        self,
+        what: str,
+        body: dict[str, Any],
+        prompt: Sequence[int],
+        token_ids: Sequence[int],
+        temperature: float,
+    ) -> Weighed | None:
+        """None where the server refuses the request, or reads other tokens than were drawn."""
+        try:
+            answer = await self._post(lambda _: body, None)
+        except RefusedError as error:
+            self._missed(what, str(error))
+            return None
+        self._answered()
+        try:
+            return weigh(answer.data, prompt, token_ids, temperature)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the server gives no prompt log-probabilities ({type(error).__name__}: {error})",
+                where=answer.endpoint.url,
+                fix="serve it with vLLM, or set evaluate.kl to false",
+            ) from None
 
     def log_probs(self, prompts: Sequence[BranchedPrompt]) -> list[Any]:
         """Per prompt `(num_branches, num_options)` float64; a row of nan where a branch failed.

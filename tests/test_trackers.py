@@ -108,7 +108,7 @@ def test_a_training_that_goes_on_leaves_one_curve(tmp_path):
     config = config_of(tmp_path)
     for begin, end in ((0, 5), (3, 7)):
         with tracking(config, "round-1") as trackers:
-            trackers.go_on_after(begin)
+            trackers.resume_after(begin)
             for step in range(begin + 1, end + 1):
                 trackers.log({"train/loss": 10.0 * begin + step}, step)
     steps = curves(tmp_path / "runs/mine/tensorboard/round-1")["train/loss"]

@@ -46,7 +46,7 @@ class StepTracker(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A callback of the trainer's."""
         if state.is_world_process_zero:
-            self.trackers.go_on_after(state.global_step)
+            self.trackers.resume_after(state.global_step)
 
     def on_log(
         self,
@@ -123,6 +123,7 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and end after this step, where any process was asked to stop."""
         if self.agreed(args.device):
             control.should_save = control.should_training_stop = True
 

@@ -187,20 +187,17 @@ class ImageChatProcessor(ProcessorMixin):
         line break. Where the texts say `<image>` as often as there are image parts, they place the images.
         Other keywords go to the template.
 
-        Several conversations are padded, on the left where `add_generation_prompt`,
-        so that `generate` can continue them.
+        Several conversations are padded, on the left where `add_generation_prompt`, for `generate` to continue them.
         """
         if template_kwargs.pop("truncation", None):
             raise ValueError("truncation is not supported: it would cut images in two")
         conversations, is_batch = ([conversation], False) if _is_one(conversation) else (list(conversation), True)
         if not all(conversations):
             raise ValueError("expected at least one message, found an empty conversation")
-        batches = {}
-        for kind, given in (("image", images), ("video", videos)):
-            batches[kind] = [None] * len(conversations) if given is None else (list(given) if is_batch else [given])
+        given = ([None] * len(conversations) if it is None else it if is_batch else [it] for it in (images, videos))
         placed = [
             self._place(messages, {"image": own, "video": own_videos})
-            for messages, own, own_videos in zip(conversations, batches["image"], batches["video"], strict=True)
+            for messages, own, own_videos in zip(conversations, *given, strict=True)
         ]
         texts = [
             self.tokenizer.apply_chat_template(

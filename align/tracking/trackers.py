@@ -40,7 +40,7 @@ ROUNDS = "rounds"
 class Tracker(Protocol):
     """One place that numbers go to, open for one run of numbers."""
 
-    def go_on_after(self, step: int) -> None:
+    def resume_after(self, step: int) -> None:
         """What was logged of later steps is done again."""
 
     def log(self, numbers: dict[str, float], step: int) -> None:
@@ -93,9 +93,9 @@ class Trackers:
     open: dict[str, Tracker] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
-    def go_on_after(self, step: int) -> None:
+    def resume_after(self, step: int) -> None:
         """Forget what was sent of later steps: they are trained again."""
-        self._each(lambda tracker: tracker.go_on_after(step))
+        self._each(lambda tracker: tracker.resume_after(step))
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         """Send metrics of a step to all."""
@@ -177,7 +177,7 @@ class _TensorBoard:
         if part != ROUNDS:
             log.info("tracking: tensorboard --logdir %s", folder.parent)
 
-    def go_on_after(self, step: int) -> None:
+    def resume_after(self, step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         start = SessionLog(status=SessionLog.START)
@@ -218,7 +218,7 @@ class _Wandb:
             where = self._run.dir if self._run.offline else self._run.url
             log.info("tracking: wandb, %s", without_secrets(str(where)))
 
-    def go_on_after(self, step: int) -> None:
+    def resume_after(self, step: int) -> None:
         """Its steps only grow: what is done again is duplicated there, at the same point of the axis."""
 
     def log(self, numbers: dict[str, float], step: int) -> None:
@@ -250,7 +250,7 @@ class _MLflow:
         if part != ROUNDS:
             log.info("tracking: mlflow, experiment %s", name)
 
-    def go_on_after(self, step: int) -> None:
+    def resume_after(self, step: int) -> None:
         """It keeps a history: what is done again stands there twice."""
 
     def log(self, numbers: dict[str, float], step: int) -> None:

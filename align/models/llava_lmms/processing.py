@@ -102,18 +102,18 @@ def gather_frames(text: str, images: list[Any]) -> tuple[str, list[Any], list[An
     gathered = ""
     stills: list[Any] = []
     videos: list[list[Any]] = []
-    goes_on = False
+    continues = False
     for before, image in zip(pieces, images, strict=False):
         if not is_frame(image):
             gathered += before + IMAGE_MARK
             stills.append(image)
-            goes_on = False
-        elif goes_on and not before.strip(" "):
+            continues = False
+        elif continues and not before.strip(" "):
             videos[-1].append(image)
         else:
             gathered += before + VIDEO_MARK
             videos.append([image])
-            goes_on = True
+            continues = True
     return gathered + pieces[-1], stills, videos
 
 

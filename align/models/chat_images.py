@@ -199,23 +199,19 @@ class ImageChatProcessor(ProcessorMixin):
             self._place(messages, {"image": own, "video": own_videos})
             for messages, own, own_videos in zip(conversations, *given, strict=True)
         ]
-        texts = [
-            self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=chat_template or self.chat_template,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **template_kwargs,
-            )
-            for messages, _ in placed
-        ]
+        template_kwargs |= {
+            "chat_template": chat_template or self.chat_template,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        texts = [self.tokenizer.apply_chat_template(text, tokenize=False, **template_kwargs) for text, _ in placed]
         if not tokenize:
             return texts if is_batch else texts[0]
         side = "left" if padding_side is None and add_generation_prompt else padding_side
-        options: dict[str, Any] = {"padding": padding, "padding_side": side, "return_tensors": return_tensors}
-        options |= processor_kwargs or {}
+        options = {"padding": padding, "padding_side": side, "return_tensors": return_tensors} | (
+            processor_kwargs or {}
+        )
         if any(found["video"] for _, found in placed):
             options["videos"] = [found["video"] for _, found in placed]
         inputs = self(images=[found["image"] for _, found in placed], text=texts, **options)

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tests run side by side; each process computes on one thread.
 WORKERS ?= 2
 # What the tests want installed, and the file that pins all of it.
-EXTRAS := demo report servers deepspeed video sentencepiece web wandb mlflow lmms-eval lmms-eval-core docs dev
+EXTRAS := demo report servers deepspeed low-bit video sentencepiece web wandb mlflow lmms-eval lmms-eval-core docs dev
 LOCK := locks/dev.txt
 UV = $(BIN)/uv
 COMPILE = $(UV) pip compile --quiet --config-file locks/uv.toml --custom-compile-command 'make lock'

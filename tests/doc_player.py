@@ -53,6 +53,8 @@ SMALL = {
 # Also, where align.yaml has this line: held-out questions, and other ways where the tour's checkpoints cannot follow.
 ALSO = {
     "name: run": {"evaluate.questions": "data/eval.jsonl", "evaluate.image_root": "data"},
+    # Random rounding is for bfloat16 weights.
+    "name: one-gpu-full": {"dpo.optim": "adamw_torch", "dpo.optim_args": "null"},
     # The demo's critic writes no claims.
     "name: rlaif-v": {"critic.kind": "pointwise", "critic.options": "", "pairs.min_margin": "0"},
     # Its gate asks for a critic that looks, which only the demo's own prompt makes of the demo's.

@@ -30,6 +30,7 @@ NAMES = [
     "demo",
     "llava-critic-3-rounds",
     "llava-critic-3-rounds-onevision",
+    "one-gpu-full",
     "one-gpu-lora",
     "rlaif-v",
     "valley2-dpo",
@@ -82,6 +83,7 @@ def on_a_cpu(project):
         "dpo.gradient_accumulation_steps=1",
         "dpo.bf16=false",
         "dpo.optim=adamw_torch",
+        "dpo.optim_args=null",
     ]
 
 

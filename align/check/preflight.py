@@ -288,6 +288,7 @@ def _dpo(config: Config, found: Preflight) -> None:
 
     from align.data.pairs_file import read_pairs_file
     from align.dpo.check import check_pairs, check_trained
+    from align.dpo.optimizers import check_rounding
     from align.dpo.qlora import quantization
     from align.dpo.settings import training_arguments, training_fields
     from align.dpo.sharding.strategies import unsharded_models
@@ -301,7 +302,12 @@ def _dpo(config: Config, found: Preflight) -> None:
     with contextlib.suppress(UserError):
         device = pick_device(config.model.device)
     with _noting(found, "dpo"), tempfile.TemporaryDirectory() as folder, unsharded_models():
-        training_arguments(training_fields(config, Path(folder), device, training_dtype(config.model.dtype)))
+        dtype = training_dtype(config.model.dtype)
+        fields = training_fields(config, Path(folder), device, dtype)
+        training_arguments(fields)
+        strategy = config.launch.strategy if config.launch.num_processes * config.launch.num_machines > 1 else "ddp"
+        lost = check_rounding(fields, dtype, adapter=config.dpo.lora is not None, strategy=strategy)
+        found.facts += [f"careful: {lost}"] if lost else []
     with _noting(found, "dpo"):
         quantization(config.dpo.lora, device, config.launch.strategy)
     with _noting(found, "dpo"):

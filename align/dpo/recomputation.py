@@ -101,4 +101,5 @@ def how_trained(config: Config, fields: dict[str, Any], *, layout: LayoutName, s
         second_model=config.dpo.reference == "live" and config.dpo.lora is None,
         quantised=is_quantised(config.dpo.lora),
         dropout=fields.get("disable_dropout") is False,
+        optimizer=str(fields.get("optim", "adamw_torch")),
     )

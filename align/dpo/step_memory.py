@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from align.dpo.optimizers import state_bytes
 from align.models.shapes import ModelShape, Stack
 from align.prefix.token_stats import CHUNK_SIZE
 
@@ -60,7 +61,8 @@ class How:
     dropout keeps numbers where a GPU keeps truth values. `quantised`:
     the linear layers under an adapter have four bits.
     `dropout`: an adapter's dropout acts, which TRL switches off by default. `kept_layers`: of the language
-    model, whose activations are kept although those of the others are recomputed (`checkpointing`).
+    model, whose activations are kept although those of the others are recomputed (`checkpointing`). `optimizer`: its
+    name in `dpo.optim`.
     """
 
     strategy: str = "ddp"
@@ -76,6 +78,7 @@ class How:
     quantised: bool = False
     dropout: bool = False
     kept_layers: int = 0
+    optimizer: str = "adamw_torch"
 
     @property
     def casts(self) -> bool:
@@ -88,7 +91,7 @@ class How:
         return max(self.compute_bytes, self.weight_bytes)
 
     def trained_bytes(self, shape: ModelShape) -> int:
-        """Of a trained weight, its gradient and each of Adam's moments: adapters are fp32, on four bits bf16."""
+        """Of a trained weight and its gradient: adapters are fp32, on four bits bf16."""
         if not shape.adapter:
             return self.weight_bytes
         return 2 if self.quantised else 4
@@ -133,7 +136,7 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
         working, gradients = begin - activations - standing_gradients, standing_gradients
     else:
         activations, working, gradients = last, end - gradient_total - last, gradient_total
-    weights, optimiser = weight_bytes(shape, how), 2 * shape.trained * size
+    weights, optimiser = weight_bytes(shape, how), round(shape.trained * state_bytes(how.optimizer, size))
     weights += shape.weights * how.weight_bytes if how.second_model else 0
     if how.strategy == "ddp":
         # Gradients are exchanged in buckets, which are a second copy of them.
@@ -172,7 +175,7 @@ def _divided(shape: ModelShape, how: How, working: int) -> tuple[int, int, int, 
     ranks = how.num_processes
     own_copy = shape.weights * how.compute_bytes
     master = shape.trained * (4 if how.compute_bytes < 4 else 0)
-    states = shape.trained * 8 + master
+    states = round(shape.trained * state_bytes(how.optimizer, 4)) + master
     second = own_copy if how.second_model else 0
     if how.strategy == "zero2":
         # Gradients are reduced in buckets of 5e8 numbers, two of them at a time (overlap_comm).
@@ -186,7 +189,8 @@ def _divided(shape: ModelShape, how: How, working: int) -> tuple[int, int, int, 
     live = min(gathered, shape.weights) * how.compute_bytes + shape.largest_layer * stored
     whole = weight_bytes(shape, how) // ranks
     trained = shape.trained * how.trained_bytes(shape) // ranks
-    return whole * (2 if how.second_model else 1), trained, 2 * trained, working + live
+    states = round(shape.trained * state_bytes(how.optimizer, how.trained_bytes(shape))) // ranks
+    return whole * (2 if how.second_model else 1), trained, states, working + live
 
 
 def least_recomputation(shape: ModelShape, batch: StepBatch, how: How, usable_bytes: int) -> How:

@@ -19,6 +19,7 @@ from align.config import Config
 from align.distributed.ranks import EXIT_RESTART, start_process_group, world_size
 from align.dpo.auto_batch_size import remember_smaller_batch
 from align.dpo.check import check_trained
+from align.dpo.optimizers import check_rounding
 from align.dpo.qlora import quantization
 from align.dpo.settings import training_fields
 from align.dpo.sharding.strategies import (
@@ -59,7 +60,11 @@ def run_dpo(config: Config, number: int) -> None:
     if backend is not None:
         torch.cuda.set_device(device)
         start_process_group(backend)
-    state = process_state(training_fields(config, this.trainer, device, dtype))
+    fields = training_fields(config, this.trainer, device, dtype)
+    lost = check_rounding(fields, dtype, adapter=config.dpo.lora is not None, strategy=strategy)
+    if lost is not None:
+        log.warning("%s", lost)
+    state = process_state(fields)
     pairs = read_pairs(this)
     with state.main_process_first():
         if state.is_main_process:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from align.config import Config
+from align.dpo.optimizers import ROUNDING, ROUNDING_ARGUMENT, is_known, rounds_at_random
 from align.dpo.settings import AUTO
 from align.dpo.step_memory import (
     STRATEGIES,
@@ -37,7 +38,8 @@ from align.plan.stages import Lengths, StageCost, StagePlanner
 from align.records import Pair, read_jsonl, read_questions
 
 RESPONSE_TOKENS = 200
-# What is proposed where nothing else fits.
+# Weights of two bytes that still move, and what is proposed where nothing else fits.
+ROUNDED = ("model.dtype=bfloat16", f"dpo.optim={ROUNDING[0]}", f"dpo.optim_args={ROUNDING_ARGUMENT}=True")
 ADAPTER = {
     "r": 16,
     "lora_alpha": 32,
@@ -224,6 +226,7 @@ def training_how(config: Config, machine: Machine, *, shared: bool = True) -> Ho
         second_model=config.dpo.reference == "live" and config.dpo.lora is None,
         quantised=is_quantised(config.dpo.lora),
         dropout=fields.get("disable_dropout") is False,
+        optimizer=str(fields.get("optim", "adamw_torch")),
     )
 
 
@@ -275,6 +278,9 @@ class Changes:
         yield self._try(self.recompute, self.least, single=False)
         for strategy in (self.how.strategy, *self._spread):
             yield self._try([*self.one, *self.recompute], replace(self.least, strategy=strategy))
+        if self.config.dpo.lora is None and not rounds_at_random(self.config.dpo.trainer_fields()):
+            small = replace(self.least, weight_bytes=2, optimizer=ROUNDING[0])
+            yield self._try([*ROUNDED, *self.one, *self.recompute], small)
 
     def _of_training(self) -> Iterator[Change]:
         config, rest = self.config, [*self.one, *self.recompute]
@@ -410,6 +416,10 @@ def _assumptions(config: Config, machine: Machine, how: How, lengths: Lengths, s
             f" (sample.max_new_tokens) for memory; {config.pairs.max_per_question or 'all'} pairs per question"
             " (pairs.max_per_question)"
         )
+    if not is_known(how.optimizer):
+        lines.append(f"states of dpo.optim: {how.optimizer} counted as those of AdamW: their size is not known")
+    if how.optimizer.startswith("paged_"):
+        lines.append(f"states of dpo.optim: {how.optimizer} in the host's memory")
     if how.quantised:
         lines.append("four bits are arithmetic here: they were never measured")
     if shape.text.other_layers:

@@ -1,8 +1,8 @@
 """A CUDA device on the CPU build of torch: what a program does with it is noted, nothing is computed.
 
 Tensors on the CPU are real. Tensors on cuda are fake (shape, dtype, device, autograd); those of integers and truth
-values carry their contents beside them, so that code that reads masks and ids goes the way it would go. Floating-point
-contents are unknown and read as 0. Noted with the place in the code (`Log`): waits of the host for the device, the
+values carry their contents beside them (up to MAX_CONTENTS), so that code that reads masks and ids goes the way it
+would go. Floating-point contents are unknown and read as 0. Noted with the place in the code (`Log`): waits of the host for the device, the
 attention kernel of every call, the largest tensors; and counted: bytes alive, their peak, operations. A tensor on the
 wrong device raises, as it would on a GPU.
 
@@ -42,6 +42,8 @@ DATA_DEPENDENT = {
     aten.repeat_interleave.Tensor,
 }
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+# Masks and ids have fewer numbers; what has more (states of an optimiser in 8 bits) is read by nobody.
+MAX_CONTENTS = 2**20
 UNINITIALISED = ("empty_like", "new_empty", "new_empty_strided")
 
 
@@ -189,7 +191,7 @@ class Simulation(TorchDispatchMode):
 
     def _created(self, func: Any, args: Any, kwargs: Any) -> FakeTensor:
         form = func(*args, **{**kwargs, "device": "meta"})
-        if form.is_meta and not is_plain(form.dtype):
+        if form.is_meta and not (is_plain(form.dtype) and form.numel() <= MAX_CONTENTS):
             return self.new(form)
         real = func(*args, **{**kwargs, "device": "cpu"})
         return self.new(torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="meta"), real)
@@ -264,6 +266,8 @@ def _give_contents(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Compute integers and truth values for real, where all that they are made of is known."""
     name = func._schema.name.split("::")[1]
     made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, FakeTensor) and is_plain(leaf.dtype)]
+    if any(tensor.numel() > MAX_CONTENTS for tensor in made):
+        return
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
     if name not in UNINITIALISED and all(is_plain(leaf.dtype) for leaf in inputs):
         real_args, real_kwargs = tree_map_only(FakeTensor, contents, (args, kwargs))

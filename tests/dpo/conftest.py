@@ -115,6 +115,7 @@ def train_ours(
     *,
     layout: str = "plain",
     reference: list[tuple[float, float]] | None = None,
+    resume: str | None = None,
 ) -> PairTrainer:
     """Ours on a copy of `model`; the reference is live unless its log-probabilities are given."""
     trainer = PairTrainer(
@@ -125,7 +126,7 @@ def train_ours(
         data_collator=PairCollator(processor, images, layout=layout),
         processor=processor,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 

@@ -1,8 +1,8 @@
 """`dpo.optim` in, the bytes that its states take of a trained weight out, and whether it can move weights of bfloat16.
 
 The optimisers are transformers', by its names. Those of 8 and 4 bits keep a scale for every block of numbers
-(https://arxiv.org/abs/2110.02861, section 2.1). A weight of bfloat16 has 8 bits of mantissa: a step smaller than half of
-its last bit is lost, always, unless it is rounded at random in proportion to what is lost (stochastic rounding,
+(https://arxiv.org/abs/2110.02861, section 2.1). A weight of bfloat16 has 8 bits of mantissa: a step smaller than half
+of its last bit is lost, always, unless it is rounded at random in proportion to what is lost (stochastic rounding,
 https://arxiv.org/abs/2010.06192).
 """
 

@@ -54,7 +54,8 @@ class StageResult:
 class RunResult:
     """How a run ended: the results of its stages in order, its best checkpoint and its report.
 
-    `warnings`: rounds that were worse than their parents beyond chance; `stopped_early`: such a round ended the run
+    `warnings`: rounds that beyond chance were worse than their parents, or looked at the pictures less;
+    `stopped_early`: a worse one ended the run
     (`evaluate.stop_if_worse`), and `checkpoint` is the one before it.
     """
 
@@ -86,11 +87,11 @@ def run_rounds(config: Config, *, report: bool = True, critic: Callable[..., Any
         log.info("round %d of %d", last, config.rounds)
         for stage in stages_of(config, last):
             results.append(_run_one(config, stage, last, critic=critic if stage.name == "score" else None))
-        warning = warning_of(config, last)
-        if warning is not None:
+        found = warnings_of(config, last)
+        for warning in found.texts:
             log.warning("WARNING: %s", warning)
-            warnings.append(warning)
-            early = config.evaluate.stop_if_worse
+        warnings += found.texts
+        early = found.worse is not None and config.evaluate.stop_if_worse
         if early:
             break
     best = last - 1 if early else last
@@ -133,13 +134,27 @@ def run_stage(
     return result
 
 
-def warning_of(config: Config, number: int) -> str | None:
-    """What a person must know of a round that was evaluated: that it is worse than its parent beyond chance."""
-    if not number or config.evaluate.questions is None:
-        return None
-    from align.evaluation.evaluate import worse_than_parent
+@dataclass(frozen=True)
+class RoundWarnings:
+    """What a person must be told of a round that was evaluated: that it is worse than its parent, or looks less."""
 
-    return worse_than_parent(RunDir(config.run_dir), number)
+    worse: str | None = None
+    looks_less: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Those that there are."""
+        return [text for text in (self.worse, self.looks_less) if text is not None]
+
+
+def warnings_of(config: Config, number: int) -> RoundWarnings:
+    """How an evaluated round compares with its parent, beyond chance."""
+    if not number or config.evaluate.questions is None:
+        return RoundWarnings()
+    from align.evaluation.against_parent import looks_less_than_parent, worse_than_parent
+
+    run = RunDir(config.run_dir)
+    return RoundWarnings(worse_than_parent(run, number), looks_less_than_parent(run, number))
 
 
 def _look_first(config: Config) -> None:

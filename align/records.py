@@ -142,7 +142,9 @@ class Evaluated(Response):
     absent_named: list[str] = Field(
         default_factory=list, description="words of `absent_objects` that the response names"
     )
-    token_ids: list[int] = Field(default_factory=list, description="as drawn, of sampled responses (for the KL)")
+    token_ids: list[int] = Field(
+        default_factory=list, description="as drawn, where the response is weighed again (KL, other images)"
+    )
 
 
 class Evaluation(Record):
@@ -154,10 +156,17 @@ class Evaluation(Record):
     sampled: list[Evaluated] = Field(default_factory=list)
 
 
-class ResponseLogProbs(Record):
-    """How likely a policy finds the sampled responses of an `Evaluation`, in their order.
+class OtherImageAnswer(Record):
+    """The greedy response to a held-out question with other images than its own; `id` is `CONTROL:QUESTION`."""
 
-    `log_probs` are in nats, summed over `num_tokens` tokens each, at the temperature of the evaluation.
+    id: str
+    answer: Evaluated
+
+
+class ResponseLogProbs(Record):
+    """How likely a policy finds given responses to a question, in their order.
+
+    `log_probs` are in nats, summed over `num_tokens` tokens each.
     """
 
     id: str

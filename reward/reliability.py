@@ -347,31 +347,35 @@ def _winners(verdicts: Sequence[Verdict]) -> dict[tuple[int, int], int | None]:
     return {(verdict.first, verdict.second): verdict.winner for verdict in verdicts}
 
 
-def check_gates(gates: Mapping[str, float]) -> None:
+def check_gates(gates: Mapping[str, float], measures: Mapping[str, Measure] = MEASURES) -> None:
     """Raise RewardError unless every gate is `max_` or `min_` before the name of a measure."""
-    known = [f"{end}_{name}" for name in MEASURES for end in ("max", "min")]
+    known = [f"{end}_{name}" for name in measures for end in ("max", "min")]
     faults = []
     for gate in gates:
         if gate not in known:
             near = get_close_matches(gate, known, 1)
             faults.append(f"no gate is called {gate!r}" + (f" (did you mean {near[0]}?)" if near else ""))
     if faults:
-        raise RewardError("; ".join(faults) + f"; measures: {', '.join(MEASURES)}")
+        raise RewardError("; ".join(faults) + f"; measures: {', '.join(measures)}")
 
 
-def failed_gates(figures: Mapping[str, Figure], gates: Mapping[str, float]) -> list[str]:
-    """What a person's gates say against a critic, one line per failed gate; bias and correlations count by their size.
+def failed_gates(
+    figures: Mapping[str, Figure], gates: Mapping[str, float], measures: Mapping[str, Measure] = MEASURES
+) -> list[str]:
+    """What a person's gates say against what was measured, one line per failed gate.
+
+    Bias and correlations count by their size.
 
     A gate on something that could not be measured, or not often enough, fails: it was set because it matters.
 
     >>> failed_gates({"position_bias": Figure(value=-0.4, count=50, questions=9)}, {"max_position_bias": 0.2})
     ['position_bias is -0.4 (50 pairs judged in both orders), allowed at most 0.2 in size']
     """
-    check_gates(gates)
+    check_gates(gates, measures)
     lines = []
     for gate, limit in gates.items():
         end, name = gate.split("_", 1)
-        figure, known = figures.get(name), MEASURES[name]
+        figure, known = figures.get(name), measures[name]
         if figure is None:
             lines.append(f"{name} could not be measured, so {gate} ({limit:g}) does not hold")
             continue

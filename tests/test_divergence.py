@@ -16,7 +16,8 @@ from align.config import ModelSettings, load_config
 from align.engines.base import GivenResponses
 from align.engines.open import open_engine
 from align.evaluation.evaluate import run_evaluate
-from align.evaluation.kl import OneModel, divergence
+from align.evaluation.kl import divergence
+from align.evaluation.log_probs import OneModel
 from align.monitoring.cost import cost_counter
 from align.records import Evaluation, ResponseLogProbs, read_jsonl
 from align.run.folder import RunDir

@@ -1,7 +1,7 @@
 import json
 
 from align.config import load_config
-from align.evaluation.evaluate import worse_than_parent
+from align.evaluation.against_parent import worse_than_parent
 from align.evaluation.win_rate import _item, has_judge, summarise, win_rates
 from align.records import Evaluated, Evaluation, Question, Turn, write_jsonl
 from align.run.folder import RunDir

@@ -156,8 +156,11 @@ def _evaluation(config: Config, found: Preflight, *, decode: bool) -> None:
         found.facts.append("no held-out questions: nothing will be evaluated (evaluate.questions)")
         return
     from align.evaluation.evaluate import check_overlap
+    from align.evaluation.gates import check_gate_names
     from align.stages.sample import check_images
 
+    with _noting(found, "evaluation"):
+        check_gate_names(config.evaluate.gates)
     questions = _questions(config.evaluate.questions, found, "evaluation")[: config.evaluate.limit]
     images = evaluation_images(config)
     with _noting(found, "evaluation"):

@@ -105,11 +105,12 @@ def evaluate(
     done = _stage("evaluate", round_, config, set_, redo=redo, num_processes=num_processes)
     if is_main_process() and not is_started_by_align():
         from align.evaluation.table import print_table
-        from align.loop import warning_of
+        from align.loop import warnings_of
 
         loaded = _load(config, set_ or [])
         print_table({loaded.name: loaded.run_dir})
-        warn(warning_of(loaded, round_))
+        for warning in warnings_of(loaded, round_).texts:
+            warn(warning)
     say(f"{done.counts['questions']} held-out questions answered", next_command="align report")
 
 

@@ -276,6 +276,17 @@ class EvaluateSettings(Section):
             "estimate the KL divergence from the first policy on the sampled responses; loads both models in turn"
         ),
     )
+    image_dependence: int = Field(
+        128,
+        ge=0,
+        description="held-out questions asked again with a blank image and with another question's, "
+        "to see that the policy looks",
+    )
+    gates: dict[str, float] = Field(
+        default_factory=dict,
+        description="end the run after a round unless these hold, "
+        "e.g. {min_image_dependence: 0.5, min_image_dependence_change: -0.1}",
+    )
     stop_if_worse: bool = Field(
         False, description="end the run after a round that is worse than its parent by more than chance"
     )

@@ -2,7 +2,8 @@
 
 Asks every held-out question once greedily and `num_samples` times at a temperature. Round 0 is the first policy. Where
 the configured critic is a model, it also compares the greedy responses with those of the first policy and of the round
-before. How far a round has moved from the first policy is estimated on its sampled responses (align.evaluation.kl).
+before. How far a round has moved from the first policy is estimated on its sampled responses (align.evaluation.kl), and
+how far its answers depend on the picture by asking again with others (align.evaluation.image_dependence).
 """
 
 from __future__ import annotations
@@ -16,20 +17,31 @@ from align.distributed.ranks import is_main_process
 from align.engines.judge import plan_critic
 from align.engines.open import open_policy, served_as
 from align.engines.vllm.hosting import choose
-from align.errors import UserError, reward_faults
-from align.evaluation.kl import OneModel, divergence, is_measured, log_probs_of_both, why_not_measured
-from align.evaluation.summary import EvaluationSummary, read_summary
+from align.errors import UserError
+from align.evaluation.against_parent import image_dependence_changes
+from align.evaluation.gates import check_gate_names, check_gates
+from align.evaluation.grading import evaluated, hallucinates, is_right
+from align.evaluation.image_dependence import (
+    ask_again,
+    image_controls,
+    is_weighed,
+    looked,
+    measure_looking,
+    weigh_answers,
+)
+from align.evaluation.kl import divergence, is_measured, log_probs_of_both, why_not_measured
+from align.evaluation.log_probs import OneModel
+from align.evaluation.summary import EvaluationSummary
 from align.evaluation.win_rate import WinRate, has_judge, win_rates
 from align.log import log
-from align.media.images import evaluation_images
+from align.media.images import ImageStore, evaluation_images
 from align.models.video_questions import pick_frames
 from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
 from align.run.image_hashes import record_or_verify_images
-from align.run.sharding import OnRecord, batches, begin, finish, map_resumable
-from align.statistics import bootstrap_mean, distinct_n, is_refusal, paired_difference, repetition, words
-from reward.critics.verifier import grade
+from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
+from align.statistics import bootstrap_mean, distinct_n, is_refusal, repetition
 from reward.intervals import Interval
 
 if TYPE_CHECKING:
@@ -44,10 +56,12 @@ def run_evaluate(config: Config, number: int) -> None:
     """Evaluate a round's checkpoint (0: the first policy); does nothing when that has been done.
 
     Raises:
-        UserError: no held-out questions are named, the round has no checkpoint yet, or a question or image is bad.
+        UserError: no held-out questions are named, the round has no checkpoint yet, a question or image is bad, or a
+            gate does not hold (the evaluation is complete then).
     """
     if config.evaluate.questions is None:
         raise UserError("no held-out questions are named", fix="set evaluate.questions to a JSONL file")
+    check_gate_names(config.evaluate.gates)
     run = RunDir(config.run_dir)
     this = run.round(number)
     checkpoint = run.policy(number + 1, config.policy)
@@ -58,11 +72,45 @@ def run_evaluate(config: Config, number: int) -> None:
     inputs = _inputs(config, config.evaluate.questions, number, checkpoint)
     if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs, image_root=images.root):
         log.info("round %d is evaluated already: %s", number, this.evaluation)
+        check_gates(this, config.evaluate.gates)
         return
     if is_main_process():
         record_or_verify_images(
             run.evaluation_hashes, images, questions, otherwise="give the run another name: its rounds are compared"
         )
+
+    open_engine = _opener(config, this, checkpoint, images)
+    models = OneModel(open_engine)
+
+    def work(todo: list[Question], on_record: OnRecord) -> dict[str, str]:
+        return _answer(config, models.get(checkpoint), todo, on_record, keep=_kept_tokens(config, number))
+
+    done = map_resumable(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
+    controls = image_controls(config, questions, images)
+    again = ask_again(config, this, checkpoint, questions, controls, models) if controls else StageOutput([], {})
+    hosted = not config.evaluate.servers and choose(config.evaluate.engine, checkpoint, config.vllm)[0]
+    if _kept_tokens(config, number) and hosted:
+        # Exactly, and for every token that was drawn; servers can neither (align.engines.server.prompt_log_probs).
+        models.close()
+        models = OneModel(lambda name: open_engine(name, "local"))
+    weighed, notes = weigh_answers(config, this, checkpoint, done.records, controls, models)
+    moved, more_notes = _moved(config, this, checkpoint, done.records, models)
+    models.close()
+    counts = {"questions": len(questions), "questions_with_other_images": len({c.item.id for c in controls})}
+    if is_main_process():
+        intervals = measure(done.records) | moved | measure_looking(looked(done.records, again.records, weighed))
+        intervals |= image_dependence_changes(run, number)
+        counts |= _summarise(config, run, number, done.records, intervals)
+    outputs = [this.evaluation, this.evaluation_lines]
+    outputs += [this.other_image_answers] if controls else []
+    outputs += [this.image_log_probs] if weighed else []
+    outputs += [this.own_log_probs, this.first_log_probs] if is_measured(config, number) else []
+    finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=done.notes | notes | more_notes)
+    check_gates(this, config.evaluate.gates)
+
+
+def _opener(config: Config, this: Round, checkpoint: str, images: ImageStore) -> Callable[..., Engine]:
+    """What opens a checkpoint to be asked: on `evaluate.servers`, or on the engine that is configured or named."""
 
     def open_engine(name: str, engine: str = config.evaluate.engine) -> Engine:
         # The first policy beside a round's own checkpoint: for the KL.
@@ -71,41 +119,34 @@ def run_evaluate(config: Config, number: int) -> None:
             config,
             name,
             config.evaluate.first_policy_servers if is_other else config.evaluate.servers,
-            made_in_round=0 if is_other else number,
+            made_in_round=0 if is_other else this.number,
             open_image=images.open,
             engine=engine,
             logs=this.server_logs / STAGE,
         )
 
-    models = OneModel(open_engine)
+    return open_engine
 
-    def work(todo: list[Question], on_record: OnRecord) -> dict[str, str]:
-        return _answer(config, models.get(checkpoint), todo, on_record, keep_tokens=is_measured(config, number))
 
-    done = map_resumable(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
-    hosted = not config.evaluate.servers and choose(config.evaluate.engine, checkpoint, config.vllm)[0]
-    if is_measured(config, number) and hosted:
-        # Exactly, and for every token that was drawn; servers can neither (align.engines.server.prompt_log_probs).
-        models.close()
-        models = OneModel(lambda name: open_engine(name, "local"))
-    moved, notes = _moved(config, this, checkpoint, done.records, models)
-    models.close()
-    counts = {"questions": len(questions)}
-    if is_main_process():
-        intervals = measure(done.records) | moved
-        judged = _against_others(config, run, number, done.records)
-        intervals |= {f"win_rate_{name}": won.rate for name, won in judged.items() if won.rate is not None}
-        EvaluationSummary(round=number, questions=len(questions), metrics=intervals).write(this.evaluation)
-        counts |= {f"ties_{name}": won.num_ties for name, won in judged.items()}
-        counts |= {f"unjudged_{name}": won.num_unjudged for name, won in judged.items()}
-    outputs = [this.evaluation, this.evaluation_lines]
-    if is_measured(config, number):
-        outputs += [this.own_log_probs, this.first_log_probs]
-    finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=done.notes | notes)
+def _kept_tokens(config: Config, number: int) -> set[str]:
+    """Of which responses the tokens are kept, since they are weighed again."""
+    weighed = {"greedy": is_weighed(config), "sampled": is_measured(config, number)}
+    return {which for which, kept in weighed.items() if kept}
+
+
+def _summarise(
+    config: Config, run: RunDir, number: int, lines: list[Evaluation], intervals: dict[str, Interval]
+) -> dict[str, int]:
+    """Write evaluation.json, the win rates with what was measured; gives their counts."""
+    judged = _against_others(config, run, number, lines)
+    intervals |= {f"win_rate_{name}": won.rate for name, won in judged.items() if won.rate is not None}
+    EvaluationSummary(round=number, questions=len(lines), metrics=intervals).write(run.round(number).evaluation)
+    counts = {f"ties_{name}": won.num_ties for name, won in judged.items()}
+    return counts | {f"unjudged_{name}": won.num_unjudged for name, won in judged.items()}
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    left_out = {"questions", "image_root", "servers", "first_policy_servers", "engine", "stop_if_worse"}
+    left_out = {"questions", "image_root", "servers", "first_policy_servers", "engine", "stop_if_worse", "gates"}
     return {"evaluate": config.evaluate.model_dump(exclude=left_out), "seed": config.seed}
 
 
@@ -144,76 +185,16 @@ def _against_others(config: Config, run: RunDir, number: int, lines: list[Evalua
     return win_rates(config, lines, opponents, run.round(number).server_logs / "critic")
 
 
-def worse_than_parent(run: RunDir, number: int) -> str | None:
-    """Says so when a round's held-out metric lies below its parent's by more than chance; None otherwise.
-
-    The metric is the accuracy of the sampled responses; where there are no reference answers, the critic's win rate
-    against the parent; where no critic was asked, hallucination. Differences are paired over questions.
-    """
-    now, before = run.round(number), run.round(number - 1)
-    if not (now.evaluation_lines.is_file() and before.evaluation_lines.is_file()):
-        return None
-    parent = {line.id: line for line in read_jsonl(before.evaluation_lines, Evaluation)}
-    lines = read_jsonl(now.evaluation_lines, Evaluation)
-    pairs = [(parent[line.id], line) for line in lines if line.id in parent]
-    answered = [pair for pair in pairs if pair[0].greedy.correct is not None]
-    with_absent = [pair for pair in pairs if pair[0].question.absent_objects]
-    won = _win_rate_against_parent(now)
-    if answered:
-        change = _paired(answered, _is_right)
-        worse, text = change.high < 0, f"right answers {_points(change)}"
-    elif won is not None:
-        worse, text = won.high < 0.5, f"win rate {won.mean:.1%} [{won.low:.1%}, {won.high:.1%}]"
-    elif with_absent:
-        change = _paired(with_absent, _hallucinates)
-        worse, text = change.low > 0, f"responses that name what is not there {_points(change)}"
-    else:
-        return None
-    return (
-        f"round {number} is worse than {'the first policy' if number == 1 else f'round {number - 1}'}: {text}"
-        if worse
-        else None
-    )
-
-
-def _win_rate_against_parent(this: Round) -> Interval | None:
-    metrics = read_summary(this.evaluation).metrics if this.evaluation.is_file() else {}
-    return metrics.get("win_rate_initial" if this.number == 1 else "win_rate_parent")
-
-
-def _paired(pairs: list[tuple[Evaluation, Evaluation]], value: Callable[[Evaluated], float]) -> Interval:
-    before, now = (
-        [[value(response) for response in line.sampled] for line in side] for side in zip(*pairs, strict=True)
-    )
-    return paired_difference(before, now)
-
-
-def _points(change: Interval) -> str:
-    """
-    >>> _points(Interval(-0.12, -0.2, -0.04, 60))
-    '-12.0 points [-20.0, -4.0]'
-    """
-    return f"{100 * change.mean:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
-
-
-def _is_right(response: Evaluated) -> float:
-    return float(bool(response.correct))
-
-
-def _hallucinates(response: Evaluated) -> float:
-    return float(bool(response.absent_named))
-
-
 def measure(lines: list[Evaluation]) -> dict[str, Interval]:
     """The held-out metrics, each with its 95 % interval from resampling questions."""
     metrics = {}
     answered = [line for line in lines if line.greedy.correct is not None]
     if answered:
         metrics["greedy_accuracy"] = bootstrap_mean([float(bool(line.greedy.correct)) for line in answered])
-        metrics["sampled_accuracy"] = _over_samples(answered, _is_right)
+        metrics["sampled_accuracy"] = _over_samples(answered, is_right)
     with_absent = [line for line in lines if line.question.absent_objects]
     if with_absent:
-        metrics["hallucination"] = _over_samples(with_absent, _hallucinates)
+        metrics["hallucination"] = _over_samples(with_absent, hallucinates)
     metrics["response_tokens"] = _over_samples(lines, lambda response: float(response.num_tokens))
     metrics["truncated"] = _over_samples(lines, lambda response: float(response.finish_reason == "length"))
     metrics["repetition"] = _over_samples(lines, lambda response: repetition(response.text))
@@ -229,7 +210,7 @@ def _over_samples(lines: list[Evaluation], value: Callable[[Evaluated], float]) 
 
 
 def _answer(
-    config: Config, engine: Engine, todo: list[Question], on_record: OnRecord, *, keep_tokens: bool
+    config: Config, engine: Engine, todo: list[Question], on_record: OnRecord, *, keep: set[str]
 ) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
 
@@ -250,14 +231,11 @@ def _answer(
     greedy: dict[str, Evaluated] = {}
 
     def keep_greedy(result: SampleResult) -> None:
-        (greedy[result.id],) = _evaluated(result, by_id[result.id])
+        (greedy[result.id],) = evaluated(result, by_id[result.id], keep_tokens="greedy" in keep)
 
     def keep_sampled(result: SampleResult) -> None:
         question = by_id[result.id]
-        sampled = _evaluated(result, question)
-        if keep_tokens and result.token_ids:
-            for response, token_ids in zip(sampled, result.token_ids, strict=True):
-                response.token_ids = list(token_ids)
+        sampled = evaluated(result, question, keep_tokens="sampled" in keep)
         on_record(Evaluation(id=result.id, question=question, greedy=greedy[result.id], sampled=sampled))
 
     longest = config.evaluate.max_new_tokens
@@ -266,27 +244,6 @@ def _answer(
         engine.sample(requests(some, 1), SamplingSettings(temperature=0.0, max_new_tokens=longest), keep_greedy)
         engine.sample(requests(some, config.evaluate.num_samples), settings, keep_sampled)
     return engine.notes
-
-
-def _evaluated(result: SampleResult, question: Question) -> list[Evaluated]:
-    return [
-        Evaluated(
-            text=text,
-            num_tokens=num_tokens,
-            finish_reason=reason,
-            correct=_correct(text, question),
-            absent_named=[word for word in question.absent_objects if word in set(words(text))],
-        )
-        for text, num_tokens, reason in zip(result.texts, result.num_tokens, result.finish_reasons, strict=True)
-    ]
-
-
-def _correct(text: str, question: Question) -> bool | None:
-    if question.answer is None:
-        return None
-    with reward_faults():
-        found = grade(text, question.answer, question=question.question, kind=question.answer_kind)
-    return None if found is None else found.correct
 
 
 def check_overlap(config: Config, questions: list[Question]) -> None:

@@ -10,58 +10,24 @@ taught the checkpoint to avoid a token that the first policy liked, the ratio is
 what is seen lies far too low. k1 has light tails there. The exact divergence per token needs the whole distributions of
 both models at once: two models in memory, or a vocabulary's worth of numbers per token on disk.
 
-One model is in memory at a time; what is finished is kept, as in every stage.
+One model is in memory at a time (align.evaluation.log_probs); what is finished is kept, as in every stage.
 """
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from align import accelerator
 from align.config import Config
-from align.engines.vllm.hosting import release
+from align.evaluation.log_probs import OneModel, weigh
 from align.log import log
 from align.records import Evaluation, ResponseLogProbs
 from align.run.folder import Round
-from align.run.sharding import OnRecord, batches, map_resumable
 from align.statistics import bootstrap_mean, bootstrap_ratio
 from reward.intervals import Interval
 
-if TYPE_CHECKING:
-    from align.engines.base import Engine
-
-QUESTIONS_AT_A_TIME = 256
 # What servers say of the responses that they weighed.
 WEIGHED = ("log-probabilities", "responses not weighed")
-# More digits would say how the responses were put into batches.
-DIGITS = 5
-
-
-class OneModel:
-    """The engine that this process has open: another checkpoint takes its place, and never stands beside it."""
-
-    def __init__(self, open_engine: Callable[[str], Engine]) -> None:
-        self._open_engine = open_engine
-        self._checkpoint: str | None = None
-        self._engine: Engine | None = None
-
-    def get(self, checkpoint: str) -> Engine:
-        """An engine with this checkpoint; the one before is let go first."""
-        if self._engine is None or self._checkpoint != checkpoint:
-            self.close()
-            self._engine, self._checkpoint = self._open_engine(checkpoint), checkpoint
-        return self._engine
-
-    def close(self) -> None:
-        """Give back the model's memory."""
-        self._engine = self._checkpoint = None
-        release()
-        gc.collect()
-        accelerator.empty_cache()
 
 
 def is_measured(config: Config, number: int) -> bool:
@@ -85,43 +51,32 @@ def log_probs_of_both(
     config: Config, this: Round, checkpoint: str, lines: Sequence[Evaluation], models: OneModel
 ) -> tuple[list[ResponseLogProbs], list[ResponseLogProbs], dict[str, str]]:
     """The sampled responses of `lines` under the checkpoint that gave them and under the first policy, and notes."""
-    own, own_notes = _log_probs(
-        config, this.own_log_probs, checkpoint, lines, models, f"round {this.number}: log-probabilities"
-    )
-    first, notes = _log_probs(
-        config, this.first_log_probs, config.policy, lines, models, f"round {this.number}: under the first policy"
-    )
-    weighed = {f"{name} of the checkpoint": text for name, text in own_notes.items() if name in WEIGHED}
-    return own, first, weighed | {f"{name} of the first policy": text for name, text in notes.items()}
-
-
-def _log_probs(
-    config: Config, final: Path, checkpoint: str, lines: Sequence[Evaluation], models: OneModel, label: str
-) -> tuple[list[ResponseLogProbs], dict[str, str]]:
     from align.engines.base import GivenResponses
 
-    def work(todo: list[Evaluation], on_record: OnRecord) -> dict[str, str]:
-        engine = models.get(checkpoint)
-
-        def on_result(id_: str, rows: list[list[float]]) -> None:
-            sums = [round(math.fsum(row), DIGITS) for row in rows]
-            on_record(ResponseLogProbs(id=id_, log_probs=sums, num_tokens=[len(row) for row in rows]))
-
-        for some in batches(todo, QUESTIONS_AT_A_TIME):
-            given = [
-                GivenResponses(
-                    id=line.id,
-                    messages=line.question.messages(),
-                    images=tuple(line.question.images),
-                    token_ids=tuple(tuple(response.token_ids) for response in line.sampled),
-                )
-                for line in some
-            ]
-            engine.loglikelihood(given, on_result, temperature=config.evaluate.temperature)
-        return engine.notes
-
-    done = map_resumable(final, ResponseLogProbs, lines, work, label=label)
-    return done.records, done.notes
+    given = [
+        GivenResponses(
+            id=line.id,
+            messages=line.question.messages(),
+            images=tuple(line.question.images),
+            token_ids=tuple(tuple(response.token_ids) for response in line.sampled),
+        )
+        for line in lines
+    ]
+    temperature, label = config.evaluate.temperature, f"round {this.number}"
+    own = weigh(
+        this.own_log_probs, given, checkpoint, models, label=f"{label}: log-probabilities", temperature=temperature
+    )
+    first = weigh(
+        this.first_log_probs,
+        given,
+        config.policy,
+        models,
+        label=f"{label}: under the first policy",
+        temperature=temperature,
+    )
+    weighed = {f"{name} of the checkpoint": text for name, text in own.notes.items() if name in WEIGHED}
+    notes = weighed | {f"{name} of the first policy": text for name, text in first.notes.items()}
+    return own.records, first.records, notes
 
 
 def divergence(own: Sequence[ResponseLogProbs], first: Sequence[ResponseLogProbs]) -> dict[str, Interval]:

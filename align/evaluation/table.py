@@ -18,11 +18,13 @@ COLUMNS = {
     "win_rate_initial": "wins over first, %",
     "win_rate_parent": "wins over parent, %",
     "hallucination": "hallucination, %",
+    "image_dependence": "image dependence, %",
+    "image_log_ratio": "image log ratio, nats",
     "response_tokens": "tokens per response",
     "kl": "KL from first, nats",
 }
 LABEL_WIDTH = max(map(len, COLUMNS.values()))
-NOT_SHARES = {"response_tokens", "kl"}
+NOT_SHARES = {"response_tokens", "kl", "image_log_ratio"}
 
 
 def metrics_by_round(run: Path) -> dict[int, dict[str, Interval]]:
@@ -93,8 +95,8 @@ def print_table(runs: dict[str, Path]) -> None:
 
 
 def digits_of(name: str, value: float) -> int:
-    """Decimals of a column's numbers: KL may be tiny at first."""
-    return 1 if name != "kl" or abs(value) >= 10 else 2 if abs(value) >= 0.01 else 3
+    """Decimals of a column's numbers: nats may be few."""
+    return 1 if name not in ("kl", "image_log_ratio") or abs(value) >= 10 else 2 if abs(value) >= 0.01 else 3
 
 
 def columns_of(rounds: Iterable[dict[str, Interval]]) -> list[str]:

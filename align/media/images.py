@@ -28,6 +28,7 @@ _FRAME = re.compile(r"(?P<video>.+)#frame=(?P<index>\d+)")
 FRAME_MARK = "#frame"
 # Set in `info` of a picture that is an image file and a frame of a video: some models look at frames otherwise.
 FRAME_FILE_KEY = "frame_file"
+GREY = (127, 127, 127)
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ class ImageStore:
             return self._frame(reference, int(frame["index"]))
         path, name = self.path(reference), in_short(reference)
         _, picture = read_picture(path, name, max_pixels=self.max_pixels, conversion=self.conversion)
+        if self.is_frame(reference):
+            picture.info[FRAME_FILE_KEY] = True
+        return picture
+
+    def blank(self, reference: str) -> Image.Image:
+        """A grey picture of the same size that says nothing; of a frame, one that passes for a frame."""
+        picture = Image.new("RGB", self.size(reference), GREY)
         if self.is_frame(reference):
             picture.info[FRAME_FILE_KEY] = True
         return picture

@@ -122,7 +122,7 @@ class History:
 def history(run: RunData) -> History:
     """Every metric's changes from round to round."""
     found = History({}, {})
-    for name in in_order({name for data in run.rounds for name in data.metrics}):
+    for name in in_order({name for data in run.rounds for name in data.metrics if metric(name).drawn}):
         against = metric(name).against
         have = [data for data in run.rounds if name in data.metrics and (data.number > 0 or not against)]
         if against == "before":

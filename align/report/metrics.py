@@ -12,6 +12,13 @@ from typing import Literal
 from align.records import Evaluated, Evaluation
 from align.statistics import is_refusal, repetition
 
+_UNITS = {
+    "response_tokens": "tokens",
+    "kl": "nats",
+    "kl_per_token": "nats",
+    "image_log_ratio": "nats",
+    "image_log_ratio_change": "nats per token",
+}
 MINUS, NO_BREAK = "\u2212", "\u00a0"
 
 
@@ -21,6 +28,8 @@ class Metric:
 
     `of_response` is its value for one response, None where it does not apply (no reference answer); it is absent for
     numbers that are not means over responses. `against` says with whom a win rate compares: one half is no change.
+    What is not `drawn` stands in evaluation.json and has no curve: parts of another number, and changes that are said
+    in words.
     """
 
     name: str
@@ -30,6 +39,7 @@ class Metric:
     percent: bool = True
     of_response: Callable[[Evaluation, Evaluated], float | None] | None = None
     against: Literal["first", "before"] | None = None
+    drawn: bool = True
 
     def show(self, value: float) -> str:
         """A value as text."""
@@ -48,11 +58,7 @@ class Metric:
     @property
     def unit(self) -> str:
         """Of a change: shares move by percentage points."""
-        return (
-            "points"
-            if self.percent
-            else {"response_tokens": "tokens", "kl": "nats", "kl_per_token": "nats"}.get(self.name, "")
-        )
+        return "points" if self.percent else _UNITS.get(self.name, "")
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -94,6 +100,14 @@ _METRICS = (
            "comparisons by the critic, both orders, a tie is half", 1, against="before"),
     Metric("hallucination", "Names what is not there",
            "sampled responses that name something absent from the image", -1, True, _hallucinates),
+    Metric("image_dependence", "Changes its answer with the picture",
+           "greedy answers that change when the picture is blank, or another question's (the lower of the two); "
+           "0: it does not look", 0),
+    Metric("image_log_ratio", "What the picture adds to an answer",
+           "log-probability of the answer with its picture minus with a blank, or another question's (the lower of the "
+           "two), nats per token", 0, False),
+    Metric("greedy_accuracy_blank", "Right without looking",
+           "greedy responses to a blank picture that match the reference answer", 0),
     Metric("response_tokens", "Tokens per response",
            "how long sampled responses are", 0, False, lambda line, r: float(r.num_tokens)),
     Metric("truncated", "Cut off",
@@ -106,6 +120,15 @@ _METRICS = (
     Metric("kl", "Distance from the first policy",
            "KL divergence on the round's own samples at their temperature, nats per response", 0, False),
     Metric("kl_per_token", "Distance per token", "the same divergence, nats per token", 0, False),
+    *(Metric(name, label, "", 0, not name.startswith("image_log"), drawn=False) for name, label in {
+        "image_dependence_blank": "Changes its answer with a blank picture",
+        "image_dependence_shuffled": "Changes its answer with another picture",
+        "image_log_ratio_blank": "What the picture adds over a blank one",
+        "image_log_ratio_shuffled": "What the picture adds over another one",
+        "greedy_accuracy_shuffled": "Right with another picture",
+        "image_dependence_change": "Answers that change with the picture",
+        "image_log_ratio_change": "What the picture adds to an answer",
+    }.items()),
 )  # fmt: skip
 METRICS = {metric.name: metric for metric in _METRICS}
 

@@ -51,7 +51,7 @@ def held_out_figures(run: RunData, changes: History, control: RunData | None) ->
 
     A figure is quiet when there is nothing to draw: zero in every round of both runs.
     """
-    names = in_order({name for data in run.rounds for name in data.metrics})
+    names = in_order({name for data in run.rounds for name in data.metrics if metric(name).drawn})
     return [_held_out_figure(name, run, changes.overall.get(name), control) for name in names]
 
 

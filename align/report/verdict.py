@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from align.report.changes import MIN_QUESTIONS, Change, History, State, headline, history
 from align.report.critic_quality import Figures
 from align.report.diagnosis import find_diagnoses
+from align.report.looking import looks_less
 from align.report.metrics import metric
 from align.report.read import RunData, number
 
@@ -16,7 +17,7 @@ from align.report.read import RunData, number
 class Verdict:
     """`state` colours it, `title` says it, `detail` says how sure.
 
-    `warnings` are rounds that are worse than their parent or have none, `control` compares with the control,
+    `warnings` are rounds that are worse than their parent, look less or have none, `control` compares with the control,
     `diagnoses` say what was learned instead of being right, or besides.
     """
 
@@ -44,6 +45,12 @@ def judge(run: RunData, changes: History, control: RunData | None, critics: Mapp
         title = f"{title[:-1]}; {diagnoses[0].short}."
     warnings = [f"Round {data.number} {data.outdated}." for data in run.trained if data.outdated is not None]
     warnings += [_warning(step) for step in changes.steps[name] if step.state == "worse"]
+    warnings += [
+        f"Round {less.number} got better by looking less: {less.text}."
+        if less.better
+        else f"Round {less.number} looks at the picture less than its parent: {less.text}."
+        for less in looks_less(run, changes)
+    ]
     few = f"Below {MIN_QUESTIONS} held-out questions nothing is called better or worse." if moved.too_few else ""
     detail = " ".join(filter(None, [_detail(moved), few, waiting]))
     return Verdict(moved.state, title, detail, warnings, _control(name, moved, control), texts)

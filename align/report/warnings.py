@@ -11,6 +11,7 @@ from typing import Any
 
 from align.report.changes import Change, History
 from align.report.critic_quality import Figures
+from align.report.looking import looks_less
 from align.report.metrics import percent, plain
 from align.report.read import RoundData, RunData, number
 from align.report.training_curves import end_of
@@ -53,7 +54,7 @@ def find_warnings(
 
     `critics` holds the critic's figures by round.
     """
-    found = [*_worse_rounds(history), *_evaluation(history)]
+    found = [*_worse_rounds(history), *_looking(run, history), *_evaluation(history)]
     for data in run.trained:
         found += [*_training(data), *_critic(data.number, critics.get(data.number, {})), *_losses(data)]
     found += [warning for data in run.rounds for warning in _fallbacks(run, data)]
@@ -82,6 +83,19 @@ def _worse_rounds(history: History) -> Iterator[RunWarning]:
                     number=step.last_round,
                     serious=name.endswith("accuracy") or name.startswith("win_rate"),
                 )
+
+
+def _looking(run: RunData, history: History) -> Iterator[RunWarning]:
+    for less in looks_less(run, history):
+        better = " Right answers became more meanwhile: it got better by looking less." if less.better else ""
+        yield RunWarning(
+            "Looks at the picture less than the round before",
+            f"{less.text[0].upper()}{less.text[1:]}; the 95 % interval in brackets.{better}",
+            "Preferences can teach to answer from the question alone. A critic that looks (its own image dependence "
+            "stands below) and pairs that need the picture teach to look.",
+            less.number,
+            serious=less.better,
+        )
 
 
 def _how_worse(step: Change) -> str:

@@ -159,6 +159,16 @@ class Round:
         return self.path / "log-probs-first.jsonl"
 
     @property
+    def other_image_answers(self) -> Path:
+        """What the checkpoint says of a few held-out questions with other images than theirs."""
+        return self.path / "other-image-answers.jsonl"
+
+    @property
+    def image_log_probs(self) -> Path:
+        """Log-probabilities of its answers to these questions under their own images and the others."""
+        return self.path / "log-probs-images.jsonl"
+
+    @property
     def benchmarks(self) -> Path:
         """Numbers of lmms-eval's tasks; their responses lie in the folder beside it that has its name."""
         return self.path / "lmms-eval.json"

@@ -6,45 +6,22 @@ critic prefers then, it prefers without looking.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
-from PIL import Image
 
 from align.errors import UserError, reward_faults
 from align.media.images import ImageStore
 from align.records import Samples
 from align.run.folder import Round
-from reward.controls import blank_images, shuffle_images
+from reward.controls import BLANK, SHUFFLED, ControlItem, control_items
 from reward.critics.verifier import VerifierCritic
 from reward.judgement import Item, Judgement
 from reward.reliability import Figure, failed_gates, measure, read_figures
 
-BLANK, SHUFFLED = "blank", "shuffled"
-GREY = (127, 127, 127)
 
-
-@dataclass(frozen=True)
-class ControlItem:
-    """A question with other images than its own; `id` says which control and which question."""
-
-    id: str
-    item: Item
-
-
-def control_items(items: Sequence[Item], images: ImageStore, *, number: int, seed: int) -> list[ControlItem]:
+def critic_controls(items: Sequence[Item], images: ImageStore, *, number: int, seed: int) -> list[ControlItem]:
     """Controls of `number` questions with images and at least two different responses, drawn by `seed`."""
-    fit = [item for item in items if item.images and len(set(item.responses)) > 1]
-    drawn = sorted(random.Random(seed).sample(range(len(fit)), min(number, len(fit))))
-    chosen = [fit[place] for place in drawn]
-
-    def blank(reference: Any) -> Image.Image:
-        return Image.new("RGB", images.size(reference), GREY)
-
-    controls = {BLANK: blank_images(chosen, blank), SHUFFLED: shuffle_images(chosen)}
-    return [ControlItem(f"{name}:{item.id}", item) for name, changed in controls.items() for item in changed]
+    fit = [item for item in items if len(set(item.responses)) > 1]
+    return control_items(fit, images.blank, number=number, seed=seed)
 
 
 def critic_figures(

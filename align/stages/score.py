@@ -24,7 +24,7 @@ from align.run.hashes import content_hash
 from align.run.image_hashes import record_or_verify_images
 from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
 from align.stages.critic_inputs import check_same_samples, critic_files, critic_settings
-from align.stages.critic_metrics import check_gates, control_items, critic_figures, item_of
+from align.stages.critic_metrics import check_gates, critic_controls, critic_figures, item_of
 from reward.critics import Critic, Item, Judgement
 from reward.reliability import check_gates as check_gate_names
 from reward.warnings import critic_warnings
@@ -86,7 +86,7 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
         )
     outputs, controls = [this.scores], StageOutput([], {})
     if plan.looks and config.critic.reliability_sample:
-        items = control_items(
+        items = critic_controls(
             [item_of(line) for line in samples], images, number=config.critic.reliability_sample, seed=config.seed
         )
         if items:

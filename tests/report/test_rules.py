@@ -16,6 +16,7 @@ from align.report.funnel import duration, funnels, reasons
 from align.report.metrics import metric, percent, plain
 from align.report.read import RoundData, RunData, Stage
 from align.report.thumbnails import Pictures
+from align.report.training_curves import held_out_figures
 from align.report.verdict import judge
 from align.report.warnings import find_warnings
 from align.run.folder import Round
@@ -524,3 +525,36 @@ def test_a_stage_that_refused_says_why():
     (warning,) = find_warnings(a_run(data), history(a_run(data)), {})
     assert (warning.title, warning.serious) == ("Refused", True)
     assert warning.findings == [(1, "pairs: no pair is left of 4 questions: tie (4)")]
+
+
+def less_looking(*, right_after):
+    before, after = (
+        one_round(0, sampled_accuracy=(0.4, 0.35, 0.45), image_dependence=(0.8, 0.7, 0.9)),
+        one_round(1, sampled_accuracy=right_after, image_dependence=(0.4, 0.3, 0.5)),
+    )
+    after.metrics["image_dependence_change"] = Interval(-0.4, -0.5, -0.3, 100)
+    return a_run(before, after)
+
+
+def test_a_round_that_got_better_by_looking_less_says_so_first_and_among_the_warnings():
+    run = less_looking(right_after=(0.7, 0.65, 0.75))
+    (said,) = verdict(run).warnings
+    assert said.startswith("Round 1 got better by looking less: answers that change with the picture −40.0 points")
+    (warned,) = [found for found in find_warnings(run, history(run), {}) if found.title.startswith("Looks at the")]
+    assert warned.serious
+    assert "better by looking less" in warned.findings[0][1]
+
+
+def test_a_round_that_looks_less_and_is_no_better_is_a_warning_and_few_questions_are_none():
+    run = less_looking(right_after=(0.41, 0.36, 0.46))
+    (warned,) = [found for found in find_warnings(run, history(run), {}) if found.title.startswith("Looks at the")]
+    assert not warned.serious
+    run.rounds[1].metrics["image_dependence_change"] = Interval(-0.4, -0.5, -0.3, 10)
+    assert not any(title.startswith("Looks at the") for title in titles(run))
+
+
+def test_changes_that_are_said_in_words_have_no_curve():
+    run = less_looking(right_after=(0.7, 0.65, 0.75))
+    assert "image_dependence" in history(run).overall
+    assert "image_dependence_change" not in history(run).overall
+    assert not [one for one in held_out_figures(run, history(run), None) if one.metric.name.endswith("_change")]

@@ -64,6 +64,7 @@ def run_preflight(config: Config, *, decode: bool = False) -> Preflight:
         "dpo": _dpo,
         "launch": _launch,
         "servers": _servers,
+        "engines": _engines,
         "disk": _disk,
     }
     for area, check in areas.items():
@@ -370,6 +371,31 @@ def _servers(config: Config, found: Preflight) -> None:
                 named_for_round(servers, 1)
             open_servers(servers, checkpoint, config.server, open_image=images.open, made_in_round=made_in_round)
             found.facts.append(f"{name}: {len(servers)} answer")
+
+
+def _engines(config: Config, found: Preflight) -> None:
+    """What answers for each stage that names no servers; vLLM, where it is asked for, must be able to."""
+    from align.engines.judge import plan_critic
+    from align.engines.vllm.hosting import check_family, choose
+    from align.models.load import load_processor
+
+    asked: dict[str, tuple[str, str, dict[str, Any]]] = {}
+    if config.questions is not None:
+        if not config.sample.servers:
+            asked["sample.engine"] = (config.sample.engine, config.policy, config.model.processor)
+        with contextlib.suppress(UserError):
+            plan = plan_critic(config)
+            models = [*plan.shared, *plan.own.values()]
+            if len(models) == 1 and models[0].need == "judge_model" and not models[0].servers:
+                asked["critic.engine"] = (config.critic.engine, models[0].checkpoint, models[0].processor)
+    if config.evaluate.questions is not None and not config.evaluate.servers:
+        asked["evaluate.engine"] = (config.evaluate.engine, config.policy, config.model.processor)
+    for name, (engine, checkpoint, processor) in asked.items():
+        with _noting(found, name):
+            use, why = choose(engine, checkpoint, config.vllm)
+            if use:
+                check_family(checkpoint, load_processor(checkpoint, **processor))
+            found.facts.append(f"{name}: {why}")
 
 
 def _disk(config: Config, found: Preflight) -> None:

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from align.engines.server.engine import ServerEngine
 
 
+# Of a server that was started here, for the manifest.
+SAME_PIXELS = "sent without loss; cut and resized by the checkpoint's own processor, as in this process"
+OTHER_PIXELS = (
+    "sent without loss; cut and resized by vLLM's processor of the family, whose pixels no server shows: with "
+    "torchvision they may differ from those of this process by up to 3 of 255"
+)
+
+
 def open_engine(
     checkpoint: str,
     settings: ModelSettings,
@@ -170,7 +178,7 @@ def open_hosted(
         return None, why
     assert logs is not None
     from align.engines.server.endpoint import endpoints_of
-    from align.engines.vllm.command import Served
+    from align.engines.vllm.command import Served, is_ours
     from align.models.device import pick_device, pick_dtype
     from align.run.hashes import checkpoint_hash
 
@@ -190,6 +198,7 @@ def open_hosted(
     settings = config.server.model_copy(update=changes)
     hosted = _checked(endpoints, checkpoint, settings, open_image=open_image, processor=processor)
     hosted.about["engine"] = f"{why}; {len(endpoints)} started here"
+    hosted.about["images"] = SAME_PIXELS if is_ours(checkpoint) else OTHER_PIXELS
     return hosted, why
 
 

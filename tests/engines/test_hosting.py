@@ -2,10 +2,12 @@
 
 import pytest
 
-from align.config import VllmSettings
+from align.check.preflight import run_preflight
+from align.config import VllmSettings, load_config
 from align.engines.vllm import command, hosting
 from align.errors import UserError
 from tests.models import tiny_valley
+from tests.stage_runs import make_project
 from tests.tiny_models import save_llava_onevision
 
 
@@ -75,3 +77,67 @@ def test_the_end_of_a_turn_ends_responses_of_360vl(tmp_path):
     ends = command.end_tokens(str(VL360.folder), load_processor(VL360.folder))
     assert set(ends) == set(load_model(VL360.folder).generation_config.eos_token_id)
     assert len(ends) > 1
+
+
+def test_vllm_that_computes_on_gpus_needs_one(folders, monkeypatch):
+    surroundings(monkeypatch, version="0.33", device="cpu", gpus=())
+    with pytest.raises(UserError, match=r"vLLM 0\.33 computes on GPUs, and none is visible"):
+        hosting.choose("vllm", folders[0], VllmSettings())
+    monkeypatch.setattr(hosting, "is_cpu_build", lambda: True)
+    assert hosting.choose("vllm", folders[0], VllmSettings())[0] is True
+
+
+def test_processes_of_a_launch_write_logs_of_their_own(folders, monkeypatch, tmp_path):
+    made = []
+
+    class Recorded:
+        def __init__(self, launches, *, logs, **settings):
+            made.append(logs.name)
+
+        __enter__ = stop = lambda self: None
+
+    monkeypatch.setattr(hosting, "Replicas", Recorded)
+    served = command.Served(folders[0], "policy", "float32", {}, 20)
+    hosting.host(served, VllmSettings(), tmp_path / "sample")
+    hosting.release()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    hosting.host(served, VllmSettings(), tmp_path / "sample")
+    hosting.release()
+    assert made == ["sample", "sample-process-1"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    critic = {"kind": "pairwise", "model": "./critic", "engine": "vllm"}
+    return make_project(tmp_path_factory.mktemp("project"), critic=critic)
+
+
+def problems(folder, *settings):
+    return {
+        problem.area: problem.text for problem in run_preflight(load_config(folder / "align.yaml", settings)).problems
+    }
+
+
+def test_a_check_says_what_is_missing_for_vllm_before_anything_is_sampled(project, monkeypatch):
+    wanted = ["sample.engine=vllm", "evaluate.engine=vllm", "model.device=cpu"]
+    surroundings(monkeypatch, version=None, device="cpu", gpus=())
+    (missing,) = problems(project, *wanted).values()
+    assert "vLLM is not installed here" in missing
+    surroundings(monkeypatch, version="0.33", device="cpu", gpus=())
+    (no_gpu,) = problems(project, *wanted).values()
+    assert "none is visible here" in no_gpu
+    surroundings(monkeypatch, version="0.33", device="cuda")
+    monkeypatch.setattr(hosting, "vllm_architectures", lambda: ["Qwen2ForCausalLM"])
+    unknown = problems(project, *wanted)
+    assert set(unknown) == {"sample.engine", "critic.engine"}
+    assert "vLLM does not know the architecture LlavaOnevisionForConditionalGeneration" in unknown["critic.engine"]
+    monkeypatch.setattr(hosting, "vllm_architectures", lambda: ["LlavaOnevisionForConditionalGeneration"])
+    assert problems(project, *wanted) == {}
+
+
+def test_a_check_says_what_will_answer(project, monkeypatch):
+    surroundings(monkeypatch, version=None, device="cpu", gpus=())
+    facts = run_preflight(load_config(project / "align.yaml", ["critic.engine=local"])).facts
+    assert "sample.engine: local: vLLM is not installed" in facts
+    assert "critic.engine: local, as the configuration says" in facts

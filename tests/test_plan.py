@@ -199,6 +199,23 @@ def test_tokens_of_a_stage_are_those_of_the_data(tmp_path):
     assert json.loads(json.dumps(plan.as_dict()))["stages"][0]["name"] == "sample"
 
 
+def test_a_question_in_one_row_is_read_once_with_all_its_responses(tmp_path):
+    folder = make_project(tmp_path, sample={"num_responses": 3, "max_new_tokens": 8}, pairs={"max_per_question": 3})
+    read, rows = {}, {}
+    for name, settings in {
+        "pair": [],
+        "question": ["dpo.rows=question"],
+        "budget": ["dpo.rows=question", "dpo.tokens_per_batch=300"],
+    }.items():
+        plan = make_plan(load_config(folder / "align.yaml", settings), Machine(1), response_tokens=8)
+        read[name] = next(stage.read_tokens for stage in plan.stages if stage.name == "dpo")
+        rows[name] = plan.fits[0].memory.activations
+    prompts = sum(size.tokens for size in plan.sizes)
+    assert read["pair"] == 3 * (prompts + 4 * 2 * 8)
+    assert read["question"] == read["budget"] == prompts + 4 * 3 * 8
+    assert rows["pair"] < rows["question"] < rows["budget"]
+
+
 def test_the_plan_says_what_does_not_fit_and_what_would(tmp_path):
     folder = make_project(tmp_path, sample={"num_responses": 3, "max_new_tokens": 8}, dpo={"max_length": 55})
     config = load_config(folder / "align.yaml")

@@ -246,6 +246,18 @@ class DpoSettings(BaseModel):
         "tensorboard",
         description="experiment trackers: tensorboard, wandb, mlflow, a list of them, or none",
     )
+    rows: Literal["pair", "question"] = Field(
+        "pair",
+        description="what is computed in one row: a pair, or a question with every response of its pairs once",
+    )
+    pair_weight: Literal["pair", "question"] = Field(
+        "pair", description="what counts 1 in the mean of a step: every pair, or all pairs of a question together"
+    )
+    tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="tokens that a process computes at a time, padding included; empty: per_device_train_batch_size",
+    )
     lora: dict[str, Any] | None = Field(
         None, description="peft LoraConfig fields; trained as an adapter and merged at the end of the round"
     )

@@ -32,27 +32,32 @@ def with_batch_that_fits(config: Config, trainer_folder: Path) -> Config:
     return smaller
 
 
-def remember_smaller_batch(trainer_folder: Path, fields: dict[str, Any]) -> None:
-    """Note half of the batch that did not fit; with an odd one a micro-batch is a single pair.
+def remember_smaller_batch(trainer_folder: Path, fields: dict[str, Any], tokens_per_batch: int | None = None) -> None:
+    """Note half of the batch that did not fit; with an odd one a micro-batch is a single row.
 
     Raises:
-        UserError: it was a single pair already.
+        UserError: it was a single row already, or what fits was said in tokens.
     """
     before, accumulated = (int(fields[name]) for name in FIELDS)
     if fields[checkpointing_field()] == AUTO:
         log.warning("out of memory: starting again with every layer recomputed (dpo.gradient_checkpointing)")
         _note(trainer_folder, before, accumulated, checkpointing=True)
         return
+    if tokens_per_batch is not None:
+        raise UserError(
+            f"out of memory with dpo.tokens_per_batch: {tokens_per_batch}",
+            fix="lower it; the largest batch comes first",
+        )
     if before == 1:
         raise UserError(
-            "out of memory with a single pair at a time",
+            "out of memory with a single row at a time",
             fix="set dpo.gradient_checkpointing=true, shard the model (--strategy zero3), train an adapter (dpo.lora), "
             "freeze parts (dpo.freeze), or let images have fewer tokens (model.processor)",
         )
     now = before // 2 if before % 2 == 0 else 1
     steps = accumulated * (before // now)
     _note(trainer_folder, now, steps, checkpointing=bool(fields[checkpointing_field()]))
-    log.warning("out of memory with %d pairs at a time: continuing with %d, and %d times per step", before, now, steps)
+    log.warning("out of memory with %d rows at a time: continuing with %d, and %d times per step", before, now, steps)
 
 
 def _note(trainer_folder: Path, batch: int, accumulated: int, *, checkpointing: bool) -> None:
@@ -68,7 +73,7 @@ def note_on_batch(trainer_folder: Path) -> dict[str, str]:
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
     every = ", every layer recomputed" if found.get("gradient_checkpointing") else ""
-    return {"batch": f"memory ran out: {found[FIELDS[0]]} pairs at a time, {found[FIELDS[1]]} times per step{every}"}
+    return {"batch": f"memory ran out: {found[FIELDS[0]]} rows at a time, {found[FIELDS[1]]} times per step{every}"}
 
 
 def _path(trainer_folder: Path) -> Path:

@@ -21,6 +21,7 @@ from align.dpo.collator import PairCollator, pair_dataset
 from align.dpo.settings import (
     AUTO,
     checkpointing_field,
+    own_batches,
     planned_steps,
     training_arguments,
     training_fields,
@@ -88,7 +89,8 @@ def check_pairs(config: Config, pairs: Sequence[Pair], processor: Any, images: I
     with unsharded_models():
         fields = training_fields(config, Path(), torch.device("cpu"), torch.float32)
     num_processes = config.launch.num_processes * config.launch.num_machines
-    planned_steps(fields, len(tokenized.pairs) - len(too_long), num_processes)
+    fitting = [pair for pair in tokenized.pairs if pair.id not in too_long]
+    planned_steps(fields, len(fitting), num_processes, own_batches(config, fields, fitting))
     return dropped
 
 

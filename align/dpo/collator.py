@@ -5,11 +5,13 @@ A row is a tokenised pair (`align.dpo.tokenize`) with its number, and with ``ref
 with their pixels: images are opened in the loader's workers, so the dataset stays small.
 
 Two layouts are made. `plain` is TRL's: chosen and rejected are separate rows that each repeat prompt and images.
-`shared` puts ``[prompt | chosen | rejected]`` into one row, with the images of a pair once.
+`shared` puts ``[prompt | chosen | rejected]`` into one row, with the images of a pair once, or all pairs of a question
+(`align.dpo.rows`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from align.dpo.rows import Grouping, Row, rows_of
 from align.dpo.sharding.dummy_batches import split_dummy_row
 from align.dpo.tokenize import TokenizedPair, encode_prompts
 from align.errors import UserError
@@ -32,21 +35,32 @@ LAYOUT_PREFIX = "prefix_"
 PER_TOKEN_KEYS = ("token_type_ids", "mm_token_type_ids")
 PAIR_COLUMNS = tuple(field.name for field in fields(TokenizedPair))
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# What a pair counts in the mean of a step (`align.dpo.rows.pair_weights`).
+WEIGHT_COLUMN = "pair_weight"
+# Which tokens of the rows TRL's responses are.
+TOKEN_INDEX = LAYOUT_PREFIX + "token_index"
 LayoutName = Literal["plain", "shared"]
 
 
-def pair_dataset(pairs: Sequence[TokenizedPair], reference: Sequence[tuple[float, float]] | None = None) -> Dataset:
+def pair_dataset(
+    pairs: Sequence[TokenizedPair],
+    reference: Sequence[tuple[float, float]] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Dataset:
     """The pairs as TRL's training dataset, with the log-probabilities of the reference where they are known.
 
-    `reference` has one (chosen, rejected) per pair: natural-log probabilities summed over the response's tokens. The
-    column `length` (tokens) lets `train_sampling_strategy: group_by_length` work. No column is called `image` or
-    `images`: TRL has a way of its own with those.
+    `reference` has one (chosen, rejected) per pair: natural-log probabilities summed over the response's tokens.
+    `weights`: what each counts in the mean of a step, where that is not left to TRL. The column `length` (tokens) lets
+    `train_sampling_strategy: group_by_length` work. No column is called `image` or `images`: TRL has a way of its own
+    with those.
     """
     columns: dict[str, Any] = {name: [getattr(pair, name) for pair in pairs] for name in PAIR_COLUMNS}
     columns |= {"index": list(range(len(pairs))), "length": [pair.longest for pair in pairs]}
     if reference is not None:
         for position, name in enumerate(REFERENCE_COLUMNS):
             columns[name] = [values[position] for values in reference]
+    if weights is not None:
+        columns[WEIGHT_COLUMN] = list(weights)
     return Dataset.from_dict(columns)
 
 
@@ -54,6 +68,7 @@ def pair_dataset(pairs: Sequence[TokenizedPair], reference: Sequence[tuple[float
 class PairCollator:
     """Rows of the dataset to one batch.
 
+    `grouping`: what a row of the shared layout holds; in the plain one every response is a row of its own.
     `max_length` is the limit that was checked before training; a longer row here means that the check was wrong.
     `always_images` adds, to a batch without any image, a dummy row that has a blank image and no response: where
     weights are sharded over processes, all of them must run the vision tower or wait for each other forever. In the
@@ -65,39 +80,35 @@ class PairCollator:
     layout: LayoutName = "plain"
     max_length: int | None = None
     always_images: bool = False
+    grouping: Grouping = "pair"
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch of `collate`, with `pair_index` (n,) int64 and the reference (n,) float32 where there is one."""
+        """The batch of `collate`, with `pair_index` (n,) int64; reference and weights (n,) float32 where there are."""
         batch = self.collate([TokenizedPair(**{name: row[name] for name in PAIR_COLUMNS}) for row in rows])
         batch["pair_index"] = torch.tensor([row["index"] for row in rows])
-        for name in REFERENCE_COLUMNS:
+        for name in (*REFERENCE_COLUMNS, WEIGHT_COLUMN):
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         return batch
 
     def collate(self, pairs: Sequence[TokenizedPair]) -> dict[str, Tensor]:
         """The model's inputs and the masks of n pairs, see `plain_batch` and `shared_batch`."""
-        responses = [[pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]]
-        return self.batch([pair.prompt for pair in pairs], [pair.image_files for pair in pairs], responses)
+        return self.batch(*rows_of(pairs, self.grouping if self.layout == "shared" else "pair"))
 
-    def batch(
-        self, prompts: list[str], image_files: Sequence[Sequence[str]], responses: Sequence[Sequence[Sequence[int]]]
-    ) -> dict[str, Tensor]:
-        """A batch of n prompts with K responses each; `responses[k][b]` are token ids, empty where there is none."""
-        pictures = [[self.images.open(name) for name in names] for names in image_files]
+    def batch(self, rows: Sequence[Row], places: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """A batch of rows; `places` has the row and the branch of each response that TRL reads, in its order."""
+        in_model = rows if self.layout == "shared" else [rows[row] for row, _ in places]
+        prompts = [row.prompt for row in in_model]
+        pictures = [[self.images.open(name) for name in row.image_files] for row in in_model]
         dummy = self.always_images and not any(pictures)
-        dummy_prompt, dummy_picture = ([self._dummy_prompt()], [[_blank_picture()]]) if dummy else ([], [])
+        if dummy:
+            prompts, pictures = [*prompts, self._dummy_prompt()], [*pictures, [_blank_picture()]]
+        inputs = encode_prompts(self.processor, prompts, pictures)
         if self.layout == "shared":
-            inputs = encode_prompts(self.processor, prompts + dummy_prompt, pictures + dummy_picture)
-            batch = shared_batch(inputs, responses, self.pad_token_id)
+            batch = shared_batch(inputs, [row.branches for row in rows], places, self.pad_token_id)
         else:
-            repeats = len(responses)
-            inputs = encode_prompts(
-                self.processor, prompts * repeats + dummy_prompt, pictures * repeats + dummy_picture
-            )
-            if dummy:
-                responses = [*responses, [[]]]
-            batch = plain_batch(inputs, responses, self.pad_token_id)
+            responses = [rows[row].branches[branch] for row, branch in places]
+            batch = plain_batch(inputs, [*responses, []] if dummy else responses, self.pad_token_id)
             if dummy:
                 batch = split_dummy_row(batch)
         self._check_length(batch)
@@ -126,19 +137,18 @@ class PairCollator:
 
 
 def plain_batch(
-    prompt_inputs: dict[str, Tensor], responses: Sequence[Sequence[Sequence[int]]], pad_token_id: int
+    prompt_inputs: dict[str, Tensor], responses: Sequence[Sequence[int]], pad_token_id: int
 ) -> dict[str, Tensor]:
-    """TRL's layout: the n prompts with their first responses, then with their second ones: (2n, L) int64.
+    """TRL's layout: a row (., L) int64 for each response, for n pairs all chosen and then all rejected ones.
 
-    `prompt_inputs` holds the prompts once per response (2n rows, padded on the right) with whatever else the processor
-    made; all of it is passed on. `completion_mask` is 1 on the tokens of a response.
+    `prompt_inputs` holds the prompt of every response (padded on the right) with whatever else the processor made; all
+    of it is passed on. `completion_mask` is 1 on the tokens of a response.
 
     >>> prompts = {"input_ids": torch.tensor([[1, 2], [1, 2]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
-    >>> batch = plain_batch(prompts, [[[3, 4]], [[5]]], pad_token_id=0)
+    >>> batch = plain_batch(prompts, [[3, 4], [5]], pad_token_id=0)
     >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
     ([[1, 2, 3, 4], [1, 2, 5, 0]], [[0, 0, 1, 1], [0, 0, 1, 0]])
     """
-    completions = [response for group in responses for response in group]
     lengths = prompt_inputs["attention_mask"].sum(dim=1).tolist()
     batch = dict(prompt_inputs)
 
@@ -149,9 +159,9 @@ def plain_batch(
         rows = [torch.cat((head, tail)) for head, tail in zip(heads, tails, strict=True)]
         return pad_sequence(rows, batch_first=True, padding_value=value)
 
-    ones = [torch.ones(len(ids), dtype=torch.long) for ids in completions]
-    zeros = [torch.zeros(len(ids), dtype=torch.long) for ids in completions]
-    batch["input_ids"] = behind_prompts(prompt_inputs["input_ids"], [_ids(ids) for ids in completions], pad_token_id)
+    ones = [torch.ones(len(ids), dtype=torch.long) for ids in responses]
+    zeros = [torch.zeros(len(ids), dtype=torch.long) for ids in responses]
+    batch["input_ids"] = behind_prompts(prompt_inputs["input_ids"], [_ids(ids) for ids in responses], pad_token_id)
     batch["attention_mask"] = behind_prompts(prompt_inputs["attention_mask"], ones)
     batch["completion_mask"] = behind_prompts(None, ones)
     for name in PER_TOKEN_KEYS:
@@ -161,34 +171,50 @@ def plain_batch(
 
 
 def shared_batch(
-    prompt_inputs: dict[str, Tensor], responses: Sequence[Sequence[Sequence[int]]], pad_token_id: int
+    prompt_inputs: dict[str, Tensor],
+    branches: Sequence[Sequence[Sequence[int]]],
+    places: Sequence[tuple[int, int]],
+    pad_token_id: int,
 ) -> dict[str, Tensor]:
-    """The shared layout: n rows ``[prompt | response 1 | ... | response K]`` for the model, (K n, 1 + C) ones for TRL.
+    """The shared layout: n rows ``[prompt | branch 1 | branch 2 | ...]`` for the model, (R, 1 + C) ones for TRL.
 
-    What TRL reads: `input_ids` (K n, 1 + C), the last token of the prompt and then the response, all first responses
-    before all second ones; `completion_mask` of the same shape; `attention_mask` (n, P + S), of the tokens that are
-    really computed, since TRL counts with it. What the model reads instead (`align.dpo.shared_forward`): `prompt_ids`
-    (n, P), whatever else the processor made of prompts and images, and the fields of the `Layout` under ``prefix_``.
-    Prompts beyond those that have responses are run and give nothing.
+    `branches[b]`: the token ids of the responses of row b; `places`: the row and the branch of each of the R
+    responses that TRL reads, any of them as often as it likes. What TRL reads: `input_ids` (R, 1 + C), the last token
+    of the prompt and then the response; `completion_mask` of the same shape; `attention_mask` (n, P + S), of the tokens
+    that are really computed, since TRL counts with it. What the model reads instead (`align.dpo.shared_forward`):
+    `prompt_ids` (n, P), whatever else the processor made of prompts and images, the fields of the `Layout` under
+    ``prefix_``, and there `token_index` (R, C) int64, where among the n S tokens behind the prompts the tokens of TRL's
+    responses are. Prompts beyond those that have branches are run and give nothing.
 
     >>> prompts = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
-    >>> batch = shared_batch(prompts, [[[3, 4]], [[5]]], pad_token_id=0)
+    >>> batch = shared_batch(prompts, [[[3, 4], [5]]], [(0, 0), (0, 1)], pad_token_id=0)
     >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
     ([[2, 3, 4], [2, 5, 0]], [[0, 1, 1], [0, 1, 0]])
     >>> batch["prompt_ids"].tolist(), batch["prefix_input_ids"].tolist(), batch["attention_mask"].tolist()
     ([[1, 2]], [[3, 4, 5]], [[1, 1, 1, 1, 1]])
+    >>> batch["prefix_token_index"].tolist()
+    [[0, 1], [2, 0]]
     """
     batch = dict(prompt_inputs)
     prompt_ids, prompt_mask = batch.pop("input_ids"), batch.pop("attention_mask")
-    rows = [[Segment(group[b]) for group in responses if b < len(group)] for b in range(len(prompt_ids))]
-    layout = Layout.build(prompt_mask.bool(), rows, pad_token_id)
+    behind = [[Segment(ids) for ids in row] for row in branches]
+    behind += [[] for _ in range(len(prompt_ids) - len(branches))]
+    layout = Layout.build(prompt_mask.bool(), behind, pad_token_id)
     last = prompt_ids.gather(1, prompt_mask.sum(dim=1, keepdim=True) - 1)[:, 0].tolist()
-    completions = [[last[b], *response] for group in responses for b, response in enumerate(group)]
-    batch["input_ids"] = pad_sequence([_ids(ids) for ids in completions], batch_first=True, padding_value=pad_token_id)
-    masks = [_ids([0] + [1] * (len(ids) - 1)) for ids in completions]
+    responses = [branches[row][branch] for row, branch in places]
+    starts = [[0, *itertools.accumulate(len(ids) for ids in row)] for row in branches]
+    width = layout.input_ids.shape[1]
+    index = [
+        torch.arange(len(ids)) + row * width + starts[row][branch]
+        for (row, branch), ids in zip(places, responses, strict=True)
+    ]
+    completions = [_ids([last[row], *ids]) for (row, _), ids in zip(places, responses, strict=True)]
+    masks = [_ids([0] + [1] * len(ids)) for ids in responses]
+    batch["input_ids"] = pad_sequence(completions, batch_first=True, padding_value=pad_token_id)
     batch["completion_mask"] = pad_sequence(masks, batch_first=True)
     batch["attention_mask"] = torch.cat((prompt_mask, layout.is_token.to(prompt_mask.dtype)), dim=1)
     batch["prompt_ids"] = prompt_ids
+    batch[TOKEN_INDEX] = pad_sequence(index, batch_first=True)
     for field in fields(Layout):
         batch[LAYOUT_PREFIX + field.name] = getattr(layout, field.name)
     return batch
@@ -201,7 +227,7 @@ def layout_of(batch: dict[str, Any]) -> Layout:
 
 def prompt_inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
     """What the processor made of the prompts, from a batch of `shared_batch`."""
-    ours = {"attention_mask", "completion_mask", "prompt_ids", "pair_index", *REFERENCE_COLUMNS}
+    ours = {"attention_mask", "completion_mask", "prompt_ids", "pair_index", WEIGHT_COLUMN, *REFERENCE_COLUMNS}
     inputs = {name: value for name, value in batch.items() if name not in ours and not name.startswith(LAYOUT_PREFIX)}
     return inputs | {
         "input_ids": batch["prompt_ids"],

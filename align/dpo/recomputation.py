@@ -18,6 +18,7 @@ from align.config import Config
 from align.distributed.ranks import least_of_all, world_size
 from align.dpo.check import model_to_train
 from align.dpo.collator import LayoutName
+from align.dpo.rows import RowBatch
 from align.dpo.settings import AUTO, checkpointing_field
 from align.dpo.step_memory import GIB, STRATEGIES, USABLE, How, StepBatch, least_recomputation, training_memory
 from align.dpo.tokenize import TokenizedPair
@@ -38,13 +39,13 @@ def choose_recomputation(
     config: Config,
     policy: str,
     fields: dict[str, Any],
-    pairs: Sequence[TokenizedPair],
+    batch: StepBatch,
     *,
     layout: LayoutName,
     strategy: str,
     device: torch.device,
 ) -> Recomputation:
-    """What the configuration says; with `auto` as little as the device's memory demands, the same in every process."""
+    """What the configuration says; with `auto` as little as memory demands for `batch`, the same in every process."""
     setting = fields[checkpointing_field()]
     if setting != AUTO:
         return Recomputation(bool(setting))
@@ -52,7 +53,7 @@ def choose_recomputation(
     if usable is None or strategy not in STRATEGIES:
         log.info("gradient checkpointing: every layer, since the memory of this training is not known")
         return Recomputation(True)
-    shape, batch = model_shape(model_to_train(config, policy)), largest_batch(pairs, fields)
+    shape = model_shape(model_to_train(config, policy))
     how = how_trained(config, fields, layout=layout, strategy=strategy)
     chosen = least_recomputation(shape, batch, how, usable)
     num_layers, needed = shape.text.num_layers, training_memory(shape, batch, chosen).total
@@ -76,8 +77,14 @@ def usable_bytes(device: torch.device) -> int | None:
     return least_of_all(int((total - max(others, 0)) * USABLE), device)
 
 
-def largest_batch(pairs: Sequence[TokenizedPair], fields: dict[str, Any]) -> StepBatch:
-    """The longest prompt with the longest responses, in every row."""
+def largest_batch(
+    pairs: Sequence[TokenizedPair], fields: dict[str, Any], own: Sequence[RowBatch] | None = None
+) -> StepBatch:
+    """The batch of `own` that has the most tokens; else the longest prompt with the longest responses, in every row."""
+    if own is not None:
+        largest = max(own, key=lambda batch: batch.tokens)
+        half = largest.size.responses // 2
+        return StepBatch(largest.num_rows, largest.size.prompt, largest.size.responses - half, half)
     return StepBatch(
         num_rows=int(fields["per_device_train_batch_size"]),
         prompt_tokens=max(pair.prompt_tokens for pair in pairs),

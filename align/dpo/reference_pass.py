@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from align.dpo.collator import LayoutName, PairCollator
+from align.dpo.rows import by_question
 from align.dpo.shared_forward import log_prob_head
 from align.dpo.tokenize import TokenizedPair
 from align.monitoring.cost import count_tokens
@@ -40,29 +41,28 @@ def group_by_question(pairs: Sequence[TokenizedPair], layout: LayoutName) -> lis
     """Pairs with the same prompt and images together, in order; one by one where prompts are not shared."""
     if layout == "plain":
         return [[pair] for pair in pairs]
-    groups: dict[tuple[str, ...], list[TokenizedPair]] = {}
-    for pair in pairs:
-        groups.setdefault((pair.prompt, *pair.image_files), []).append(pair)
-    return list(groups.values())
+    return [[pairs[index] for index in group] for group in by_question(pairs)]
 
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """Some questions with all their responses, collated; `distinct[b]`: the different responses of question b."""
+    """The pairs of some questions, collated."""
 
-    groups: list[list[TokenizedPair]]
-    distinct: list[list[tuple[int, ...]]]
+    pairs: list[TokenizedPair]
+    num_questions: int
     inputs: dict[str, Tensor]
 
 
 class GroupBatches(Dataset[GroupBatch]):
-    """Questions, `batch_size` at a time, collated when asked for: in the workers of a loader,
-    while the GPU computes."""
+    """Questions, `batch_size` at a time, collated when asked for: in the workers of a loader, while the GPU computes.
+
+    A response that stands in several pairs is computed once.
+    """
 
     def __init__(self, groups: list[list[TokenizedPair]], collator: PairCollator, batch_size: int) -> None:
         self.batches = [groups[start : start + batch_size] for start in range(0, len(groups), batch_size)]
         self.num_own = len(self.batches)
-        self.collator = collator
+        self.collator = replace(collator, grouping="question")
 
     def add_dummy_batches(self, groups: list[list[TokenizedPair]], num_batches: int) -> None:
         """Batches of `groups` behind its own until there are `num_batches`, so that collectives match; not kept."""
@@ -73,15 +73,8 @@ class GroupBatches(Dataset[GroupBatch]):
 
     def __getitem__(self, index: int) -> GroupBatch:
         groups = self.batches[index]
-        # A response that stands in several pairs is computed once; a dict keeps their order.
-        distinct = [
-            list(dict.fromkeys(tuple(ids) for pair in group for ids in (pair.chosen_ids, pair.rejected_ids)))
-            for group in groups
-        ]
-        count = max(len(responses) for responses in distinct)
-        columns = [[responses[k] if k < len(responses) else () for responses in distinct] for k in range(count)]
-        prompts, images = [group[0].prompt for group in groups], [group[0].image_files for group in groups]
-        return GroupBatch(groups, distinct, self.collator.batch(prompts, images, columns))
+        pairs = [pair for group in groups for pair in group]
+        return GroupBatch(pairs, len(groups), self.collator.collate(pairs))
 
 
 def compute_log_probs(
@@ -107,27 +100,25 @@ def compute_log_probs(
             if index < batches.num_own:
                 for line in lines:
                     on_line(line)
-                advance(len(batch.groups))
+                advance(batch.num_questions)
     model.train(was_training)
 
 
 def group_log_probs(model: Any, batch: GroupBatch, autocast: Autocast) -> Iterator[ReferenceLine]:
     """Every pair of the questions with the log-probabilities of its two responses, from one forward."""
     per_token, sums = response_log_probs(model, batch.inputs, autocast)
-    for b, group in enumerate(batch.groups):
-        row = {ids: k * len(batch.groups) + b for k, ids in enumerate(batch.distinct[b])}
-        for pair in group:
-            chosen, rejected = row[tuple(pair.chosen_ids)], row[tuple(pair.rejected_ids)]
-            yield ReferenceLine(
-                id=pair.id,
-                chosen=pack(per_token[chosen, : len(pair.chosen_ids)]),
-                rejected=pack(per_token[rejected, : len(pair.rejected_ids)]),
-                logps=(float(sums[chosen]), float(sums[rejected])),
-            )
+    for chosen, pair in enumerate(batch.pairs):
+        rejected = len(batch.pairs) + chosen
+        yield ReferenceLine(
+            id=pair.id,
+            chosen=pack(per_token[chosen, : len(pair.chosen_ids)]),
+            rejected=pack(per_token[rejected, : len(pair.rejected_ids)]),
+            logps=(float(sums[chosen]), float(sums[rejected])),
+        )
 
 
 def response_log_probs(model: Any, batch: dict[str, Tensor], autocast: Autocast) -> tuple[Tensor, Tensor]:
-    """(K n, C) log-probabilities of the responses' tokens, each from the start of its row, and (K n,) their sums.
+    """(R, C) log-probabilities of the responses' tokens, each from the start of its row, and (R,) their sums.
 
     The sums are those of the rows as they come out of the model, as in TRL's loss: another order of summation would
     change their last bit.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from trl import DPOConfig
 
 from align import accelerator
 from align.config import Config, DpoSettings
+from align.dpo.rows import RowBatch, make_batches
+from align.dpo.tokenize import TokenizedPair
 from align.errors import UserError
 from align.log import log
 from align.tracking.trackers import OF_TRANSFORMERS, check_trackers, tracker_names
@@ -94,8 +97,38 @@ def check_fields(settings: DpoSettings) -> None:
             near = get_close_matches(name, known, n=1)
             hint = HINTS.get(name) or (f"did you mean {near[0]!r}?" if near else "it is no field of TRL's DPOConfig")
             problems.append(f"dpo.{name}: unknown key ({hint})")
+    problems += _row_faults(settings)
     if problems:
         raise UserError("the dpo section has faults:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+# Losses that compare distributions over a batch: a pair has no share of its own in them.
+OVER_BATCHES = {"aot", "aot_unpaired"}
+
+
+def _row_faults(settings: DpoSettings) -> list[str]:
+    """What cannot be set beside `rows`, `pair_weight` and `tokens_per_batch`."""
+    given = settings.trainer_fields()
+    problems = []
+    if settings.rows == "question" or settings.tokens_per_batch is not None:
+        which = "rows: question" if settings.rows == "question" else "tokens_per_batch"
+        problems += [
+            f"dpo.{name} cannot be set with dpo.{which}, which makes batches of its own"
+            for name in ("dataloader_drop_last", "train_sampling_strategy", "group_by_length")
+            if given.get(name)
+        ]
+    elif settings.pair_weight == "question":
+        problems.append("dpo.pair_weight: question needs dpo.rows: question (or dpo.tokens_per_batch)")
+    if settings.tokens_per_batch is not None and "per_device_train_batch_size" in given:
+        problems.append("dpo.per_device_train_batch_size has no effect: dpo.tokens_per_batch is set")
+    kinds = given.get("loss_type", [])
+    apart = OVER_BATCHES & set([kinds] if isinstance(kinds, str) else kinds)
+    if settings.pair_weight == "question" and apart:
+        problems.append(
+            f"dpo.pair_weight: question has no meaning for the loss {', '.join(sorted(apart))}, which compares "
+            "distributions over a batch"
+        )
+    return problems
 
 
 def training_fields(config: Config, output_dir: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -208,8 +241,32 @@ def check_effects(arguments: DPOConfig, given: dict[str, Any]) -> None:
         raise UserError("the dpo section has faults:\n" + "\n".join(f"  - {problem}" for problem in idle))
 
 
-def planned_steps(fields: dict[str, Any], num_pairs: int, num_processes: int) -> int:
-    """How many optimiser steps a training of so many pairs takes, as transformers counts them.
+def own_batches(
+    config: Config, fields: dict[str, Any], pairs: Sequence[TokenizedPair], *, shared: bool = True
+) -> list[RowBatch] | None:
+    """The batches that the toolkit makes itself; None where they are so many pairs, and TRL's loader makes them.
+
+    Where prompts are not shared (`shared`) there are no rows of questions, and every pair is by itself.
+
+    Raises:
+        UserError: a row has more tokens than the budget.
+    """
+    settings = config.dpo
+    if settings.rows == "pair" and settings.tokens_per_batch is None:
+        return None
+    return make_batches(
+        pairs,
+        settings.rows if shared else "pair",
+        num_rows=fields["per_device_train_batch_size"],
+        max_tokens=settings.tokens_per_batch,
+        seed=fields["seed"],
+    )
+
+
+def planned_steps(
+    fields: dict[str, Any], num_pairs: int, num_processes: int, own: Sequence[RowBatch] | None = None
+) -> int:
+    """How many optimiser steps a training of so many pairs, or of `own_batches`, takes, as transformers counts them.
 
     Raises:
         UserError: none, since dataloader_drop_last leaves out every incomplete batch.
@@ -218,7 +275,9 @@ def planned_steps(fields: dict[str, Any], num_pairs: int, num_processes: int) ->
     (2, 9)
     """
     size = fields["per_device_train_batch_size"]
-    if fields.get("dataloader_drop_last"):
+    if own is not None:
+        batches = math.ceil(len(own) / num_processes)
+    elif fields.get("dataloader_drop_last"):
         batches = num_pairs // size // num_processes
     else:
         batches = math.ceil(math.ceil(num_pairs / size) / num_processes)

@@ -5,8 +5,8 @@ statistics of the labels, in their shape. Three layers make that call, the outer
 
     model(prompt_ids, prefix_*, labels)            TRL calls, with labels (2n, 1 + C)
       add_shared_rows      (this file)             a batch with a `Layout` goes to the right, any other one down
-      |                      \\-> forward_segments   rows [prompt | chosen | rejected], backbone once: (n, S) per token
-      |                            in_shape_of_labels              chosen rows, then rejected rows: (2n, C)
+      |                      \\-> forward_segments   rows [prompt | branch | ...], backbone once: (n, S) per token
+      |                            in_shape_of_labels    a row per response, chosen ones first: (R, C)
       add_fused_lm_head    (TRL)                   backbone and head in chunks, rows [prompt + response]: (2n, L - 1)
       model.forward        (transformers)
 
@@ -16,14 +16,14 @@ A prompt ``[1, 2]`` with the responses ``[3, 4]`` and ``[5]``, from the collator
 
 >>> from align.dpo.collator import shared_batch
 >>> prompts = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
->>> batch = shared_batch(prompts, [[[3, 4]], [[5]]], pad_token_id=0)
+>>> batch = shared_batch(prompts, [[[3, 4], [5]]], [(0, 0), (0, 1)], pad_token_id=0)
 >>> batch["prompt_ids"].tolist(), batch["prefix_input_ids"].tolist()  # what the model reads: one row, S = 3
 ([[1, 2]], [[3, 4, 5]])
 >>> labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)  # as TRL makes them
 >>> labels.tolist()
 [[-100, 3, 4], [-100, 5, -100]]
 >>> stats = TokenStats(log_probs=torch.tensor([[-0.5, -1.0, -2.0]]))  # log p(3 | 1 2), p(4 | 1 2 3), p(5 | 1 2)
->>> in_shape_of_labels(stats, layout_of(batch), labels[:, 1:]).log_probs.tolist()  # what TRL sums per row
+>>> in_shape_of_labels(stats, batch["prefix_token_index"], labels[:, 1:]).log_probs.tolist()  # what TRL sums per row
 [[-0.5, -1.0], [-2.0, 0.0]]
 """
 
@@ -39,10 +39,9 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from align.dpo.collator import LAYOUT_PREFIX, layout_of, prompt_inputs_of
+from align.dpo.collator import LAYOUT_PREFIX, TOKEN_INDEX, layout_of, prompt_inputs_of
 from align.dpo.sharding.dummy_batches import add_dummy_rows
 from align.prefix.attention import use_shared_prefix
-from align.prefix.layout import Layout
 from align.prefix.log_probs import TokenStats, forward_segments
 
 IGNORED_LABEL = -100
@@ -73,27 +72,27 @@ def add_shared_rows(
         layout = layout_of(kwargs)
         with autocast():
             stats = forward_segments(self, prompt_inputs_of(kwargs), layout, outputs)
-        return in_shape_of_labels(stats, layout, labels[:, 1:])
+        return in_shape_of_labels(stats, kwargs[TOKEN_INDEX], labels[:, 1:])
 
     # `generate` and the Trainer read the signature.
     shared_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(shared_forward, model)
 
 
-def in_shape_of_labels(stats: TokenStats, layout: Layout, labels: Tensor) -> FusedCausalLMOutput:
-    """Statistics (n, S) of the segments' tokens, put where TRL expects them: (K n, C), zero where a label is ignored.
+def in_shape_of_labels(stats: TokenStats, token_index: Tensor, labels: Tensor) -> FusedCausalLMOutput:
+    """Statistics (n, S) of the branches' tokens, put where TRL expects them: (R, C), zero where a label is ignored.
 
-    `labels` (K n, C) holds the first responses of all rows, then the second ones, and so on; -100 is padding.
+    `token_index` (R, C) int64 says where among the n S tokens those of each response are; a branch that stands in
+    several pairs is read for each of them. `labels` (R, C): -100 is padding.
     """
     wanted = labels != IGNORED_LABEL
-    num_segments = layout.ancestors.shape[1]
-    picked = [layout.segment == segment for segment in range(num_segments)]
 
     def spread(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        flat = torch.cat([values[mask] for mask in picked])
-        return values.new_zeros(wanted.shape).masked_scatter(wanted, flat)
+        if not values.numel():
+            return values.new_zeros(wanted.shape)
+        return torch.where(wanted, values.flatten()[token_index], values.new_zeros(()))
 
     log_probs = spread(stats.log_probs)
     assert log_probs is not None

@@ -7,6 +7,7 @@ import gc
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,12 +24,14 @@ from align.dpo.callbacks import MetricsFile, StepProgress, StepTracker, StopOnSi
 from align.dpo.choose_layout import choose_layout
 from align.dpo.collator import PairCollator, pair_dataset
 from align.dpo.qlora import quantization
-from align.dpo.recomputation import choose_recomputation
+from align.dpo.recomputation import choose_recomputation, largest_batch
 from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
+from align.dpo.rows import RowBatch, by_question, pair_weights
 from align.dpo.save import save_trained
 from align.dpo.settings import (
     checkpointing_field,
     effective_settings,
+    own_batches,
     planned_steps,
     training_arguments,
     training_fields,
@@ -61,11 +64,10 @@ STAGE = "dpo"
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on: tokenised pairs that fit, the collator of their batches, TRL's fields, counts and notes."""
+    """What is trained on: tokenised pairs that fit, the collator of their batches, counts and notes."""
 
     pairs: list[TokenizedPair]
     collator: PairCollator
-    fields: dict[str, Any]
     counts: dict[str, Any]
     notes: dict[str, str]
 
@@ -96,16 +98,18 @@ class DpoStage:
         with loading_sharded(self.strategy == "zero3", self.dtype):
             model = self.load(self.policy)
             with gathered_as_needed(model), self._autocast():
-                first = data.pairs[: self.fields["per_device_train_batch_size"]]
-                layout, note = choose_layout(self.config.shared_prefix, model, data.collator, first)
+                layout, note = choose_layout(self.config.shared_prefix, model, data.collator, self._first(data.pairs))
             collator = replace(data.collator, layout=layout)
+            own = own_batches(self.config, self.fields, data.pairs, shared=layout == "shared")
             live = self.config.dpo.reference == "live"
             reference = None if live else self._reference(model, data.pairs, collator)
         reference_s = time.monotonic() - started
+        fields = with_warmup_that_ends(self.fields, planned_steps(self.fields, len(data.pairs), world_size(), own))
+        largest = largest_batch(data.pairs, fields, own)
         recomputation = choose_recomputation(
-            self.config, self.policy, data.fields, data.pairs, layout=layout, strategy=self.strategy, device=self.device
+            self.config, self.policy, fields, largest, layout=layout, strategy=self.strategy, device=self.device
         )
-        fields = data.fields | {checkpointing_field(): recomputation.checkpointing}
+        fields |= {checkpointing_field(): recomputation.checkpointing}
         arguments = training_arguments(strategy_fields(self.strategy, model) | fields, self.config.dpo.trainer_fields())
         if is_deepspeed_zero3_enabled():
             # Freed here, where its last name is: there may not be room for it and the shards.
@@ -114,8 +118,10 @@ class DpoStage:
             accelerator.empty_cache()
             init_deepspeed()
             model = self.load(self.policy)
+        weights = None if own is None else pair_weights(data.pairs, self.config.dpo.pair_weight)
+        dataset = pair_dataset(data.pairs, reference, weights)
         trainer = self.make_trainer(
-            model, arguments, pair_dataset(data.pairs, reference), collator, recomputation.kept_layers
+            model, arguments, dataset, collator, kept_layers=recomputation.kept_layers, batches=own
         )
         check_distribution(self.strategy, trainer.accelerator.distributed_type)
         parameters = count_parameters(trainer.model)
@@ -130,7 +136,11 @@ class DpoStage:
                 STAGE,
                 outputs=[self.this.checkpoint],
                 counts=counts,
-                notes={"shared_prefix": note} | data.notes | note_on_batch(self.this.trainer) | self.trackers.notes,
+                notes={"shared_prefix": note}
+                | self._rows_note(layout)
+                | data.notes
+                | note_on_batch(self.this.trainer)
+                | self.trackers.notes,
                 parameters=parameters,
                 training=effective_settings(arguments),
                 reference_seconds=round(reference_s, 3),
@@ -151,15 +161,14 @@ class DpoStage:
         max_length = self.config.dpo.max_length or position_limit(read_config(self.policy))
         tokenized = tokenize_pairs(given, processor, images)
         pairs = self._that_fit(tokenized.pairs, max_length)
-        num_steps = planned_steps(self.fields, len(pairs), world_size())
+        planned_steps(self.fields, len(pairs), world_size(), own_batches(self.config, self.fields, pairs))
         # Processes that exchange weights or gradients module by module must all run the same modules. Alone as well,
         # so that it makes no difference: Adam moves on with a gradient of 0, but not without one.
         always_images = any(pair.image_files for pair in pairs)
         dropped = {reason: len(ids) for reason, ids in tokenized.dropped.items()}
         return TrainingData(
             pairs=pairs,
-            collator=PairCollator(processor, images, "shared", max_length, always_images),
-            fields=with_warmup_that_ends(self.fields, num_steps),
+            collator=PairCollator(processor, images, "shared", max_length, always_images, self.config.dpo.rows),
             counts={"dropped_too_long": len(tokenized.pairs) - len(pairs)} | ({"dropped": dropped} if dropped else {}),
             notes={"turns": "; ".join(faults)} if faults else {},
         )
@@ -178,7 +187,14 @@ class DpoStage:
         )
 
     def make_trainer(
-        self, model: Any, args: Any, dataset: Any, collator: PairCollator, kept_layers: int = 0
+        self,
+        model: Any,
+        args: Any,
+        dataset: Any,
+        collator: PairCollator,
+        *,
+        kept_layers: int = 0,
+        batches: Sequence[RowBatch] | None = None,
     ) -> PairTrainer:
         """The trainer of the round, with its adapter or frozen parts, its reference and its callbacks."""
         settings = self.config.dpo
@@ -197,6 +213,7 @@ class DpoStage:
             peft_config=adapter,
             projector_learning_rate_multiplier=settings.projector_learning_rate_multiplier,
             kept_layers=kept_layers,
+            batches=batches,
             starts_at_reference=settings.reference != "initial" or self.policy == self.config.policy,
             callbacks=[
                 MetricsFile(self.this.trainer / "metrics.jsonl"),
@@ -204,6 +221,13 @@ class DpoStage:
                 StepTracker(self.trackers),
             ],
         )
+
+    def _first(self, pairs: list[TokenizedPair]) -> list[TokenizedPair]:
+        """The pairs of the first rows, for a look at what sharing prompts does."""
+        size = self.fields["per_device_train_batch_size"]
+        if self.config.dpo.rows == "pair":
+            return pairs[:size]
+        return [pairs[index] for group in by_question(pairs)[:size] for index in group]
 
     def _that_fit(self, pairs: list[TokenizedPair], max_length: int | None) -> list[TokenizedPair]:
         if max_length is None:
@@ -235,6 +259,11 @@ class DpoStage:
             num_workers=self.fields["dataloader_num_workers"],
         )
         return reference.columns(self.fields.get("ld_alpha"))
+
+    def _rows_note(self, layout: str) -> dict[str, str]:
+        if layout == "shared" or self.config.dpo.rows == "pair":
+            return {}
+        return {"rows": "dpo.rows: question had no effect, every response repeats its prompt"}
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:

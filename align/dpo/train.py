@@ -93,7 +93,7 @@ def _train_within_memory(stage: DpoStage, pairs: list[Pair]) -> bool:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        remember_smaller_batch(stage.this.trainer, stage.fields)
+        remember_smaller_batch(stage.this.trainer, stage.fields, stage.config.dpo.tokens_per_batch)
     if world_size() > 1:
         # The other processes wait in the middle of a step: all must be restarted.
         raise SystemExit(EXIT_RESTART)

@@ -6,6 +6,7 @@ Losses, metrics and the training loop are TRL's and transformers'; `_compute_los
 * the dataset holds tokenised pairs and is left alone (`align.dpo.collator` does the work);
 * reference log-probabilities come with the batch when the dataset has them, and then no second model is kept;
 * batches of the shared layout are understood (`align.dpo.shared_forward`);
+* batches may be rows of questions, or fill a budget of tokens (`align.dpo.rows`), and pairs may weigh differently;
 * the projector may have a learning rate of its own;
 * resuming loads every weight of a vision-language model;
 * the first loss must be that of a policy that equals the reference (`align.dpo.first_step`);
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
-from align.dpo.collator import REFERENCE_COLUMNS, PairCollator
+from align.dpo.collator import REFERENCE_COLUMNS, WEIGHT_COLUMN, PairCollator
 from align.dpo.first_step import RecordedForward, difference, noise_in, response_sums, tolerance_of
 from align.dpo.gradient_checkpointing import checkpoint_what_is_needed
+from align.dpo.rows import RowBatch, RowBatches
 from align.dpo.sharding.dummy_batches import add_dummy_rows
 from align.dpo.shared_forward import add_shared_rows
 from align.dpo.trainer_checkpoints import remove_older, seal, unseal
@@ -74,6 +77,7 @@ class PairTrainer(DPOTrainer):
         projector_learning_rate_multiplier: float = 1.0,
         kept_layers: int = 0,
         starts_at_reference: bool = False,
+        batches: Sequence[RowBatch] | None = None,
     ) -> None:
         cached = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
         assert cached or ref_model is not None or peft_config is not None, "no reference: neither cached nor live"
@@ -93,6 +97,9 @@ class PairTrainer(DPOTrainer):
                 peft_config=peft_config,
             )
         self.projector_learning_rate_multiplier = projector_learning_rate_multiplier
+        self.batches = batches
+        # Turns the sum of a micro-batch's weights into its share of a step.
+        self._weight_scale: float | torch.Tensor | None = None
         self._pairs_of_step: list[int] = []
         self._first_to_check = starts_at_reference
         self._total_train_tokens = 0
@@ -124,6 +131,48 @@ class PairTrainer(DPOTrainer):
     def create_model_card(self, *unused: Any, **unused_too: Any) -> None:
         """TRL's card would stand in every trainer checkpoint; ours is written once, into the finished checkpoint."""
 
+    # Batches and what their pairs count.
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of rows where they were given (`align.dpo.rows`), else transformers' own."""
+        if self.batches is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=RowBatches(self.batches, args.seed, lambda: int(self.state.epoch or 0)),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step; what all their pairs weigh, in all processes, is noted for `compute_loss`."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and WEIGHT_COLUMN in batches[0]:
+            total = torch.stack([batch[WEIGHT_COLUMN].sum() for batch in batches]).sum().to(device)
+            total = self.accelerator.reduce(total, "sum")
+            # transformers divides by the micro-batches, and by the processes.
+            self._weight_scale = len(batches) * self.accelerator.num_processes / total
+        return batches, num_items
+
+    def _weighted(self, loss: torch.Tensor, log_probs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The loss of a micro-batch as its share of the step's weighted mean.
+
+        TRL's loss is the plain mean over the pairs. Where they weigh differently, the gradient that reaches the
+        responses of a pair is scaled; the loss that is logged then counts pairs of one micro-batch alike.
+        """
+        relative = (weights / weights.mean()).repeat(2)[:, None]
+        if log_probs.requires_grad and not bool((relative == 1).all()):
+            log_probs.register_hook(lambda gradient: gradient * relative)
+        total = weights.sum()
+        return loss * total * (1 / total if self._weight_scale is None else self._weight_scale)
+
     # The step.
 
     def compute_loss(
@@ -137,15 +186,17 @@ class PairTrainer(DPOTrainer):
                 (e["num_tokens"] for e in reversed(self.state.log_history) if "num_tokens" in e), 0
             )
         self._pairs_of_step += inputs.pop("pair_index").tolist()
-        first = self._first_to_check and self.state.global_step == 0
-        forward = RecordedForward(model) if first else model
+        weights = inputs.pop(WEIGHT_COLUMN, None)
+        forward = RecordedForward(model)
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         self._stop_unless_finite(loss.detach(), "loss")
-        if isinstance(forward, RecordedForward):
+        if self._first_to_check and self.state.global_step == 0:
             self._check_reference(loss.detach(), self.loss_at_reference(inputs, forward.output))
         self._first_to_check = False
-        return result
+        if weights is not None:
+            loss = self._weighted(loss, forward.output.log_probs, weights)
+        return (loss, result[1]) if return_outputs else loss
 
     def loss_at_reference(self, inputs: dict[str, Any], output: Any) -> torch.Tensor:
         """TRL's loss for the output of a forward where the reference gives the very same log-probabilities."""

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from align.dpo.collator import PairCollator
+from align.dpo.collator import REFERENCE_COLUMNS, WEIGHT_COLUMN, PairCollator
 from align.dpo.reference_pass import response_log_probs
 from align.dpo.shared_forward import log_prob_head
 from align.errors import UserError
@@ -51,7 +51,7 @@ class Probe:
         lengths = trainer.train_dataset["length"]
         row = trainer.train_dataset[min(range(len(lengths)), key=lengths.__getitem__)]
         batch = collator([row])
-        for name in ("pair_index", "ref_chosen_logps", "ref_rejected_logps"):
+        for name in ("pair_index", WEIGHT_COLUMN, *REFERENCE_COLUMNS):
             batch.pop(name, None)
         model = trainer.model_wrapped
         was_training = model.training

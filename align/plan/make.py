@@ -8,12 +8,14 @@ the model of time `align.plan.speed` and `align.plan.times`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from align.config import Config
 from align.dpo.optimizers import ROUNDING, ROUNDING_ARGUMENT, is_known, rounds_at_random
+from align.dpo.rows import by_question, rows_of
 from align.dpo.settings import AUTO
 from align.dpo.step_memory import (
     STRATEGIES,
@@ -34,7 +36,7 @@ from align.models.modules import freeze_parts
 from align.models.shapes import ModelShape, model_shape
 from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
 from align.plan.speed import Machine, Speed
-from align.plan.stages import Lengths, StageCost, StagePlanner
+from align.plan.stages import Lengths, StageCost, StagePlanner, branches_of_row
 from align.records import Pair, read_jsonl, read_questions
 
 RESPONSE_TOKENS = 200
@@ -138,8 +140,8 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
     model = shaped_model(config)
     shape, (in_training, shared, why) = model_shape(model), sharing(config, model)
     meter = PromptMeter(processor, question_images(config), patch_size(model))
-    sizes, lengths = _prompts(config, meter, response_tokens)
-    batch = _largest_batch(config, sizes, lengths)
+    sizes, lengths = _prompts(config, meter, response_tokens, shared=in_training)
+    batch = _largest_batch(config, sizes, lengths, shared=in_training)
     how = training_how(config, machine, shared=in_training)
     how = _with_least_recomputation(config, shape, batch, how, machine)
     # There is nothing to spread on one GPU, and four bits are not spread.
@@ -330,8 +332,13 @@ def _adapted(config: Config) -> ModelShape:
     return model_shape(with_adapter(meta_model(config.policy), LoraConfig(**given)))
 
 
-def _prompts(config: Config, meter: PromptMeter, response_tokens: int) -> tuple[list[PromptSize], Lengths]:
-    """Every prompt of the data, and how long the responses to it are: known of pairs, else what the settings say."""
+def _prompts(
+    config: Config, meter: PromptMeter, response_tokens: int, *, shared: bool
+) -> tuple[list[PromptSize], Lengths]:
+    """Every prompt of the data, and how long the responses to it are: known of pairs, else what the settings say.
+
+    Of given pairs there is one for each row of training.
+    """
     if config.questions is not None:
         from align.models.video_questions import pick_frames
 
@@ -349,21 +356,32 @@ def _prompts(config: Config, meter: PromptMeter, response_tokens: int) -> tuple[
     if not given:
         raise UserError("no pairs in the file", where=str(config.pairs_file))
     pairs = tokenize_pairs(given.values(), meter.processor, meter.images).pairs
-    chosen, rejected = [len(pair.chosen_ids) for pair in pairs], [len(pair.rejected_ids) for pair in pairs]
-    sizes = [meter.size(pair.id, given[pair.id].prompt, pair.image_files) for pair in pairs]
-    longest_of = [max(both) for both in zip(chosen, rejected, strict=True)]
-    sums = [sum(both) for both in zip(chosen, rejected, strict=True)]
-    return sizes, Lengths(sum(chosen) / len(pairs), sum(rejected) / len(pairs), longest_of, sums)
+    whole_questions = config.dpo.rows == "question" and shared
+    groups = [[pairs[i] for i in g] for g in by_question(pairs)] if whole_questions else [[pair] for pair in pairs]
+    sizes = [meter.size(group[0].id, given[group[0].id].prompt, group[0].image_files) for group in groups]
+    rows = [rows_of(group, config.dpo.rows if shared else "pair")[0][0] for group in groups]
+    longest_of = [max(map(len, row.branches)) for row in rows]
+    sums = [sum(map(len, row.branches)) for row in rows]
+    count = len(rows)
+    if whole_questions:
+        half, branches = sum(sums) / count / 2, sum(len(row.branches) for row in rows) / count
+        return sizes, Lengths(half, half, longest_of, sums, branches)
+    chosen, rejected = (sum(len(row.branches[side]) for row in rows) / count for side in range(2))
+    return sizes, Lengths(chosen, rejected, longest_of, sums)
 
 
-def _largest_batch(config: Config, sizes: Sequence[PromptSize], lengths: Lengths) -> StepBatch:
-    """A batch of the pair that has the most tokens."""
+def _largest_batch(config: Config, sizes: Sequence[PromptSize], lengths: Lengths, *, shared: bool) -> StepBatch:
+    """A batch of the row that has the most tokens; of a budget, as many of them as it allows."""
     rows = int(config.dpo.trainer_fields().get("per_device_train_batch_size", 1))
     place = max(range(len(sizes)), key=lambda i: sizes[i].tokens + lengths.both[i])
-    size = sizes[place]
-    return StepBatch(
-        rows, size.tokens, lengths.longest[place], lengths.longest[place], rows * size.patches, rows * size.pixels
-    )
+    size, half = sizes[place], lengths.longest[place]
+    if config.dpo.rows == "question" and shared:
+        branches = branches_of_row(config, lengths, shared=shared)
+        responses = lengths.both[place] if config.questions is None else round(branches * half)
+        half = math.ceil(responses / 2)
+    if config.dpo.tokens_per_batch is not None:
+        rows = max(1, config.dpo.tokens_per_batch // (size.tokens + 2 * half))
+    return StepBatch(rows, size.tokens, half, half, rows * size.patches, rows * size.pixels)
 
 
 def _fit(shape: ModelShape, batch: StepBatch, how: How, machine: Machine) -> Fit:

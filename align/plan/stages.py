@@ -32,12 +32,31 @@ from reward.critics import Item, make_critic
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of responses: means of `chosen` and `rejected`; of every prompt's `longest`, and of `both` together."""
+    """Tokens of responses: means of `chosen` and `rejected`; of every prompt's `longest`, and of `both` together.
+
+    Where pairs are given and a row holds a question, the chosen and rejected ones of a row, of `branches` in all.
+    """
 
     chosen: float
     rejected: float
     longest: list[int]
     both: list[int]
+    branches: float = 2
+
+
+def pairs_per_question(config: Config) -> int:
+    """The most that `pairs.max_per_question` allows; without a limit, all pairs of the responses. 1 of given pairs."""
+    if config.questions is None:
+        return 1
+    responses = config.sample.num_responses
+    return config.pairs.max_per_question or responses * (responses - 1) // 2
+
+
+def branches_of_row(config: Config, lengths: Lengths, *, shared: bool) -> float:
+    """Responses in a row of training: those of a pair, or (`dpo.rows: question`) all that pairs of a question have."""
+    if config.dpo.rows == "pair" or not shared or config.questions is None:
+        return lengths.branches
+    return min(config.sample.num_responses, 2 * pairs_per_question(config))
 
 
 @dataclass(frozen=True)
@@ -175,24 +194,24 @@ class StagePlanner:
                 read += round(judge.scorer.scored * sum(s.tokens + longer for s in judge.sizes))
         return cost, read, written
 
-    def _pairs_per_question(self) -> int:
-        """The most that `pairs.max_per_question` allows; without a limit, all pairs of the responses."""
-        if self.config.questions is None:
-            return 1
-        responses = self.config.sample.num_responses
-        return self.config.pairs.max_per_question or responses * (responses - 1) // 2
-
     def _training(self) -> list[StageCost]:
         config = self.config
         fields = config.dpo.trainer_fields()
+        branches = branches_of_row(config, self.lengths, shared=self.how.shared)
+        half = branches / self.lengths.branches
         rows = int(fields.get("per_device_train_batch_size", 1))
+        if config.dpo.tokens_per_batch is not None:
+            mean = self._read(self.sizes) / len(self.sizes) + half * (self.lengths.chosen + self.lengths.rejected)
+            rows = max(1, int(config.dpo.tokens_per_batch / mean))
         accumulation = int(fields.get("gradient_accumulation_steps", 8))
         epochs = float(fields.get("num_train_epochs", 1))
         spread = self.how.strategy != "ddp"
+        whole_questions = config.dpo.rows == "question" and self.how.shared
         training = Training(
-            pairs=self._pairs_per_question(),
-            chosen=self.lengths.chosen,
-            rejected=self.lengths.rejected,
+            pairs=1 if whole_questions else pairs_per_question(config),
+            chosen=half * self.lengths.chosen,
+            rejected=half * self.lengths.rejected,
+            branches=branches,
             rows=rows,
             accumulation=accumulation,
             checkpointing=self.how.checkpointing,

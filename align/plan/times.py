@@ -48,7 +48,10 @@ class BranchedSize:
 
 @dataclass(frozen=True)
 class Training:
-    """How a round is trained: pairs per question, their lengths, and what a step is."""
+    """How a round is trained: what a step is, and the rows of a question, each a pair or (`dpo.rows`) all of them.
+
+    `chosen` and `rejected`: tokens of the `branches` responses of a row, half of them each.
+    """
 
     pairs: float
     chosen: float
@@ -61,6 +64,7 @@ class Training:
     frozen_towers: bool
     shards: int = 1
     kept_share: float = 0.0
+    branches: float = 2
 
 
 def reading(speed: Speed, sizes: Sequence[PromptSize], batch: float = 1, *, more_tokens: float = 0) -> Cost:
@@ -162,7 +166,9 @@ def through_layers(speed: Speed, sizes: Sequence[PromptSize], training: Training
     for size in sizes:
         if training.shared:
             tokens = size.tokens + responses
-            scores = size.tokens * size.tokens / 2 + segment_scores(size.tokens, responses, 2, responses / 2)
+            scores = size.tokens * size.tokens / 2 + segment_scores(
+                size.tokens, responses, training.branches, responses / training.branches
+            )
         else:
             row = size.tokens + max(training.chosen, training.rejected)
             tokens, scores = 2 * row, 2 * row * row

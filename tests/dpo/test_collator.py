@@ -114,7 +114,7 @@ def test_token_types_go_on_as_text_behind_the_prompt():
         "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
         "mm_token_type_ids": torch.tensor([[1, 1, 0], [1, 0, 0]]),
     }
-    batch = plain_batch(prompts, [[[5, 6]], [[7]]], pad_token_id=0)
+    batch = plain_batch(prompts, [[5, 6], [7]], pad_token_id=0)
     assert batch["input_ids"].tolist() == [[9, 9, 1, 5, 6], [9, 1, 7, 0, 0]]
     assert batch["mm_token_type_ids"].tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
 

@@ -15,8 +15,8 @@ def make_small(monkeypatch, largest: int, from_step: int = 0) -> None:
     """Give the trained model a device that has room for so many pairs at a time."""
     make_trainer = DpoStage.make_trainer
 
-    def with_little_memory(self, *args):
-        trainer = make_trainer(self, *args)
+    def with_little_memory(self, *args, **named):
+        trainer = make_trainer(self, *args, **named)
 
         def allocate(module, inputs, kwargs):
             if trainer.state.global_step >= from_step and len(kwargs["attention_mask"]) > largest:
@@ -62,12 +62,12 @@ def test_training_goes_on_with_smaller_batches_and_the_same_steps(tmp_path, monk
         moved = (expected[name] - before[name]).norm()
         assert (expected[name] - found[name]).norm() <= 1e-2 * moved + 1e-6, name
     notes = round_1(short).manifest.stage("dpo").notes
-    assert notes["batch"] == "memory ran out: 1 pairs at a time, 4 times per step"
+    assert notes["batch"] == "memory ran out: 1 rows at a time, 4 times per step"
     assert "batch" not in round_1(plenty).manifest.stage("dpo").notes
 
 
 def test_a_single_pair_that_does_not_fit_ends_with_advice(tmp_path, monkeypatch):
     config = make_run(tmp_path, dpo={"per_device_train_batch_size": 1})
     make_small(monkeypatch, 0)
-    with pytest.raises(UserError, match=r"out of memory with a single pair.*zero3"):
+    with pytest.raises(UserError, match=r"out of memory with a single row.*zero3"):
         run_dpo(config, 1)

@@ -118,8 +118,8 @@ def stop_once(monkeypatch, step: int) -> None:
     """The next training is asked to stop while it does `step` + 1."""
     make_trainer = DpoStage.make_trainer
 
-    def with_signal(self, *args):
-        trainer = make_trainer(self, *args)
+    def with_signal(self, *args, **named):
+        trainer = make_trainer(self, *args, **named)
         trainer.add_callback(StopAtStep(step))
         return trainer
 
@@ -306,8 +306,8 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_state(tmp_path, monkeyp
                 # The weights stay good; what they compute does not.
                 model.model.register_forward_hook(spoil)
 
-    def with_poison(self, *args):
-        trainer = make_trainer(self, *args)
+    def with_poison(self, *args, **named):
+        trainer = make_trainer(self, *args, **named)
         trainer.add_callback(Poison())
         return trainer
 
@@ -327,8 +327,8 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_are_touched(tmp_p
     config = make_run(tmp_path, dpo={"gradient_accumulation_steps": 2, "num_train_epochs": 1})
     make_trainer = DpoStage.make_trainer
 
-    def with_bad_gradient(self, *args):
-        trainer = make_trainer(self, *args)
+    def with_bad_gradient(self, *args, **named):
+        trainer = make_trainer(self, *args, **named)
         trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
         return trainer
 

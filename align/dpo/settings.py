@@ -121,8 +121,8 @@ def _row_faults(settings: DpoSettings) -> list[str]:
         problems.append("dpo.pair_weight: question needs dpo.rows: question (or dpo.tokens_per_batch)")
     if settings.tokens_per_batch is not None and "per_device_train_batch_size" in given:
         problems.append("dpo.per_device_train_batch_size has no effect: dpo.tokens_per_batch is set")
-    kinds = given.get("loss_type", [])
-    apart = OVER_BATCHES & set([kinds] if isinstance(kinds, str) else kinds)
+    kinds = given.get("loss_type")
+    apart = OVER_BATCHES & set(kinds if isinstance(kinds, list) else [kinds])
     if settings.pair_weight == "question" and apart:
         problems.append(
             f"dpo.pair_weight: question has no meaning for the loss {', '.join(sorted(apart))}, which compares "

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align import accelerator
 from align.config import Config
@@ -23,6 +23,9 @@ from align.media.decoding import Header
 from align.media.images import ImageStore, evaluation_images, question_images, treatment_counts
 from align.records import Pair, Question, Record, parse_line, read_questions
 from reward.judge_model import BranchedPrompt
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 SHOWN_LINES = 20
 # So many questions, with the most text and images, are held against the limit of tokens.
@@ -201,7 +204,7 @@ def _open_without_weights(checkpoint: str, config: Config) -> None:
         load_model(checkpoint, device="meta", attn_implementation=config.model.attention)
 
 
-def _check_limit(processor: Any, config: Config) -> None:
+def _check_limit(processor: ProcessorMixin, config: Config) -> None:
     """The questions with the longest texts must leave room for a response; all are counted by `align plan`."""
     from align.models.limits import position_limit
     from align.models.load import read_config

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -37,6 +37,9 @@ from align.models.lora import check_tied_weights, lora_config
 from align.models.meta import meta_model, with_adapter
 from align.models.modules import check_projector, freeze_parts
 from align.records import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
 
 # What has no meaning without storage; the optimiser of these names computes the same as the plain one.
 NOT_ON_META = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "report_to": "none"}
@@ -72,7 +75,7 @@ def check_trained(config: Config, policy: str) -> None:
         try_trainer(config, policy, trained if adapter is None else meta_model(policy), adapter)
 
 
-def check_pairs(config: Config, pairs: Sequence[Pair], processor: Any, images: ImageStore) -> dict[str, int]:
+def check_pairs(config: Config, pairs: Sequence[Pair], processor: ProcessorMixin, images: ImageStore) -> dict[str, int]:
     """Tokenise and measure pairs as training will; gives how many would be left out, by reason.
 
     Raises:
@@ -95,11 +98,11 @@ def check_pairs(config: Config, pairs: Sequence[Pair], processor: Any, images: I
 
 
 class _WithoutStorage(PairTrainer):
-    def _move_model_to_device(self, model: Any, device: Any) -> None:
+    def _move_model_to_device(self, model: PreTrainedModel, device: Any) -> None:
         """Meta tensors have nothing that could be moved."""
 
 
-def try_trainer(config: Config, policy: str, model: Any, adapter: Any) -> None:
+def try_trainer(config: Config, policy: str, model: PreTrainedModel, adapter: Any) -> None:
     """Build the trainer on a model without storage, with its optimiser and its schedule.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from align.dpo.collator import LayoutName, PairCollator, layout_of, prompt_inputs_of
 from align.dpo.tokenize import TokenizedPair
@@ -13,9 +13,12 @@ from align.log import log
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 from align.prefix.equivalence import check_equivalence
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def choose_layout(
-    setting: str, model: Any, collator: PairCollator, pairs: Sequence[TokenizedPair]
+    setting: str, model: PreTrainedModel, collator: PairCollator, pairs: Sequence[TokenizedPair]
 ) -> tuple[LayoutName, str]:
     """`shared` where the first batch shows that it is exact, else `plain`; and what was found, for the manifest.
 

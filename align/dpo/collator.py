@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from datasets import Dataset
@@ -28,6 +28,9 @@ from align.dpo.tokenize import TokenizedPair, encode_prompts
 from align.errors import UserError
 from align.media.images import ImageStore
 from align.prefix.layout import Layout, Segment
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 # Large enough for the smallest size that processors accept.
 BLANK_PX = 56
@@ -75,7 +78,7 @@ class PairCollator:
     plain layout the model needs `align.dpo.sharding.dummy_batches.add_dummy_rows` for it.
     """
 
-    processor: Any
+    processor: ProcessorMixin
     images: ImageStore
     layout: LayoutName = "plain"
     max_length: int | None = None

@@ -8,11 +8,14 @@ is not, the reference is another model than the one that is trained, and so woul
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from trl import DPOConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Relative to the loss, or absolute below 1. In half precision sums over a response's tokens differ by their rounding
 # where batches are padded differently.
@@ -23,7 +26,7 @@ TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
 class RecordedForward:
     """A model that keeps what its last forward gave."""
 
-    model: Any
+    model: PreTrainedModel
     output: Any = field(default=None)
 
     def __call__(self, **inputs: Any) -> Any:

@@ -10,7 +10,7 @@ import base64
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from align.dpo.tokenize import TokenizedPair
 from align.monitoring.cost import count_tokens
 from align.monitoring.progress import progress
 from align.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -78,7 +81,7 @@ class GroupBatches(Dataset[GroupBatch]):
 
 
 def compute_log_probs(
-    model: Any,
+    model: PreTrainedModel,
     batches: GroupBatches,
     on_line: Callable[[ReferenceLine], None],
     autocast: Autocast,
@@ -104,7 +107,7 @@ def compute_log_probs(
     model.train(was_training)
 
 
-def group_log_probs(model: Any, batch: GroupBatch, autocast: Autocast) -> Iterator[ReferenceLine]:
+def group_log_probs(model: PreTrainedModel, batch: GroupBatch, autocast: Autocast) -> Iterator[ReferenceLine]:
     """Every pair of the questions with the log-probabilities of its two responses, from one forward."""
     per_token, sums = response_log_probs(model, batch.inputs, autocast)
     for chosen, pair in enumerate(batch.pairs):
@@ -117,7 +120,7 @@ def group_log_probs(model: Any, batch: GroupBatch, autocast: Autocast) -> Iterat
         )
 
 
-def response_log_probs(model: Any, batch: dict[str, Tensor], autocast: Autocast) -> tuple[Tensor, Tensor]:
+def response_log_probs(model: PreTrainedModel, batch: dict[str, Tensor], autocast: Autocast) -> tuple[Tensor, Tensor]:
     """(R, C) log-probabilities of the responses' tokens, each from the start of its row, and (R,) their sums.
 
     The sums are those of the rows as they come out of the model, as in TRL's loss: another order of summation would

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -22,9 +22,18 @@ from align.models.save import Code, plain_weights, save_checkpoint
 from align.monitoring.cost import save_cost
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
 
 def save_trained(
-    trainer: PairTrainer, processor: Any, folder: Path, *, policy: str, load: Callable[..., Any], code: Code = "parent"
+    trainer: PairTrainer,
+    processor: ProcessorMixin,
+    folder: Path,
+    *,
+    policy: str,
+    load: Callable[..., Any],
+    code: Code = "parent",
 ) -> None:
     """Write the finished checkpoint in the form of its parent, with the trainer's record of how it came about.
 
@@ -75,7 +84,7 @@ def stored_dtype(policy: str) -> torch.dtype | None:
     return DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")))
 
 
-def restore_forward(model: Any) -> None:
+def restore_forward(model: PreTrainedModel) -> None:
     """Undo what training has done to `model.forward` and to its attention."""
     model.__dict__.pop("forward", None)
     with contextlib.suppress(PrefixUnsupported, AttributeError):

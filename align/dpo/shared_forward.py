@@ -33,7 +33,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,11 +44,14 @@ from align.dpo.sharding.dummy_batches import add_dummy_rows
 from align.prefix.attention import use_shared_prefix
 from align.prefix.log_probs import TokenStats, forward_segments
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 IGNORED_LABEL = -100
 
 
 def add_shared_rows(
-    model: Any,
+    model: PreTrainedModel,
     outputs: Sequence[str] = ("log_probs",),
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
@@ -108,7 +111,7 @@ def in_shape_of_labels(stats: TokenStats, token_index: Tensor, labels: Tensor) -
 
 
 @contextmanager
-def log_prob_head(model: Any, *, shared: bool) -> Iterator[None]:
+def log_prob_head(model: PreTrainedModel, *, shared: bool) -> Iterator[None]:
     """Within the context `model` gives log-probabilities as it will in training; afterwards it is as it was."""
     before = model.__dict__.get("forward")
     add_fused_lm_head(model)

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -58,6 +58,9 @@ from align.records import Pair
 from align.run.folder import Round
 from align.run.hashes import checkpoint_hash, text_hash
 from align.tracking.trackers import Trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STAGE = "dpo"
 
@@ -188,7 +191,7 @@ class DpoStage:
 
     def make_trainer(
         self,
-        model: Any,
+        model: PreTrainedModel,
         args: Any,
         dataset: Any,
         collator: PairCollator,
@@ -237,7 +240,9 @@ class DpoStage:
             log.warning("%d of %d pairs do not fit in %d tokens and are dropped", len(drop), len(pairs), max_length)
         return [pair for pair in pairs if pair.id not in drop]
 
-    def _reference(self, model: Any, pairs: list[TokenizedPair], collator: PairCollator) -> list[tuple[float, float]]:
+    def _reference(
+        self, model: PreTrainedModel, pairs: list[TokenizedPair], collator: PairCollator
+    ) -> list[tuple[float, float]]:
         checkpoint = self.config.policy if self.config.dpo.reference == "initial" else self.policy
         key = ReferenceKey(
             weights=checkpoint_hash(checkpoint),

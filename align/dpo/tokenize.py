@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
@@ -20,6 +20,9 @@ from align.media.images import FRAME_FILE_KEY, ImageStore
 from align.models.record_faults import UnusableRecord
 from align.monitoring.progress import progress
 from align.records import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 PLACEHOLDER_ATTRIBUTES = ("image_token_id", "video_token_id", "audio_token_id")
 SHOWN_PAIRS = 20
@@ -69,7 +72,7 @@ class TokenizedPairs:
         self.dropped.setdefault(reason, []).append(id_)
 
 
-def tokenize_pairs(pairs: Iterable[Pair], processor: Any, images: ImageStore) -> TokenizedPairs:
+def tokenize_pairs(pairs: Iterable[Pair], processor: ProcessorMixin, images: ImageStore) -> TokenizedPairs:
     """Every pair rendered and tokenised, in order; those that cannot be are left out with their reason.
 
     Raises:
@@ -96,7 +99,7 @@ def tokenize_pairs(pairs: Iterable[Pair], processor: Any, images: ImageStore) ->
     return found
 
 
-def tokenize_pair(pair: Pair, processor: Any, images: ImageStore, counter: PromptCounter) -> TokenizedPair:
+def tokenize_pair(pair: Pair, processor: ProcessorMixin, images: ImageStore, counter: PromptCounter) -> TokenizedPair:
     """One pair rendered and tokenised.
 
     Raises:
@@ -119,7 +122,7 @@ def tokenize_pair(pair: Pair, processor: Any, images: ImageStore, counter: Promp
     return TokenizedPair(pair.id, pair.images, rendered.prompt, prompt_tokens, chosen_ids, rejected_ids)
 
 
-def render_pair(pair: Pair, processor: Any) -> RenderedPair:
+def render_pair(pair: Pair, processor: ProcessorMixin) -> RenderedPair:
     """The pair as the chat template writes it; a response is what follows the prompt when the reply is added.
 
     Raises:
@@ -171,7 +174,7 @@ def structured(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def encode_responses(pair: Pair, rendered: RenderedPair, processor: Any) -> tuple[list[int], list[int]]:
+def encode_responses(pair: Pair, rendered: RenderedPair, processor: ProcessorMixin) -> tuple[list[int], list[int]]:
     """The token ids of the chosen and of the rejected response, end of turn included.
 
     Text is tokenised as text: a response that spells `<|im_end|>` or `<image>` neither ends its turn in the middle nor
@@ -188,7 +191,7 @@ def encode_responses(pair: Pair, rendered: RenderedPair, processor: Any) -> tupl
     )
 
 
-def special_tokens(processor: Any) -> dict[str, int]:
+def special_tokens(processor: ProcessorMixin) -> dict[str, int]:
     """The texts that the tokenizer reads as special tokens or as placeholders of images, with their ids."""
     tokenizer = processor.tokenizer
     ids: set[int] = {getattr(processor, name) for name in PLACEHOLDER_ATTRIBUTES if getattr(processor, name, None)}
@@ -200,7 +203,11 @@ def special_tokens(processor: Any) -> dict[str, int]:
 
 
 def _encode(
-    rendered: str, reply: Sequence[dict[str, Any]], special: dict[str, int], tokenizer: Any, where: str
+    rendered: str,
+    reply: Sequence[dict[str, Any]],
+    special: dict[str, int],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
 ) -> list[int]:
     """The ids of a rendered reply; where its text spells special tokens, that text is tokenised by itself."""
     texts = [part.get("text") or "" for message in structured(reply) for part in message["content"]]
@@ -222,7 +229,7 @@ def _encode(
     return ids + tokenizer(rest, add_special_tokens=False)["input_ids"]
 
 
-def encode_prompts(processor: Any, prompts: list[str], pictures: Sequence[Sequence[Any]]) -> dict[str, Any]:
+def encode_prompts(processor: ProcessorMixin, prompts: list[str], pictures: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """What the processor makes of n prompts and their images, padded on the right: `input_ids` (n, P) and more."""
     inputs = processor(
         images=[list(images) for images in pictures] if any(pictures) else None,
@@ -243,7 +250,7 @@ class PromptCounter:
     what they show: blank images of the same sizes are encoded once for every new combination.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
         self._extra: dict[Any, int] = {}
 

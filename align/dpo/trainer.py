@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -45,6 +45,9 @@ from align.errors import UserError, writing_failed
 from align.log import log
 from align.models.modules import check_projector, part_names
 from align.prefix.rows import unwrap
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 # What TRL's loss and metrics read of a forward, beside `log_sum_sq_probs` for WPO weights.
 METRIC_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -70,7 +73,7 @@ class PairTrainer(DPOTrainer):
         args: DPOConfig,
         train_dataset: Dataset,
         data_collator: PairCollator,
-        processor: Any,
+        processor: ProcessorMixin,
         ref_model: nn.Module | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,

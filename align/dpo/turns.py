@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from align.models.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 QUESTION, ANSWER = "What is shown?", "A boat."
 NO_END = (
@@ -18,7 +21,7 @@ NO_HEADER = (
 )
 
 
-def turn_faults(processor: Any, checkpoint: str) -> list[str]:
+def turn_faults(processor: ProcessorMixin, checkpoint: str) -> list[str]:
     """What a training on this template would teach that nobody wants; empty where turns begin and end as they should.
 
     An end token is one that stops generation: the tokenizer's, or one of `generation_config.json`.
@@ -35,7 +38,7 @@ def turn_faults(processor: Any, checkpoint: str) -> list[str]:
     return faults + ([NO_HEADER] if prompt == bare and header.strip() else [])
 
 
-def end_token_ids(processor: Any, checkpoint: str) -> set[int]:
+def end_token_ids(processor: ProcessorMixin, checkpoint: str) -> set[int]:
     """The tokens at which generation stops."""
     path = Path(checkpoint) / "generation_config.json"
     stated = read_json(path).get("eos_token_id") if path.is_file() else None

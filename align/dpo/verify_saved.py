@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -25,6 +25,9 @@ from align.errors import UserError
 from align.log import log
 from align.models.load import load_model
 from align.models.weights import weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # A forward on the CPU that takes longer than about a minute is left out.
 MAX_OPERATIONS = 1e14
@@ -65,7 +68,7 @@ class Probe:
 
 
 def verify_saved(
-    folder: Path, model: Any, weights: Mapping[str, Tensor], probe: Probe | None, dtype: torch.dtype | None
+    folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], probe: Probe | None, dtype: torch.dtype | None
 ) -> None:
     """Open the folder again and compare it with the trained `model`, whose `weights` by name were stored as `dtype`.
 
@@ -119,7 +122,7 @@ def _different_tensor(reopened: Any, weights: Mapping[str, Tensor], dtype: torch
     return None
 
 
-def _different_buffer(reopened: Any, model: Any) -> str | None:
+def _different_buffer(reopened: Any, model: PreTrainedModel) -> str | None:
     """What is computed from config.json, such as rotary frequencies."""
     stored = set(reopened.state_dict())
     trained = dict(model.named_buffers())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from transformers import AutoImageProcessor, AutoModel
 from align.config import ModelSettings
 from align.errors import UserError
 from align.models.device import pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
 
 BATCH_SIZE = 32
 
@@ -51,7 +54,9 @@ def open_image_embedder(checkpoint: str, settings: ModelSettings) -> Callable[[I
 
 
 @torch.no_grad()
-def _embed(model: Any, processor: Any, batch: Sequence[Image.Image], checkpoint: str) -> np.ndarray:
+def _embed(
+    model: PreTrainedModel, processor: ProcessorMixin, batch: Sequence[Image.Image], checkpoint: str
+) -> np.ndarray:
     pixels = processor(images=list(batch), return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     encode = getattr(model, "get_image_features", model)
     found = encode(pixel_values=pixels)

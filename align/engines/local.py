@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -31,6 +31,9 @@ from align.prefix.equivalence import Equivalence, failed
 from align.prefix.layout import Segment
 from align.prefix.rows import placeholder_ids
 from reward.judge_model import BranchedPrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Path(Protocol):
@@ -419,7 +422,7 @@ def _until(token_ids: Sequence[int], stops: set[int]) -> list[int]:
     return list(itertools.takewhile(lambda token: token not in stops, token_ids))
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What ends a response: the generation config's end tokens, else the tokenizer's."""
     found = getattr(model.generation_config, "eos_token_id", None)
     if found is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -22,6 +22,9 @@ from align.errors import UserError
 from align.models.record_faults import bounded_time, without_nulls
 from align.prefix.layout import Segment
 from reward.judge_model import BranchedPrompt
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 BRANCH_MARK = "[[[here the branches begin]]]"
 # What is asked of a processor before anything is loaded.
@@ -72,10 +75,10 @@ class Prompter:
     """Renders and encodes prompts with a processor (or, for text-only models, a tokenizer)."""
 
     def __init__(self, processor: Processor, open_image: Callable[[Any], Any]) -> None:
-        self.processor: Any = processor
+        self.processor: ProcessorMixin = processor
         self.open_image = open_image
         alone = isinstance(processor, PreTrainedTokenizerBase)
-        self.tokenizer: Any = processor if alone else cast(Any, processor).tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = processor if alone else cast(Any, processor).tokenizer
         # A fast tokenizer keeps how it pads, and whether it splits special tokens, from one call to the next: two
         # threads (`align.engines.prefetch`) would get each other's tokens.
         self._one_at_a_time = threading.Lock()
@@ -138,7 +141,7 @@ class Prompter:
         return PromptTree(prompt, segments, leaf_segments, [self.tokenise(option) for option in branched.options])
 
 
-def check_prompts(processor: Any, where: str) -> None:
+def check_prompts(processor: ProcessorMixin, where: str) -> None:
     """Write and encode a question with a blank image, as every stage will.
 
     Raises:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,9 @@ from align.media.video_decoding import (
     read_numbers,
     readable,
 )
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 FRAME_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -64,7 +67,7 @@ def at_interval(
     return [indices[i] for i in uniform(len(indices), count=at_most)]
 
 
-def frame_sampler_of(processor: Any, num_frames: int | None = None) -> FrameSampler:
+def frame_sampler_of(processor: ProcessorMixin, num_frames: int | None = None) -> FrameSampler:
     """How a model picks frames: `num_frames` evenly where that is given, else as its processor says, else 8 evenly.
 
     Raises UserError for a model that takes no videos.

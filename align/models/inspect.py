@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,6 +18,9 @@ from align.models.load import load_processor, read_config
 from align.models.meta import meta_model
 from align.models.weights import has_pickle, tensor_table, weight_files
 from align.prefix.attention import PrefixUnsupported, use_shared_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def inspect_checkpoint(
     )
 
 
-def expected_shared_prefix(model: Any) -> str:
+def expected_shared_prefix(model: PreTrainedModel) -> str:
     """What is known of the shared prefix without running the model; the first batch of a run decides."""
     try:
         use_shared_prefix(model)
@@ -90,7 +93,7 @@ def _about(family: Any) -> str:
     return " ".join((module.__doc__ or "").strip().split("\n\n")[0].split())
 
 
-def _parts(model: Any) -> dict[str, int]:
+def _parts(model: PreTrainedModel) -> dict[str, int]:
     from align.models.modules import part_names
 
     parts = part_names(model)

@@ -11,7 +11,7 @@ import difflib
 import inspect
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
@@ -23,6 +23,9 @@ from align.models import no_torchvision
 from align.models.families import FAMILIES, Family, register
 from align.models.files import read_json
 from align.models.weights import has_pickle, tensor_table, weight_files
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 register()
 
@@ -128,7 +131,7 @@ def _said(error: Exception) -> str:
     return text if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {text}"
 
 
-def _check_settings(processor: Any, settings: dict[str, Any], folder: str | os.PathLike) -> None:
+def _check_settings(processor: ProcessorMixin, settings: dict[str, Any], folder: str | os.PathLike) -> None:
     """Raise UserError for a setting that a processor of transformers has swallowed without meaning."""
     known: set[str] = set()
     for part in (processor, getattr(processor, "image_processor", None), processor.tokenizer):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUANTIZE_KEY = "quantize"
 
@@ -41,7 +44,7 @@ def lora_config(fields: dict[str, Any] | None, freeze: list[str]) -> Any:
         raise UserError(f"dpo.lora: {error}", fix="see the fields of peft's LoraConfig") from None
 
 
-def check_tied_weights(model: Any, adapted: Any) -> None:
+def check_tied_weights(model: PreTrainedModel, adapted: Any) -> None:
     """Refuse an adapter that trains one of two tied weights; both models are those of `align.models.meta`.
 
     peft would train a copy of the embeddings or of the vocabulary projection, which the checkpoint has no place for:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from align.errors import UserError
 from align.models.families import FAMILIES
 from align.models.load import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def meta_model(folder: Path | str, config: dict[str, Any] | None = None) -> Any:
@@ -36,7 +39,7 @@ def meta_model(folder: Path | str, config: dict[str, Any] | None = None) -> Any:
         ) from error
 
 
-def with_adapter(model: Any, config: Any) -> Any:
+def with_adapter(model: PreTrainedModel, config: Any) -> Any:
     """The model with peft's adapters in it, all else frozen; `config` is peft's LoraConfig.
 
     Raises:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from align.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PARTS = ("vision", "projector", "language", "embeddings", "head")
 _PROJECTOR = re.compile(
@@ -55,7 +58,7 @@ def part_names(model: nn.Module) -> dict[str, str]:
     return {name: part_of(name, has_projector=has_projector) for name in names}
 
 
-def parameters_of(model: Any, part: str) -> list[str]:
+def parameters_of(model: PreTrainedModel, part: str) -> list[str]:
     """The names of the parameters of a part: one of PARTS, or whatever begins with `part`.
 
     `embeddings` and `head` are also inside `language`; tied, they are one parameter with two names.
@@ -69,7 +72,7 @@ def parameters_of(model: Any, part: str) -> list[str]:
     return [name for name, _ in model.named_parameters() if name == part or name.startswith(part.rstrip(".") + ".")]
 
 
-def freeze_parts(model: Any, parts: Iterable[str]) -> None:
+def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
     """Take the named parts out of training; all other parameters stay as they are.
 
     Raises:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -28,6 +28,9 @@ from align.models.families import Family, family_of
 from align.models.files import files_inside, inside, read_json, write_json
 from align.models.remote_code import add_code, has_code
 from align.models.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, tensor_table, weight_files
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 Code = Literal["parent", "toolkit", "both", "none"]
 # What wrappers put in front of, or into, the names of a state dict.
@@ -54,7 +57,7 @@ COMPANION_FILES = (
 
 def save_checkpoint(
     model: PreTrainedModel,
-    processor: Any,
+    processor: ProcessorMixin,
     folder: str | os.PathLike,
     *,
     parent: str | os.PathLike | None = None,
@@ -271,7 +274,7 @@ def _legacy_keys(config: dict[str, Any], dtype_name: str) -> dict[str, Any]:
     return legacy
 
 
-def _write_companions(processor: Any, folder: Path, parent: Path | None, *, with_code: bool) -> None:
+def _write_companions(processor: ProcessorMixin, folder: Path, parent: Path | None, *, with_code: bool) -> None:
     """Tokenizer, processor and the parent's own code: copied where there is a parent, else written by the processor."""
     companions = [path for path in sorted(parent.iterdir()) if _is_companion(path.name, with_code)] if parent else []
     if not any(path.name.startswith(("tokenizer", "vocab")) for path in companions):

@@ -13,12 +13,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from align.errors import UserError
 from align.models.modules import part_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ATTENTION = re.compile(r"attn|attention")
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
@@ -113,7 +116,7 @@ class ModelShape:
         return self.text.num_layers * self.text.active_weights + self.embedding_weights
 
 
-def model_shape(model: Any) -> ModelShape:
+def model_shape(model: PreTrainedModel) -> ModelShape:
     """The shape of a model, which may stand on the meta device, with what is frozen already taken out of training.
 
     Raises:
@@ -149,7 +152,7 @@ def model_shape(model: Any) -> ModelShape:
     )
 
 
-def _matrices(model: Any) -> list[tuple[nn.Module, Tensor]]:
+def _matrices(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor]]:
     """All matrices that inputs are multiplied with: of linear and convolutional layers and of experts."""
     found: list[tuple[nn.Module, Tensor]] = []
     for module in model.modules():
@@ -159,7 +162,7 @@ def _matrices(model: Any) -> list[tuple[nn.Module, Tensor]]:
     return found
 
 
-def _text_stack(model: Any, *, flows: bool) -> Stack:
+def _text_stack(model: PreTrainedModel, *, flows: bool) -> Stack:
     config = model.config.get_text_config()
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers = _longest(child for child in decoder.children() if isinstance(child, nn.ModuleList)) or _longest(
@@ -186,7 +189,7 @@ def _top_k(config: Any) -> int:
     return 0
 
 
-def _tower_stacks(model: Any, parts: dict[str, str]) -> Iterable[Stack]:
+def _tower_stacks(model: PreTrainedModel, parts: dict[str, str]) -> Iterable[Stack]:
     """The longest list of layers in each vision tower."""
     seen: set[int] = set()
     for name, module in model.named_modules():

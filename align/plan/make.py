@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config import Config
 from align.dpo.optimizers import ROUNDING, ROUNDING_ARGUMENT, is_known, rounds_at_random
@@ -38,6 +38,9 @@ from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
 from align.plan.speed import Machine, Speed
 from align.plan.stages import Lengths, StageCost, StagePlanner, branches_of_row
 from align.records import Pair, read_jsonl, read_questions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RESPONSE_TOKENS = 200
 # Weights of two bytes that still move, and what is proposed where nothing else fits.
@@ -195,7 +198,7 @@ def shaped_model(config: Config) -> Any:
     return model
 
 
-def sharing(config: Config, model: Any) -> tuple[bool, bool, list[str]]:
+def sharing(config: Config, model: PreTrainedModel) -> tuple[bool, bool, list[str]]:
     """Whether prompts are expected to be shared in training, and elsewhere; a note where they are not,
     though asked for."""
     from align.models.inspect import expected_shared_prefix

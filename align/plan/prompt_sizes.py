@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -16,6 +16,9 @@ from align.dpo.step_memory import StepBatch
 from align.dpo.tokenize import encode_prompts, structured, tokenize_pairs
 from align.media.images import ImageStore
 from align.records import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class PromptSize:
 class PromptMeter:
     """Counts what prompts with images cost; `patch_px` is the side of a patch."""
 
-    def __init__(self, processor: Any, images: ImageStore, patch_px: int = 14) -> None:
+    def __init__(self, processor: ProcessorMixin, images: ImageStore, patch_px: int = 14) -> None:
         self.processor = processor
         self.images = images
         self.patch_px = patch_px
@@ -91,14 +94,14 @@ def patch_counts(shape: tuple[int, ...], patch_px: int, num_images: int = 1) -> 
     return tiles * in_tile, float(tiles * in_tile * in_tile)
 
 
-def patch_size(model: Any) -> int:
+def patch_size(model: PreTrainedModel) -> int:
     """Pixels of a patch's side, from the model's vision config."""
     vision = getattr(model.config, "vision_config", None)
     size = getattr(vision, "patch_size", None) or 14
     return size if isinstance(size, int) else size[0]
 
 
-def step_batch(processor: Any, pairs: Sequence[Pair], images: ImageStore, patch_px: int = 14) -> StepBatch:
+def step_batch(processor: ProcessorMixin, pairs: Sequence[Pair], images: ImageStore, patch_px: int = 14) -> StepBatch:
     """What a batch of these pairs is to the memory model: padded to the longest prompt and responses."""
     meter = PromptMeter(processor, images, patch_px)
     sizes = [meter.size(pair.id, pair.prompt, pair.images) for pair in pairs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from align.config import Config
 from align.dpo.step_memory import How, Memory, inference_memory
@@ -28,6 +28,9 @@ from align.plan.times import (
 )
 from align.records import Question, read_questions
 from reward.critics import Item, make_critic
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class StagePlanner:
         how: How,
         *,
         shared: bool,
-        processor: Any,
+        processor: ProcessorMixin,
     ) -> None:
         self.config, self.speed, self.lengths, self.how = config, speed, lengths, how
         self.sizes = list(sizes[: config.sample.questions_per_round])

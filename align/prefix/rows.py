@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from align.prefix.layout import Layout
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: PreTrainedModel) -> Any:
     """The model inside a PEFT wrapper, whose adapters live in its layers; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def backbone_of(model: Any) -> nn.Module:
+def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The part of the model that gives hidden states, images and all, without the vocabulary projection."""
     inner = unwrap(model)
     return getattr(inner, inner.base_model_prefix)

@@ -11,10 +11,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DUMMY_PREFIX = "dummy_"
 IGNORED_LABEL = -100
@@ -35,7 +38,7 @@ def split_dummy_row(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def add_dummy_rows(model: Any) -> None:
+def add_dummy_rows(model: PreTrainedModel) -> None:
     """Let `model` (after TRL's `add_fused_lm_head`) take batches of `split_dummy_row`; others pass unchanged."""
     forward = model.forward
 

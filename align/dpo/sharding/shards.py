@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -19,6 +19,9 @@ from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
     unset_hf_deepspeed_config,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Models that were run sharded.
 _run: WeakSet[Any] = WeakSet()
@@ -54,7 +57,7 @@ def init_deepspeed() -> None:
 
 
 @contextmanager
-def gathered_as_needed(model: Any) -> Iterator[None]:
+def gathered_as_needed(model: PreTrainedModel) -> Iterator[None]:
     """Within the context a sharded model can be run forward; one that is unsharded is left alone."""
     if not is_deepspeed_zero3_enabled():
         yield
@@ -84,6 +87,6 @@ def _config(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _say_whether_forward(model: Any, running: bool) -> None:
+def _say_whether_forward(model: PreTrainedModel, running: bool) -> None:
     for module in model.modules():
         module._parameters._in_forward = running

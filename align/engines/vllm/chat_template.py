@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from align.errors import UserError
 from align.models.messages import IMAGE_MARK
 from align.models.valley1 import ValleyLlamaProcessor
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Stands for an image where the tokenizer has no token for one: no chat contains the end of a document.
 NO_TOKEN_MARK = "<|endoftext|>"
 
 
-def image_mark(processor: Any) -> str:
+def image_mark(processor: ProcessorMixin) -> str:
     """The special token that stands for one image in a prompt that vLLM tokenises."""
     token = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
     return token if processor.tokenizer.get_vocab().get(token) == processor.image_token_id else NO_TOKEN_MARK
 
 
-def chat_template(processor: Any) -> str:
+def chat_template(processor: ProcessorMixin) -> str:
     """The text of the template.
 
     Raises UserError for a processor's setting that a template cannot follow.

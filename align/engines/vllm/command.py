@@ -10,12 +10,15 @@ import json
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config import VllmSettings
 from align.engines.vllm import ARCHITECTURES
 from align.errors import UserError
 from align.files import make_folder, write_text
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 
@@ -90,7 +93,7 @@ def _prompt_arguments(served: Served, folder: Path) -> list[str]:
     ]
 
 
-def check_ends(checkpoint: str, processor: Any) -> None:
+def check_ends(checkpoint: str, processor: ProcessorMixin) -> None:
     """Raise UserError for a family whose responses end with a text that is no token."""
     if getattr(processor, "stop_strings", ()):
         raise UserError(
@@ -100,7 +103,7 @@ def check_ends(checkpoint: str, processor: Any) -> None:
         )
 
 
-def end_tokens(checkpoint: str, processor: Any) -> list[int]:
+def end_tokens(checkpoint: str, processor: ProcessorMixin) -> list[int]:
     """The tokens that end a response, as when the model is opened here."""
     from transformers import GenerationConfig
 

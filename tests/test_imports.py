@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": BASE | {"evaluation", "media", "monitoring", "run"},
     "status": BASE | {"monitoring", "report", "run"},
     "plan": BASE | {"dpo", "engines", "evaluation", "media", "models", "prefix"},
+    "selftest": BASE | {"check", "demo", "distributed", "dpo", "engines", "media", "models", "plan", "prefix", "run"},
     "check": BASE
     | {"data", "distributed", "dpo", "engines", "evaluation", "media", "models", "monitoring", "plan", "run", "stages"},
     "chat": BASE | {"engines", "hub", "media", "models"},
@@ -69,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": BASE | {"evaluation", "loop", "report", "run"},
     "cli": BASE
     | {"chat", "check", "data", "demo", "distributed", "engines", "evaluation", "hub", "lmms_eval", "loop", "models"}
-    | {"monitoring", "plan", "recipes", "report", "run", "status"},
+    | {"monitoring", "plan", "recipes", "report", "run", "selftest", "status"},
 }
 
 

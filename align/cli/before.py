@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from align.cli.console import say
+from align.cli.console import nothing_to_resume, say
 from align.cli.options import ConfigOption, SetOption, app
 from align.config import CONFIG_NAME, commented_config, find_config, load_config
 from align.errors import UserError
@@ -162,27 +162,69 @@ def check(
         raise UserError(f"{found.bad_reasons[UNREADABLE]} images cannot be read")
 
 
+@app.command(epilog="Example:  align selftest --out selftest.json   (attach it to a bug report)")
+def selftest(
+    only: Annotated[list[str] | None, typer.Argument(help="Names of checks; default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON of what was found; complete up to where it was stopped.")] = Path(
+        "selftest.json"
+    ),
+) -> None:
+    """Does this machine train, sample and score rightly, and how fast is it? Two minutes on a CPU, under ten on GPUs.
+
+    A tiny model in the package is trained with every strategy that works here, sampled and asked, each against another
+    way to the same numbers. What was measured is what `align plan` counts with from then on.
+    """
+    from align.selftest.checks import Selftest, temporary_folder
+    from align.selftest.report import run_checks, summary
+
+    with nothing_to_resume(), temporary_folder() as folder:
+        checks = Selftest(Path(folder)).checks(only or ())
+        outcomes = run_checks(checks, out, lambda outcome: say(outcome.line(), next_command=None))
+    failed = [outcome.name for outcome in outcomes if outcome.verdict == "failed"]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(outcomes)} checks failed: {', '.join(failed)}",
+            where=str(out),
+            fix="compare with docs/troubleshooting.md, or attach the file to a bug report",
+        )
+    say(f"{summary(outcomes)} -> {out}", next_command="align plan")
+
+
 @app.command(epilog="Example:  align plan --gpus 8 --gpu-memory 80")
 def plan(
     config: ConfigOption = None,
     set_: SetOption = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs in all; default: launch.num_processes.")] = None,
-    gpu_memory: Annotated[float, typer.Option(min=0.1, help="Memory of each in GiB.")] = 80.0,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory of each in GiB; default: measured, or 80.")
+    ] = None,
     tflops: Annotated[
-        float, typer.Option(min=0.001, help="What each achieves, in 10^12 operations per second.")
-    ] = 350.0,
-    bandwidth: Annotated[float, typer.Option(min=0.001, help="Its memory's bandwidth in GB/s.")] = 2500.0,
-    layer_us: Annotated[float, typer.Option(min=0, help="Microseconds of Python to start one layer.")] = 500.0,
+        float | None,
+        typer.Option(min=0.001, help="What each achieves, in 10^12 operations per second; default: measured, or 350."),
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=0.001, help="Its memory's bandwidth in GB/s; default: measured, or 2500.")
+    ] = None,
+    layer_us: Annotated[
+        float | None,
+        typer.Option(min=0, help="Microseconds of Python to start one layer; default: measured, or 500."),
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="JSON of an `align selftest` to count with; default: that of this machine, if it has a GPU."),
+    ] = None,
     response_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of a response.")] = 200,
     json_: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
     """What a run will need: tokens, memory for each strategy, time of every stage. No weights are loaded."""
-    from align.plan.make import Machine, make_plan
+    from align.plan.make import make_plan
+    from align.plan.measured import machine_of, measured_here, read_measured
     from align.plan.text import plan_text
 
     loaded = load_config(find_config(config), set_)
     count = gpus or loaded.launch.num_processes * loaded.launch.num_machines
-    machine = Machine(count, gpu_memory, tflops, bandwidth, layer_us)
+    found = read_measured(measured) if measured is not None else measured_here()
+    machine = machine_of(found, count, gpu_gib=gpu_memory, tflops=tflops, bandwidth_gbs=bandwidth, layer_us=layer_us)
     made = make_plan(loaded, machine, response_tokens=response_tokens)
     if json_:
         typer.echo(json.dumps(made.as_dict(), indent=2))

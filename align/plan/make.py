@@ -420,11 +420,17 @@ def _whole(
     return [Whole(name, memory, memory.total <= machine.usable_bytes) for name, memory in found]
 
 
+def _source(machine: Machine) -> str:
+    if machine.measured_on:
+        return f"measured on {machine.measured_on} by align selftest, unless given here"
+    return "assumed; align selftest measures them (or --tflops, --bandwidth, --layer-us)"
+
+
 def _assumptions(config: Config, machine: Machine, how: How, lengths: Lengths, shape: ModelShape) -> list[str]:
     lines = [
         (
             f"{machine.tflops:g} TFLOP/s achieved, {machine.bandwidth_gbs:g} GB/s and {machine.layer_us:g} us to start"
-            " a layer on each GPU (--tflops, --bandwidth, --layer-us)"
+            f" a layer on each GPU: {_source(machine)}"
         ),
         (
             f"{USABLE:.0%} of a GPU's memory usable; weights of {how.weight_bytes} bytes, arithmetic of"

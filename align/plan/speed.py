@@ -50,6 +50,7 @@ class Machine:
     write their arrays with, where that is another (on a CPU these stay in its caches); 0: the same.
     `layer_us`: microseconds to start a layer's operations; `waits`: the work waits for them, as on a CPU. `link_gbs`:
     what one GPU sends a second to the others; 0: that of one machine, or of a network between machines of eight.
+    `measured_on`: the device and the date, where these numbers are not assumed.
     """
 
     gpus: int = 1
@@ -60,6 +61,7 @@ class Machine:
     waits: bool = False
     link_gbs: float = 0.0
     arrays_gbs: float = 0.0
+    measured_on: str = ""
 
     @property
     def usable_bytes(self) -> int:

@@ -32,6 +32,8 @@ from align.prefix.rows import unwrap
 # How many times the noise is allowed. Measured on seven families and on models of 4 and 12 layers, in float32 and
 # bfloat16: right rows lie at 0 to 1.1 times the mean and at 0 to 2 times the largest difference.
 MEAN_ALLOWED, LARGEST_ALLOWED = 3.0, 6.0
+# A logit of usual size, whose last place is that of 8 to 16.
+LOGIT = 8.0
 # Tokens to the left of the rows whose noise is measured: odd, so that no tile stays where it was.
 PADDING = 7
 
@@ -142,11 +144,12 @@ def _compare(
 
 
 def _allowed(noise: Difference, log_probs: Tensor) -> Difference:
-    """A few times the noise, which is no less than the last place of the log-probabilities, which are float32."""
+    """A few times the noise, which is no less than the last place of what is float32: the log-probabilities, and the
+    logits that they are differences of. A confident model has log-probabilities near 0 from logits that are not."""
     unit = torch.finfo(torch.float32).eps
     return Difference(
-        LARGEST_ALLOWED * max(noise.largest, unit * float(log_probs.abs().max())),
-        MEAN_ALLOWED * max(noise.mean, unit / 2 * float(log_probs.abs().mean())),
+        LARGEST_ALLOWED * max(noise.largest, unit * max(LOGIT, float(log_probs.abs().max()))),
+        MEAN_ALLOWED * max(noise.mean, unit / 2 * max(LOGIT, float(log_probs.abs().mean()))),
     )
 
 

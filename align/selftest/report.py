@@ -1,0 +1,111 @@
+"""Checks in, one line on the screen for each and one JSON out, which is complete up to the check that is running."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import align
+from align.errors import UserError
+from align.files import make_folder, write_text
+
+Verdict = Literal["passed", "failed", "left out"]
+MARKS: dict[str, str] = {"passed": "ok", "failed": "FAILED", "left out": "-"}
+
+
+class LeftOut(Exception):
+    """What a check needs is not there; the message says what."""
+
+
+class Wrong(Exception):
+    """A check has found something wrong; the message says what."""
+
+    def __init__(self, message: str, **numbers: Any) -> None:
+        super().__init__(message)
+        self.numbers = numbers
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check that has passed says: one line, and numbers for the JSON."""
+
+    text: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one check went; `traceback` is empty unless something raised that was not expected."""
+
+    name: str
+    verdict: Verdict
+    text: str
+    seconds: float
+    numbers: dict[str, Any] = field(default_factory=dict)
+    traceback: str = ""
+
+    def line(self) -> str:
+        """For the screen.
+
+        >>> Outcome("speed", "passed", "0.05 TFLOP/s", 2.04).line()
+        '  ok      speed            2.0 s  0.05 TFLOP/s'
+        """
+        return f"  {MARKS[self.verdict]:<7} {self.name:<12}{self.seconds:>8.1f} s  {self.text}"
+
+
+Check = Callable[[], Finding]
+
+
+def run_checks(checks: Mapping[str, Check], out: Path, on_outcome: Callable[[Outcome], None]) -> list[Outcome]:
+    """Run checks in their order. After each, `out` holds all that is known; `complete` says whether it is all of it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    make_folder(out.parent)
+    outcomes: list[Outcome] = []
+    _save(out, outcomes, complete=not checks)
+    for name, check in checks.items():
+        outcomes.append(_run(name, check))
+        _save(out, outcomes, complete=len(outcomes) == len(checks))
+        on_outcome(outcomes[-1])
+    return outcomes
+
+
+def _run(name: str, check: Check) -> Outcome:
+    started, trace, numbers = time.perf_counter(), "", {}
+    verdict: Verdict = "failed"
+    try:
+        found = check()
+        verdict, text, numbers = "passed", found.text, found.numbers
+    except LeftOut as reason:
+        verdict, text = "left out", str(reason)
+    except Wrong as wrong:
+        text, numbers = str(wrong), wrong.numbers
+    except UserError as error:
+        text = str(error)
+    except Exception as error:
+        text, trace = f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc()
+    return Outcome(name, verdict, text, round(time.perf_counter() - started, 2), numbers, trace)
+
+
+def _save(out: Path, outcomes: list[Outcome], *, complete: bool) -> None:
+    machine = next((outcome.numbers["machine"] for outcome in outcomes if "machine" in outcome.numbers), None)
+    found = {
+        "valley-align": align.__version__,
+        "complete": complete,
+        "machine": machine,
+        "checks": [asdict(outcome) for outcome in outcomes],
+    }
+    write_text(out, json.dumps(found, indent=2) + "\n")
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    """How many checks passed, failed and were left out."""
+    counts = {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in MARKS}
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())

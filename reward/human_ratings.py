@@ -112,6 +112,11 @@ def cohens_kappa(labels: Sequence[tuple[Label, Label]]) -> Kappa | None:
 
 def agreement_with_people(judgements: Iterable[Judgement], ratings: Iterable[HumanRating]) -> Kappa | None:
     """A critic's rewards against every rating of responses that it scored, joined by question."""
+    return cohens_kappa(labels_with_critic(judgements, ratings))
+
+
+def labels_with_critic(judgements: Iterable[Judgement], ratings: Iterable[HumanRating]) -> list[tuple[Label, Label]]:
+    """(the critic's label, the person's) of every rating of responses that the critic scored."""
     rewards = {judgement.id: judgement.rewards for judgement in judgements}
     labels = []
     for rating in ratings:
@@ -120,19 +125,23 @@ def agreement_with_people(judgements: Iterable[Judgement], ratings: Iterable[Hum
             critic = sign(found, rating.compared[1:])
             if critic is not None:
                 labels.append((critic, rating.label))
-    return cohens_kappa(labels)
+    return labels
 
 
 def agreement_of_people(ratings: Iterable[HumanRating]) -> dict[str, Kappa]:
     """Every two people against each other over the comparisons that both made, by "one / other"."""
+    found = {names: cohens_kappa(labels) for names, labels in labels_of_people(ratings).items()}
+    return {names: kappa for names, kappa in found.items() if kappa is not None}
+
+
+def labels_of_people(ratings: Iterable[HumanRating]) -> dict[str, list[tuple[Label, Label]]]:
+    """The labels of every two people for the comparisons that both made, by "one / other"."""
     by_person: dict[str, dict[Compared, Label]] = {}
     for rating in ratings:
         by_person.setdefault(rating.annotator, {})[rating.compared] = rating.label
-    found = {
-        f"{one} / {other}": cohens_kappa(_both(by_person[one], by_person[other]))
-        for one, other in combinations(sorted(by_person), 2)
+    return {
+        f"{one} / {other}": _both(by_person[one], by_person[other]) for one, other in combinations(sorted(by_person), 2)
     }
-    return {names: kappa for names, kappa in found.items() if kappa is not None}
 
 
 def _both(one: Mapping[Compared, Label], other: Mapping[Compared, Label]) -> list[tuple[Label, Label]]:

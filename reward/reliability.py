@@ -112,6 +112,14 @@ MEASURES = {
     "agreement_between_critics": Measure(
         "The panel agrees", "pairs that two of its critics order alike, lowest of all couples", "pairs both order"
     ),
+    "agreement_with_people": Measure(
+        "Agrees with people", "Cohen's kappa of its preferences and people's: 1 always, 0 as by chance", "ratings",
+        0.2, 0.0, percent=False,
+    ),
+    "agreement_between_people": Measure(
+        "People agree with each other", "Cohen's kappa of every two people over what both compared",
+        "comparisons that two people made", 0.2, None, percent=False,
+    ),
     "image_dependence": Measure(
         "Changes its mind with the image", "preferences that change with the image: the lower of the two below",
         "preferences", 0.1, 0.02,

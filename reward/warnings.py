@@ -74,6 +74,18 @@ def _words(name: str, measure: Measure, figure: Figure) -> tuple[str, str, str]:
             f"Among {among}, reward and length correlate by {value}",
             f"Beyond {limit} length may be what is learned.",
         )
+    if name == "agreement_with_people":
+        return (
+            "People do not agree with the critic",
+            f"Beyond chance its preferences agree with theirs by {value} (Cohen's kappa)",
+            f"Below {limit} what the pairs teach is not what people prefer.",
+        )
+    if name == "agreement_between_people":
+        return (
+            "People do not agree with each other",
+            f"Beyond chance they agree by {value} (Cohen's kappa)",
+            f"Below {limit} the responses hardly differ, or it is not clear what is asked of people.",
+        )
     if name == "image_dependence":
         return (
             "The critic hardly looks at the image",

@@ -75,6 +75,7 @@ NOT_RUN = {
     r"hf auth login": "needs the network",
     r"align evaluate --lmms-eval": "its options are read; tests/test_lmms_eval.py runs it in processes of its own",
     r"align chat .*--web": "its options are read; tests/test_chat_web.py serves the page and drives it in a browser",
+    r"align label\b": "its options are read; tests/test_label_web.py serves the page and drives it in a browser",
     r"vllm serve": "needs a GPU and an environment of its own; the commands around it meet a stub server",
     r"python -m sglang": "as vllm",
     r"python scripts/bench_(dpo|sample)\.py": "minutes; its flags are read",

@@ -64,13 +64,14 @@ ALLOWED: dict[str, set[str]] = {
     "selftest": BASE | {"check", "demo", "distributed", "dpo", "engines", "media", "models", "plan", "prefix", "run"},
     "check": BASE
     | {"data", "distributed", "dpo", "engines", "evaluation", "media", "models", "monitoring", "plan", "run", "stages"},
+    "label": BASE | {"chat", "media", "run"},
     "chat": BASE | {"engines", "hub", "media", "models"},
     # What runs the stages.
     "loop": BASE | {"check", "distributed", "engines", "evaluation", "hub", "monitoring", "report", "run", "tracking"},
     "demo": BASE | {"evaluation", "loop", "report", "run"},
     "cli": BASE
-    | {"chat", "check", "data", "demo", "distributed", "engines", "evaluation", "hub", "lmms_eval", "loop", "models"}
-    | {"monitoring", "plan", "recipes", "report", "run", "selftest", "status"},
+    | {"chat", "check", "data", "demo", "distributed", "engines", "evaluation", "hub", "label", "lmms_eval", "loop"}
+    | {"models", "monitoring", "plan", "recipes", "report", "run", "selftest", "status"},
 }
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+import yaml
 
 from align.check.preflight import run_preflight
 from align.errors import UserError
@@ -14,6 +15,7 @@ from align.run.folder import RunDir
 from align.stages.pairs import run_pairs
 from align.stages.score import run_score
 from tests.critic_runs import NUM_QUESTIONS, TEXTS, config_of, score, score_counts, score_lines, write_round
+from tests.doc_pages import ROOT, blocks_of
 
 BY_LENGTH = "def judge(question, images, responses):\n    return [float(len(r)) for r in responses]\n"
 
@@ -118,6 +120,22 @@ def test_scores_of_two_critics_become_one_file_without_judging(tmp_path):
         assert order == sorted(range(len(TEXTS)), key=other.rewards.__getitem__)
         assert set(line.evidence["members"]) == {"long", "short"}
     assert {"file long", "file short"} <= set(inputs_of(tmp_path / "both"))
+
+
+def test_the_example_of_the_page_merges_finished_scores_by_the_panel_s_rules(folder):
+    (example,) = [
+        yaml.safe_load(block.text)["critic"]
+        for block in blocks_of(ROOT / "docs" / "critics.md")
+        if block.language == "yaml" and "kind: scores" in block.text
+    ]
+    for name, rewards in (("large", [9.0, 5.0, 2.0, 1.0]), ("small", [0.1, 0.9, 0.8, 0.2])):
+        lines = [json.dumps({"id": f"q{index}", "rewards": rewards}) + "\n" for index in range(NUM_QUESTIONS)]
+        (folder / f"scores-{name}.jsonl").write_text("".join(lines))
+    assert score(folder, **example)["scored"] == NUM_QUESTIONS * len(TEXTS)
+    # Ranks of large 1, 1/3, -1/3, -1; of small -1, 1, 1/3, -1/3; and their means.
+    for line in score_lines(folder):
+        assert line.rewards == pytest.approx([0, 2 / 3, 0, -2 / 3])
+        assert line.evidence["members"]["small"]["rewards"] == [0.1, 0.9, 0.8, 0.2]
 
 
 def test_scores_of_other_samples_are_refused(tmp_path):

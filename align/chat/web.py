@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,16 +49,33 @@ def chat_on_page(checkpoints: Sequence[str], settings: SamplingSettings, address
     Raises:
         UserError: Gradio is not installed, a checkpoint cannot be opened, or the address is taken.
     """
-    _require_gradio()
-    _require_free(address)
-    with tempfile.TemporaryDirectory(prefix="align-chat-") as uploads:
-        # Read when Gradio is imported; without the first it reports its use to its makers.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
+
+    def build() -> Any:
         from align.chat.page import Page
 
-        blocks = Page([Chat(checkpoint) for checkpoint in checkpoints], settings).build()
+        return Page([Chat(checkpoint) for checkpoint in checkpoints], settings).build()
+
+    serve_page(build, address, css=Path(__file__).with_name("page.css"), name="chat", offers="talk to the model")
+
+
+def serve_page(
+    build: Callable[[], Any], address: Address, *, css: Path, name: str, offers: str, head: str = ""
+) -> None:
+    """Serve the Gradio page that `build` makes until Ctrl-C.
+
+    `name`: of its temporary folder. `offers`: what whoever reaches the address can do. `head`: HTML of its own.
+
+    Raises:
+        UserError: Gradio is not installed, or the address is taken.
+    """
+    _require_gradio()
+    _require_free(address)
+    with tempfile.TemporaryDirectory(prefix=f"align-{name}-") as uploads:
+        # Read when Gradio is imported; without the first it reports its use to its makers.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
+        blocks = build()
         try:
-            _launch(blocks, address, Path(uploads))
+            _launch(blocks, address, Path(uploads), css=css, offers=offers, head=head)
             threading.Event().wait()
         except KeyboardInterrupt:
             typer.echo("\nstopped")
@@ -66,7 +83,7 @@ def chat_on_page(checkpoints: Sequence[str], settings: SamplingSettings, address
             blocks.close(verbose=False)
 
 
-def _launch(blocks: Any, address: Address, uploads: Path) -> None:
+def _launch(blocks: Any, address: Address, uploads: Path, *, css: Path, offers: str, head: str) -> None:
     import gradio
     import gradio.queueing
     from starlette.middleware import Middleware
@@ -90,13 +107,14 @@ def _launch(blocks: Any, address: Address, uploads: Path) -> None:
         max_file_size=MAX_FILE_SIZE,
         app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, names=names)]},
         theme=gradio.themes.Default(font=FONTS, font_mono=MONO_FONTS),
-        css_paths=Path(__file__).with_name("page.css"),
+        css_paths=css,
+        head=head,
     )
     if blocks.share_url:
         names.add(str(urlsplit(blocks.share_url).hostname))
     typer.echo(f"the page: {blocks.share_url or blocks.local_url}   (Ctrl-C ends it)")
     if address.share or address.host not in ("127.0.0.1", "localhost", "::1"):
-        log.warning("whoever reaches this address can talk to the model; there is no password")
+        log.warning("whoever reaches this address can %s; there is no password", offers)
 
 
 class OneLine:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import signal
 
 # `align --help` lists the commands in the order of these imports.
-from align.cli import before, stages, serve, results, checkpoints  # isort: skip
+from align.cli import before, stages, serve, label, results, checkpoints  # isort: skip
 from align.cli.console import fail, set_up_logging, stop
 from align.cli.options import app
 from align.distributed.launch import adopt_slurm, is_started_by_align
 from align.distributed.ranks import world_size
 from align.distributed.worker_errors import WorkerError, worker_error_of
 
-__all__ = ["app", "before", "checkpoints", "main", "results", "serve", "stages"]
+__all__ = ["app", "before", "checkpoints", "label", "main", "results", "serve", "stages"]
 
 
 def main() -> None:

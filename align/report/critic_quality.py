@@ -17,8 +17,9 @@ NOT_SHOWN = ("image_dependence", "unscored_rate")
 
 
 def critic_figures(data: RoundData) -> dict[str, Figure]:
-    """Every figure of a round's critic and of the pairs that were made of its rewards, by name."""
-    return read_figures(data.counts("score").get("critic")) | read_figures(data.counts("pairs").get("figures"))
+    """Every figure of a round's critic, of the pairs that were made of its rewards and of people's ratings, by name."""
+    judged = read_figures(data.counts("score").get("critic")) | read_figures(data.counts("pairs").get("figures"))
+    return judged | data.people
 
 
 def rows(by_round: Mapping[int, Figures]) -> list[tuple[Measure, list[tuple[int, Figure | None]]]]:

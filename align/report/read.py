@@ -25,8 +25,10 @@ from align.report.metrics import metric
 from align.run.folder import Round, RunDir
 from align.run.manifest import StageEntry
 from align.run.outdated import outdated_rounds
+from align.run.ratings import people_figures
 from align.run.stages import STAGES, stage_named
 from reward.intervals import Interval, wilson
+from reward.reliability import Figure
 
 JSON = dict[str, Any]
 
@@ -57,7 +59,8 @@ class Stage:
 
 @dataclass
 class RoundData:
-    """What one round left behind; `log` is the trainer's history, `lines` the held-out responses.
+    """What one round left behind; `log` is the trainer's history, `lines` the held-out responses,
+    `people` how far the critic agrees with people's ratings, and they with each other.
 
     `outdated` says what the round was built on, where that no longer exists.
     """
@@ -70,6 +73,7 @@ class RoundData:
     log: list[dict[str, float]] = field(default_factory=list)
     benchmarks: list[BenchmarkRow] = field(default_factory=list)
     outdated: str | None = None
+    people: dict[str, Figure] = field(default_factory=dict)
 
     def counts(self, stage: str) -> JSON:
         """The counts of a stage; none where it has not begun."""
@@ -254,6 +258,10 @@ def _read_round(this: Round, problems: list[str]) -> RoundData:
         except UserError as error:
             problems.append(str(error))
     data.log = _read_log(this, problems)
+    try:
+        data.people = people_figures(RunDir(this.path.parent), this.number)
+    except UserError as error:
+        problems.append(str(error))
     data.benchmarks = _read_benchmarks(this.benchmarks, problems)
     return data
 

@@ -114,6 +114,11 @@ class Round:
         return self.path / "controls.jsonl"
 
     @property
+    def ratings(self) -> Path:
+        """What people prefer of the responses (`align label`); a person's own file, which no stage removes."""
+        return self.path / "ratings.jsonl"
+
+    @property
     def pairs(self) -> Path:
         """A line per preference pair."""
         return self.path / "pairs.jsonl"

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from align.errors import UserError, reward_faults
 from align.media.images import ImageStore
 from align.records import Samples
-from align.run.folder import Round
+from align.run.folder import Round, RunDir
+from align.run.ratings import people_figures
 from reward.controls import BLANK, SHUFFLED, ControlItem, control_items
 from reward.critics.verifier import VerifierCritic
 from reward.judgement import Item, Judgement
@@ -72,13 +73,22 @@ def check_gates(this: Round, gates: dict[str, float]) -> None:
         return
     entry = this.manifest.stage("score")
     with reward_faults():
-        failed = failed_gates(read_figures(entry.counts.get("critic")) if entry else {}, gates)
+        figures = read_figures(entry.counts.get("critic")) if entry else {}
+        figures |= people_figures(RunDir(this.path.parent), this.number)
+        failed = failed_gates(figures, gates)
     if failed:
         raise UserError(
             "the critic does not pass its gates: " + "; ".join(failed),
             where=str(this.scores),
             fix=(
-                f"the scores are kept. Use another critic or prompt (align score --round {this.number} --redo), or go "
-                f"on with these by changing critic.gates (align pairs --round {this.number} --set critic.gates={{}})"
+                f"the scores are kept. {_to_label(this, failed)}Use another critic or prompt (align score --round "
+                f"{this.number} --redo), or go on with these by changing critic.gates (align pairs --round "
+                f"{this.number} --set critic.gates={{}})"
             ),
         )
+
+
+def _to_label(this: Round, failed: Sequence[str]) -> str:
+    """What to do where people have said too little."""
+    lacking = any("_people" in line and ("could not be" in line or "too few" in line) for line in failed)
+    return f"Let people compare responses: align label --round {this.number}. " if lacking else ""

@@ -210,7 +210,11 @@ def test_a_question_in_one_row_is_read_once_with_all_its_responses(tmp_path):
         plan = make_plan(load_config(folder / "align.yaml", settings), Machine(1), response_tokens=8)
         read[name] = next(stage.read_tokens for stage in plan.stages if stage.name == "dpo")
         rows[name] = plan.fits[0].memory.activations
+    preference = ["dpo.image_preference.corruption=crop"]
+    plan = make_plan(load_config(folder / "align.yaml", preference), Machine(1), response_tokens=8)
     prompts = sum(size.tokens for size in plan.sizes)
+    # The corrupted pictures of every pair once more, with the chosen response.
+    assert next(s.read_tokens for s in plan.stages if s.name == "dpo") == 3 * (2 * prompts + 4 * 3 * 8)
     assert read["pair"] == 3 * (prompts + 4 * 2 * 8)
     assert read["question"] == read["budget"] == prompts + 4 * 3 * 8
     assert rows["pair"] < rows["question"] < rows["budget"]

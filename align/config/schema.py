@@ -216,6 +216,17 @@ class CriticSettings(Section):
     )
 
 
+class ImagePreference(Section):
+    """Image-conditional preference (mDPO, arXiv 2406.11839): the chosen response with its picture, and with less."""
+
+    corruption: Literal["crop", "blank", "blur", "shuffle", "other"] = Field(
+        "crop", description="what says less: a part of 0 to 20 %, grey, a blur, shuffled patches, another picture"
+    )
+    weight: float = Field(1.0, ge=0, description="of the conditional term, beside the loss")
+    anchor: float = Field(1.0, ge=0, description="of the term that keeps the chosen response's reward above delta")
+    delta: float = Field(0.0, description="the reward that the anchor wants of chosen responses")
+
+
 class DpoSettings(BaseModel):
     """Stage 3: training. Besides these, every field of TRL's DPOConfig may stand here (learning_rate, beta, ...)."""
 
@@ -257,6 +268,11 @@ class DpoSettings(BaseModel):
         None,
         ge=1,
         description="tokens that a process computes at a time, padding included; empty: per_device_train_batch_size",
+    )
+    image_preference: ImagePreference | None = Field(
+        None,
+        description="hold the chosen response with its picture against the same with less of it: "
+        "{corruption: crop, weight: 1.0, anchor: 1.0, delta: 0.0}; empty: not done",
     )
     lora: dict[str, Any] | None = Field(
         None, description="peft LoraConfig fields; trained as an adapter and merged at the end of the round"

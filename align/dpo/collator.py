@@ -12,6 +12,7 @@ Two layouts are made. `plain` is TRL's: chosen and rejected are separate rows th
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,10 +23,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.dpo.rows import Grouping, Row, rows_of
+from align.dpo.rows import Grouping, Row, corrupted_rows, rows_of
 from align.dpo.sharding.dummy_batches import split_dummy_row
 from align.dpo.tokenize import TokenizedPair, encode_prompts
 from align.errors import UserError
+from align.media.corruption import Corruption, corrupted
 from align.media.images import ImageStore
 from align.prefix.layout import Layout, Segment
 
@@ -42,6 +44,12 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 WEIGHT_COLUMN = "pair_weight"
 # Which tokens of the rows TRL's responses are.
 TOKEN_INDEX = LAYOUT_PREFIX + "token_index"
+# The same of the chosen responses under corrupted pictures, which of those are tokens, and which pairs have a picture.
+CORRUPTED_INDEX, CORRUPTED_MASK = LAYOUT_PREFIX + "corrupted_index", LAYOUT_PREFIX + "corrupted_mask"
+HAS_PICTURE = LAYOUT_PREFIX + "has_picture"
+CORRUPTED_REFERENCE = "ref_corrupted_logps"
+# What is in a batch for the trainer and not for the model.
+TRAINER_COLUMNS = ("pair_index", WEIGHT_COLUMN, CORRUPTED_REFERENCE, *REFERENCE_COLUMNS)
 LayoutName = Literal["plain", "shared"]
 
 
@@ -49,11 +57,13 @@ def pair_dataset(
     pairs: Sequence[TokenizedPair],
     reference: Sequence[tuple[float, float]] | None = None,
     weights: Sequence[float] | None = None,
+    corrupted: Sequence[float] | None = None,
 ) -> Dataset:
     """The pairs as TRL's training dataset, with the log-probabilities of the reference where they are known.
 
     `reference` has one (chosen, rejected) per pair: natural-log probabilities summed over the response's tokens.
-    `weights`: what each counts in the mean of a step, where that is not left to TRL. The column `length` (tokens) lets
+    `weights`: what each counts in the mean of a step, where that is not left to TRL. `corrupted`: the reference's
+    log-probability of each chosen response under the corrupted picture. The column `length` (tokens) lets
     `train_sampling_strategy: group_by_length` work. No column is called `image` or `images`: TRL has a way of its own
     with those.
     """
@@ -62,6 +72,8 @@ def pair_dataset(
     if reference is not None:
         for position, name in enumerate(REFERENCE_COLUMNS):
             columns[name] = [values[position] for values in reference]
+    if corrupted is not None:
+        columns[CORRUPTED_REFERENCE] = list(corrupted)
     if weights is not None:
         columns[WEIGHT_COLUMN] = list(weights)
     return Dataset.from_dict(columns)
@@ -72,6 +84,8 @@ class PairCollator:
     """Rows of the dataset to one batch.
 
     `grouping`: what a row of the shared layout holds; in the plain one every response is a row of its own.
+    `corruption`, for the shared layout: every row with pictures gets another beside it, with the same pictures saying
+    less (drawn by `seed`; `other` draws of `pool`) and the chosen responses.
     `max_length` is the limit that was checked before training; a longer row here means that the check was wrong.
     `always_images` adds, to a batch without any image, a dummy row that has a blank image and no response: where
     weights are sharded over processes, all of them must run the vision tower or wait for each other forever. In the
@@ -84,25 +98,34 @@ class PairCollator:
     max_length: int | None = None
     always_images: bool = False
     grouping: Grouping = "pair"
+    corruption: Corruption | None = None
+    seed: int = 0
+    pool: tuple[str, ...] = ()
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of `collate`, with `pair_index` (n,) int64; reference and weights (n,) float32 where there are."""
         batch = self.collate([TokenizedPair(**{name: row[name] for name in PAIR_COLUMNS}) for row in rows])
         batch["pair_index"] = torch.tensor([row["index"] for row in rows])
-        for name in (*REFERENCE_COLUMNS, WEIGHT_COLUMN):
+        for name in TRAINER_COLUMNS[1:]:
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         return batch
 
     def collate(self, pairs: Sequence[TokenizedPair]) -> dict[str, Tensor]:
         """The model's inputs and the masks of n pairs, see `plain_batch` and `shared_batch`."""
-        return self.batch(*rows_of(pairs, self.grouping if self.layout == "shared" else "pair"))
+        rows, places = rows_of(pairs, self.grouping if self.layout == "shared" else "pair")
+        if self.corruption is None:
+            return self.batch(rows, places)
+        assert self.layout == "shared", "corrupted pictures need the shared layout"
+        others, extra = corrupted_rows(pairs, rows, places)
+        batch = without_corrupted(self.batch([*rows, *others], [*places, *extra]), len(extra))
+        return batch | {HAS_PICTURE: torch.tensor([bool(pair.image_files) for pair in pairs])}
 
     def batch(self, rows: Sequence[Row], places: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """A batch of rows; `places` has the row and the branch of each response that TRL reads, in its order."""
         in_model = rows if self.layout == "shared" else [rows[row] for row, _ in places]
         prompts = [row.prompt for row in in_model]
-        pictures = [[self.images.open(name) for name in row.image_files] for row in in_model]
+        pictures = [self._pictures(row) for row in in_model]
         dummy = self.always_images and not any(pictures)
         if dummy:
             prompts, pictures = [*prompts, self._dummy_prompt()], [*pictures, [_blank_picture()]]
@@ -116,6 +139,21 @@ class PairCollator:
                 batch = split_dummy_row(batch)
         self._check_length(batch)
         return batch
+
+    def _pictures(self, row: Row) -> list[Image.Image]:
+        opened = [self.images.open(name) for name in row.image_files]
+        if not row.corrupted:
+            return opened
+        assert self.corruption is not None
+        pool = [name for name in self.pool if name not in row.image_files] or row.image_files
+
+        def another(drawn: random.Random) -> Image.Image:
+            return self.images.open(drawn.choice(pool))
+
+        return [
+            corrupted(picture, self.corruption, self.seed, f"{place}/{row.image_files}/{row.prompt}", another)
+            for place, picture in enumerate(opened)
+        ]
 
     @property
     def pad_token_id(self) -> int:
@@ -223,6 +261,19 @@ def shared_batch(
     return batch
 
 
+def without_corrupted(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """A batch whose last `count` responses are those under corrupted pictures, which TRL does not see, apart.
+
+    The model finds their tokens by names of their own: `CORRUPTED_INDEX` and `CORRUPTED_MASK` (count, C).
+    """
+    apart = dict(batch)
+    apart[CORRUPTED_INDEX] = batch[TOKEN_INDEX][-count:]
+    apart[CORRUPTED_MASK] = batch["completion_mask"][-count:, 1:].bool()
+    for name in ("input_ids", "completion_mask", TOKEN_INDEX):
+        apart[name] = batch[name][:-count]
+    return apart
+
+
 def layout_of(batch: dict[str, Any]) -> Layout:
     """The `Layout` that `shared_batch` put into a batch."""
     return Layout(**{field.name: batch[LAYOUT_PREFIX + field.name] for field in fields(Layout)})
@@ -230,7 +281,7 @@ def layout_of(batch: dict[str, Any]) -> Layout:
 
 def prompt_inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
     """What the processor made of the prompts, from a batch of `shared_batch`."""
-    ours = {"attention_mask", "completion_mask", "prompt_ids", "pair_index", WEIGHT_COLUMN, *REFERENCE_COLUMNS}
+    ours = {"attention_mask", "completion_mask", "prompt_ids", *TRAINER_COLUMNS}
     inputs = {name: value for name, value in batch.items() if name not in ours and not name.startswith(LAYOUT_PREFIX)}
     return inputs | {
         "input_ids": batch["prompt_ids"],

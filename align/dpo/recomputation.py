@@ -78,15 +78,18 @@ def usable_bytes(device: torch.device) -> int | None:
 
 
 def largest_batch(
-    pairs: Sequence[TokenizedPair], fields: dict[str, Any], own: Sequence[RowBatch] | None = None
+    pairs: Sequence[TokenizedPair], fields: dict[str, Any], own: Sequence[RowBatch] | None = None, copies: int = 1
 ) -> StepBatch:
-    """The batch of `own` that has the most tokens; else the longest prompt with the longest responses, in every row."""
+    """The batch of `own` that has the most tokens; else the longest prompt with the longest responses, in every row.
+
+    `copies`: 2 where every row has another beside it with corrupted pictures.
+    """
     if own is not None:
         largest = max(own, key=lambda batch: batch.tokens)
         half = largest.size.responses // 2
-        return StepBatch(largest.num_rows, largest.size.prompt, largest.size.responses - half, half)
+        return StepBatch(largest.copies * largest.num_rows, largest.size.prompt, largest.size.responses - half, half)
     return StepBatch(
-        num_rows=int(fields["per_device_train_batch_size"]),
+        num_rows=copies * int(fields["per_device_train_batch_size"]),
         prompt_tokens=max(pair.prompt_tokens for pair in pairs),
         chosen_tokens=max(len(pair.chosen_ids) for pair in pairs),
         rejected_tokens=max(len(pair.rejected_ids) for pair in pairs),

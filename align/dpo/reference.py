@@ -48,7 +48,7 @@ class ReferenceKey:
 
     `weights` and `processor` are hashes of the reference checkpoint and of the processor with its settings; `pairs`
     covers prompts, token ids and the contents of the images; `arithmetic` is the dtype of the weights and,
-    behind a slash, of autocast.
+    behind a slash, of autocast; `corruption` says what pictures were corrupted into, where they were.
     """
 
     weights: str
@@ -58,6 +58,7 @@ class ReferenceKey:
     arithmetic: str
     max_length: str
     code: str = CODE_VERSION
+    corruption: str = ""
 
     def changes(self, stored: dict[str, str]) -> list[str]:
         """The names of what differs from a stored key."""
@@ -69,11 +70,13 @@ class Reference:
     """Log-probabilities of n pairs under the reference; all natural logarithms in float32.
 
     `logps` (n, 2): sums over the tokens of chosen and rejected. `chosen`, `rejected`: one tensor per pair, per token.
+    `corrupted` (n,): sums over the chosen response under the corrupted picture, where they were asked for.
     """
 
     logps: Tensor
     chosen: list[Tensor]
     rejected: list[Tensor]
+    corrupted: Tensor | None = None
 
     def columns(self, ld_alpha: float | None = None) -> list[tuple[float, float]]:
         """What the dataset carries for every pair.
@@ -175,7 +178,7 @@ def read_reference(path: Path, key: ReferenceKey) -> Reference | None:
         side: list(tensors[f"{side}_per_token_logps"].split(tensors[f"{side}_num_tokens"].tolist()))
         for side in ("chosen", "rejected")
     }
-    return Reference(tensors["logps"], tokens["chosen"], tokens["rejected"])
+    return Reference(tensors["logps"], tokens["chosen"], tokens["rejected"], tensors.get("corrupted_logps"))
 
 
 def _begin(path: Path, key: ReferenceKey, part: PartialFile) -> None:
@@ -195,6 +198,8 @@ def _begin(path: Path, key: ReferenceKey, part: PartialFile) -> None:
 def _write(path: Path, key: ReferenceKey, lines: dict[str, ReferenceLine], pairs: Sequence[TokenizedPair]) -> None:
     ordered = [lines[pair.id] for pair in pairs]
     tensors = {"logps": torch.tensor([line.logps for line in ordered], dtype=torch.float32)}
+    if all(line.corrupted is not None for line in ordered):
+        tensors["corrupted_logps"] = torch.tensor([line.corrupted for line in ordered], dtype=torch.float32)
     for side in ("chosen", "rejected"):
         values = [unpack(getattr(line, side)) for line in ordered]
         tensors[f"{side}_num_tokens"] = torch.tensor([len(value) for value in values])

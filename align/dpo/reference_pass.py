@@ -32,12 +32,16 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 class ReferenceLine(Record):
-    """Finished work: per-token log-probabilities as base64 of little-endian float32, and their sums."""
+    """Finished work: per-token log-probabilities as base64 of little-endian float32, and their sums.
+
+    `corrupted`: the sum over the chosen response under the corrupted picture, where one is asked for.
+    """
 
     id: str
     chosen: str
     rejected: str
     logps: tuple[float, float]
+    corrupted: float | None = None
 
 
 def group_by_question(pairs: Sequence[TokenizedPair], layout: LayoutName) -> list[list[TokenizedPair]]:
@@ -109,7 +113,7 @@ def compute_log_probs(
 
 def group_log_probs(model: PreTrainedModel, batch: GroupBatch, autocast: Autocast) -> Iterator[ReferenceLine]:
     """Every pair of the questions with the log-probabilities of its two responses, from one forward."""
-    per_token, sums = response_log_probs(model, batch.inputs, autocast)
+    per_token, sums, corrupted = response_log_probs(model, batch.inputs, autocast)
     for chosen, pair in enumerate(batch.pairs):
         rejected = len(batch.pairs) + chosen
         yield ReferenceLine(
@@ -117,11 +121,16 @@ def group_log_probs(model: PreTrainedModel, batch: GroupBatch, autocast: Autocas
             chosen=pack(per_token[chosen, : len(pair.chosen_ids)]),
             rejected=pack(per_token[rejected, : len(pair.rejected_ids)]),
             logps=(float(sums[chosen]), float(sums[rejected])),
+            corrupted=None if corrupted is None else float(corrupted[chosen]),
         )
 
 
-def response_log_probs(model: PreTrainedModel, batch: dict[str, Tensor], autocast: Autocast) -> tuple[Tensor, Tensor]:
+def response_log_probs(
+    model: PreTrainedModel, batch: dict[str, Tensor], autocast: Autocast
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(R, C) log-probabilities of the responses' tokens, each from the start of its row, and (R,) their sums.
+
+    Then (n,) the sums of the chosen responses under corrupted pictures, where the batch has some.
 
     The sums are those of the rows as they come out of the model, as in TRL's loss: another order of summation would
     change their last bit.
@@ -130,12 +139,13 @@ def response_log_probs(model: PreTrainedModel, batch: dict[str, Tensor], autocas
     mask = batch.pop("completion_mask")
     labels = batch["input_ids"].masked_fill(mask == 0, -100)
     with autocast():
-        log_probs = model(**batch, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+        output = model(**batch, labels=labels, use_cache=False, fused_lm_head=True)
+    log_probs = output.log_probs
     # In the plain layout the response stands behind its prompt.
     start = mask[:, 1:].argmax(dim=1)
     width = int(mask.sum(dim=1).max())
     index = (start[:, None] + torch.arange(width, device=start.device)).clamp(max=log_probs.shape[1] - 1)
-    return log_probs.gather(1, index), log_probs.sum(dim=1)
+    return log_probs.gather(1, index), log_probs.sum(dim=1), getattr(output, "corrupted_logps", None)
 
 
 def pack(values: Tensor) -> str:

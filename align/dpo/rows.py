@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch.utils.data import Sampler
@@ -32,11 +32,12 @@ SHOWN_ROWS = 10
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt with its images, and the token ids of the responses behind it."""
+    """A prompt with its images, which may be corrupted, and the token ids of the responses behind it."""
 
     prompt: str
     image_files: list[str]
     branches: list[list[int]]
+    corrupted: bool = field(default=False, repr=False)
 
 
 def rows_of(pairs: Sequence[TokenizedPair], grouping: Grouping) -> tuple[list[Row], list[tuple[int, int]]]:
@@ -53,6 +54,31 @@ def rows_of(pairs: Sequence[TokenizedPair], grouping: Grouping) -> tuple[list[Ro
             both = (branches.index(tuple(pair.chosen_ids)), branches.index(tuple(pair.rejected_ids)))
             places[index] = tuple((number, branch) for branch in both)
     return rows, [places[index][side] for side in range(2) for index in range(len(pairs))]
+
+
+def corrupted_rows(
+    pairs: Sequence[TokenizedPair], rows: Sequence[Row], places: Sequence[tuple[int, int]]
+) -> tuple[list[Row], list[tuple[int, int]]]:
+    """Beside the rows of n pairs: one with corrupted pictures for each that has pictures, with the chosen responses.
+
+    `rows` and `places` are those of `rows_of`; the new rows are counted from `len(rows)` on. A pair without a picture
+    gets the place of its chosen response as it is.
+
+    >>> pair = TokenizedPair("a", ["a.png"], "?", 1, [3, 4], [5])
+    >>> corrupted_rows([pair], *rows_of([pair], "pair"))
+    ([Row(prompt='?', image_files=['a.png'], branches=[[3, 4]])], [(1, 0)])
+    """
+    added: dict[int, Row] = {}
+    found = []
+    for pair, (row, branch) in zip(pairs, places, strict=False):
+        if not pair.image_files:
+            found.append((row, branch))
+            continue
+        other = added.setdefault(row, Row(pair.prompt, pair.image_files, [], corrupted=True))
+        if pair.chosen_ids not in other.branches:
+            other.branches.append(pair.chosen_ids)
+        found.append((len(rows) + list(added).index(row), other.branches.index(pair.chosen_ids)))
+    return list(added.values()), found
 
 
 def by_question(pairs: Sequence[TokenizedPair]) -> list[list[int]]:
@@ -101,20 +127,27 @@ class RowBatch:
     pairs: list[int]
     num_rows: int
     size: RowSize
+    copies: int = 1
 
     @property
     def tokens(self) -> int:
-        """What is computed, padding included."""
-        return self.num_rows * self.size.tokens
+        """What is computed, padding and rows with corrupted pictures included."""
+        return self.copies * self.num_rows * self.size.tokens
 
 
 def make_batches(
-    pairs: Sequence[TokenizedPair], grouping: Grouping, *, num_rows: int, max_tokens: int | None, seed: int
+    pairs: Sequence[TokenizedPair],
+    grouping: Grouping,
+    *,
+    num_rows: int,
+    max_tokens: int | None,
+    seed: int,
+    copies: int = 1,
 ) -> list[RowBatch]:
     """All pairs in batches of whole rows: of so many rows, or of as many as fit in `max_tokens` with their padding.
 
     The batches stay the same for the whole training. Those of a budget hold rows of similar length; the others are
-    drawn by `seed`.
+    drawn by `seed`. `copies`: 2 where every row has another beside it with corrupted pictures.
 
     Raises:
         UserError: a single row has more tokens than the budget.
@@ -124,7 +157,7 @@ def make_batches(
     [[3], [2, 1], [0]]
     """
     groups = by_question(pairs) if grouping == "question" else [[index] for index in range(len(pairs))]
-    rows = [RowBatch(group, 1, _row_size([pairs[index] for index in group], grouping)) for group in groups]
+    rows = [RowBatch(group, 1, _row_size([pairs[index] for index in group], grouping), copies) for group in groups]
     random.Random(f"{seed}/rows").shuffle(rows)
     if max_tokens is not None:
         _check_budget(rows, pairs, max_tokens)
@@ -132,9 +165,8 @@ def make_batches(
     batches: list[RowBatch] = []
     for row in rows:
         if batches:
-            wider = RowBatch(
-                batches[-1].pairs + row.pairs, batches[-1].num_rows + 1, batches[-1].size.padded_to(row.size)
-            )
+            last = batches[-1]
+            wider = RowBatch(last.pairs + row.pairs, last.num_rows + 1, last.size.padded_to(row.size), copies)
             if wider.num_rows <= num_rows if max_tokens is None else wider.tokens <= max_tokens:
                 batches[-1] = wider
                 continue

@@ -128,6 +128,15 @@ def _row_faults(settings: DpoSettings) -> list[str]:
             f"dpo.pair_weight: question has no meaning for the loss {', '.join(sorted(apart))}, which compares "
             "distributions over a batch"
         )
+    if settings.image_preference is not None:
+        if settings.reference == "live":
+            problems.append(
+                "dpo.image_preference needs cached reference log-probabilities: set dpo.reference: round-start"
+            )
+        if given.get("ld_alpha") is not None:
+            problems.append(
+                "dpo.image_preference has no meaning with dpo.ld_alpha, which weighs tokens by the rejected one"
+            )
     return problems
 
 
@@ -141,6 +150,8 @@ def training_fields(config: Config, output_dir: Path, device: torch.device, dtyp
         UserError: a field is unknown or not to be set.
     """
     check_fields(config.dpo)
+    if config.dpo.image_preference is not None and config.shared_prefix == "off":
+        raise UserError("dpo.image_preference needs shared prompts", fix="set shared_prefix: auto")
     others = trackers_of_transformers(config)
     on_gpu = device.type != "cpu"
     fields = RECIPE | {
@@ -259,6 +270,7 @@ def own_batches(
         settings.rows if shared else "pair",
         num_rows=fields["per_device_train_batch_size"],
         max_tokens=settings.tokens_per_batch,
+        copies=1 if settings.image_preference is None else 2,
         seed=fields["seed"],
     )
 

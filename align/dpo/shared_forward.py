@@ -33,13 +33,14 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from align.dpo.collator import LAYOUT_PREFIX, TOKEN_INDEX, layout_of, prompt_inputs_of
+from align.dpo.collator import CORRUPTED_INDEX, CORRUPTED_MASK, LAYOUT_PREFIX, TOKEN_INDEX, layout_of, prompt_inputs_of
 from align.dpo.sharding.dummy_batches import add_dummy_rows
 from align.prefix.attention import use_shared_prefix
 from align.prefix.log_probs import TokenStats, forward_segments
@@ -75,14 +76,29 @@ def add_shared_rows(
         layout = layout_of(kwargs)
         with autocast():
             stats = forward_segments(self, prompt_inputs_of(kwargs), layout, outputs)
-        return in_shape_of_labels(stats, kwargs[TOKEN_INDEX], labels[:, 1:])
+        output = in_shape_of_labels(stats, kwargs[TOKEN_INDEX], labels[:, 1:])
+        if CORRUPTED_INDEX in kwargs:
+            output.corrupted_logps = sums_at(stats.log_probs, kwargs[CORRUPTED_INDEX], kwargs[CORRUPTED_MASK])
+        return output
 
     # `generate` and the Trainer read the signature.
     shared_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(shared_forward, model)
 
 
-def in_shape_of_labels(stats: TokenStats, token_index: Tensor, labels: Tensor) -> FusedCausalLMOutput:
+@dataclass
+class SharedOutput(FusedCausalLMOutput):
+    """What TRL reads, and beside it `corrupted_logps` (n,): of chosen responses under corrupted pictures, summed."""
+
+    corrupted_logps: Tensor | None = None
+
+
+def sums_at(log_probs: Tensor, token_index: Tensor, mask: Tensor) -> Tensor:
+    """(n,): the sums of log-probabilities (rows, S) at the places `token_index` (n, C) where `mask` is True."""
+    return torch.where(mask, log_probs.flatten()[token_index], 0.0).sum(dim=1)
+
+
+def in_shape_of_labels(stats: TokenStats, token_index: Tensor, labels: Tensor) -> SharedOutput:
     """Statistics (n, S) of the branches' tokens, put where TRL expects them: (R, C), zero where a label is ignored.
 
     `token_index` (R, C) int64 says where among the n S tokens those of each response are; a branch that stands in
@@ -99,7 +115,7 @@ def in_shape_of_labels(stats: TokenStats, token_index: Tensor, labels: Tensor) -
 
     log_probs = spread(stats.log_probs)
     assert log_probs is not None
-    return FusedCausalLMOutput(
+    return SharedOutput(
         loss=-log_probs.sum() / wanted.sum().clamp(min=1),
         log_probs=log_probs,
         entropy=spread(stats.entropy),

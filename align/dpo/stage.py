@@ -25,7 +25,7 @@ from align.dpo.choose_layout import choose_layout
 from align.dpo.collator import PairCollator, pair_dataset
 from align.dpo.qlora import quantization
 from align.dpo.recomputation import choose_recomputation, largest_batch
-from align.dpo.reference import ReferenceKey, pairs_hash, reference_log_probs
+from align.dpo.reference import Reference, ReferenceKey, pairs_hash, reference_log_probs
 from align.dpo.rows import RowBatch, by_question, pair_weights
 from align.dpo.save import save_trained
 from align.dpo.settings import (
@@ -47,6 +47,7 @@ from align.dpo.trainer import PairTrainer
 from align.dpo.trainer_checkpoints import last_checkpoint
 from align.dpo.turns import turn_faults
 from align.engines.prompts import check_prompts
+from align.errors import UserError
 from align.log import log
 from align.media.images import question_images
 from align.models.limits import position_limit
@@ -102,13 +103,15 @@ class DpoStage:
             model = self.load(self.policy)
             with gathered_as_needed(model), self._autocast():
                 layout, note = choose_layout(self.config.shared_prefix, model, data.collator, self._first(data.pairs))
+            if layout == "plain" and self.config.dpo.image_preference is not None:
+                raise UserError(f"dpo.image_preference needs shared prompts, which cannot be used: {note}")
             collator = replace(data.collator, layout=layout)
             own = own_batches(self.config, self.fields, data.pairs, shared=layout == "shared")
             live = self.config.dpo.reference == "live"
             reference = None if live else self._reference(model, data.pairs, collator)
         reference_s = time.monotonic() - started
         fields = with_warmup_that_ends(self.fields, planned_steps(self.fields, len(data.pairs), world_size(), own))
-        largest = largest_batch(data.pairs, fields, own)
+        largest = largest_batch(data.pairs, fields, own, 1 if self.config.dpo.image_preference is None else 2)
         recomputation = choose_recomputation(
             self.config, self.policy, fields, largest, layout=layout, strategy=self.strategy, device=self.device
         )
@@ -122,7 +125,9 @@ class DpoStage:
             init_deepspeed()
             model = self.load(self.policy)
         weights = None if own is None else pair_weights(data.pairs, self.config.dpo.pair_weight)
-        dataset = pair_dataset(data.pairs, reference, weights)
+        columns = None if reference is None else reference.columns(self.fields.get("ld_alpha"))
+        corrupted = None if reference is None or reference.corrupted is None else reference.corrupted.tolist()
+        dataset = pair_dataset(data.pairs, columns, weights, corrupted)
         trainer = self.make_trainer(
             model, arguments, dataset, collator, kept_layers=recomputation.kept_layers, batches=own
         )
@@ -167,11 +172,24 @@ class DpoStage:
         planned_steps(self.fields, len(pairs), world_size(), own_batches(self.config, self.fields, pairs))
         # Processes that exchange weights or gradients module by module must all run the same modules. Alone as well,
         # so that it makes no difference: Adam moves on with a gradient of 0, but not without one.
-        always_images = any(pair.image_files for pair in pairs)
+        pool = tuple(sorted({name for pair in pairs for name in pair.image_files}))
+        preference = self.config.dpo.image_preference
+        if preference is not None and not pool:
+            raise UserError("dpo.image_preference: none of the pairs has a picture", fix="take it out")
         dropped = {reason: len(ids) for reason, ids in tokenized.dropped.items()}
         return TrainingData(
             pairs=pairs,
-            collator=PairCollator(processor, images, "shared", max_length, always_images, self.config.dpo.rows),
+            collator=PairCollator(
+                processor,
+                images,
+                "shared",
+                max_length,
+                always_images=bool(pool),
+                grouping=self.config.dpo.rows,
+                corruption=None if preference is None else preference.corruption,
+                seed=self.config.seed,
+                pool=pool,
+            ),
             counts={"dropped_too_long": len(tokenized.pairs) - len(pairs)} | ({"dropped": dropped} if dropped else {}),
             notes={"turns": "; ".join(faults)} if faults else {},
         )
@@ -217,6 +235,7 @@ class DpoStage:
             projector_learning_rate_multiplier=settings.projector_learning_rate_multiplier,
             kept_layers=kept_layers,
             batches=batches,
+            image_preference=settings.image_preference,
             starts_at_reference=settings.reference != "initial" or self.policy == self.config.policy,
             callbacks=[
                 MetricsFile(self.this.trainer / "metrics.jsonl"),
@@ -240,9 +259,7 @@ class DpoStage:
             log.warning("%d of %d pairs do not fit in %d tokens and are dropped", len(drop), len(pairs), max_length)
         return [pair for pair in pairs if pair.id not in drop]
 
-    def _reference(
-        self, model: PreTrainedModel, pairs: list[TokenizedPair], collator: PairCollator
-    ) -> list[tuple[float, float]]:
+    def _reference(self, model: PreTrainedModel, pairs: list[TokenizedPair], collator: PairCollator) -> Reference:
         checkpoint = self.config.policy if self.config.dpo.reference == "initial" else self.policy
         key = ReferenceKey(
             weights=checkpoint_hash(checkpoint),
@@ -251,8 +268,9 @@ class DpoStage:
             layout=collator.layout,
             arithmetic=f"{self.dtype}/{self._autocast_dtype}".replace("torch.", "") + self._bits(),
             max_length=str(collator.max_length),
+            corruption="" if collator.corruption is None else f"{collator.corruption}/{collator.seed}",
         )
-        reference = reference_log_probs(
+        return reference_log_probs(
             self.this.reference,
             key,
             pairs,
@@ -263,7 +281,6 @@ class DpoStage:
             state=self.state,
             num_workers=self.fields["dataloader_num_workers"],
         )
-        return reference.columns(self.fields.get("ld_alpha"))
 
     def _rows_note(self, layout: str) -> dict[str, str]:
         if layout == "shared" or self.config.dpo.rows == "pair":

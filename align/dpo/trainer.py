@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
-from align.dpo.collator import REFERENCE_COLUMNS, WEIGHT_COLUMN, PairCollator
+from align.config import ImagePreference
+from align.dpo.collator import CORRUPTED_REFERENCE, HAS_PICTURE, REFERENCE_COLUMNS, WEIGHT_COLUMN, PairCollator
 from align.dpo.first_step import RecordedForward, difference, noise_in, response_sums, tolerance_of
 from align.dpo.gradient_checkpointing import checkpoint_what_is_needed
+from align.dpo.image_preference import PictureRewards, picture_loss
 from align.dpo.rows import RowBatch, RowBatches
 from align.dpo.sharding.dummy_batches import add_dummy_rows
 from align.dpo.shared_forward import add_shared_rows
@@ -81,6 +83,7 @@ class PairTrainer(DPOTrainer):
         kept_layers: int = 0,
         starts_at_reference: bool = False,
         batches: Sequence[RowBatch] | None = None,
+        image_preference: ImagePreference | None = None,
     ) -> None:
         cached = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
         assert cached or ref_model is not None or peft_config is not None, "no reference: neither cached nor live"
@@ -101,8 +104,11 @@ class PairTrainer(DPOTrainer):
             )
         self.projector_learning_rate_multiplier = projector_learning_rate_multiplier
         self.batches = batches
+        self.image_preference = image_preference
         # Turns the sum of a micro-batch's weights into its share of a step.
         self._weight_scale: float | torch.Tensor | None = None
+        if batches is not None and self.accelerator.num_processes > 1:
+            self.accelerator.gather = gather_uneven(self.accelerator.gather)
         self._pairs_of_step: list[int] = []
         self._first_to_check = starts_at_reference
         self._total_train_tokens = 0
@@ -164,15 +170,18 @@ class PairTrainer(DPOTrainer):
             self._weight_scale = len(batches) * self.accelerator.num_processes / total
         return batches, num_items
 
-    def _weighted(self, loss: torch.Tensor, log_probs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _weighted(self, loss: torch.Tensor, output: Any, weights: torch.Tensor) -> torch.Tensor:
         """The loss of a micro-batch as its share of the step's weighted mean.
 
         TRL's loss is the plain mean over the pairs. Where they weigh differently, the gradient that reaches the
         responses of a pair is scaled; the loss that is logged then counts pairs of one micro-batch alike.
         """
-        relative = (weights / weights.mean()).repeat(2)[:, None]
-        if log_probs.requires_grad and not bool((relative == 1).all()):
-            log_probs.register_hook(lambda gradient: gradient * relative)
+        relative = weights / weights.mean()
+        if output.log_probs.requires_grad and not bool((relative == 1).all()):
+            output.log_probs.register_hook(lambda gradient: gradient * relative.repeat(2)[:, None])
+            corrupted = getattr(output, "corrupted_logps", None)
+            if corrupted is not None:
+                corrupted.register_hook(lambda gradient: gradient * relative)
         total = weights.sum()
         return loss * total * (1 / total if self._weight_scale is None else self._weight_scale)
 
@@ -190,6 +199,7 @@ class PairTrainer(DPOTrainer):
             )
         self._pairs_of_step += inputs.pop("pair_index").tolist()
         weights = inputs.pop(WEIGHT_COLUMN, None)
+        ref_corrupted = inputs.pop(CORRUPTED_REFERENCE, None)
         forward = RecordedForward(model)
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
@@ -197,9 +207,28 @@ class PairTrainer(DPOTrainer):
         if self._first_to_check and self.state.global_step == 0:
             self._check_reference(loss.detach(), self.loss_at_reference(inputs, forward.output))
         self._first_to_check = False
+        if self.image_preference is not None:
+            loss = loss + self._picture_loss(inputs, forward.output, ref_corrupted, self.image_preference)
+            self._stop_unless_finite(loss.detach(), "loss")
         if weights is not None:
-            loss = self._weighted(loss, forward.output.log_probs, weights)
+            loss = self._weighted(loss, forward.output, weights)
         return (loss, result[1]) if return_outputs else loss
+
+    def _picture_loss(
+        self, inputs: dict[str, Any], output: Any, ref_corrupted: torch.Tensor, settings: ImagePreference
+    ) -> torch.Tensor:
+        """What image-conditional preference adds to the loss; its metrics are logged beside TRL's."""
+        chosen, _ = response_sums(output.log_probs, inputs["completion_mask"], None)
+        rewards = PictureRewards.of(
+            self.beta, chosen, inputs[REFERENCE_COLUMNS[0]], output.corrupted_logps, ref_corrupted
+        )
+        loss, metrics = picture_loss(rewards, inputs[HAS_PICTURE], settings)
+        mode = "train" if self.model.training else "eval"
+        for name, values in metrics.items():
+            mean = self.accelerator.gather(values).nanmean()
+            if not torch.isnan(mean):
+                self._metrics[mode][name].append(mean.item())
+        return loss
 
     def loss_at_reference(self, inputs: dict[str, Any], output: Any) -> torch.Tensor:
         """TRL's loss for the output of a forward where the reference gives the very same log-probabilities."""
@@ -344,6 +373,20 @@ class PairTrainer(DPOTrainer):
                 where=self.args.output_dir,
                 fix="run again with --redo",
             )
+
+
+def gather_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """accelerate's `gather`, also for tensors (n, ...) whose n differs between processes, as TRL's per pair do here."""
+
+    def gathered(values: Any) -> Any:
+        if not isinstance(values, torch.Tensor) or values.ndim == 0:
+            return gather(values)
+        counts = gather(torch.tensor([len(values)], device=values.device)).tolist()
+        missing = values.new_zeros(max(counts) - len(values), *values.shape[1:])
+        parts = gather(torch.cat((values, missing))).split(max(counts))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    return gathered
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from align.dpo.collator import REFERENCE_COLUMNS, WEIGHT_COLUMN, PairCollator
+from align.dpo.collator import TRAINER_COLUMNS, PairCollator
 from align.dpo.reference_pass import response_log_probs
 from align.dpo.shared_forward import log_prob_head
 from align.errors import UserError
@@ -54,13 +54,13 @@ class Probe:
         lengths = trainer.train_dataset["length"]
         row = trainer.train_dataset[min(range(len(lengths)), key=lengths.__getitem__)]
         batch = collator([row])
-        for name in ("pair_index", WEIGHT_COLUMN, *REFERENCE_COLUMNS):
+        for name in TRAINER_COLUMNS:
             batch.pop(name, None)
         model = trainer.model_wrapped
         was_training = model.training
         model.eval()
         with torch.no_grad(), trainer.accelerator.autocast():
-            _, sums = response_log_probs(model, dict(batch), contextlib.nullcontext)
+            _, sums, _ = response_log_probs(model, dict(batch), contextlib.nullcontext)
         model.train(was_training)
         half = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
         num_tokens = int(batch["completion_mask"].sum())
@@ -142,7 +142,7 @@ def _different_log_probs(reopened: Any, probe: Probe, *, half: bool) -> str | No
         return None
     batch = {name: _as(value, reopened.dtype) for name, value in probe.batch.items()}
     with torch.no_grad(), log_prob_head(reopened, shared=probe.shared):
-        _, sums = response_log_probs(reopened, batch, contextlib.nullcontext)
+        _, sums, _ = response_log_probs(reopened, batch, contextlib.nullcontext)
     error = float((sums.float() - probe.sums).abs().sum()) / probe.num_tokens
     if error <= (HALF_TOLERANCE if half else TOLERANCE):
         return None

@@ -376,6 +376,7 @@ def _prompts(
 def _largest_batch(config: Config, sizes: Sequence[PromptSize], lengths: Lengths, *, shared: bool) -> StepBatch:
     """A batch of the row that has the most tokens; of a budget, as many of them as it allows."""
     rows = int(config.dpo.trainer_fields().get("per_device_train_batch_size", 1))
+    copies = 1 if config.dpo.image_preference is None else 2
     place = max(range(len(sizes)), key=lambda i: sizes[i].tokens + lengths.both[i])
     size, half = sizes[place], lengths.longest[place]
     if config.dpo.rows == "question" and shared:
@@ -383,7 +384,8 @@ def _largest_batch(config: Config, sizes: Sequence[PromptSize], lengths: Lengths
         responses = lengths.both[place] if config.questions is None else round(branches * half)
         half = math.ceil(responses / 2)
     if config.dpo.tokens_per_batch is not None:
-        rows = max(1, config.dpo.tokens_per_batch // (size.tokens + 2 * half))
+        rows = max(1, config.dpo.tokens_per_batch // (copies * (size.tokens + 2 * half)))
+    rows *= copies
     return StepBatch(rows, size.tokens, half, half, rows * size.patches, rows * size.pixels)
 
 

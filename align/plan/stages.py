@@ -200,22 +200,24 @@ class StagePlanner:
     def _training(self) -> list[StageCost]:
         config = self.config
         fields = config.dpo.trainer_fields()
+        # A row with corrupted pictures beside each, with the chosen responses: of half the tokens, as a rule.
+        copies, share = (1, 1.0) if config.dpo.image_preference is None else (2, 0.75)
         branches = branches_of_row(config, self.lengths, shared=self.how.shared)
         half = branches / self.lengths.branches
         rows = int(fields.get("per_device_train_batch_size", 1))
         if config.dpo.tokens_per_batch is not None:
             mean = self._read(self.sizes) / len(self.sizes) + half * (self.lengths.chosen + self.lengths.rejected)
-            rows = max(1, int(config.dpo.tokens_per_batch / mean))
+            rows = max(1, int(config.dpo.tokens_per_batch / (copies * mean)))
         accumulation = int(fields.get("gradient_accumulation_steps", 8))
         epochs = float(fields.get("num_train_epochs", 1))
         spread = self.how.strategy != "ddp"
         whole_questions = config.dpo.rows == "question" and self.how.shared
         training = Training(
-            pairs=1 if whole_questions else pairs_per_question(config),
-            chosen=half * self.lengths.chosen,
-            rejected=half * self.lengths.rejected,
+            pairs=copies * (1 if whole_questions else pairs_per_question(config)),
+            chosen=share * half * self.lengths.chosen,
+            rejected=share * half * self.lengths.rejected,
             branches=branches,
-            rows=rows,
+            rows=copies * rows,
             accumulation=accumulation,
             checkpointing=self.how.checkpointing,
             kept_share=self.how.kept_layers / self.speed.shape.text.num_layers,
@@ -233,7 +235,7 @@ class StagePlanner:
             found.append(StageCost("reference", seconds, config.rounds, read, 0))
         cost = training_steps(self.speed, self.sizes, training).times(epochs)
         # The optimiser's step is made by every process of ddp for itself: sharing pairs out does not divide it.
-        steps = epochs * count / (rows * accumulation * self.machine.gpus)
+        steps = epochs * count / (training.rows * accumulation * self.machine.gpus)
         sent = (
             sent_bytes(self.how.strategy, self.speed.shape, self.machine.gpus, accumulation)
             if self.machine.gpus > 1

@@ -43,6 +43,12 @@ _TRAINING: tuple[tuple[str, str, float | None, dict[str, str]], ...] = (
     ("Margin", "reward of the chosen minus that of the rejected response", 0.0, {"rewards/margins": "margin"}),
     ("Rewards", "beta times the log-probability ratio to the reference", 0.0,
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+    ("Image margin", "reward of the chosen response with its picture minus that with less of it", 0.0,
+     {"image/margins": "margin"}),
+    ("Image accuracy", "chosen responses whose reward is higher with their picture than with less of it", 0.5,
+     {"image/accuracies": "accuracy"}),
+    ("Image anchor", "the term that keeps chosen responses likely with their picture; dashed: at the start", 0.6931,
+     {"image/anchor": "loss"}),
 )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class Question(Record):
     )
     system: str | None = Field(None, description="system prompt; absent means the model's default")
     history: list[Turn] = Field(default_factory=list, description="earlier turns of the dialogue")
+    source: str | None = Field(None, description="which of several files of questions it is from; set by the run")
     meta: dict[str, Any] = Field(default_factory=dict, description="anything else; carried along, never read")
 
     @field_validator("answer_kind")

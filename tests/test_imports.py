@@ -20,6 +20,7 @@ BASE = {
     "log",
     "records",
     "config",
+    "sources",
     "files",
     "statistics",
     "secrets",
@@ -40,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors", "log"},
     "records": {"errors", "reward"},
     "config": {"errors", "reward", "strict_yaml"},
+    "sources": {"config", "errors", "records"},
     # What stands below every stage.
     "media": {"config", "errors", "files", "versions"},
     "distributed": BASE,

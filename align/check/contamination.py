@@ -24,6 +24,7 @@ from align.errors import UserError
 from align.log import log
 from align.media.images import question_images
 from align.records import Pair, Question, Record, iter_jsonl, write_jsonl
+from align.sources import read_all_questions
 
 MIN_COSINE = 0.9
 MIN_SIDE = 28
@@ -115,7 +116,7 @@ def save_report(report: CheckReport, path: Path) -> None:
 
 def _records(config: Config) -> Sequence[Question | Pair]:
     if config.questions is not None:
-        return list(iter_jsonl(config.questions, Question))
+        return read_all_questions(config)
     assert config.pairs_file is not None
     return list(iter_jsonl(config.pairs_file, Pair))
 

@@ -22,6 +22,7 @@ from align.errors import UserError, reward_faults
 from align.media.decoding import Header
 from align.media.images import ImageStore, evaluation_images, question_images, treatment_counts
 from align.records import Pair, Question, Record, parse_line, read_questions
+from align.sources import questions_of_round, read_all_questions
 from reward.judge_model import BranchedPrompt
 
 if TYPE_CHECKING:
@@ -113,12 +114,22 @@ def _questions(path: Path, found: Preflight, area: str) -> list[Question]:
     return read_questions(path)
 
 
+def _readable(config: Config) -> bool:
+    """Whether every file of questions is there and holds nothing else."""
+    return all(source.file.is_file() and not bad_lines(source.file, Question) for source in config.sources)
+
+
 def _data(config: Config, found: Preflight, *, decode: bool) -> None:
     from align.stages.sample import check_images, check_settings
 
     images = question_images(config)
     if config.questions is not None:
-        questions = _questions(config.questions, found, "data")
+        for source in config.sources:
+            _questions(source.file, found, "data")
+        questions = []
+        if _readable(config):
+            questions = read_all_questions(config)
+            questions_of_round(config, 1)
         headers = check_images(questions, images)
         if decode:
             _decode({name for question in questions for name in question.images}, images, found)
@@ -171,7 +182,7 @@ def _evaluation(config: Config, found: Preflight, *, decode: bool) -> None:
         check_images(questions, images)
         if decode:
             _decode({name for question in questions for name in question.images}, images, found)
-    if config.questions is None or (config.questions.is_file() and not bad_lines(config.questions, Question)):
+    if _readable(config):
         check_overlap(config, questions)
     found.facts.append(f"{len(questions)} held-out questions")
 
@@ -211,11 +222,11 @@ def _check_limit(processor: ProcessorMixin, config: Config) -> None:
     from align.plan.prompt_sizes import PromptMeter
 
     limit = config.dpo.max_length or position_limit(read_config(config.policy))
-    if config.questions is None or not config.questions.is_file() or limit is None:
+    if config.questions is None or limit is None or not all(source.file.is_file() for source in config.sources):
         return
     images = question_images(config)
     meter = PromptMeter(processor, images)
-    longest = sorted(read_questions(config.questions), key=lambda q: -len(q.question) - 1000 * len(q.images))[:LONGEST]
+    longest = sorted(read_all_questions(config), key=lambda q: -len(q.question) - 1000 * len(q.images))[:LONGEST]
     # Videos are counted by `align plan`, which picks their frames.
     sizes = [meter.size(q.id, q.messages(), q.images) for q in longest if q.video is None]
     too_long = [size for size in sizes if size.tokens >= limit]
@@ -224,7 +235,7 @@ def _check_limit(processor: ProcessorMixin, config: Config) -> None:
         raise UserError(
             f"{len(too_long)} of the {len(sizes)} longest questions do not fit in {limit} tokens, and nothing is "
             f"truncated: {worst.id} has {worst.tokens}",
-            where=str(config.questions),
+            where=", ".join(str(source.file) for source in config.sources),
             fix="raise dpo.max_length, lower model.processor.max_pixels, or set dpo.on_too_long: drop",
         )
 
@@ -278,14 +289,12 @@ def _check_scorer(checkpoint: str) -> None:
 
 def _check_answers(config: Config) -> None:
     """A verifier needs reference answers."""
-    if config.critic.kind != "verifier" or config.questions is None or not config.questions.is_file():
+    if config.critic.kind != "verifier" or config.questions is None or not _readable(config):
         return
-    if bad_lines(config.questions, Question):
-        return
-    if all(question.answer is None for question in read_questions(config.questions)):
+    if all(question.answer is None for question in read_all_questions(config)):
         raise UserError(
             "the verifier needs answers, and there is no reference answer in any question",
-            where=str(config.questions),
+            where=", ".join(str(source.file) for source in config.sources),
             fix="add `answer` to the questions, or use another critic.kind",
         )
 
@@ -431,9 +440,10 @@ def needed_bytes(config: Config) -> int:
     stored = sum(tensor.num_bytes for tensor in table.values())
     weights = sum(_size(tensor.shape) for tensor in table.values())
     questions = 0
-    if config.questions is not None and config.questions.is_file():
-        with config.questions.open("rb") as file:
-            questions = sum(1 for _ in file)
+    for source in config.sources:
+        if source.file.is_file():
+            with source.file.open("rb") as file:
+                questions += sum(1 for _ in file)
     sampled = questions * config.sample.num_responses * config.sample.max_new_tokens * BYTES_A_TOKEN
     # An adapter's states are small beside the checkpoint that it is merged into.
     states = 0 if config.dpo.lora else 2 * 12 * weights

@@ -20,6 +20,7 @@ from align.config.schema import (
     SampleSettings,
     Server,
     ServerSettings,
+    Source,
     VllmSettings,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "SampleSettings",
     "Server",
     "ServerSettings",
+    "Source",
     "VllmSettings",
     "build_config",
     "checkpoint_config",

@@ -87,7 +87,12 @@ def build_config(data: dict[str, Any], *, base: Path, where: str = CONFIG_NAME) 
         problems = "\n".join(f"  - {line}" for line in _problems(error))
         raise UserError(f"the configuration has faults:\n{problems}", where=where) from None
     config.run_root = base / config.run_root
-    config.questions = base / config.questions if config.questions else None
+    if isinstance(config.questions, list):
+        for source in config.questions:
+            source.file = base / source.file
+            source.image_root = base / source.image_root if source.image_root else None
+    elif config.questions is not None:
+        config.questions = base / config.questions
     config.pairs_file = base / config.pairs_file if config.pairs_file else None
     config.image_root = base / config.image_root if config.image_root else None
     config.policy = _local_or_hub(config.policy, base)

@@ -6,11 +6,12 @@ package stays light.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from align.errors import UserError
 from reward.pairs import PairSettings
@@ -359,6 +360,39 @@ class SaveSettings(Section):
     )
 
 
+class Source(Section):
+    """One of several files of questions; a path alone is one, too."""
+
+    file: Path = Field(..., description="image questions (JSONL)")
+    name: str | None = Field(
+        None, pattern=r"^[\w.-]*\w[\w.-]*$", description="in ids and counts; empty: the file's name without its ending"
+    )
+    weight: float = Field(
+        1.0, gt=0, description="share of sample.questions_per_round, relative to the other sources without a limit"
+    )
+    limit: int | None = Field(None, ge=1, description="so many questions per round, whatever the weights")
+    image_root: Path | None = Field(
+        None, description="folder of its images; empty: that of the configuration, else the folder of the file"
+    )
+
+    @property
+    def label(self) -> str:
+        """What its questions are known by."""
+        return self.name or self.file.stem
+
+
+def _source_of_path(value: Any) -> Any:
+    return {"file": value} if isinstance(value, str | Path) else value
+
+
+Sources = list[Annotated[Source, BeforeValidator(_source_of_path)]]
+# A list is several sources, anything else the path of one file.
+Questions = Annotated[
+    Annotated[Path, Tag("file")] | Annotated[Sources, Field(min_length=1), Tag("sources")],
+    Discriminator(lambda value: "sources" if isinstance(value, list) else "file"),
+]
+
+
 class Config(Section):
     """The whole of align.yaml."""
 
@@ -371,8 +405,12 @@ class Config(Section):
             "existing preference pairs (off-policy, JSONL): round 1 trains on them, nothing is sampled or scored"
         ),
     )
-    questions: Path | None = Field(
-        None, description="image questions (JSONL: id, question, images, answer); may be empty with pairs_file"
+    questions: Questions | None = Field(
+        None,
+        description=(
+            "image questions (JSONL: id, question, images, answer), or a list of files: paths or"
+            " {file, name, weight or limit, image_root}; may be empty with pairs_file"
+        ),
     )
     image_root: Path | None = Field(
         None, description="folder that all images lie in; empty: the folder of the questions (or pairs) file"
@@ -402,9 +440,12 @@ class Config(Section):
 
     @field_validator("questions")
     @classmethod
-    def _has_data(cls, questions: Path | None, info: ValidationInfo) -> Path | None:
+    def _has_data(cls, questions: Path | list[Source] | None, info: ValidationInfo) -> Path | list[Source] | None:
         if questions is None and info.data.get("pairs_file") is None:
             raise ValueError("required, unless pairs_file is given")
+        labels = [source.label for source in questions] if isinstance(questions, list) else []
+        if len(set(labels)) < len(labels):
+            raise ValueError("two sources have the same name; give each a name of its own")
         return questions
 
     @field_validator("rounds")
@@ -420,11 +461,25 @@ class Config(Section):
         return self.run_root / self.name
 
     @property
+    def sources(self) -> list[Source]:
+        """The files of questions; one for a path, none with pairs_file alone."""
+        if self.questions is None:
+            return []
+        return self.questions if isinstance(self.questions, list) else [Source(file=self.questions)]
+
+    def image_root_of(self, source: Source) -> Path:
+        """The folder that a source's images lie in."""
+        return source.image_root or self.image_root or source.file.parent
+
+    @property
     def question_images(self) -> Path:
-        """The folder that images of questions and pairs lie in."""
-        data = self.questions or self.pairs_file
-        assert data is not None
-        return self.image_root or data.parent
+        """The folder that images of questions and pairs lie in; of several sources the one above all their roots."""
+        if not self.sources:
+            assert self.pairs_file is not None
+            return self.image_root or self.pairs_file.parent
+        if len(self.sources) == 1:
+            return self.image_root_of(self.sources[0])
+        return Path(os.path.commonpath([self.image_root_of(source).resolve() for source in self.sources]))
 
     @property
     def evaluation_images(self) -> Path:

@@ -8,6 +8,7 @@ how far its answers depend on the picture by asking again with others (align.eva
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
 from align.run.image_hashes import record_or_verify_images
 from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
+from align.sources import read_all_questions
 from align.statistics import bootstrap_mean, distinct_n, is_refusal, repetition
 from reward.intervals import Interval
 
@@ -250,14 +252,14 @@ def check_overlap(config: Config, questions: list[Question]) -> None:
     """Refuse to evaluate on questions that are trained on."""
     if config.questions is None:
         return
-    trained = {(question.question, tuple(question.images)) for question in read_questions(config.questions)}
-    same_root = config.evaluation_images.resolve() == config.question_images.resolve()
-    both = [
-        question.id
-        for question in questions
-        if question.images and (question.question, tuple(question.images)) in trained
-    ]
-    if both and same_root:
+
+    def shown(question: Question, root: Path) -> tuple[str, ...]:
+        return (question.question, *(os.path.normpath(root / reference) for reference in question.images))
+
+    train_root, root = config.question_images.resolve(), config.evaluation_images.resolve()
+    trained = {shown(question, train_root) for question in read_all_questions(config)}
+    both = [question.id for question in questions if question.images and shown(question, root) in trained]
+    if both:
         raise UserError(
             f"{len(both)} held-out questions are also trained on ({', '.join(both[:5])}, ...)",
             where=str(config.evaluate.questions),

@@ -37,7 +37,8 @@ from align.models.shapes import ModelShape, model_shape
 from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
 from align.plan.speed import Machine, Speed
 from align.plan.stages import Lengths, StageCost, StagePlanner, branches_of_row
-from align.records import Pair, read_jsonl, read_questions
+from align.records import Pair, read_jsonl
+from align.sources import read_all_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -346,7 +347,7 @@ def _prompts(
         from align.models.video_questions import pick_frames
 
         questions = pick_frames(
-            read_questions(config.questions), meter.images, config, config.policy, served=bool(config.sample.servers)
+            read_all_questions(config), meter.images, config, config.policy, served=bool(config.sample.servers)
         )
         sizes = [meter.size(question.id, question.messages(), question.images) for question in questions]
         longest = config.sample.max_new_tokens

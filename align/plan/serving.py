@@ -8,7 +8,7 @@ from align.config import Config
 from align.media.images import ImageStore
 from align.models.load import load_processor
 from align.plan.prompt_sizes import PromptMeter
-from align.records import read_questions
+from align.sources import read_all_questions
 
 
 def needs_of_server(
@@ -21,7 +21,7 @@ def needs_of_server(
     """
     if config.questions is None:
         return None, None
-    questions = [question for question in read_questions(config.questions) if question.video is None]
+    questions = [question for question in read_all_questions(config) if question.video is None]
     max_images = max((len(question.images) for question in questions), default=0)
     if critic:
         return max_images, None

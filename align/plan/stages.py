@@ -27,6 +27,7 @@ from align.plan.times import (
     training_steps,
 )
 from align.records import Question, read_questions
+from align.sources import questions_of_round, read_all_questions
 from reward.critics import Item, make_critic
 
 if TYPE_CHECKING:
@@ -324,7 +325,7 @@ class StagePlanner:
 
     def _measured(self, meter: PromptMeter) -> list[PromptSize]:
         assert self.config.questions is not None
-        questions = read_questions(self.config.questions)[: self.config.sample.questions_per_round]
+        questions = questions_of_round(self.config, 1)
         return [meter.size(q.id, q.messages(), q.images) for q in questions]
 
     def _branched(self, responses: tuple[str, ...]) -> None:
@@ -351,7 +352,7 @@ class StagePlanner:
         """The question with the middle number of tokens."""
         assert self.config.questions is not None
         middle = sorted(self.sizes, key=lambda size: size.tokens)[len(self.sizes) // 2]
-        return next(q for q in read_questions(self.config.questions) if q.id == middle.id)
+        return next(q for q in read_all_questions(self.config) if q.id == middle.id)
 
     def _responses(self, count: int) -> tuple[str, ...]:
         """Different texts of the planned number of tokens."""

@@ -134,6 +134,9 @@ def _others(data: RoundData) -> list[tuple[str, float]]:
         for key, value in stage.counts.items():
             if key not in _SHOWN.get(stage.name, {"questions"}) and (n := number(value)) is not None:
                 found.append((f"{stage.name}: {key.replace('_', ' ')}", n))
+            if key.endswith("_by_source") and isinstance(value, dict):
+                what = key.removesuffix("_by_source").replace("_", " ")
+                found += [(f"{stage.name}: {what} of {name}", n) for name, c in value.items() if (n := number(c))]
     found += [(f"combinations: {loss.reason}", loss.count) for loss in reasons(data.judged.get("dropped_pairs"))]
     return found
 

@@ -22,6 +22,7 @@ from align.records import Pair, Question, Samples, iter_jsonl, read_jsonl, write
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
 from align.run.sharding import begin
+from align.sources import count_by_source
 from align.stages.critic_metrics import check_gates
 from align.stages.join import join_scores, scores_by_id
 from reward.critics.verifier import is_correct
@@ -164,6 +165,8 @@ def make_pairs(
         "dropped_pairs": dict(dropped),
         "questions_without_pair": dict(without),
     }
+    if by_source := count_by_source([one.pair.meta.get("source") for one in made.pairs]):
+        made.counts["pairs_by_source"] = by_source
     if scored < len(by_id):
         made.counts["scores_without_samples"] = len(by_id) - scored
     return made
@@ -270,4 +273,5 @@ def _pair(line: Samples, score: Judgement, choice: PairChoice, number: int) -> P
         rewards={name: reward for name, reward in rewards.items() if reward is not None},
         question_id=line.id,
         responses={"chosen": choice.chosen, "rejected": choice.rejected},
+        meta={} if line.question.source is None else {"source": line.question.source},
     )

@@ -8,8 +8,7 @@ questions whose responses are all the same get further ones (align.stages.until_
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.config import Config, SampleSettings
 from align.distributed.ranks import is_main_process
@@ -19,11 +18,12 @@ from align.log import log
 from align.media.decoding import Header
 from align.media.images import ImageStore, question_images
 from align.models.video_questions import pick_frames
-from align.records import Question, Response, Samples, read_questions
+from align.records import Question, Response, Samples
 from align.run.folder import RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
 from align.run.image_hashes import record_or_verify_images
 from align.run.sharding import OnRecord, begin, finish, map_resumable
+from align.sources import count_by_source, questions_of_round
 from align.stages.until_pair import can_make_pair, further_samples
 
 if TYPE_CHECKING:
@@ -42,12 +42,11 @@ def run_sample(config: Config, number: int) -> None:
     this = run.round(number)
     policy = run.policy(number, config.policy)
     check_settings(config)
-    assert config.questions is not None
-    questions = round_questions(read_questions(config.questions), number, config.sample.questions_per_round)
+    questions = questions_of_round(config, number)
     images = question_images(config)
     questions = pick_frames(questions, images, config, policy, served=bool(config.sample.servers))
     check_images(questions, images)
-    inputs = _inputs(config.questions, policy) | served_as(config.sample.servers, number - 1)
+    inputs = _inputs(config, policy) | served_as(config.sample.servers, number - 1)
     if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs, image_root=images.root):
         log.info("round %d is sampled already: %s", number, this.samples)
         return
@@ -80,19 +79,6 @@ def check_settings(config: Config) -> None:
             f"num_responses ({config.sample.num_responses})",
             fix="raise sample.max_responses, or lower sample.num_responses",
         )
-
-
-def round_questions(questions: list[Question], number: int, per_round: int | None) -> list[Question]:
-    """The questions of a round: the next `per_round` in file order, starting over when all are used.
-
-    >>> questions = [Question(id=str(i), question="?") for i in range(5)]
-    >>> [[q.id for q in round_questions(questions, n, 2)] for n in (1, 2, 3)]
-    [['0', '1'], ['2', '3'], ['4', '0']]
-    """
-    if per_round is None or per_round >= len(questions):
-        return questions
-    start = (number - 1) * per_round
-    return [questions[(start + index) % len(questions)] for index in range(per_round)]
 
 
 def check_images(questions: list[Question], images: ImageStore) -> dict[str, Header]:
@@ -165,7 +151,7 @@ def responses_of(result: SampleResult) -> list[Response]:
     ]
 
 
-def _counts(samples: list[Samples], settings: SampleSettings) -> dict[str, int]:
+def _counts(samples: list[Samples], settings: SampleSettings) -> dict[str, Any]:
     counts: Counter[str] = Counter(questions=len(samples))
     if settings.until_pair:
         further = [len(line.responses) - settings.num_responses for line in samples]
@@ -182,7 +168,8 @@ def _counts(samples: list[Samples], settings: SampleSettings) -> dict[str, int]:
         counts["undecodable"] += sum("\ufffd" in response.text for response in line.responses)
         counts["empty"] += sum(not response.text.strip() for response in line.responses)
         counts["identical"] += len(line.responses) - len({response.text for response in line.responses})
-    return dict(counts)
+    by_source = count_by_source([line.question.source for line in samples])
+    return dict(counts) | ({"questions_by_source": by_source} if by_source else {})
 
 
 def _settings(config: Config) -> dict[str, object]:
@@ -190,7 +177,8 @@ def _settings(config: Config) -> dict[str, object]:
     if not config.sample.until_pair:
         left_out |= {"until_pair", "max_responses", "further_temperature"}
     sample = config.sample.model_dump(exclude=left_out)
-    return {
+    shares = {one.label: {"weight": one.weight, "limit": one.limit} for one in config.sources}
+    return ({"sources": shares} if len(shares) > 1 else {}) | {
         "sample": sample,
         "seed": config.seed,
         "processor": config.model.processor,
@@ -201,5 +189,7 @@ def _settings(config: Config) -> dict[str, object]:
     }
 
 
-def _inputs(questions: Path, policy: str) -> dict[str, str]:
-    return {"questions": content_hash(questions), "policy": checkpoint_hash(policy)}
+def _inputs(config: Config, policy: str) -> dict[str, str]:
+    several = len(config.sources) > 1
+    files = {f"questions {one.label}" if several else "questions": content_hash(one.file) for one in config.sources}
+    return files | {"policy": checkpoint_hash(policy)}

@@ -54,7 +54,8 @@ class StageResult:
 class RunResult:
     """How a run ended: the results of its stages in order, its best checkpoint and its report.
 
-    `warnings`: rounds that beyond chance were worse than their parents, or looked at the pictures less;
+    `warnings`: rounds that beyond chance were worse than their parents, or looked at the pictures less,
+    and pushes to the Hub that failed;
     `stopped_early`: a worse one ended the run
     (`evaluate.stop_if_worse`), and `checkpoint` is the one before it.
     """
@@ -91,6 +92,7 @@ def run_rounds(config: Config, *, report: bool = True, critic: Callable[..., Any
         for warning in found.texts:
             log.warning("WARNING: %s", warning)
         warnings += found.texts
+        warnings += _push(config, last)
         early = found.worse is not None and config.evaluate.stop_if_worse
         if early:
             break
@@ -102,6 +104,18 @@ def run_rounds(config: Config, *, report: bool = True, critic: Callable[..., Any
         page = write_report(config.run_dir)
     checkpoint = Path(run.policy(best + 1, config.policy))
     return RunResult(results, last, checkpoint, page, warnings, early)
+
+
+def _push(config: Config, last: int) -> list[str]:
+    """Push what is to be on the Hub by now, from one machine; warnings of what failed."""
+    if not is_main_process() or config.launch.machine_rank:
+        return []
+    from align.hub.each_round import push_rounds
+
+    failed = push_rounds(config, last)
+    for warning in failed:
+        log.warning("WARNING: %s", warning)
+    return failed
 
 
 def run_stage(

@@ -65,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
     "plan": BASE | {"dpo", "engines", "evaluation", "media", "models", "prefix"},
     "selftest": BASE | {"check", "demo", "distributed", "dpo", "engines", "media", "models", "plan", "prefix", "run"},
     "check": BASE
-    | {"data", "distributed", "dpo", "engines", "evaluation", "media", "models", "monitoring", "plan", "run", "stages"},
+    | {"data", "distributed", "dpo", "engines", "evaluation", "hub", "media", "models", "monitoring", "plan", "run"}
+    | {"stages"},
     "label": BASE | {"chat", "media", "run"},
     "chat": BASE | {"engines", "hub", "media", "models"},
     # What runs the stages.

@@ -66,6 +66,7 @@ def run_preflight(config: Config, *, decode: bool = False) -> Preflight:
         "policy": _policy,
         "critic": _critic,
         "dpo": _dpo,
+        "hub": _hub,
         "launch": _launch,
         "servers": _servers,
         "engines": _engines,
@@ -238,6 +239,14 @@ def _check_limit(processor: ProcessorMixin, config: Config) -> None:
             where=", ".join(str(source.file) for source in config.sources),
             fix="raise dpo.max_length, lower model.processor.max_pixels, or set dpo.on_too_long: drop",
         )
+
+
+def _hub(config: Config, found: Preflight) -> None:
+    if config.hub.repo is not None:
+        from align.hub.push import check_name
+
+        with _noting(found, "hub"):
+            check_name(config.hub.repo)
 
 
 def _critic(config: Config, found: Preflight) -> None:

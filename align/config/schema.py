@@ -360,6 +360,14 @@ class SaveSettings(Section):
     )
 
 
+class HubSettings(Section):
+    """Checkpoints on the Hugging Face Hub while the run lasts; a push that fails is a warning and ends nothing."""
+
+    repo: str | None = Field(None, description="owner/name of the repository; empty: nothing is pushed (align push)")
+    each_round: bool = Field(True, description="every round, with a tag round-N each; false: the last round alone")
+    private: bool = Field(True, description="make the repository private, where it is not there yet")
+
+
 class Source(Section):
     """One of several files of questions; a path alone is one, too."""
 
@@ -428,6 +436,7 @@ class Config(Section):
     dpo: DpoSettings = Field(default_factory=DpoSettings, description="training")
     save: SaveSettings = Field(default_factory=SaveSettings, description="checkpoints")
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="held-out numbers")
+    hub: HubSettings = Field(default_factory=HubSettings, description="pushes")
     launch: LaunchSettings = Field(default_factory=LaunchSettings, description="processes")
     server: ServerSettings = Field(default_factory=ServerSettings, description="how servers are spoken to")
     vllm: VllmSettings = Field(default_factory=VllmSettings, description="vLLM servers that stages start themselves")

@@ -22,6 +22,8 @@ from align.models.save import Code, plain_weights, save_checkpoint
 from align.monitoring.cost import save_cost
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 
+ADAPTER = "adapter"
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
@@ -38,7 +40,7 @@ def save_trained(
     """Write the finished checkpoint in the form of its parent, with the trainer's record of how it came about.
 
     All processes call it. `load(checkpoint, device=...)` opens a model again where the trained one is sharded. `code`:
-    as in `save_checkpoint`.
+    as in `save_checkpoint`. An adapter is merged, and kept beside the checkpoint in peft's form.
 
     Raises:
         UserError: the folder does not open as the model that was trained, or training has changed nothing; the folder
@@ -51,6 +53,7 @@ def save_trained(
     unset_hf_deepspeed_config()
     if trainer.is_world_process_zero():
         if isinstance(model, PeftModel):
+            save_adapter(model, gathered, folder.with_name(ADAPTER), policy)
             model, gathered = merge_adapter(model, gathered, lambda: load(policy, device="cpu")), None
         elif sharded:
             # A model that was loaded in shards does not remember the names of its tensors on disk.
@@ -72,10 +75,19 @@ def save_trained(
                 check_learnt(folder, Path(policy))
         except UserError:
             shutil.rmtree(folder)
+            shutil.rmtree(folder.with_name(ADAPTER), ignore_errors=True)
             raise
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
     save_cost()
     trainer.accelerator.wait_for_everyone()
+
+
+def save_adapter(model: PeftModel, gathered: dict[str, torch.Tensor] | None, folder: Path, policy: str) -> None:
+    """Write the adapter alone, for whoever wants to load it on the round's policy: `PeftModel.from_pretrained`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = policy
+    model.save_pretrained(str(folder), state_dict=gathered, save_embedding_layers=False)
 
 
 def stored_dtype(policy: str) -> torch.dtype | None:

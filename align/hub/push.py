@@ -6,8 +6,10 @@ not written to its end is refused, and so is what was never meant to travel (hid
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from align.errors import UserError
 from align.models.load import check_checkpoint
@@ -30,14 +32,16 @@ class Upload:
         return sum(self.files.values())
 
 
-def push(checkpoint: Path, repo: str, *, public: bool = False, dry_run: bool = False) -> Upload:
+def push(checkpoint: Path, repo: str, *, public: bool = False, dry_run: bool = False, tag: str | None = None) -> Upload:
     """Upload a checkpoint folder to `repo` (owner/name), which is made if it is not there.
+
+    `tag` names this state of the repository.
 
     Raises:
         UserError: the folder is not a complete checkpoint, the name is no repository's, there is no token, or the Hub
             refuses.
     """
-    _check_name(repo)
+    check_name(repo)
     files = checked_files(checkpoint)
     if dry_run:
         return Upload(files)
@@ -46,16 +50,28 @@ def push(checkpoint: Path, repo: str, *, public: bool = False, dry_run: bool = F
     api = HfApi()
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
-        api.upload_folder(
-            folder_path=checkpoint, repo_id=repo, allow_patterns=list(files), commit_message="Upload checkpoint"
+        message = "Upload checkpoint" if tag is None else f"Upload checkpoint {tag}"
+        done = api.upload_folder(
+            folder_path=checkpoint, repo_id=repo, allow_patterns=list(files), commit_message=message
         )
+        if tag is not None:
+            _tag(api, repo, tag, done.oid)
     except Exception as error:
         # No token, no network, no permission: each version's HTTP library has errors of its own.
         raise _refusal(error, repo, api.endpoint) from None
     return Upload(files, f"{api.endpoint}/{repo}")
 
 
-def _check_name(repo: str) -> None:
+def _tag(api: Any, repo: str, tag: str, commit: str) -> None:
+    """Let a tag name this commit, whatever it named before."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    with contextlib.suppress(RevisionNotFoundError):
+        api.delete_tag(repo, tag=tag)
+    api.create_tag(repo, tag=tag, revision=commit)
+
+
+def check_name(repo: str) -> None:
     """Raise UserError for a name that the Hub would refuse."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

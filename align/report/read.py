@@ -25,6 +25,7 @@ from align.report.metrics import metric
 from align.run.folder import Round, RunDir
 from align.run.manifest import StageEntry
 from align.run.outdated import outdated_rounds
+from align.run.pushes import Pushes, read_pushes
 from align.run.ratings import people_figures
 from align.run.stages import STAGES, stage_named
 from reward.intervals import Interval, wilson
@@ -114,6 +115,7 @@ class RunData:
     evaluation_images: Path | None = None
     rounds: list[RoundData] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    pushes: Pushes = field(default_factory=Pushes)
 
     @property
     def evaluated(self) -> list[RoundData]:
@@ -166,6 +168,10 @@ def read_run(path: Path) -> RunData:
     run = RunData(name=path.resolve().name, path=path)
     _read_config(run, folder.config)
     run.rounds = [_read_round(this, run.problems) for this in rounds]
+    try:
+        run.pushes = read_pushes(folder)
+    except UserError as error:
+        run.problems.append(str(error))
     outdated = outdated_rounds(rounds)
     for data in run.rounds:
         data.outdated = outdated.get(data.number)

@@ -59,7 +59,7 @@ def find_warnings(
         found += [*_training(data), *_critic(data.number, critics.get(data.number, {})), *_losses(data)]
     found += [warning for data in run.rounds for warning in _fallbacks(run, data)]
     found += [warning for data in run.rounds for warning in _unfinished(data)]
-    found += [*_outdated(run), *others]
+    found += [*_outdated(run), *_not_pushed(run), *others]
     return sorted(_by_title(found), key=lambda item: not item.serious)
 
 
@@ -227,6 +227,16 @@ def _outdated(run: RunData) -> Iterator[RunWarning]:
                 data.number,
                 serious=True,
             )
+
+
+def _not_pushed(run: RunData) -> Iterator[RunWarning]:
+    for round_, failures in run.pushes.open_failures().items():
+        yield RunWarning(
+            "Not on the Hub",
+            f"{len(failures)} {'push' if len(failures) == 1 else 'pushes'} failed, the last: {failures[-1].error}",
+            "The checkpoint is complete here; align run tries again, and align push does by hand.",
+            round_,
+        )
 
 
 def _unfinished(data: RoundData) -> Iterator[RunWarning]:

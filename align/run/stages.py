@@ -79,7 +79,7 @@ TABLE = (
         per_question=None,
         reads=("pairs.jsonl",),
         writes=("reference.safetensors", "reference.json"),
-        leaves=("trainer", "checkpoint", "lmms-eval.json", "lmms-eval"),
+        leaves=("trainer", "checkpoint", "adapter", "lmms-eval.json", "lmms-eval"),
         on_card=True,
     ),
     Stage(

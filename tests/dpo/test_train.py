@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import LlavaOnevisionForConditionalGeneration, TrainerCallback
 from trl import DPOConfig
 
 from align.config import Config, build_config
@@ -250,6 +251,12 @@ def test_an_adapter_is_merged_into_a_whole_checkpoint(tmp_path):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.endswith(("q_proj.weight", "v_proj.weight"))}
     assert not (round_1(config).checkpoint / "adapter_config.json").exists()
+    # The adapter alone lies beside it: on the policy it is the checkpoint.
+    policy = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "policy", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(policy, round_1(config).path / "adapter").merge_and_unload()
+    named = dict(LlavaOnevisionForConditionalGeneration.from_pretrained(round_1(config).checkpoint).named_parameters())
+    for name, weight in adapted.named_parameters():
+        assert torch.allclose(weight, named[name], atol=1e-6), name
 
 
 def test_an_adapter_stopped_by_sigterm_goes_on_to_the_same_weights(tmp_path, monkeypatch):

@@ -80,6 +80,7 @@ NOT_RUN = {
     r"python -m sglang": "as vllm",
     r"python scripts/bench_(dpo|sample)\.py": "minutes; its flags are read",
     r"python scripts/bench_(batching|scale)\.py": "minutes",
+    r"python scripts/bench_engines\.py": "needs vLLM; its flags are read, the parts without vLLM are tested beside it",
     r"python scripts/bench_score\.py": "minutes; its flags are read; tests/engines/test_benchmark_model.py runs it tiny",
     r"python scripts/harmful_runs\.py": "ten minutes; its flags are read, a small form of it is among the report's tests",
     r"python scripts/demo_seeds\.py": "the better part of an hour; its flags are read",

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from align.config import ModelSettings
+from align.engines.base import SamplingSettings
+from align.engines.open import open_engine
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_common
+import bench_engines
 import bench_score
 
 TINY = bench_common.Size(width=32, num_layers=1, num_heads=2, num_key_value_heads=1)
@@ -59,3 +64,27 @@ def test_growth_finds_what_is_paid_for_every_branch():
     assert found["ours"]["per both"] == pytest.approx(0.0, abs=1e-6)
     assert found["theirs"]["per both"] == pytest.approx(3.0)
     assert found["ours"]["per 1000 prompt tokens"] == pytest.approx(2.0)
+
+
+def test_the_engines_benchmark_writes_its_model_and_measures_both_sides_on_the_same_questions(tmp_path: Path):
+    """Another local engine in vLLM's place; tests/vllm has the real one."""
+    bench_engines.make_folder("tiny", tmp_path / "tiny", "cpu", torch.float32)
+    engine = open_engine(str(tmp_path / "tiny"), ModelSettings(device="cpu"), open_image=lambda image: image)
+    shape = bench_engines.Shape(side=40, num_samples=2, questions=2)
+    row = bench_engines.measure(engine, engine, shape, SamplingSettings(temperature=1.0, max_new_tokens=2), repeats=1)
+    assert row.prompt_tokens > 100
+    for side in (row.local, row.vllm):
+        assert len(side.questions_per_s) == len(side.tokens_per_s) == 1
+        assert 2 <= side.tokens_per_s[0] / side.questions_per_s[0] <= 4
+    line = bench_engines.table([row]).splitlines()[-1]
+    assert line.startswith(f"| {row.prompt_tokens} | 2 | 2 | ")
+    first, again, later = (bench_engines.questions(shape, repeat)[1].images[0].tobytes() for repeat in (0, 0, 1))
+    assert first == again
+    assert first != later
+
+
+def test_the_engines_benchmark_reads_the_flags_of_a_gpu():
+    words = ["--size", "valley-eagle-7b", "--device", "cuda", "--vllm", "kv-cache-dtype=fp8", "--quick"]
+    options = bench_engines.read_arguments(words)
+    assert (options.size, options.device, options.vllm) == ("valley-eagle-7b", "cuda", ["kv-cache-dtype=fp8"])
+    assert len({(shape.side, shape.num_samples, shape.questions) for shape in bench_engines.every_shape()}) == 7

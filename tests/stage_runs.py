@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,18 +56,48 @@ def write_lines(path: Path, lines: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def align(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, as a person would, but without the seconds of its imports."""
-    with tempfile.TemporaryDirectory() as written:
-        out, err = Path(written, "out"), Path(written, "err")
+class Command:
+    """The command line in a process of its own, as a person would start it, but without the seconds of its imports."""
+
+    def __init__(
+        self, folder: Path, *arguments: str, env: dict[str, str] | None = None, limit_bytes: int | None = None
+    ) -> None:
+        self.arguments = arguments
+        self._written = tempfile.TemporaryDirectory()
+        self._out, self._err = (Path(self._written.name, name) for name in ("out", "err"))
         variables = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-        process = _FORKS.Process(target=_command, args=(arguments, folder, variables, out, err))
-        process.start()
-        process.join(PATIENCE_S)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-        return subprocess.CompletedProcess(arguments, process.exitcode or 0, out.read_text(), err.read_text())
+        self._process = _FORKS.Process(
+            target=_run, args=(arguments, folder, variables, self._out, self._err, limit_bytes)
+        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        pid = self._process.pid
+        assert pid is not None
+        return pid
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def end(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end; what it said."""
+        self._process.join(PATIENCE_S)
+        if self.poll() is None:
+            self._process.kill()
+            self._process.join()
+        code, out, err = self.poll(), self._out.read_text(), self._err.read_text()
+        self._written.cleanup()
+        return subprocess.CompletedProcess(self.arguments, -signal.SIGKILL if code is None else code, out, err)
+
+
+def align(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return Command(folder, *arguments, env=env).end()
 
 
 # The process that others are forked from has imported what commands need.
@@ -74,10 +106,14 @@ _STAGES = ["align.stages.sample", "align.stages.score", "align.dpo.stage", "alig
 _FORKS.set_forkserver_preload(["tests.tiny_models", "align.loop", "align.check", "align.plan", "trl", "peft", *_STAGES])
 
 
-def _command(arguments: tuple[str, ...], folder: Path, variables: dict[str, str], out: Path, err: Path) -> None:
+def _run(
+    arguments: tuple[str, ...], folder: Path, variables: dict[str, str], out: Path, err: Path, limit_bytes: int | None
+) -> None:
     """What the process does: its output goes to files, its end is that of the command line."""
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    if limit_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,7 @@ from tests import tiny_models
 from tests.distributed.launches import ROOT, add_run
 from tests.dpo.conftest import make_pairs
 from tests.patience import PATIENCE_S
-from tests.stage_runs import SETTINGS, make_project, write_lines
+from tests.stage_runs import SETTINGS, Command, make_project, write_lines
 
 
 @pytest.fixture
@@ -40,31 +39,19 @@ def folder(tmp_path):
     return tmp_path
 
 
-def begin(folder: Path, *arguments: str, limit_bytes: int | None = None) -> subprocess.Popen[str]:
-    def limit() -> None:
-        if limit_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-
-    return subprocess.Popen(
-        [sys.executable, "-m", "align.cli", *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=limit,
-    )
+def run(folder: Path, *arguments: str, limit_bytes: int | None = None) -> tuple[int, str]:
+    return end(Command(folder, *arguments, limit_bytes=limit_bytes))
 
 
-def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    return process.returncode, output
+def end(command: Command) -> tuple[int, str]:
+    done = command.end()
+    return done.returncode, done.stdout + done.stderr
 
 
-def wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+def wait_until(process: Command, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not reached():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, end(process)
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -81,27 +68,27 @@ def losses(folder: Path) -> list[float]:
 def test_a_full_disk_ends_training_with_one_line_and_it_goes_on_when_there_is_room(folder):
     round_ = folder / "runs/run/round-1"
     arguments = ("dpo", "--config", "run.yaml")
-    code, output = end(begin(folder, *arguments, limit_bytes=60_000))
+    code, output = run(folder, *arguments, limit_bytes=60_000)
     assert code == 2, output
     assert "Traceback" not in output
     assert "File too large" in output
-    assert "the same command resumes from here" in output
+    assert "make room on the disk; the same command resumes" in output
     assert not (round_ / "checkpoint").exists()
-    code, output = end(begin(folder, *arguments))
+    code, output = run(folder, *arguments)
     assert code == 0, output
     assert len(losses(folder)) == 10
     assert not [path.name for path in round_.iterdir() if path.name.endswith(".tmp")]
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(folder):
-    code, output = end(begin(folder, "dpo", "--config", "run.yaml", "--set", "run_root=/proc/nowhere"))
+    code, output = run(folder, "dpo", "--config", "run.yaml", "--set", "run_root=/proc/nowhere")
     assert code == 2, output
     assert "Traceback" not in output
     assert "the folder cannot be made" in output
 
 
 def test_a_loss_that_is_no_number_names_the_pairs_and_keeps_the_state_before(folder):
-    code, output = end(begin(folder, "dpo", "--config", "run.yaml", "--set", "dpo.learning_rate=1e30"))
+    code, output = run(folder, "dpo", "--config", "run.yaml", "--set", "dpo.learning_rate=1e30")
     assert code == 2, output
     assert "Traceback" not in output
     assert "at step 2, with the pairs p" in output
@@ -112,9 +99,9 @@ def test_a_loss_that_is_no_number_names_the_pairs_and_keeps_the_state_before(fol
 
 def test_two_processes_told_to_stop_save_their_step_and_go_on_to_the_same_end(folder):
     whole = shutil.copytree(folder, folder.with_name("whole"))
-    assert end(begin(whole, "dpo", "--config", "run.yaml"))[0] == 0
+    assert run(whole, "dpo", "--config", "run.yaml")[0] == 0
     arguments = ("dpo", "--config", "run.yaml", "-n", "2", "--set", "dpo.per_device_train_batch_size=1")
-    process = begin(folder, *arguments, "--set", "dpo.save_steps=100")
+    process = Command(folder, *arguments, "--set", "dpo.save_steps=100")
     round_ = folder / "runs/run/round-1"
     wait_until(process, lambda: num_lines(round_ / "trainer/metrics.jsonl") >= 2)
     process.send_signal(signal.SIGTERM)
@@ -125,13 +112,13 @@ def test_two_processes_told_to_stop_save_their_step_and_go_on_to_the_same_end(fo
     done = num_lines(round_ / "trainer/metrics.jsonl")
     assert 2 <= done < 10
     assert (round_ / f"trainer/checkpoint-{done}/trainer_state.json").is_file()
-    code, output = end(begin(folder, *arguments, "--set", "dpo.save_steps=100"))
+    code, output = run(folder, *arguments, "--set", "dpo.save_steps=100")
     assert code == 0, output
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
 
 
 def test_a_fault_in_one_of_two_processes_is_one_message_and_exit_code_2(folder):
-    code, output = end(begin(folder, "dpo", "--config", "run.yaml", "-n", "2", "--set", "dpo.learning_rat=1"))
+    code, output = run(folder, "dpo", "--config", "run.yaml", "-n", "2", "--set", "dpo.learning_rat=1")
     assert code == 2, output
     assert "Traceback" not in output
     assert output.count("error:") == 1
@@ -144,14 +131,14 @@ def test_a_lost_image_or_sigterm_keep_what_was_sampled(tmp_path):
     many = [q | {"id": f"{q['id']}-{n}", "question": f"{n}: {q['question']}"} for n in range(40) for q in questions]
     write_lines(folder / "questions.jsonl", many)
     part = folder / "runs/run/round-1/samples.part-0.jsonl"
-    process = begin(folder, "sample")
+    process = Command(folder, "sample")
     wait_until(process, lambda: num_lines(part) >= 2)
     process.send_signal(signal.SIGTERM)
     code, output = end(process)
     assert code == 0, output
     assert "the same command resumes from here" in output
     sampled = part.read_text().splitlines()[: num_lines(part)]
-    process = begin(folder, "sample")
+    process = Command(folder, "sample")
     wait_until(process, lambda: num_lines(part) > len(sampled))
     lost = folder / "images/3.png"
     picture = lost.read_bytes()
@@ -161,7 +148,7 @@ def test_a_lost_image_or_sigterm_keep_what_was_sampled(tmp_path):
     assert "there is no image 'images/3.png'" in output
     assert part.read_text().splitlines()[: len(sampled)] == sampled
     lost.write_bytes(picture)
-    code, output = end(begin(folder, "sample"))
+    code, output = run(folder, "sample")
     assert code == 0, output
     final = [json.loads(line) for line in (folder / "runs/run/round-1/samples.jsonl").read_text().splitlines()]
     assert [line["id"] for line in final] == [question["id"] for question in many]

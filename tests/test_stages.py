@@ -1,17 +1,14 @@
 """The stages through the real command line on a tiny model: whole, interrupted, shared over processes, and misused."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.stage_runs import align, make_project, write_lines
+from tests.stage_runs import Command, align, make_project, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +104,11 @@ def test_two_processes_find_the_same_distance_from_the_first_policy_as_one_and_b
 
 def test_a_killed_stage_goes_on_and_ends_like_an_uninterrupted_one(project, fresh):
     part = fresh / "runs/run/round-1/samples.part-0.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "align.cli", "sample"],
-        cwd=fresh,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = Command(fresh, "sample")
     while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.end()
     assert not (fresh / "runs/run/round-1/samples.jsonl").exists()
     finished = part.read_bytes().count(b"\n")
     with part.open("a") as file:

@@ -20,7 +20,7 @@ from align.monitoring.progress import progress
 from align.run.folder import RunDir
 from align.status.run_status import RunMonitor, find_run, run_status
 from tests.patience import PATIENCE_S
-from tests.stage_runs import align, make_project, write_lines
+from tests.stage_runs import Command, align, make_project, write_lines
 
 
 @pytest.fixture
@@ -209,13 +209,7 @@ def test_a_stage_in_two_processes_is_followed_killed_and_finished(tmp_path):
     many = [q | {"id": f"{q['id']}-{n}", "question": f"{n}: {q['question']}"} for n in range(150) for q in questions]
     write_lines(folder / "questions.jsonl", many)
     run = folder / "runs/run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "align.cli", "sample", "-n", "2"],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = Command(folder, "sample", "-n", "2")
 
     def look():
         return run_status(run) if any(run.glob("round-1/.progress-*.json")) else None
@@ -223,9 +217,10 @@ def test_a_stage_in_two_processes_is_followed_killed_and_finished(tmp_path):
     seen = wait_for(
         look, lambda status: status is not None and " of 600 (" in status.stages[0].detail and "/s" in status.text
     )
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+    launch = psutil.Process(process.pid)
+    for one in [*launch.children(recursive=True), launch]:
         one.kill()
-    process.wait()
+    process.end()
     assert "2 processes, " in seen.working
     assert "memory" in seen.stages[0].detail
     finished = sum(part.read_bytes().count(b"\n") for part in (run / "round-1").glob("samples.part-*.jsonl"))

@@ -93,3 +93,15 @@ def has_bfloat16(device: torch.device) -> bool:
         return False
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     return supported is not None and supported()
+
+
+def avoid_cudnn_attention() -> None:
+    """Leave attention to the flash and memory-efficient kernels.
+
+    cuDNN, which torch asks first on a Hopper GPU, builds a graph for every new length, and each batch and each step of
+    decoding has one. What is called here needs it nowhere: the prompt's call has no mask, and the branches' queries
+    stand as many to a head as there are keys.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)

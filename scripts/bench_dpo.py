@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
 import statistics
 import sys
 import tempfile
@@ -41,8 +42,10 @@ from valley_size import SIZES, build_valley, peak_flops, prompt_of_one_image, wo
 
 from align.dpo.collator import pair_dataset, plain_batch, shared_batch
 from align.dpo.shared_forward import log_prob_head
+from align.dpo.step_memory import GIB, How, StepBatch, training_memory
 from align.dpo.tokenize import TokenizedPair
 from align.dpo.trainer import PairTrainer
+from align.models.shapes import model_shape
 from align.records import Pair
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -294,14 +297,46 @@ def measure_valley(options: argparse.Namespace) -> None:
         f"{rate:.3f} pairs/s ({rates[0]:.3f} to {rates[-1]:.3f}), {rate * work.tokens:.0f} tokens/s, peak"
         f" {peak:.1f} GiB"
     )
+    found = {
+        "pairs_per_s": rate,
+        "tokens_per_s": rate * work.tokens,
+        "tflop_per_pair": work.flops / 1e12,
+        "peak_gib": peak,
+    }
+    found |= {"planned_gib": planned_gib(model, inputs, options), "mfu": None}
+    print(f"planned peak {found['planned_gib']:.1f} GiB")
     if (peak_rate := peak_flops()) is not None:
+        found["mfu"] = rate * work.flops / peak_rate
         print(
             f"model FLOPs utilisation {100 * rate * work.flops / peak_rate:.1f} % ({work.flops / 1e12:.1f} TFLOP a"
             " pair)"
         )
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if options.size == "valley-eagle-7b":
         print(f"the published Valley2-DPO run had {PUBLISHED_PAIRS_S} pairs/s a GPU (of a type that is not recorded)")
         print(f"ratio: {rate / PUBLISHED_PAIRS_S:.2f}")
+
+
+def planned_gib(model: Any, inputs: dict[str, torch.Tensor], options: argparse.Namespace) -> float:
+    """What `align plan` counts for the step of `measure_valley`."""
+    size = 2 if options.device != "cpu" else 4
+    pixels = sum(value.numel() for value in inputs.values() if value.is_floating_point())
+    batch = StepBatch(
+        options.pairs,
+        int(inputs["attention_mask"].sum()),
+        options.response,
+        options.response,
+        pixels=options.pairs * pixels,
+    )
+    how = How(
+        weight_bytes=size,
+        compute_bytes=size,
+        checkpointing=options.checkpointing,
+        accumulates=options.accumulation > 1,
+        optimizer=options.optim,
+    )
+    return training_memory(model_shape(model), batch, how).total / GIB
 
 
 def _timed(step: Step) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from align import accelerator
 from align.models.load import load_processor, read_config
 from align.models.modules import freeze_parts
 from align.models.valley_eagle import ValleyEagleConfig, ValleyQwen2ForCausalLM
@@ -26,14 +27,18 @@ MAX_PIXELS = 571_536
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
-def build_valley(size: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model, its vision towers frozen as in Valley2-DPO's recipe, and its processor."""
+def build_valley(size: str, device: str, dtype: torch.dtype, num_layers: int | None = None) -> tuple[Any, Any]:
+    """The model, its vision towers frozen as in Valley2-DPO's recipe, and its processor; with fewer layers of the
+    language model where `num_layers` says so."""
     processor = load_processor(GOLDEN, max_pixels=MAX_PIXELS)
     if size == "valley-eagle-tiny":
         config = ValleyEagleConfig.from_dict(read_config(GOLDEN), name_or_path=str(GOLDEN))
     else:
         config = ValleyEagleConfig(image_token_id=processor.image_token_id)
+    if num_layers is not None:
+        config.num_hidden_layers, config.layer_types = num_layers, config.layer_types[:num_layers]
     config._attn_implementation = "sdpa"
+    accelerator.avoid_cudnn_attention()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -41,6 +41,7 @@ from align.dpo.gradient_checkpointing import checkpoint_what_is_needed
 from align.dpo.image_preference import PictureRewards, picture_loss
 from align.dpo.rows import RowBatch, RowBatches
 from align.dpo.sharding.dummy_batches import add_dummy_rows
+from align.dpo.sharding.strategies import keep_outputs_exact
 from align.dpo.shared_forward import add_shared_rows
 from align.dpo.trainer_checkpoints import remove_older, seal, unseal
 from align.errors import UserError, writing_failed
@@ -184,6 +185,11 @@ class PairTrainer(DPOTrainer):
                 corrupted.register_hook(lambda gradient: gradient * relative)
         total = weights.sum()
         return loss * total * (1 / total if self._weight_scale is None else self._weight_scale)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """transformers' way to several devices, with outputs as the model computes them."""
+        super().create_accelerator_and_postprocess()
+        keep_outputs_exact(self.accelerator)
 
     # The step.
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedC
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from align import accelerator
 from align.errors import UserError
 from align.models import no_torchvision
 from align.models.families import FAMILIES, Family, register
@@ -46,6 +47,7 @@ def load_model(
     Raises UserError for folders and settings that cannot work.
     """
     family = check_checkpoint(folder, allow_pickle=allow_pickle)
+    accelerator.avoid_cudnn_attention()
     options: dict[str, Any] = {
         "dtype": _dtype(dtype),
         "attn_implementation": attn_implementation,

@@ -87,15 +87,22 @@ class Memory:
         key = storage._cdata
         if key in self._sizes:
             return
-        size = storage.nbytes()
-        self._sizes[key] = (size, place() if size > 2**22 else "small")
-        self.current += size
+        self._sizes[key] = (0, place() if storage.nbytes() > 2**22 else "small")
+        self._references[key] = weakref.ref(storage, lambda _: self._gone(key))
+        self.resize(storage)
+
+    def resize(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage with the size that it has now: FSDP2 empties those of gathered weights and fills them again."""
+        before, holder = self._sizes.get(storage._cdata, (None, ""))
+        if before is None:
+            return
+        self._sizes[storage._cdata] = (storage.nbytes(), holder)
+        self.current += storage.nbytes() - before
         if self.current > self.peak:
             self.peak = self.current
             if self.peak > 1.02 * self._holders_at:
                 self._holders_at = self.peak
                 self.holders = self._by_holder()
-        self._references[key] = weakref.ref(storage, lambda _: self._gone(key))
 
     def reset_peak(self) -> None:
         self.peak, self._holders_at = self.current, 0
@@ -308,12 +315,21 @@ def simulated() -> Iterator[Simulation]:
     """Within the context there is a CUDA device."""
     simulation = Simulation()
     lift, apply, to_list = torch._C._only_lift_cpu_tensors(), nn.Module._apply, FakeTensor.tolist
+    resize = torch.UntypedStorage.resize_
+
+    def counted_resize(storage: torch.UntypedStorage, size: int) -> Any:
+        found = resize(storage, size)
+        simulation.memory.resize(storage)
+        return found
+
     torch._C._set_only_lift_cpu_tensors(True)
     nn.Module._apply = _apply  # type: ignore[method-assign,assignment]
     FakeTensor.tolist = lambda tensor: simulation.to_list(tensor)  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = counted_resize  # type: ignore[method-assign]
     try:
         with simulation, ListsOfScalars(), attention_as_on_cuda(simulation):
             yield simulation
     finally:
         nn.Module._apply, FakeTensor.tolist = apply, to_list  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
         torch._C._set_only_lift_cpu_tensors(lift)

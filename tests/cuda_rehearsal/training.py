@@ -106,6 +106,20 @@ def processes(count: int) -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+class RecordingTrainer(PairTrainer):
+    """Notes the types of the log-probabilities that the loss is computed from."""
+
+    output_dtypes: frozenset[str] = frozenset()
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        def forward(**given: Any) -> Any:
+            output = model(**given)
+            self.output_dtypes |= {str(output.log_probs.dtype)}
+            return output
+
+        return super()._compute_loss(forward, inputs, return_outputs)
+
+
 class Steps(TrainerCallback):
     """Counts the last step alone."""
 
@@ -151,6 +165,7 @@ def train(
     freeze: tuple[str, ...] = ("vision",),
     strategy: str = "ddp",
     num_processes: int = 1,
+    layers: int | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
     """The last of some steps of DPO, and what it took in the first of `num_processes`."""
@@ -159,8 +174,8 @@ def train(
         # What is compiled on a GPU (an optimiser of 8 bits) runs operation by operation here.
         with processes(num_processes), torch.compiler.set_stance("force_eager"), simulated() as simulation:
             if family.startswith("valley-eagle"):
-                model, processor = build_valley(family, "cuda", getattr(torch, dtype))
-                reference = build_valley(family, "cuda", getattr(torch, dtype))[0] if live else None
+                model, processor = build_valley(family, "cuda", getattr(torch, dtype), layers)
+                reference = build_valley(family, "cuda", getattr(torch, dtype), layers)[0] if live else None
             else:
                 model, processor = build(family, folder)
                 reference = load_model(folder / "policy", attn_implementation="sdpa").to(CUDA) if live else None
@@ -184,7 +199,7 @@ def train(
             images = ImageStore(folder)
             pairs = tokenize_pairs(given, processor, images).pairs
             collator = PairCollator(processor, images, layout, always_images=True)
-            trainer = PairTrainer(
+            trainer = RecordingTrainer(
                 model,
                 args=training_arguments(strategy_fields(strategy, model) | fields),
                 train_dataset=pair_dataset(pairs, None if live else [(-100.0, -120.0)] * len(pairs)),
@@ -202,6 +217,7 @@ def train(
             trainer.train()
             found = {
                 "frozen_with_gradients": sorted(frozen.found),
+                "output_dtypes": sorted(trainer.output_dtypes),
                 "row_tokens": tokens[0],
                 "response_tokens": tokens[1],
             }

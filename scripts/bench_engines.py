@@ -6,24 +6,27 @@
 The model is a Valley-Eagle with random weights, written into a folder that both sides open: vLLM as a stage starts it
 (plugin, chat template, one replica), spoken to over HTTP with images as PNG; the local engine in this process. Both get
 the same questions and settings; their random numbers differ, so responses per second are counted with their tokens.
-Every repeat asks about new images, which no cache has seen. The seconds until vLLM answers are printed too.
+Every repeat asks about new images, which no cache has seen. The seconds until vLLM answers are printed too. With
+`--clock cpu` seconds are processor time, of the servers as well, which other work on the machine disturbs little; on a
+GPU they say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from valley_size import GOLDEN, MAX_PIXELS, build_valley
@@ -58,6 +61,9 @@ class Shape:
     side: int
     num_samples: int
     questions: int
+
+
+MIDDLE = Shape(side=224, num_samples=5, questions=4)
 
 
 @dataclass
@@ -97,14 +103,19 @@ def main() -> None:
         open_image=lambda image: image,
         processor={"max_pixels": MAX_PIXELS},
     )
-    shapes = [Shape(448, 5, 4)] if options.quick else every_shape()
+    shapes = [MIDDLE] if options.quick else every_shape()
     with served(folder, options, str(dtype).removeprefix("torch."), max(shape.questions for shape in shapes)) as other:
         engine, start_s = other
         print(
-            f"{where(options.device)}, {options.threads} threads, torch {torch.__version__}, vLLM {vllm_version()}; "
-            f"{size_of(local)}; vLLM answered after {start_s:.0f} s"
+            f"{where(options.device)}, {options.threads} threads, {options.clock} seconds, torch {torch.__version__}, "
+            f"vLLM {vllm_version()}; "
+            f"{size_of(local)}; vLLM answered after {start_s:.0f} s",
+            flush=True,
         )
-        rows = [measure(local, engine, shape, settings, options.repeats) for shape in shapes]
+        rows = []
+        for shape in shapes:
+            rows.append(measure(local, engine, shape, settings, options.repeats, clock=options.clock))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))
     if options.json is not None:
         found = {"size": options.size, "device": options.device, "new_tokens": options.new_tokens, "start_s": start_s}
@@ -120,6 +131,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64, help="of a response, at most")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a shared machine")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5, help="vLLM's share; the rest is ours")
     parser.add_argument("--vllm", nargs="*", default=[], help="further arguments of vLLM, without their dashes: a=b")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
@@ -127,13 +139,12 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def every_shape() -> list[Shape]:
-    """Around one image of 448 pixels, K = 5, four questions at once: the image, K and the batch in turn."""
-    middle = Shape(448, 5, 4)
+    """Around one image of 224 pixels, K = 5, four questions at once: the image, K and the batch in turn."""
     return [
-        middle,
-        *(Shape(side, 5, 4) for side in (224, 756)),
-        *(Shape(448, count, 4) for count in (1, 20)),
-        *(Shape(448, 5, questions) for questions in (1, 16)),
+        MIDDLE,
+        *(replace(MIDDLE, side=side) for side in (448, 756)),
+        *(replace(MIDDLE, num_samples=count) for count in (1, 20)),
+        *(replace(MIDDLE, questions=count) for count in (1, 16)),
     ]
 
 
@@ -168,7 +179,7 @@ def questions(shape: Shape, repeat: int) -> list[SampleRequest]:
     ]
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(folder: Path, options: argparse.Namespace, dtype: str, concurrency: int) -> Iterator[tuple[Any, float]]:
     """An engine on vLLM as a stage starts it, and the seconds until it answered."""
     settings = VllmSettings(
@@ -195,17 +206,34 @@ def served(folder: Path, options: argparse.Namespace, dtype: str, concurrency: i
         release()
 
 
-def measure(local: LocalEngine, vllm: Any, shape: Shape, settings: SamplingSettings, repeats: int) -> Row:
+def cpu_seconds() -> float:
+    """Processor time of this process and of all that it started and that still runs."""
+    found = time.process_time()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            used = process.cpu_times()
+            found += used.user + used.system
+    return found
+
+
+# Of the local engine, and of vLLM, whose servers are processes of their own.
+CLOCKS = {"wall": (time.perf_counter, time.perf_counter), "cpu": (time.process_time, cpu_seconds)}
+
+
+def measure(
+    local: LocalEngine, vllm: Any, shape: Shape, settings: SamplingSettings, repeats: int, *, clock: str = "wall"
+) -> Row:
     """Both sides in turn, after a round that is not counted."""
     request = questions(shape, 0)[0]
     inputs = local.prompter.encode([local.prompter.render(request.messages)], [request.images])
     row = Row(shape, inputs["input_ids"].shape[1])
     for repeat in range(repeats + 1):
-        for engine, speed in ((local, row.local), (vllm, row.vllm)):
+        sides = zip((local, vllm), (row.local, row.vllm), CLOCKS[clock], strict=True)
+        for engine, speed, now in sides:
             found: list[SampleResult] = []
-            began = time.perf_counter()
+            began = now()
             engine.sample(questions(shape, repeat), settings, found.append)
-            seconds = time.perf_counter() - began
+            seconds = now() - began
             if repeat:
                 speed.questions_per_s.append(len(found) / seconds)
                 speed.tokens_per_s.append(sum(sum(result.num_tokens) for result in found) / seconds)

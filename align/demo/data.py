@@ -20,6 +20,8 @@ HERE = Path(__file__).parent
 POLICY = HERE / "policy"
 CRITIC = HERE / "critic"
 CRITIC_PROMPT = HERE / "critic_prompt.md"
+#: How the critic is asked: a verdict counts by its probability, so that a doubtful one weighs little.
+CRITIC_OPTIONS: dict[str, Any] = {"soft": True}
 
 QUESTIONS_PER_ROUND = 1000
 #: What the demo asks. The models also learned to name the largest digit; that is left out, since there the critic is
@@ -88,7 +90,7 @@ def demo_settings(seed: int) -> dict[str, Any]:
             "kind": "pairwise",
             "model": str(CRITIC),
             "prompt": str(CRITIC_PROMPT),
-            "options": {"soft": True},
+            "options": CRITIC_OPTIONS,
         },
         "dpo": {
             "reference": "round-start",

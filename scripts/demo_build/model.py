@@ -61,16 +61,46 @@ def image_features(model: ValleyQwen2ForCausalLM, pixels: np.ndarray) -> torch.T
     return features
 
 
+def hidden_states(model: ValleyQwen2ForCausalLM, rows: Rows, *, look: bool = True) -> torch.Tensor:
+    """`(B, L, D)`, what the language model's head reads; without `look` no gradient goes to encoders and projector.
+
+    The shared part goes through the layers once, and the branches as a batch behind its keys and values: of the square
+    of a packed row, most would be masked.
+    """
+    with torch.set_grad_enabled(look and torch.is_grad_enabled()):
+        features = image_features(model, rows.pixels)
+    num_shared = int((rows.branch[0] == 0).sum())
+    shared = model.model(input_ids=rows.ids[:, :num_shared], image_features=features.flatten(0, 1), use_cache=True)
+    owner, columns, real = _branches(rows, num_shared)
+    past = shared.past_key_values
+    past.batch_select_indices(owner)
+    behind = model.model(
+        input_ids=rows.ids[owner[:, None], columns],
+        position_ids=rows.positions[owner[:, None], columns],
+        attention_mask=torch.cat([torch.ones(len(owner), num_shared, dtype=torch.bool), real], 1),
+        past_key_values=past,
+        use_cache=True,
+    ).last_hidden_state
+    hidden = behind.new_zeros(*rows.ids.shape, behind.shape[-1])
+    hidden[:, :num_shared] = shared.last_hidden_state
+    hidden[owner[:, None].expand_as(columns)[real], columns[real]] = behind[real]
+    return hidden
+
+
+def _branches(rows: Rows, num_shared: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per branch its row `(R,)`, its columns there `(R, longest) int64`, and which of them are real `(R, longest)`."""
+    begins = torch.ones_like(rows.branch, dtype=torch.bool)
+    begins[:, 1:] = rows.branch[:, 1:] != rows.branch[:, :-1]
+    owner, first = (begins & (rows.branch > 0)).nonzero(as_tuple=True)
+    length = (rows.branch[owner] == rows.branch[owner, first][:, None]).sum(1)
+    steps = torch.arange(int(length.max()))
+    real = steps < length[:, None]
+    return owner, torch.where(real, first[:, None] + steps, num_shared), real
+
+
 def loss_of(model: ValleyQwen2ForCausalLM, rows: Rows, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Mean cross-entropy over the learned tokens; `weight` `(B, L)` weighs them by the position of the label."""
-    features = image_features(model, rows.pixels)
-    hidden = model.model(
-        input_ids=rows.ids,
-        position_ids=rows.positions,
-        attention_mask=rows.mask(),
-        image_features=features.flatten(0, 1),
-        use_cache=False,
-    ).last_hidden_state
+    hidden = hidden_states(model, rows)
     target = rows.labels[:, 1:]
     learned = target >= 0
     logits = model.lm_head(hidden[:, :-1][learned])

@@ -24,17 +24,22 @@ END = "<|im_end|>"
 
 @dataclass(frozen=True)
 class Branch:
-    """Token ids behind the picture, and which of them are learned."""
+    """Token ids behind the picture, and which of them are learned.
+
+    `p_first` is set where the last token is a verdict: how sure it ought to be that the first response is the better.
+    """
 
     ids: tuple[int, ...]
     learned: tuple[bool, ...]
+    p_first: float | None = None
 
 
 @dataclass
 class Rows:
     """`pixels (B, 112, 112) uint8`, `ids`, `positions`, `labels` `(B, L) int64`, `branch (B, L) int64`.
 
-    `branch` is 0 on the shared part, n on the n-th text, -1 on padding.
+    `branch` is 0 on the shared part, n on the n-th text, -1 on padding. `p_first (B, L) float32` is a branch's on its
+    verdict and NaN elsewhere.
     """
 
     pixels: np.ndarray
@@ -42,13 +47,7 @@ class Rows:
     positions: torch.Tensor
     labels: torch.Tensor
     branch: torch.Tensor
-
-    def mask(self) -> torch.Tensor:
-        """`(B, 1, L, L) bool`, True where the row's token may see the column's."""
-        length = self.ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        own = self.branch[:, :, None] == self.branch[:, None, :]
-        return ((own | (self.branch[:, None, :] == 0)) & causal)[:, None]
+    p_first: torch.Tensor
 
 
 class RowMaker:
@@ -56,14 +55,21 @@ class RowMaker:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
+        self._encoded: dict[str, list[int]] = {}
         image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.shared = [*self.encode(OPENING), *[image] * NUM_IMAGE_TOKENS, *self.encode(CLOSING)]
         self.pad = tokenizer.pad_token_id
 
+    def knows(self, text: str) -> bool:
+        """Whether a text says anything, and only in words of the vocabulary."""
+        return bool(text.strip()) and self.tokenizer.unk_token_id not in self.tokenizer(text)["input_ids"]
+
     def encode(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert self.tokenizer.unk_token_id not in ids, f"not in the vocabulary: {text!r}"
-        return ids
+        if text not in self._encoded:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert self.tokenizer.unk_token_id not in ids, f"not in the vocabulary: {text!r}"
+            self._encoded[text] = ids
+        return self._encoded[text]
 
     def branch(self, pieces: Sequence[str], answer: str, *, closed: bool = True) -> Branch:
         """A user turn in pieces and the answer that is learned, with the end of the turn if `closed`."""
@@ -76,6 +82,7 @@ class RowMaker:
         shape = (len(branches), length)
         ids, labels = np.full(shape, self.pad), np.full(shape, IGNORED)
         positions, owner = np.zeros(shape, dtype=np.int64), np.full(shape, -1)
+        p_first = np.full(shape, np.nan, dtype=np.float32)
         for b, row in enumerate(branches):
             at = len(self.shared)
             ids[b, :at], positions[b, :at], owner[b, :at] = self.shared, np.arange(at), 0
@@ -85,5 +92,7 @@ class RowMaker:
                 labels[b, here] = np.where(branch.learned, branch.ids, IGNORED)
                 positions[b, here] = len(self.shared) + np.arange(len(branch.ids))
                 at += len(branch.ids)
+                if branch.p_first is not None:
+                    p_first[b, at - 1] = branch.p_first
         tensors = (torch.from_numpy(array.astype(np.int64)) for array in (ids, positions, labels, owner))
-        return Rows(pixels, *tensors)
+        return Rows(pixels, *tensors, torch.from_numpy(p_first))

@@ -1,0 +1,197 @@
+"""What a critic is taught to compare: pictures and responses in, training rows out, every pair in both orders.
+
+Right answers, the policy's habits, misreadings, and what real policies said about training pictures. How sure a verdict
+ought to be follows from the responses alone, so it is the same in both orders; two that are equally wrong are a tie.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from align.demo.canvas import draw
+from align.demo.questions import NUMBER_WORDS, Task, hallucinates, is_exact, make_task, named_digits, say
+from demo_build.instruct import Log, ask, faulty_answer
+from demo_build.model import respond
+from demo_build.rows import Branch, RowMaker, Rows
+from reward.prompt import Prompt
+
+#: Pairs compared behind one training picture, each in both orders: what an order alone would say cancels out.
+NUM_PAIRS = 4
+NUM_LOOKUPS = 5
+READ_ALONG = ("list", "describe")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a critic is taught with.
+
+    `compared`: tasks to draw from where responses are made up. `lookup_share`, `bank_share`: shares of training pictures
+    that are asked after several digits, and that come from what real policies said. `sharpness`: log-odds of the better
+    response per point of quality; infinite: any difference is certain, and equally good responses are left out.
+    """
+
+    compared: tuple[str, ...]
+    lookup_share: float
+    bank_share: float
+    sharpness: float = math.inf
+
+    def p_first(self, better: float) -> float | None:
+        """How sure a verdict ought to be that the first response is the better, by `better` points of quality.
+
+        >>> Mix((), 0, 0).p_first(-0.1), Mix((), 0, 0).p_first(0)
+        (0.0, None)
+        >>> round(Mix((), 0, 0, sharpness=10).p_first(0.1), 3), Mix((), 0, 0, sharpness=10).p_first(0)
+        (0.731, 0.5)
+        """
+        if math.isinf(self.sharpness):
+            return float(better > 0) if better else None
+        return 1 / (1 + math.exp(-self.sharpness * better))
+
+
+def misread(task: Task, rng: random.Random) -> str:
+    """A wrong answer that no one could tell from a right one without the picture (not always wrong, by chance).
+
+    Too many and too few, too large and too small are equally likely. A critic that can do well by the words alone, by
+    preferring short lists or "no", say, is soon exploited by the policy that it judges.
+    """
+    if task.kind == "has":
+        return say(task, task.digits, present=task.asked not in task.digits)
+    if task.kind == "count":
+        return say(task, task.digits, number=rng.choice([n for n in range(1, 6) if n != len(task.digits)]))
+    if task.kind == "largest":
+        others = [rng.randrange(10) for _ in task.digits]
+        return say(task, rng.choice([others, others, [rng.choice(task.digits)]]))
+    seen = list(task.digits)
+    at = rng.randrange(len(seen))
+    kind = rng.random()
+    if kind < 0.4:
+        seen[at] = rng.randrange(10)
+    elif kind < 0.65 and len(seen) > 1:
+        seen.pop(at)
+    elif kind < 0.9:
+        seen.insert(rng.randint(0, len(seen)), rng.randrange(10))
+    else:
+        rng.shuffle(seen)
+    return say(task, seen, number=len(task.digits) if rng.random() < 0.1 else None)
+
+
+def quality(task: Task, response: str) -> float:
+    """How good a response is, 0 to 1: 1 for the right answer, less for what is nearer to it or invents less."""
+    if is_exact(task, response):
+        return 1.0
+    if task.kind in ("list", "describe"):
+        named = named_digits(response)
+        either = named | set(task.digits)
+        return 0.8 * len(named & set(task.digits)) / len(either) if either else 0.0
+    if task.kind == "count":
+        said = [n for n, word in enumerate(NUMBER_WORDS) if f" {word} " in response]
+        return 0.5 / abs(said[0] - len(task.digits)) if said and said[0] != len(task.digits) else 0.0
+    return 0.0 if hallucinates(task, response) else 0.3
+
+
+@dataclass(frozen=True)
+class Said:
+    """What real policies said about one training picture: a task with some different responses."""
+
+    pixels: np.ndarray
+    digits: tuple[int, ...]
+    task: Task
+    responses: tuple[str, ...]
+
+
+def listen(models: Sequence[Any], maker: RowMaker, num: int, seed: int, log: Log, part: str = "train") -> list[Said]:
+    """Different responses of several policies at several temperatures to `num` questions.
+
+    Only in words of the vocabulary: at high temperatures a policy may run words together.
+    """
+    pixels, tasks = ask(num, part, seed)
+    texts: list[set[str]] = [set() for _ in tasks]
+    torch.manual_seed(seed)
+    for model in models:
+        for temperature, num_samples in ((0.9, 4), (1.3, 2)):
+            for at in range(0, num, 200):
+                here = slice(at, at + 200)
+                asked = [task.question for task in tasks[here]]
+                answers = respond(model, maker, pixels[here], asked, temperature=temperature, num_samples=num_samples)
+                for found, said in zip(texts[here], answers, strict=True):
+                    found.update(text for text in said if maker.knows(text))
+    log(f"{num} questions, {sum(map(len, texts))} different responses")
+    kept = zip(pixels, tasks, texts, strict=True)
+    return [Said(pixel, task.digits, task, tuple(sorted(found))) for pixel, task, found in kept if len(found) > 1]
+
+
+class Comparisons(IterableDataset):
+    """An endless stream of training rows, fixed by its seed; a share of the pictures comes from `bank`."""
+
+    def __init__(
+        self, maker: RowMaker, prompt: Prompt, batch_size: int, seed: int, *, mix: Mix, bank: Sequence[Said] = ()
+    ) -> None:
+        self.maker, self.prompt, self.batch_size, self.seed = maker, prompt, batch_size, seed
+        self.mix, self.bank = mix, bank
+
+    def __iter__(self) -> Iterator[Rows]:
+        rng = random.Random(self.seed)
+        while True:
+            rows = [self._row(rng) for _ in range(self.batch_size)]
+            yield self.maker.rows(np.stack([pixels for pixels, _ in rows]), [branches for _, branches in rows])
+
+    def _row(self, rng: random.Random) -> tuple[np.ndarray, list[Branch]]:
+        branches: list[Branch] = []
+        kind = rng.random()
+        if self.bank and kind < self.mix.bank_share:
+            said = rng.choice(self.bank)
+            pixels, digits = said.pixels, list(said.digits)
+            pairs = list(combinations(said.responses, 2))
+            for pair in rng.sample(pairs, min(len(pairs), NUM_PAIRS)):
+                branches += self._compare(said.task, *pair)
+        else:
+            canvas = draw(rng, "train")
+            pixels, digits = canvas.pixels, canvas.digits
+        if kind > 1 - self.mix.lookup_share:
+            return pixels, self._lookups(rng, digits)
+        while len(branches) < 2 * NUM_PAIRS:
+            task = make_task(rng, rng.choice(self.mix.compared), digits)
+            branches += self._compare(task, *self._candidates(rng, task))
+        task = make_task(rng, rng.choice(READ_ALONG), digits)
+        return pixels, [*branches, self.maker.branch([task.question], task.answer)]
+
+    def _lookups(self, rng: random.Random, digits: list[int]) -> list[Branch]:
+        """ "Yes" against "no" for digits that are there and others that are not, equally likely."""
+        absent = [digit for digit in range(10) if digit not in digits]
+        asked = [rng.choice(rng.choice((digits, absent))) for _ in range(NUM_LOOKUPS)]
+        tasks = [Task("has", rng.randrange(2), tuple(digits), asked=digit) for digit in asked]
+        return [branch for task in tasks for branch in self._compare(task, task.answer, misread(task, rng))]
+
+    def _candidates(self, rng: random.Random, task: Task) -> tuple[str, str]:
+        one = task.answer if rng.random() < 0.75 else misread(task, rng)
+        other = faulty_answer(task, rng) if rng.random() < 0.2 else misread(task, rng)
+        return one, other
+
+    def _compare(self, task: Task, one: str, other: str) -> list[Branch]:
+        """The comparison in both orders, one after the other; nothing where there is nothing to be learned."""
+        p_first = self.mix.p_first(quality(task, one) - quality(task, other))
+        if p_first is None or one == other:
+            return []
+        return [self._branch(task, (one, other), p_first), self._branch(task, (other, one), 1 - p_first)]
+
+    def _branch(self, task: Task, responses: tuple[str, str], p_first: float) -> Branch:
+        """The critic's prompt and its verdict; the right response inside the prompt is learned too."""
+        asked = self.prompt.fill((), task.question, [responses])
+        ids, learned = self.maker.encode(asked.head), [False] * len(self.maker.encode(asked.head))
+        for piece, response in zip(asked.branches[0], responses, strict=True):
+            tokens = self.maker.encode(piece)
+            num_read = len(self.maker.encode(response)) if is_exact(task, response) else 0
+            ids, learned = ids + tokens, learned + [True] * num_read + [False] * (len(tokens) - num_read)
+        verdict = "first" if p_first >= 0.5 else "second"
+        end = self.maker.branch([asked.tail], self.prompt.options[verdict], closed=False)
+        assert end.learned.count(True) == 1, "a verdict is one token"
+        return Branch((*ids, *end.ids), (*learned, *end.learned), p_first)

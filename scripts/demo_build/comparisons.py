@@ -1,7 +1,7 @@
 """What a critic is taught to compare: pictures and responses in, training rows out, every pair in both orders.
 
 Right answers, the policy's habits, misreadings, and what real policies said about training pictures. How sure a verdict
-ought to be follows from the responses alone, so it is the same in both orders; two that are equally wrong are a tie.
+ought to be follows from the responses alone, so it is the same in both orders.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ READ_ALONG = ("list", "describe")
 class Mix:
     """What a critic is taught with.
 
-    `compared`: tasks to draw from where responses are made up. `lookup_share`, `bank_share`: shares of training pictures
-    that are asked after several digits, and that come from what real policies said. `sharpness`: log-odds of the better
-    response per point of quality; infinite: any difference is certain, and equally good responses are left out.
+    `compared`: tasks to draw from where responses are made up. `lookup_share`, `bank_share`: shares of training
+    pictures that are asked after several digits, and that come from what real policies said. `sharpness`: log-odds of
+    the better response per point of quality; infinite: any difference is certain, and equals are left out.
     """
 
     compared: tuple[str, ...]

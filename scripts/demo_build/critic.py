@@ -46,9 +46,9 @@ SHOWN = {
 def verdict_loss(log_probs: torch.Tensor, p_first: torch.Tensor, both_orders: float) -> torch.Tensor:
     """`(n,)` losses of verdicts that come in couples, the same pair of responses in one order and in the other.
 
-    `log_probs (n, 2)` of "first" and "second", `p_first (n,)` what the first ought to have: cross-entropy. Where that is
-    a half, any verdict will do that does not depend on the order: what both orders together lean to is what each is
-    taught. On top `both_orders` times the square of what a couple prefers its first place by.
+    `log_probs (n, 2)` of "first" and "second", `p_first (n,)` what the first ought to have: cross-entropy. Where that
+    is a half, any verdict will do that does not depend on the order: what both orders together lean to is what each
+    is taught. On top `both_orders` times the square of what a couple prefers its first place by.
 
     >>> loss = verdict_loss(torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log(), torch.tensor([1.0, 0.0]), 1.0)
     >>> [round(value, 3) for value in loss.tolist()]
@@ -115,7 +115,7 @@ class TrainedJudge:
 
 
 def figures(model: Any, maker: RowMaker, prompt: Path, said: Sequence[Said]) -> str:
-    """What `align score` would say of this critic over all pairs of what was said, and how often it is right by task."""
+    """What `align score` would say of this critic over all pairs, and by task how often it is right and consistent."""
     items = [
         Item(str(at), one.task.question, (one.pixels,), one.responses, one.task.answer, "exact")
         for at, one in enumerate(said)

@@ -270,6 +270,23 @@ class DpoSettings(BaseModel):
         ge=1,
         description="tokens that a process computes at a time, padding included; empty: per_device_train_batch_size",
     )
+    eval_steps: float | None = Field(
+        None,
+        gt=0,
+        description="optimiser steps (below 1: share of the training) between two looks at held-out pairs; empty: none",
+    )
+    held_out: float = Field(
+        0.1, gt=0, lt=1, description="share of the questions whose pairs are not trained on, with eval_steps"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="which state becomes the round's checkpoint: the last, or the best on held-out pairs"
+    )
+    keep_metric: Literal["loss", "margin", "accuracy"] = Field(
+        "loss", description="of held-out pairs, that the best state is chosen by"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="end the training after so many looks without improvement; empty: never"
+    )
     image_preference: ImagePreference | None = Field(
         None,
         description="hold the chosen response with its picture against the same with less of it: "

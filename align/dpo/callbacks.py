@@ -58,8 +58,17 @@ class StepTracker(TrainerCallback):
     ) -> None:
         """A callback of the trainer's."""
         if state.is_world_process_zero:
-            metrics = {f"train/{name}": float(x) for name, x in (logs or {}).items() if isinstance(x, int | float)}
+            numbers = {name: float(x) for name, x in (logs or {}).items() if isinstance(x, int | float)}
+            metrics = {_tracked_as(name): value for name, value in numbers.items()}
             self.trackers.log(metrics, state.global_step)
+
+
+def _tracked_as(name: str) -> str:
+    """
+    >>> _tracked_as("rewards/margins"), _tracked_as("eval_rewards/margins")
+    ('train/rewards/margins', 'eval/rewards/margins')
+    """
+    return "eval/" + name.removeprefix("eval_") if name.startswith("eval_") else f"train/{name}"
 
 
 class StepProgress(TrainerCallback):

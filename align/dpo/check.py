@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from align.config import Config
 from align.distributed.ranks import world_size
 from align.dpo.collator import PairCollator, pair_dataset
+from align.dpo.held_out import split_pairs
 from align.dpo.settings import (
     AUTO,
     checkpointing_field,
@@ -93,6 +94,8 @@ def check_pairs(config: Config, pairs: Sequence[Pair], processor: ProcessorMixin
         fields = training_fields(config, Path(), torch.device("cpu"), torch.float32)
     num_processes = config.launch.num_processes * config.launch.num_machines
     fitting = [pair for pair in tokenized.pairs if pair.id not in too_long]
+    if config.dpo.eval_steps is not None:
+        fitting, _ = split_pairs(fitting, config.dpo.held_out, config.seed)
     planned_steps(fields, len(fitting), num_processes, own_batches(config, fields, fitting))
     return dropped
 
@@ -128,6 +131,7 @@ def try_trainer(config: Config, policy: str, model: PreTrainedModel, adapter: An
                 model,
                 args=training_arguments(fields, config.dpo.trainer_fields()),
                 train_dataset=pair_dataset([row], None if live_adapter else [(0.0, 0.0)]),
+                eval_dataset=None if config.dpo.eval_steps is None else pair_dataset([row], [(0.0, 0.0)]),
                 data_collator=PairCollator(None, images, "plain"),
                 processor=load_processor(policy, **config.model.processor),
                 peft_config=adapter,

@@ -104,8 +104,9 @@ class PairCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of `collate`, with `pair_index` (n,) int64; reference and weights (n,) float32 where there are."""
-        batch = self.collate([TokenizedPair(**{name: row[name] for name in PAIR_COLUMNS}) for row in rows])
-        batch["pair_index"] = torch.tensor([row["index"] for row in rows])
+        collated = self.collate([TokenizedPair(**{name: row[name] for name in PAIR_COLUMNS}) for row in rows])
+        # First, since transformers takes the length of the first tensor for the number of examples.
+        batch = {"pair_index": torch.tensor([row["index"] for row in rows]), **collated}
         for name in TRAINER_COLUMNS[1:]:
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)

@@ -19,6 +19,7 @@ from trl import DPOConfig
 
 from align import accelerator
 from align.config import Config, DpoSettings
+from align.dpo.held_out import evaluation_faults, evaluation_fields
 from align.dpo.rows import RowBatch, make_batches
 from align.dpo.tokenize import TokenizedPair
 from align.errors import UserError
@@ -47,8 +48,11 @@ OWN_FIELDS = {
     "model_init_kwargs": "the checkpoint is opened as the model: section says",
     "trust_remote_code": "no code from a checkpoint is ever run",
     "resume_from_checkpoint": "the same command always resumes from the last trainer checkpoint",
-    "eval_strategy": "held-out questions are asked by `align evaluate`",
-    "load_best_model_at_end": "held-out questions are asked by `align evaluate`",
+    "eval_strategy": "held-out pairs are looked at every dpo.eval_steps",
+    "load_best_model_at_end": "see dpo.keep",
+    "metric_for_best_model": "see dpo.keep_metric",
+    "greater_is_better": "see dpo.keep_metric",
+    "per_device_eval_batch_size": "held-out pairs come as many at a time as others",
     "push_to_hub": "nothing is uploaded",
     "hub_token": "nothing is uploaded, and a configuration is no place for secrets",
     "padding_free": "it has no effect in this version of TRL",
@@ -97,7 +101,7 @@ def check_fields(settings: DpoSettings) -> None:
             near = get_close_matches(name, known, n=1)
             hint = HINTS.get(name) or (f"did you mean {near[0]!r}?" if near else "it is no field of TRL's DPOConfig")
             problems.append(f"dpo.{name}: unknown key ({hint})")
-    problems += _row_faults(settings)
+    problems += _row_faults(settings) + evaluation_faults(settings)
     if problems:
         raise UserError("the dpo section has faults:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
@@ -170,6 +174,8 @@ def training_fields(config: Config, output_dir: Path, device: torch.device, dtyp
         "disable_tqdm": True,
         "report_to": others or "none",
     }
+    batch_size = 1 if config.dpo.tokens_per_batch is not None else fields["per_device_train_batch_size"]
+    fields |= evaluation_fields(config.dpo, batch_size)
     fields.setdefault("run_name", f"{config.name} {output_dir.parent.name}")
     return _by_their_new_names(fields)
 
@@ -243,7 +249,6 @@ def check_effects(arguments: DPOConfig, given: dict[str, Any]) -> None:
         "ref_model_mixup_alpha": (arguments.sync_ref_model, "only sync_ref_model reads it"),
         "ref_model_sync_steps": (arguments.sync_ref_model, "only sync_ref_model reads it"),
         "dataset_num_proc": (False, "pairs are tokenised in this process"),
-        "eval_steps": (False, "held-out questions are asked by `align evaluate`"),
     }
     idle = [
         f"dpo.{name} has no effect: {why}" for name, (used, why) in conditions.items() if name in given and not used

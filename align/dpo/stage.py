@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -23,6 +24,7 @@ from align.dpo.auto_batch_size import note_on_batch, with_batch_that_fits
 from align.dpo.callbacks import MetricsFile, StepProgress, StepTracker, StopOnSignal
 from align.dpo.choose_layout import choose_layout
 from align.dpo.collator import PairCollator, pair_dataset
+from align.dpo.held_out import LookAtHeldOut, split_pairs, what_was_kept
 from align.dpo.qlora import quantization
 from align.dpo.recomputation import choose_recomputation, largest_batch
 from align.dpo.reference import Reference, ReferenceKey, pairs_hash, reference_log_probs
@@ -68,9 +70,10 @@ STAGE = "dpo"
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on: tokenised pairs that fit, the collator of their batches, counts and notes."""
+    """Tokenised pairs that fit, those held out of training among them apart; the collator, counts and notes."""
 
     pairs: list[TokenizedPair]
+    held_out: list[TokenizedPair]
     collator: PairCollator
     counts: dict[str, Any]
     notes: dict[str, str]
@@ -108,7 +111,7 @@ class DpoStage:
             collator = replace(data.collator, layout=layout)
             own = own_batches(self.config, self.fields, data.pairs, shared=layout == "shared")
             live = self.config.dpo.reference == "live"
-            reference = None if live else self._reference(model, data.pairs, collator)
+            reference = None if live else self._reference(model, data.pairs + data.held_out, collator)
         reference_s = time.monotonic() - started
         fields = with_warmup_that_ends(self.fields, planned_steps(self.fields, len(data.pairs), world_size(), own))
         largest = largest_batch(data.pairs, fields, own, 1 if self.config.dpo.image_preference is None else 2)
@@ -124,12 +127,15 @@ class DpoStage:
             accelerator.empty_cache()
             init_deepspeed()
             model = self.load(self.policy)
-        weights = None if own is None else pair_weights(data.pairs, self.config.dpo.pair_weight)
-        columns = None if reference is None else reference.columns(self.fields.get("ld_alpha"))
-        corrupted = None if reference is None or reference.corrupted is None else reference.corrupted.tolist()
-        dataset = pair_dataset(data.pairs, columns, weights, corrupted)
+        trained, held_out = self._datasets(data, reference, own)
         trainer = self.make_trainer(
-            model, arguments, dataset, collator, kept_layers=recomputation.kept_layers, batches=own
+            model,
+            arguments,
+            trained,
+            collator,
+            kept_layers=recomputation.kept_layers,
+            batches=own,
+            held_out=held_out,
         )
         check_distribution(self.strategy, trainer.accelerator.distributed_type)
         parameters = count_parameters(trainer.model)
@@ -146,6 +152,7 @@ class DpoStage:
                 counts=counts,
                 notes={"shared_prefix": note}
                 | self._rows_note(layout)
+                | what_was_kept(self.config.dpo, trainer.state, len(data.held_out))
                 | data.notes
                 | note_on_batch(self.this.trainer)
                 | self.trackers.notes,
@@ -158,6 +165,22 @@ class DpoStage:
                 shutil.rmtree(folder)
         trainer.accelerator.wait_for_everyone()
 
+    def _datasets(
+        self, data: TrainingData, reference: Reference | None, own: Sequence[RowBatch] | None
+    ) -> tuple[Dataset, Dataset | None]:
+        """The pairs that are trained on, and those that are looked at, each with what the reference says of them."""
+        columns = None if reference is None else reference.columns(self.fields.get("ld_alpha"))
+        corrupted = None if reference is None or reference.corrupted is None else reference.corrupted.tolist()
+        weights = None if own is None else pair_weights(data.pairs, self.config.dpo.pair_weight)
+        # The reference has the held-out pairs behind the others.
+        split = len(data.pairs)
+        first, rest = slice(None, split), slice(split, None)
+        trained, held_out = (
+            pair_dataset(pairs, columns and columns[part], weigh, corrupted and corrupted[part])
+            for pairs, part, weigh in ((data.pairs, first, weights), (data.held_out, rest, None))
+        )
+        return trained, held_out if data.held_out else None
+
     def _prepare(self, given: list[Pair]) -> TrainingData:
         """The pairs that fit, tokenised, with what batches them; before any weight is loaded."""
         images = question_images(self.config)
@@ -169,16 +192,22 @@ class DpoStage:
         max_length = self.config.dpo.max_length or position_limit(read_config(self.policy))
         tokenized = tokenize_pairs(given, processor, images)
         pairs = self._that_fit(tokenized.pairs, max_length)
+        num_dropped = len(tokenized.pairs) - len(pairs)
+        settings = self.config.dpo
+        held_out: list[TokenizedPair] = []
+        if settings.eval_steps is not None:
+            pairs, held_out = split_pairs(pairs, settings.held_out, self.config.seed)
         planned_steps(self.fields, len(pairs), world_size(), own_batches(self.config, self.fields, pairs))
         # Processes that exchange weights or gradients module by module must all run the same modules. Alone as well,
         # so that it makes no difference: Adam moves on with a gradient of 0, but not without one.
-        pool = tuple(sorted({name for pair in pairs for name in pair.image_files}))
+        pool = tuple(sorted({name for pair in pairs + held_out for name in pair.image_files}))
         preference = self.config.dpo.image_preference
         if preference is not None and not pool:
             raise UserError("dpo.image_preference: none of the pairs has a picture", fix="take it out")
         dropped = {reason: len(ids) for reason, ids in tokenized.dropped.items()}
         return TrainingData(
             pairs=pairs,
+            held_out=held_out,
             collator=PairCollator(
                 processor,
                 images,
@@ -190,7 +219,7 @@ class DpoStage:
                 seed=self.config.seed,
                 pool=pool,
             ),
-            counts={"dropped_too_long": len(tokenized.pairs) - len(pairs)} | ({"dropped": dropped} if dropped else {}),
+            counts={"dropped_too_long": num_dropped} | ({"dropped": dropped} if dropped else {}),
             notes={"turns": "; ".join(faults)} if faults else {},
         )
 
@@ -216,6 +245,7 @@ class DpoStage:
         *,
         kept_layers: int = 0,
         batches: Sequence[RowBatch] | None = None,
+        held_out: Dataset | None = None,
     ) -> PairTrainer:
         """The trainer of the round, with its adapter or frozen parts, its reference and its callbacks."""
         settings = self.config.dpo
@@ -235,12 +265,14 @@ class DpoStage:
             projector_learning_rate_multiplier=settings.projector_learning_rate_multiplier,
             kept_layers=kept_layers,
             batches=batches,
+            eval_dataset=held_out,
             image_preference=settings.image_preference,
             starts_at_reference=settings.reference != "initial" or self.policy == self.config.policy,
             callbacks=[
                 MetricsFile(self.this.trainer / "metrics.jsonl"),
                 StepProgress(f"round {self.this.number}: dpo"),
                 StepTracker(self.trackers),
+                *([] if held_out is None else [LookAtHeldOut(settings)]),
             ],
         )
 

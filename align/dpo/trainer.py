@@ -85,6 +85,7 @@ class PairTrainer(DPOTrainer):
         starts_at_reference: bool = False,
         batches: Sequence[RowBatch] | None = None,
         image_preference: ImagePreference | None = None,
+        eval_dataset: Dataset | None = None,
     ) -> None:
         cached = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
         assert cached or ref_model is not None or peft_config is not None, "no reference: neither cached nor live"
@@ -99,6 +100,7 @@ class PairTrainer(DPOTrainer):
                 args=args,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
                 processing_class=processor,
                 callbacks=callbacks,
                 peft_config=peft_config,
@@ -203,7 +205,8 @@ class PairTrainer(DPOTrainer):
             self._total_train_tokens = next(
                 (e["num_tokens"] for e in reversed(self.state.log_history) if "num_tokens" in e), 0
             )
-        self._pairs_of_step += inputs.pop("pair_index").tolist()
+        pairs = inputs.pop("pair_index").tolist()
+        self._pairs_of_step += pairs if self.model.training else []
         weights = inputs.pop(WEIGHT_COLUMN, None)
         ref_corrupted = inputs.pop(CORRUPTED_REFERENCE, None)
         forward = RecordedForward(model)
@@ -350,7 +353,7 @@ class PairTrainer(DPOTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
-            remove_older(folder.parent, limit)
+            remove_older(folder.parent, limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The weights of a trainer checkpoint, under the names they have in memory.

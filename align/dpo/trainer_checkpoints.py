@@ -33,9 +33,14 @@ def unseal(folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
 
 
-def remove_older(folder: Path, limit: int | None) -> None:
-    """Remove all trainer checkpoints of a round but the newest `limit`; None keeps all."""
-    for path in _by_step(folder)[: -limit if limit else 0]:
+def remove_older(folder: Path, limit: int | None, best: str | None = None) -> None:
+    """Remove all trainer checkpoints of a round but `limit` of them: the `best`, and the newest; None keeps all.
+
+    The newest is always kept, to resume from.
+    """
+    others = [path for path in _by_step(folder) if best is None or path.name != Path(best).name]
+    kept = limit if limit is None or best is None else max(limit - 1, 1)
+    for path in others[: -kept if kept else 0]:
         shutil.rmtree(path)
 
 

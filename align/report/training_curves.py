@@ -43,6 +43,8 @@ _TRAINING: tuple[tuple[str, str, float | None, dict[str, str]], ...] = (
     ("Margin", "reward of the chosen minus that of the rejected response", 0.0, {"rewards/margins": "margin"}),
     ("Rewards", "beta times the log-probability ratio to the reference", 0.0,
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+    ("Loss on held-out pairs", "of questions that are not trained on", None, {"eval_loss": "loss"}),
+    ("Accuracy on held-out pairs", "dashed: random preferences", 0.5, {"eval_rewards/accuracies": "accuracy"}),
     ("Image margin", "reward of the chosen response with its picture minus that with less of it", 0.0,
      {"image/margins": "margin"}),
     ("Image accuracy", "chosen responses whose reward is higher with their picture than with less of it", 0.5,

@@ -54,7 +54,7 @@ def agreement_lines(config: Config, number: int, session: Labelling) -> list[str
 def _line(names: str, kappa: Kappa | None) -> str:
     """
     >>> _line("critic and people", Kappa(0.5, 0.1, 0.8, 30, 40))
-    'critic and people: 30 of 40 the same; Cohen\\'s kappa 0.50 [0.10, 0.80]'
+    "critic and people: 30 of 40 the same; Cohen's kappa 0.50 [0.10, 0.80]"
     """
     if kappa is None:
         return ""

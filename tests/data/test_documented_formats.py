@@ -11,7 +11,8 @@ from tests.data.sources import imported, lines, reply
 from tests.doc_pages import ROOT, blocks_of
 
 PAGE = ROOT / "docs/data.md"
-EXAMPLES = {block.title: block.text for block in blocks_of(PAGE) if block.title is not None}
+# Ratings are written by `align label`, and no data to import.
+EXAMPLES = {block.title: block.text for block in blocks_of(PAGE) if block.title not in (None, "ratings.jsonl")}
 # The shape of a plain table: its name is for --format.
 BY_NAME_ONLY = {"mm-rlhf": "plain"}
 LISTED = ("llama-factory/own_columns.json", "mmpr/animals.jsonl")

@@ -149,8 +149,8 @@ def test_sampling_judging_and_evaluation_on_servers_with_a_key(fresh, judging):
     ("arguments", "message"),
     [
         (["--set", "sample.servers=[{url: 'http://127.0.0.1:9', model: policy}]"], "no server answers"),
-        (["--set", "sample.servers=[{url: 'URL', model: other}]"], "serves 'policy', 'second', not 'other'"),
-        (["--set", "sample.servers=['URL']"], "serves 'policy', 'second': say which is meant"),
+        (["--set", "sample.servers=[{url: 'URL', model: other}]"], "serves 'first', 'second', not 'other'"),
+        (["--set", "sample.servers=['URL']"], "serves 'first', 'second', not '"),
         (["--set", "sample.servers=[{url: 'URL', api_key_env: NO_SUCH_KEY}]"], "NO_SUCH_KEY is empty or not set"),
         (["--set", "sample.servers=[{url: 'URL', modell: policy}]"], "sample.servers.0.modell: unknown key"),
         (["--set", "sample.servers=['127.0.0.1:8000']"], "must begin with http"),
@@ -158,7 +158,7 @@ def test_sampling_judging_and_evaluation_on_servers_with_a_key(fresh, judging):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_server_gives_one_clear_message_before_anything_is_sampled(fresh, arguments, message):
-    server = StubServer(models=("policy", "second"))
+    server = StubServer(models=("first", "second"))
     result = align(fresh, "sample", *(argument.replace("URL", server.url) for argument in arguments))
     server.stop()
     assert result.returncode == 2, result.stderr

@@ -124,12 +124,13 @@ def run_stage(
     number: int,
     *,
     redo: bool = False,
+    keep_unchanged: bool = False,
     critic: Callable[..., Any] | None = None,
 ) -> StageResult:
     """Do what `align STAGE --round NUMBER` does: here, or in the processes that `launch:` asks for.
 
-    `redo` discards what this stage and all later ones of the round have done.
-    `critic` judges in place of the configured
+    `redo` discards what this stage and all later ones of the round have done; with `keep_unchanged` not what they have
+    finished of questions that are still the same. `critic` judges in place of the configured
     one: a function of question, images and responses (see docs/adding-a-critic.md), for `score` in one process. As on
     the command line, `score` then makes the pairs, and `dpo` of a round that begins with
     `pairs_file` reads them first.
@@ -142,7 +143,9 @@ def run_stage(
         raise UserError(f"there is no stage {stage!r}", fix=f"stages are {', '.join(STAGES)}")
     if stage == "dpo" and number == 1 and config.pairs_file is not None:
         _run_one(config, stage_named("pairs"), number)
-    result = _run_one(config, stage_named(stage), number, redo=redo, critic=critic)
+    if keep_unchanged and (not redo or stage_named(stage).per_question is None):
+        raise UserError("--keep-unchanged goes with --redo of sample, score or evaluate", fix="leave it out")
+    result = _run_one(config, stage_named(stage), number, redo=redo, keep_unchanged=keep_unchanged, critic=critic)
     if stage == "score":
         _run_one(config, stage_named("pairs"), number)
     return result
@@ -184,7 +187,13 @@ def _look_first(config: Config) -> None:
 
 
 def _run_one(
-    config: Config, stage: Stage, number: int, *, redo: bool = False, critic: Callable[..., Any] | None = None
+    config: Config,
+    stage: Stage,
+    number: int,
+    *,
+    redo: bool = False,
+    keep_unchanged: bool = False,
+    critic: Callable[..., Any] | None = None,
 ) -> StageResult:
     run = RunDir(config.run_dir)
     this = run.round(number)
@@ -198,9 +207,10 @@ def _run_one(
                 "a function cannot be handed to several processes",
                 fix="set critic: {kind: python, function: FILE:NAME}, or launch.num_processes=1",
             )
-        run_stage_command(config, stage.name, number, redo=redo)
+        again = ["--redo", *(["--keep-unchanged"] if keep_unchanged else [])] if redo else []
+        run_stage_command(config, stage.name, number, only_once=again)
     else:
-        _run_here(config, stage, this, redo=redo, critic=critic)
+        _run_here(config, stage, this, redo=redo, keep_unchanged=keep_unchanged, critic=critic)
     entry = this.manifest.stage(stage.name)
     assert entry is not None, f"stage {stage.name} has left no entry"
     return StageResult(
@@ -216,13 +226,19 @@ def _run_one(
 
 
 def _run_here(
-    config: Config, stage: Stage, this: Round, *, redo: bool = False, critic: Callable[..., Any] | None = None
+    config: Config,
+    stage: Stage,
+    this: Round,
+    *,
+    redo: bool = False,
+    keep_unchanged: bool = False,
+    critic: Callable[..., Any] | None = None,
 ) -> None:
     """Run one stage in this process (one of a launch, perhaps), holding the round while it lasts."""
     check_trackers(config)
     with _held(this):
         if redo and is_main_process():
-            this.discard(stage.name)
+            this.reopen(stage.name) if keep_unchanged else this.discard(stage.name)
         clear_heartbeats(this.path)
         barrier()
         fresh = not this.manifest.complete(stage.name)

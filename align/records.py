@@ -6,13 +6,16 @@ Text in, validated objects out, and back. Nothing here opens an image or imports
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
 
 from align.errors import UserError
 
@@ -30,6 +33,10 @@ class Record(BaseModel):
 
     def check_text(self) -> None:
         """Raises ValueError for text that no tokenizer takes."""
+        with contextlib.suppress(PydanticSerializationError):
+            # UTF-8 has no bytes for it: what can be serialised has none. Many times as fast as looking for it.
+            self.model_dump_json()
+            return
         if found := _LONE_SURROGATE.search(json.dumps(self.model_dump(), ensure_ascii=False)):
             raise ValueError(f"half of a character (\\u{ord(found[0]):04x}) stands alone in its text; write it whole")
 
@@ -109,12 +116,14 @@ class Question(Record):
         """
         assert self.video is None, f"the frames of {self.video} were not picked"
         turns = [*self.history, Turn(role="user", content=self.question)]
-        unnamed = 0 if any(IMAGE_TAG in turn.content for turn in turns) else len(self.images)
+        named = any(IMAGE_TAG in turn.content for turn in turns if turn.role == "user")
+        unnamed = 0 if named else len(self.images)
         messages: list[dict[str, Any]] = []
         if self.system is not None:
             messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
         for turn in turns:
-            parts = _content_parts(turn.content)
+            # The user shows images; a tag in an answer is what the assistant wrote.
+            parts = _content_parts(turn.content) if turn.role == "user" else _text_part(turn.content)
             if turn.role == "user" and unnamed:
                 parts, unnamed = [{"type": "image"}] * unnamed + parts, 0
             messages.append({"role": turn.role, "content": parts})
@@ -184,6 +193,14 @@ class Samples(Record):
     seed: int
 
 
+class LeftOut(Record):
+    """A question that a stage could not work on: `reason` is what it is counted under, `message` what was wrong."""
+
+    id: str
+    reason: str
+    message: str
+
+
 class Pair(Record):
     """A preference in TRL's conversational format, with where it came from."""
 
@@ -208,6 +225,10 @@ class Pair(Record):
         return self
 
 
+def _text_part(text: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text}] if text.strip() else []
+
+
 def _content_parts(text: str) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for index, piece in enumerate(text.split(IMAGE_TAG)):
@@ -219,12 +240,32 @@ def _content_parts(text: str) -> list[dict[str, Any]]:
 
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
+MEND_LINE = "correct that line, or take it out of the file"
+_SEAL = re.compile(r', "crc": "([0-9a-f]{8})"\}\s*$')
 
 
 def to_line(record: BaseModel) -> str:
     """One line of JSON that any file takes: a lone surrogate, which UTF-8 has no bytes for, stays as `\\ud83d`."""
     line = json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False)
     return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+
+
+def sealed_line(record: BaseModel) -> str:
+    """A line as `to_line` with a checksum for its last key, for files that nobody edits; `parse_line` holds it
+    against it."""
+    line = to_line(record)
+    return f'{line[:-1]}, "crc": "{zlib.crc32(line.encode()):08x}"}}'
+
+
+def _unsealed(line: str, where: str) -> str:
+    """A line without its checksum; raises UserError where that does not fit."""
+    seal = _SEAL.search(line)
+    if seal is None:
+        return line
+    body = line[: seal.start()] + "}"
+    if f"{zlib.crc32(body.encode()):08x}" != seal[1]:
+        raise UserError("the line is damaged: its checksum does not fit", where=where)
+    return body
 
 
 def _is_too_deep(data: Any) -> bool:
@@ -242,6 +283,7 @@ def _items(value: Any) -> Iterable[Any]:
 
 def parse_line(line: str, kind: type[RecordT], where: str) -> RecordT:
     """One JSONL line as a record; raises UserError with file and line when it is not one."""
+    line = _unsealed(line, where)
     try:
         data = json.loads(line)
         if not isinstance(data, dict):
@@ -268,8 +310,23 @@ def iter_jsonl(path: Path, kind: type[RecordT]) -> Iterator[RecordT]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield parse_line(line, kind, f"{path}:{number}")
-        except UnicodeDecodeError as error:
-            raise UserError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+        except UnicodeDecodeError:
+            where = f"{path}:{_first_undecodable(path)}"
+            raise UserError("not UTF-8 text", where=where, fix=MEND_LINE) from None
+        except UserError as error:
+            if error.fix is not None:
+                raise
+            raise UserError(error.message, where=error.where, fix=MEND_LINE) from None
+
+
+def _first_undecodable(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError:
+            return number
+    return 1
 
 
 def read_jsonl(path: Path, kind: type[RecordT]) -> list[RecordT]:

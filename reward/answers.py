@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 
 from reward.texts import normalise
 
+# The reference answer of a question is held against every response to it.
+_REMEMBERED = 1024
 _MARKED = re.compile(
     r"(?:(?:final |correct )?answer(?: is)?\s*[:：]|(?:final|correct|the) answer"
     r" is|答案(?:是|为)?\s*[:：]|答案[是为]|答\s*[:：])\s*",
@@ -22,6 +25,7 @@ _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def final_answer(text: str) -> str:
     """The part of a response that is its answer.
 

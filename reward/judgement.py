@@ -59,7 +59,8 @@ class Judgement(BaseModel):
 
     A response either has a reward or stands in `unscored` (index -> reason); never both, never neither. `ratings` are
     pointwise numbers on 0-100, empty where the critic makes none. `evidence` is plain JSON data, so that a judgement
-    that was written down and read again is worth as much.
+    that was written down and read again is worth as much. `judged`, a hash of the item, says that it is of these very
+    responses; None where nobody compares.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +71,7 @@ class Judgement(BaseModel):
     ratings: list[FiniteFloat | None] = Field(default_factory=list)
     unscored: dict[int, str] = Field(default_factory=dict)
     evidence: dict[str, Any] = Field(default_factory=dict)
+    judged: str | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Judgement:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -31,8 +31,7 @@ BOTH_SAME = "both correct or both wrong"
 NO_CORRECTNESS = "not known whether correct"
 
 
-@dataclass(frozen=True)
-class PairChoice:
+class PairChoice(NamedTuple):
     """Indices of the chosen and the rejected response, and by how much the chosen one's reward is higher (> 0)."""
 
     chosen: int

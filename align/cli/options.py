@@ -50,7 +50,9 @@ RoundOption = Annotated[
 RedoOption = Annotated[
     bool, typer.Option("--redo", help="Discard what this stage (and later ones of the round) has done.")
 ]
-
+KeepOption = Annotated[
+    bool, typer.Option("--keep-unchanged", help="With --redo: keep what is finished of questions that are the same.")
+]
 ProcessesOption = Annotated[
     int | None, typer.Option("--num-processes", "-n", min=1, help="Processes on this machine, one per GPU.")
 ]

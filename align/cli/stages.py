@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align.cli.console import say, warn
-from align.cli.options import ConfigOption, ProcessesOption, RedoOption, RoundOption, SetOption, app
+from align.cli.options import ConfigOption, KeepOption, ProcessesOption, RedoOption, RoundOption, SetOption, app
 from align.config import Config, checkpoint_config, find_config, load_config
 from align.distributed.launch import is_started_by_align, run_stage_command, wants_processes
 from align.distributed.ranks import is_main_process
@@ -25,10 +25,12 @@ def sample(
     config: ConfigOption = None,
     set_: SetOption = None,
     redo: RedoOption = False,
+    keep_unchanged: KeepOption = False,
     num_processes: ProcessesOption = None,
 ) -> None:
     """Stage 1: K responses of the current policy to every image question."""
-    done = _stage("sample", round_, config, set_, redo=redo, num_processes=num_processes)
+    again = {"redo": redo, "keep_unchanged": keep_unchanged}
+    done = _stage("sample", round_, config, set_, **again, num_processes=num_processes)
     say(f"{done.counts['responses']} responses to {done.counts['questions']} questions", next_command=done.next_command)
 
 
@@ -38,10 +40,12 @@ def score(
     config: ConfigOption = None,
     set_: SetOption = None,
     redo: RedoOption = False,
+    keep_unchanged: KeepOption = False,
     num_processes: ProcessesOption = None,
 ) -> None:
     """Stage 2: a critic compares the responses; rewards become preference pairs."""
-    done = _stage("score", round_, config, set_, redo=redo, num_processes=num_processes)
+    again = {"redo": redo, "keep_unchanged": keep_unchanged}
+    done = _stage("score", round_, config, set_, **again, num_processes=num_processes)
     say(f"{done.counts['scored']} responses to {done.counts['questions']} questions scored", next_command=None)
     made = RunDir(_load(config, set_).run_dir).round(round_).manifest.stage("pairs")
     assert made is not None, "the pairs are made with the scores"
@@ -86,6 +90,7 @@ def evaluate(
     config: ConfigOption = None,
     set_: SetOption = None,
     redo: RedoOption = False,
+    keep_unchanged: KeepOption = False,
     num_processes: ProcessesOption = None,
     lmms_eval: Annotated[
         str | None, typer.Option(help="Tasks of lmms-eval, e.g. mme,mmbench_en_dev; `list` names them.")
@@ -102,7 +107,8 @@ def evaluate(
         return
     if checkpoint is not None or limit is not None or out is not None or lmms_eval_tasks is not None:
         raise UserError("--checkpoint, --limit, --out and --lmms-eval-tasks go with --lmms-eval", fix="name its tasks")
-    done = _stage("evaluate", round_, config, set_, redo=redo, num_processes=num_processes)
+    again = {"redo": redo, "keep_unchanged": keep_unchanged}
+    done = _stage("evaluate", round_, config, set_, **again, num_processes=num_processes)
     if is_main_process() and not is_started_by_align():
         from align.evaluation.table import print_table
         from align.loop import warnings_of
@@ -149,12 +155,14 @@ def _stage(
     overrides: list[str] | None,
     *,
     redo: bool,
+    keep_unchanged: bool = False,
     num_processes: int | None,
 ) -> StageResult:
     """Run one stage here, or in the processes that the configuration asks for."""
     from align.loop import run_stage
 
-    return run_stage(_load(config, [*(overrides or []), *_processes(num_processes)]), name, number, redo=redo)
+    loaded = _load(config, [*(overrides or []), *_processes(num_processes)])
+    return run_stage(loaded, name, number, redo=redo, keep_unchanged=keep_unchanged)
 
 
 def _benchmarks(wishes: dict[str, Any], number: int, config: Path | None, overrides: list[str]) -> None:

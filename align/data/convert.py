@@ -67,6 +67,7 @@ def convert(tables: Sequence[tuple[Table, Reader]], store: PictureStore, setting
                 reported = time.monotonic()
                 log.info("%d rows read, %d %s written", counts.rows, counts.written, settings.make)
     _check(counts, store)
+    counts.treated = store.treated
     temporary.replace(target)
     counts.write(store.out / "import.json")
     return counts

@@ -27,7 +27,8 @@ class ImportCounts:
     """Counts of an import, the first `KEPT_FAULTS` rows that were left out, and the columns with what they became.
 
     rows: that were looked at, each as often as it counts. columns: by column and role, in how many rows. unused: by
-    column, in how many rows it held something that nothing was made of.
+    column, in how many rows it held something that nothing was made of. treated: images by what is done to them when
+    they are opened (turned upright, scaled to 8 bits, laid on white).
     """
 
     make: str = "questions"
@@ -39,6 +40,7 @@ class ImportCounts:
     faults: list[str] = field(default_factory=list)
     columns: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     unused: Counter[str] = field(default_factory=Counter)
+    treated: Counter[str] = field(default_factory=Counter)
 
     def drop(self, where: str, problem: BadRow, copies: int = 1) -> None:
         """Count a row that is left out, and say so of the first."""
@@ -72,6 +74,7 @@ class ImportCounts:
             "dropped": dict(self.dropped),
             "columns": {name: dict(roles) for name, roles in self.columns.items()},
             "unused": dict(self.unused),
+            "treated_images": dict(self.treated),
             "faults": self.faults,
         }
 
@@ -89,6 +92,8 @@ class ImportCounts:
         lines += [f"not used: {_listed(self.unused.items())}"] if self.unused else []
         if self.without_image:
             lines.append(self._images())
+        if self.treated:
+            lines.append(f"images, whenever they are opened: {_listed(self.treated.most_common())}")
         lines += [f"left out: {_listed(self.dropped.most_common())}; see import.json"] if self.dropped else []
         return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 

@@ -56,11 +56,12 @@ def is_started_by_align() -> bool:
 
 
 def run_stage_command(
-    config: Config, stage: str, number: int, *, redo: bool = False, arguments: Sequence[str] = ()
+    config: Config, stage: str, number: int, *, only_once: Sequence[str] = (), arguments: Sequence[str] = ()
 ) -> None:
     """Run `align STAGE --round N` in the processes that `launch:` asks for and wait for them.
 
-    They read this very configuration from a file of their own, whatever it was made from; `arguments` follow.
+    They read this very configuration from a file of their own, whatever it was made from; `arguments` follow, and
+    `only_once` (`--redo`) where they are not restarted.
     SIGTERM is passed on to them, so that they can finish a step and save it. Under `num_machines` the same command must
     be run on every machine, with the machine's own rank.
 
@@ -75,9 +76,9 @@ def run_stage_command(
         path.write_text(dump_config(config), encoding="utf-8")
         command = [stage, "--round", str(number), "--config", str(path), *arguments]
         while ended.code == EXIT_RESTART and not ended.stopped:
-            ended = run_processes(launch_command(config.launch, [*command, *(["--redo"] if redo else [])]))
+            ended = run_processes(launch_command(config.launch, [*command, *only_once]))
             # Restarted it must resume, not be discarded again.
-            redo = False
+            only_once = ()
     if ended.stopped:
         log.info("stopped; the same command resumes from here")
         raise SystemExit(0)

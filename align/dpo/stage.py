@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,10 +98,10 @@ class DpoStage:
         self.config = with_batch_that_fits(self.config, self.this.trainer)
         self.fields = training_fields(self.config, self.this.trainer, self.device, self.dtype)
 
-    def run(self, given: list[Pair]) -> None:
-        """Train on the pairs, save, and mark the stage complete."""
+    def run(self, given: list[Pair], unreadable: Collection[str] = ()) -> None:
+        """Train on the pairs, save, and mark the stage complete; pairs with `unreadable` images are left out."""
         started = time.monotonic()
-        data = self._prepare(given)
+        data = self._prepare(given, unreadable)
         with loading_sharded(self.strategy == "zero3", self.dtype):
             model = self.load(self.policy)
             with gathered_as_needed(model), self._autocast():
@@ -181,7 +181,7 @@ class DpoStage:
         )
         return trained, held_out if data.held_out else None
 
-    def _prepare(self, given: list[Pair]) -> TrainingData:
+    def _prepare(self, given: list[Pair], unreadable: Collection[str]) -> TrainingData:
         """The pairs that fit, tokenised, with what batches them; before any weight is loaded."""
         images = question_images(self.config)
         processor = load_processor(self.policy, **self.config.model.processor)
@@ -190,7 +190,7 @@ class DpoStage:
         for fault in faults:
             log.warning("%s", fault)
         max_length = self.config.dpo.max_length or position_limit(read_config(self.policy))
-        tokenized = tokenize_pairs(given, processor, images)
+        tokenized = tokenize_pairs(given, processor, images, unreadable)
         pairs = self._that_fit(tokenized.pairs, max_length)
         num_dropped = len(tokenized.pairs) - len(pairs)
         settings = self.config.dpo

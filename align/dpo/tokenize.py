@@ -7,7 +7,7 @@ cannot be rendered or tokenised is left out and counted by reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,14 +17,14 @@ from align.engines.prompts import right_padded
 from align.errors import UserError
 from align.log import log
 from align.media.images import FRAME_FILE_KEY, ImageStore
-from align.models.record_faults import UnusableRecord
+from align.models.record_faults import CANNOT_READ, UnusableRecord, record_faults
+from align.models.special_tokens import check_spelling, reserved_texts, special_tokens
 from align.monitoring.progress import progress
 from align.records import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-PLACEHOLDER_ATTRIBUTES = ("image_token_id", "video_token_id", "audio_token_id")
 SHOWN_PAIRS = 20
 CANNOT_RENDER = "the chat template cannot write it"
 CANNOT_ENCODE = "the processor cannot encode its prompt"
@@ -72,8 +72,12 @@ class TokenizedPairs:
         self.dropped.setdefault(reason, []).append(id_)
 
 
-def tokenize_pairs(pairs: Iterable[Pair], processor: ProcessorMixin, images: ImageStore) -> TokenizedPairs:
+def tokenize_pairs(
+    pairs: Iterable[Pair], processor: ProcessorMixin, images: ImageStore, unreadable: Collection[str] = ()
+) -> TokenizedPairs:
     """Every pair rendered and tokenised, in order; those that cannot be are left out with their reason.
+
+    `unreadable`: images that are known to be damaged behind their header.
 
     Raises:
         UserError: no pair is left.
@@ -86,6 +90,7 @@ def tokenize_pairs(pairs: Iterable[Pair], processor: ProcessorMixin, images: Ima
         for pair in pairs:
             advance(1)
             try:
+                _check_images(pair, images, unreadable)
                 found.pairs.append(tokenize_pair(pair, processor, images, counter))
             except UnusableRecord as error:
                 problem = problem or error
@@ -97,6 +102,15 @@ def tokenize_pairs(pairs: Iterable[Pair], processor: ProcessorMixin, images: Ima
     if problem is not None and not found.pairs:
         raise UserError(f"no pair can be trained on; the first: {problem}") from None
     return found
+
+
+def _check_images(pair: Pair, images: ImageStore, unreadable: Collection[str]) -> None:
+    """Raises UnusableRecord where an image of the pair cannot be read."""
+    with record_faults(f"pair {pair.id}", CANNOT_READ):
+        for reference in pair.images:
+            images.header(reference)
+            if reference in unreadable:
+                images.open(reference)
 
 
 def tokenize_pair(pair: Pair, processor: ProcessorMixin, images: ImageStore, counter: PromptCounter) -> TokenizedPair:
@@ -126,11 +140,13 @@ def render_pair(pair: Pair, processor: ProcessorMixin) -> RenderedPair:
     """The pair as the chat template writes it; a response is what follows the prompt when the reply is added.
 
     Raises:
-        UnusableRecord: the template refuses the messages, or does not write the prompt the same way before a reply: the
+        UnusableRecord: the prompt spells a special token; the template refuses the messages, or does not write the
+        prompt the same way before a reply: the
             response would then follow a prompt that the model never sees when it answers.
     """
     where = f"pair {pair.id}"
     messages = structured(pair.prompt)
+    check_spelling(messages, reserved_texts(processor), where)
     continues = messages[-1]["role"] == "assistant"
     try:
         prompt = processor.apply_chat_template(
@@ -189,17 +205,6 @@ def encode_responses(pair: Pair, rendered: RenderedPair, processor: ProcessorMix
         _encode(rendered.chosen, pair.chosen, special, processor.tokenizer, f"pair {pair.id}"),
         _encode(rendered.rejected, pair.rejected, special, processor.tokenizer, f"pair {pair.id}"),
     )
-
-
-def special_tokens(processor: ProcessorMixin) -> dict[str, int]:
-    """The texts that the tokenizer reads as special tokens or as placeholders of images, with their ids."""
-    tokenizer = processor.tokenizer
-    ids: set[int] = {getattr(processor, name) for name in PLACEHOLDER_ATTRIBUTES if getattr(processor, name, None)}
-    ids.update(tokenizer.all_special_ids)
-    ids.update(id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
-    ordered = sorted(ids)
-    # Ids beyond the tokenizer's own have no spelling, and no text leads to them.
-    return {token: id_ for token, id_ in zip(tokenizer.convert_ids_to_tokens(ordered), ordered, strict=True) if token}
 
 
 def _encode(

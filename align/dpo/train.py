@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from align import accelerator
 from align.config import Config
@@ -35,7 +37,7 @@ from align.models.device import DTYPES, pick_device
 from align.records import Pair, read_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash
-from align.run.image_hashes import record_or_verify_images
+from align.run.image_hashes import record_images, record_or_verify_images, unreadable_images
 from align.tracking.trackers import Trackers, tracking
 
 
@@ -68,27 +70,41 @@ def run_dpo(config: Config, number: int) -> None:
     pairs = read_pairs(this)
     with state.main_process_first():
         if state.is_main_process:
-            this.manifest.begin(STAGE, settings=_settings(config), inputs=_inputs(config, this, policy))
+            this.manifest.begin(STAGE, settings=_settings(config), inputs=_inputs(config, run, number, policy))
         if this.manifest.complete(STAGE):
             log.info("round %d is trained already: %s", number, this.checkpoint)
             return
         if state.is_main_process:
-            record_or_verify_images(this.image_hashes, question_images(config), pairs)
+            _compare_images(config, this, pairs)
+        unreadable = unreadable_images(this.image_hashes, question_images(config), pairs)
     # Opened before any weights are: a login that is missing is reported at once.
     with (
         tracking(config, f"round-{number}") if state.is_main_process else contextlib.nullcontext(Trackers()) as trackers
     ):
         stage = DpoStage(config, this, policy, device, dtype, strategy, state, trackers)
-        while not _train_within_memory(stage, pairs):
+        while not _train_within_memory(stage, pairs, unreadable):
             gc.collect()
             accelerator.empty_cache()
 
 
-def _train_within_memory(stage: DpoStage, pairs: list[Pair]) -> bool:
+def _compare_images(config: Config, this: Round, pairs: list[Pair]) -> None:
+    """Hold the pairs' images against what the round was shown so far.
+
+    Where pairs were brought and nothing is trained yet, images may still be replaced: the reference is keyed by them.
+    """
+    images = question_images(config)
+    brought = this.number == 1 and config.pairs_file is not None
+    if brought and not any(this.trainer.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        record_images(this.image_hashes, images, pairs, anew=True)
+    else:
+        record_or_verify_images(this.image_hashes, images, pairs)
+
+
+def _train_within_memory(stage: DpoStage, pairs: list[Pair], unreadable: Collection[str]) -> bool:
     """Train with the batch that is known to fit; False where it did not, and half of it should be tried."""
     stage.fit_batch()
     try:
-        stage.run(pairs)
+        stage.run(pairs, unreadable)
         return True
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -137,11 +153,12 @@ def _settings(config: Config) -> dict[str, Any]:
         "shared_prefix": config.shared_prefix,
         "dtype": config.model.dtype,
         "processor": config.model.processor,
+        "image_conversion": config.model.image_conversion,
     }
 
 
-def _inputs(config: Config, this: Round, policy: str) -> dict[str, str]:
-    inputs = {"pairs": content_hash(this.pairs), "policy": checkpoint_hash(policy)}
+def _inputs(config: Config, run: RunDir, number: int, policy: str) -> dict[str, str]:
+    inputs = {"pairs": content_hash(run.round(number).pairs), "policy": run.policy_hash(number, policy)}
     if config.dpo.reference == "initial":
         inputs["reference"] = checkpoint_hash(config.policy)
     return inputs

@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from align.models.record_faults import UnusableRecord
 from reward.judge_model import JudgeModel
+
+# Hears the id of a question that cannot be asked, and why.
+OnUnusable = Callable[[str, UnusableRecord], None]
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,15 @@ class Engine(JudgeModel, Protocol):
         on_result: Callable[[SampleResult], None],
         *,
         further: FurtherSamples | None = None,
+        on_unusable: OnUnusable | None = None,
     ) -> None:
-        """Answer all requests, calling `on_result` as soon as one question is finished (in any order)."""
+        """Answer all requests, calling `on_result` as soon as one question is finished (in any order).
+
+        A question whose image cannot be read, or that template or processor refuse, goes to `on_unusable`.
+
+        Raises:
+            UnusableRecord: there is such a question, and no `on_unusable`.
+        """
         ...
 
     def loglikelihood(

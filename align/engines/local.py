@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from align.engines.base import FurtherSamples, GivenResponses, SampleRequest, SampleResult, SamplingSettings
+from align.engines.base import (
+    FurtherSamples,
+    GivenResponses,
+    OnUnusable,
+    SampleRequest,
+    SampleResult,
+    SamplingSettings,
+)
 from align.engines.batch_size import BRANCHES, FIRST_ITEMS, SAMPLES, BatchSizer
 from align.engines.batching import Batch, BatchQueue
 from align.engines.check import check_branches, check_samples
@@ -25,6 +32,15 @@ from align.engines.sampling_run import OnStep, SampleQueue, SamplingRun
 from align.engines.shared_path import SharedPath
 from align.engines.unshared_path import UnsharedPath, path_tokens
 from align.errors import UserError, is_out_of_memory
+from align.models.record_faults import (
+    CANNOT_ENCODE,
+    CANNOT_READ,
+    CANNOT_RENDER,
+    TOO_LONG,
+    UnusableRecord,
+    record_faults,
+)
+from align.models.special_tokens import check_spelling, reserved_texts
 from align.monitoring.cost import count_tokens
 from align.prefix.attention import PrefixUnsupported, stop_shared_prefix
 from align.prefix.equivalence import Equivalence, failed
@@ -52,6 +68,9 @@ class Path(Protocol):
         """Greedy continuations of branched prompts, as token ids."""
 
 
+PROMPT = "the critic's prompt"
+
+
 class LocalEngine:
     """`Engine` with a loaded model.
 
@@ -72,6 +91,7 @@ class LocalEngine:
         self.model = model.eval()
         self.prompter = Prompter(processor, open_image)
         self.shared_prefix = shared_prefix
+        self._reserved = reserved_texts(processor)
         self.batch_sizer = BatchSizer(model, batch_size)
         self.notes: dict[str, str] = {}
         self.fallback_reason: str | None = None
@@ -89,17 +109,35 @@ class LocalEngine:
         on_result: Callable[[SampleResult], None],
         *,
         further: FurtherSamples | None = None,
+        on_unusable: OnUnusable | None = None,
     ) -> None:
         """Answer all requests; `on_result` is called once per question, as soon as its last sample has ended.
 
         Further samples are drawn behind the prompt while it is still encoded.
         """
 
-        def encode(batch: list[SampleRequest]) -> dict[str, Any]:
-            texts = [self.prompter.render(request.messages) for request in batch]
-            return self.prompter.encode(texts, [request.images for request in batch])
+        context = _context_of(self.model)
 
-        self._sample(self._sample_queue(requests, encode), settings, on_result, further=further)
+        def encode(batch: list[SampleRequest]) -> dict[str, Any]:
+            who = f"question {batch[0].id}"
+            # Benchmarks are asked as they are: nobody there can leave a question out.
+            for request in batch if on_unusable is not None else ():
+                check_spelling(request.messages, self._reserved, who)
+            with record_faults(who, CANNOT_RENDER):
+                texts = [self.prompter.render(request.messages) for request in batch]
+            inputs = self._encode_record(who, texts, [request.images for request in batch])
+            longest = inputs["input_ids"].shape[1]
+            if context is not None and longest >= context:
+                text = f"{TOO_LONG}: it has {longest} tokens, and the model reads at most {context}"
+                raise UnusableRecord(TOO_LONG, text, where=who, fix="shorten it, or show fewer or smaller images")
+            return inputs
+
+        def unusable(request: SampleRequest, fault: UnusableRecord) -> None:
+            if on_unusable is None:
+                raise fault
+            on_unusable(request.id, fault)
+
+        self._sample(self._sample_queue(requests, encode, unusable), settings, on_result, further=further)
 
     def stream(
         self, request: SampleRequest, settings: SamplingSettings, on_texts: Callable[[tuple[str, ...]], None]
@@ -167,8 +205,18 @@ class LocalEngine:
         count_tokens(written=sum(len(tokens) for branches in answers for tokens in branches))
         return [[self._text(tokens) for tokens in branches] for branches in answers]
 
+    def _encode_record(self, who: str, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """`Prompter.encode`; what a decoder or the processor raises becomes an UnusableRecord about `who`."""
+        with record_faults(who, CANNOT_READ):
+            opened = [[self.prompter.open_image(image) for image in row] for row in images]
+        with record_faults(who, CANNOT_ENCODE):
+            return self.prompter.encode(texts, opened)
+
     def _sample_queue(
-        self, requests: Sequence[SampleRequest], encode: Callable[[list[SampleRequest]], dict[str, Any]]
+        self,
+        requests: Sequence[SampleRequest],
+        encode: Callable[[list[SampleRequest]], dict[str, Any]],
+        on_unusable: Callable[[SampleRequest, UnusableRecord], None] | None = None,
     ) -> SampleQueue:
         return BatchQueue(
             requests,
@@ -178,6 +226,7 @@ class LocalEngine:
             kind=SAMPLES,
             alike=lambda request: bool(request.images),
             length=lambda request: len(str(request.messages)),
+            on_unusable=on_unusable,
         )
 
     def _sample(
@@ -220,6 +269,8 @@ class LocalEngine:
     def _check_samples(self, queue: SampleQueue, run: SamplingRun) -> None:
         """Compute the first questions both ways; they are done where that decides for the shared path."""
         batch = queue.take(FIRST_ITEMS)
+        if batch is None:
+            return
         found, decoded = check_samples(
             self.model, batch.inputs, lambda: SharedPath(self.model, self.eos_token_ids).sample_batch(batch, run)
         )
@@ -252,7 +303,9 @@ class LocalEngine:
         results: dict[int, Any] = {}
 
         def encode(batch: list[LazyTree]) -> dict[str, Any]:
-            return self.prompter.encode([item.tree.prompt for item in batch], [item.images for item in batch])
+            with record_faults(PROMPT, CANNOT_RENDER):
+                prompts = [item.tree.prompt for item in batch]
+            return self._encode_record(PROMPT, prompts, [item.images for item in batch])
 
         queue = BatchQueue(
             trees,
@@ -267,6 +320,8 @@ class LocalEngine:
         def work() -> None:
             while queue:
                 taken = queue.take(1 if isinstance(self.path, UnsharedPath) else None)
+                if taken is None:
+                    return None
                 batch = Batch(taken.places, [item.tree for item in taken.items], taken.inputs, taken.num_prompt_tokens)
                 widest = max(sum(len(segment.token_ids) for segment in tree.segments) for tree in batch.items)
                 num_branches = max(len(tree.leaf_segments) for tree in batch.items)
@@ -403,7 +458,7 @@ def num_read(path: Path, tree: PromptTree, num_prompt: int) -> int:
 
 def _within_context(model: PreTrainedModel, num_prompt_tokens: int, settings: SamplingSettings) -> SamplingSettings:
     """Settings with no more new tokens than the model's context has left behind the prompt."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = _context_of(model)
     if context is None:
         return settings
     if num_prompt_tokens >= context:
@@ -412,6 +467,11 @@ def _within_context(model: PreTrainedModel, num_prompt_tokens: int, settings: Sa
             fix="begin a new one, or ask with fewer or smaller images",
         )
     return replace(settings, max_new_tokens=min(settings.max_new_tokens, context - num_prompt_tokens))
+
+
+def _context_of(model: PreTrainedModel) -> int | None:
+    """How many tokens the model reads at most; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _until(token_ids: Sequence[int], stops: set[int]) -> list[int]:

@@ -25,6 +25,15 @@ OTHER_PIXELS = (
 )
 
 
+def arithmetic_settings(config: Config) -> dict[str, Any]:
+    """What changes a model's numbers wherever it is asked, for a manifest's settings."""
+    return {
+        "model": {"dtype": config.model.dtype, "attention": config.model.attention},
+        "shared_prefix": config.shared_prefix,
+        "image_conversion": config.model.image_conversion,
+    }
+
+
 def open_engine(
     checkpoint: str,
     settings: ModelSettings,

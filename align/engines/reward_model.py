@@ -20,6 +20,7 @@ from align.engines.prompts import to_device
 from align.errors import UserError
 from align.log import log
 from align.models.device import pick_device, pick_dtype
+from align.models.record_faults import CANNOT_ENCODE, CANNOT_READ, CANNOT_RENDER, record_faults
 from align.monitoring.cost import count_tokens
 from reward.critics.scalar import Dialogue
 
@@ -94,12 +95,15 @@ class LocalScorer:
 
     @torch.no_grad()
     def _score(self, batch: Sequence[Dialogue]) -> list[float]:
-        texts = [self._render(dialogue) for dialogue in batch]
+        with record_faults("the dialogue", CANNOT_RENDER):
+            texts = [self._render(dialogue) for dialogue in batch]
         arguments: dict[str, Any] = {"text": texts}
         if self.sees and batch[0].images:
-            arguments["images"] = [[self.open_image(image) for image in dialogue.images] for dialogue in batch]
+            with record_faults("the dialogue", CANNOT_READ):
+                arguments["images"] = [[self.open_image(image) for image in dialogue.images] for dialogue in batch]
         reader = self.reader if "images" in arguments else self.tokenizer
-        inputs = reader(**arguments, padding=True, return_tensors="pt", add_special_tokens=False)
+        with record_faults("the dialogue", CANNOT_ENCODE):
+            inputs = reader(**arguments, padding=True, return_tensors="pt", add_special_tokens=False)
         inputs = to_device(dict(inputs), self.model.device, self.model.dtype)
         inputs.pop("token_type_ids", None)
         self._mark_padding(inputs["input_ids"], inputs["attention_mask"])

@@ -47,8 +47,9 @@ class SharedPath:
         decoder = self._decoder(run)
         while queue or decoder.num_branches:
             count = _room(queue, decoder)
-            if count:
-                self._begin(queue.take(count), decoder, run)
+            batch = queue.take(count) if count else None
+            if batch is not None:
+                self._begin(batch, decoder, run)
             for decoded in decoder.step():
                 run.finish(decoded.ticket, decoded.tokens, decoded.stopped)
 

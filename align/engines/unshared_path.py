@@ -36,6 +36,8 @@ class UnsharedPath:
         """Answer all questions of the queue, one after the other."""
         while queue:
             batch = queue.take(1)
+            if batch is None:
+                return
             run.begin([0], batch)
             tokens: list[list[int]] = []
             stopped: list[bool] = []

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from align.config import Config
 from align.distributed.ranks import is_main_process
 from align.engines.judge import plan_critic
-from align.engines.open import open_policy, served_as
+from align.engines.open import arithmetic_settings, open_policy, served_as
 from align.engines.vllm.hosting import choose
 from align.errors import UserError
 from align.evaluation.against_parent import image_dependence_changes
@@ -36,11 +38,14 @@ from align.evaluation.summary import EvaluationSummary
 from align.evaluation.win_rate import WinRate, has_judge, win_rates
 from align.log import log
 from align.media.images import ImageStore, evaluation_images
+from align.models.readable import readable_questions
+from align.models.record_faults import UnusableRecord
 from align.models.video_questions import pick_frames
 from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
-from align.run.image_hashes import record_or_verify_images
+from align.run.image_hashes import changed_images, forget_left_out, record_images
+from align.run.resumable import PartialFile
 from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
 from align.sources import read_all_questions
 from align.statistics import bootstrap_mean, distinct_n, is_refusal, repetition
@@ -70,26 +75,37 @@ def run_evaluate(config: Config, number: int) -> None:
     questions = read_questions(config.evaluate.questions)[: config.evaluate.limit]
     images = evaluation_images(config)
     check_overlap(config, questions)
-    questions = pick_frames(questions, images, config, checkpoint, served=bool(config.evaluate.servers))
-    inputs = _inputs(config, config.evaluate.questions, number, checkpoint)
-    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs, image_root=images.root):
+    served, begun = bool(config.evaluate.servers), this.manifest.stage(STAGE) is not None
+    questions = pick_frames(questions, images, config, checkpoint, served=served, leave_unreadable=begun)
+    inputs = _inputs(config, run, number, checkpoint)
+    this.manifest.check_unaltered(STAGE)
+    if not begin(
+        this.manifest,
+        STAGE,
+        settings=_settings(config),
+        inputs=inputs,
+        image_root=images.root,
+        by_record=("questions",),
+    ):
         log.info("round %d is evaluated already: %s", number, this.evaluation)
         check_gates(this, config.evaluate.gates)
         return
     if is_main_process():
-        record_or_verify_images(
-            run.evaluation_hashes, images, questions, otherwise="give the run another name: its rounds are compared"
-        )
+        _forget_changed(run, this, images, questions)
 
     open_engine = _opener(config, this, checkpoint, images)
     models = OneModel(open_engine)
 
     def work(todo: list[Question], on_record: OnRecord) -> dict[str, str]:
-        return _answer(config, models.get(checkpoint), todo, on_record, keep=_kept_tokens(config, number))
+        readable = readable_questions(todo, images, lambda id_, fault: on_record(fault.left_out(id_)))
+        if not readable:
+            return {}
+        return _answer(config, models.get(checkpoint), readable, on_record, keep=_kept_tokens(config, number))
 
     done = map_resumable(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
-    controls = image_controls(config, questions, images)
-    again = ask_again(config, this, checkpoint, questions, controls, models) if controls else StageOutput([], {})
+    answered = [line.question for line in done.records]
+    controls = image_controls(config, answered, images)
+    again = ask_again(config, this, checkpoint, answered, controls, models) if controls else StageOutput([], {})
     hosted = not config.evaluate.servers and choose(config.evaluate.engine, checkpoint, config.vllm)[0]
     if _kept_tokens(config, number) and hosted:
         # Exactly, and for every token that was drawn; servers can neither (align.engines.server.prompt_log_probs).
@@ -98,8 +114,10 @@ def run_evaluate(config: Config, number: int) -> None:
     weighed, notes = weigh_answers(config, this, checkpoint, done.records, controls, models)
     moved, more_notes = _moved(config, this, checkpoint, done.records, models)
     models.close()
-    counts = {"questions": len(questions), "questions_with_other_images": len({c.item.id for c in controls})}
+    counts = {"questions": len(answered), "questions_with_other_images": len({c.item.id for c in controls})}
+    counts |= done.counts
     if is_main_process():
+        _may_be_replaced(run, this, images, done, questions)
         intervals = measure(done.records) | moved | measure_looking(looked(done.records, again.records, weighed))
         intervals |= image_dependence_changes(run, number)
         counts |= _summarise(config, run, number, done.records, intervals)
@@ -147,13 +165,72 @@ def _summarise(
     return counts | {f"unjudged_{name}": won.num_unjudged for name, won in judged.items()}
 
 
+def _forget_changed(run: RunDir, this: Round, images: ImageStore, questions: list[Question]) -> None:
+    """Drop finished answers to questions that are not asked like this any more.
+
+    Raises:
+        UserError: an image has changed that another round was shown: rounds are compared.
+    """
+    now = {question.id: question for question in questions}
+    changed = set(changed_images(run.evaluation_hashes, images, questions))
+    elsewhere = sorted(changed & _shown_elsewhere(run, this)) if changed else []
+    if elsewhere:
+        raise UserError(
+            f"the image {elsewhere[0]!r} is not the one that was used so far, when other rounds were evaluated",
+            where=str(run.evaluation_hashes),
+            fix="put it back as it was, or give the run another name: its rounds are compared",
+        )
+    dropped: set[str] = set()
+
+    def same(line: Evaluation) -> bool:
+        is_same = line.question == now.get(line.id) and changed.isdisjoint(line.question.images)
+        if not is_same:
+            dropped.add(line.id)
+        return is_same
+
+    PartialFile(this.evaluation_lines, Evaluation).keep(same)
+    if dropped:
+        for follows in (this.own_log_probs, this.first_log_probs, this.other_image_answers, this.image_log_probs):
+            PartialFile(follows, BaseModel).discard()
+    record_images(run.evaluation_hashes, images, questions, anew=True)
+
+
+def _shown_elsewhere(run: RunDir, this: Round) -> set[str]:
+    """The images that other rounds were evaluated with."""
+    return {
+        reference
+        for other in run.rounds()
+        if other.number != this.number and other.evaluation_lines.is_file()
+        for line in read_jsonl(other.evaluation_lines, Evaluation)
+        for reference in line.question.images
+    }
+
+
+def _may_be_replaced(run: RunDir, this: Round, images: ImageStore, done: StageOutput, asked: list[Question]) -> None:
+    """Let go of the images of questions that were left out, where no other round was shown them."""
+    absent = {line.id for line in done.left_out}
+    elsewhere = _shown_elsewhere(run, this) if absent else set()
+    absent -= {question.id for question in asked if not elsewhere.isdisjoint(question.images)}
+    forget_left_out(run.evaluation_hashes, images, asked, absent)
+
+
 def _settings(config: Config) -> dict[str, Any]:
     left_out = {"questions", "image_root", "servers", "first_policy_servers", "engine", "stop_if_worse", "gates"}
-    return {"evaluate": config.evaluate.model_dump(exclude=left_out), "seed": config.seed}
+    return {
+        "evaluate": config.evaluate.model_dump(exclude=left_out),
+        "seed": config.seed,
+        "processor": config.model.processor,
+        "video_frames": config.model.video_frames,
+        **arithmetic_settings(config),
+    }
 
 
-def _inputs(config: Config, questions: Path, number: int, checkpoint: str) -> dict[str, str]:
-    inputs = {"questions": content_hash(questions), "checkpoint": checkpoint_hash(checkpoint)}
+def _inputs(config: Config, run: RunDir, number: int, checkpoint: str) -> dict[str, str]:
+    assert config.evaluate.questions is not None
+    inputs = {
+        "questions": content_hash(config.evaluate.questions),
+        "checkpoint": run.policy_hash(number + 1, checkpoint),
+    }
     inputs |= served_as(config.evaluate.servers, number)
     if is_measured(config, number):
         inputs["first policy"] = checkpoint_hash(config.policy)
@@ -231,6 +308,11 @@ def _answer(
 
     by_id = {question.id: question for question in todo}
     greedy: dict[str, Evaluated] = {}
+    unusable: set[str] = set()
+
+    def leave_out(id_: str, fault: UnusableRecord) -> None:
+        unusable.add(id_)
+        on_record(fault.left_out(id_))
 
     def keep_greedy(result: SampleResult) -> None:
         (greedy[result.id],) = evaluated(result, by_id[result.id], keep_tokens="greedy" in keep)
@@ -243,8 +325,10 @@ def _answer(
     longest = config.evaluate.max_new_tokens
     settings = SamplingSettings(temperature=config.evaluate.temperature, max_new_tokens=longest)
     for some in batches(todo, QUESTIONS_AT_A_TIME):
-        engine.sample(requests(some, 1), SamplingSettings(temperature=0.0, max_new_tokens=longest), keep_greedy)
-        engine.sample(requests(some, config.evaluate.num_samples), settings, keep_sampled)
+        greedily = SamplingSettings(temperature=0.0, max_new_tokens=longest)
+        engine.sample(requests(some, 1), greedily, keep_greedy, on_unusable=leave_out)
+        some = [question for question in some if question.id not in unusable]
+        engine.sample(requests(some, config.evaluate.num_samples), settings, keep_sampled, on_unusable=leave_out)
     return engine.notes
 
 

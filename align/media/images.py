@@ -46,8 +46,20 @@ class ImageStore:
     def path(self, reference: str) -> Path:
         """The file of a reference (of a frame: its video); UserError when it is a URL, leaves the root,
         or is not there."""
-        frame = _FRAME.fullmatch(reference)
-        reference = frame["video"] if frame else reference.removesuffix(FRAME_MARK)
+        path = self._resolved(reference)
+        if not is_file(path):
+            raise UserError(
+                f"there is no image {in_short(_file_of(reference))!r} in {self.root.resolve()}",
+                fix="check the path, or set image_root",
+            )
+        return path
+
+    def name(self, reference: str) -> str:
+        """The path of a reference's file inside the root, whether it is there or not; UserError as `path`."""
+        return self._resolved(reference).relative_to(self.root.resolve()).as_posix()
+
+    def _resolved(self, reference: str) -> Path:
+        reference = _file_of(reference)
         if "://" in reference or reference.startswith("data:"):
             raise UserError(
                 f"the image {reference[:80]!r} is not a file",
@@ -62,10 +74,6 @@ class ImageStore:
             raise UserError(
                 f"the image {in_short(reference)!r} lies outside the image root {root}",
                 fix="move it, or set image_root",
-            )
-        if not is_file(path):
-            raise UserError(
-                f"there is no image {in_short(reference)!r} in {root}", fix="check the path, or set image_root"
             )
         return path
 
@@ -136,6 +144,12 @@ def evaluation_images(config: Config) -> ImageStore:
 def treatment_counts(headers: Iterable[Header]) -> Counter[str]:
     """How many pictures were turned upright, scaled to 8 bits, laid on white."""
     return Counter(treatment for header in headers for treatment in header.treatments)
+
+
+def _file_of(reference: str) -> str:
+    """The file's path in a reference, without the frame."""
+    frame = _FRAME.fullmatch(reference)
+    return frame["video"] if frame else reference.removesuffix(FRAME_MARK)
 
 
 def is_file(path: Path) -> bool:

@@ -62,6 +62,8 @@ class ImageChatProcessor(ProcessorMixin):
     published_keywords: ClassVar[tuple[str, ...]] = ()
 
     takes_videos: ClassVar[bool] = True
+    # `<image>` and `<video>` in a rendered text stand for what is shown, whatever the tokenizer makes of them.
+    replaces_marks: ClassVar[bool] = True
 
     image_token_id: int
     default_system: str | None

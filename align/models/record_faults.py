@@ -15,9 +15,15 @@ from types import FrameType
 from typing import Any
 
 from align.errors import UserError, is_out_of_memory
+from align.records import LeftOut
 
 # Processor seconds. Rendering a chat takes milliseconds.
 MAX_RENDER_S = 5.0
+# What an unusable record is counted under.
+CANNOT_RENDER = "the chat template cannot render it"
+CANNOT_READ = "an image cannot be read"
+CANNOT_ENCODE = "the processor cannot encode it"
+TOO_LONG = "longer than the model reads"
 MACHINE_FAULTS = (MemoryError, AssertionError, ImportError)
 
 
@@ -27,6 +33,10 @@ class UnusableRecord(UserError):
     def __init__(self, reason: str, message: str, *, where: str, fix: str | None = None) -> None:
         super().__init__(message, where=where, fix=fix)
         self.reason = reason
+
+    def left_out(self, id_: str) -> LeftOut:
+        """What a stage writes down of the question with this id."""
+        return LeftOut(id=id_, reason=self.reason, message=str(self))
 
 
 @contextmanager

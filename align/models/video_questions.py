@@ -10,11 +10,18 @@ from align.records import Question
 
 
 def pick_frames(
-    questions: list[Question], images: ImageStore, config: Config, checkpoint: str, *, served: bool
+    questions: list[Question],
+    images: ImageStore,
+    config: Config,
+    checkpoint: str,
+    *,
+    served: bool,
+    leave_unreadable: bool = False,
 ) -> list[Question]:
     """Every video becomes the frames that the policy's family looks at, as references to images.
 
     `served`: the policy is behind a server, so its processor is not here: `model.video_frames` (or 8) evenly then.
+    `leave_unreadable`: a question whose video cannot be read stays as it is, for the stage to leave out.
 
     Raises:
         UserError: a video cannot be read; all of them are named.
@@ -37,7 +44,8 @@ def pick_frames(
         try:
             picked.append(question.with_frames(frame_references(images, question.video, sampler)))
         except UserError as error:
+            picked.append(question)
             problems.append(f"  - question {question.id!r}: {error}")
-    if problems:
+    if problems and not leave_unreadable:
         raise UserError(f"{len(problems)} videos cannot be used:\n" + "\n".join(problems[:20]))
     return picked

@@ -10,6 +10,7 @@ continued by the same command) or temporary. No torch here.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from filelock import FileLock, Timeout
 from align.errors import UserError
 from align.files import make_folder, write_text
 from align.monitoring.cost import forget_cost
+from align.run.hashes import checkpoint_hash
 from align.run.manifest import Manifest, now
 from align.run.stages import TABLE, stages_from
 
@@ -74,6 +76,22 @@ class RunDir:
         before = self.round(number - 1)
         before.need("dpo", f"round {number} starts from it", f"align dpo --round {number - 1}")
         return str(before.checkpoint)
+
+    def policy_hash(self, number: int, policy: str) -> str:
+        """The content hash of a round's `policy`, which is what the round before has trained.
+
+        Raises:
+            UserError: a file of that checkpoint has changed since.
+        """
+        found = checkpoint_hash(policy)
+        trained = self.round(number - 1).manifest.stage("dpo") if number > 1 else None
+        if trained is not None and trained.outputs.get("checkpoint", found) != found:
+            raise UserError(
+                f"the checkpoint is not the one that round {number - 1} has trained: a file of it has changed",
+                where=policy,
+                fix=f"restore it from a copy, or train it again: align dpo --round {number - 1} --redo",
+            )
+        return found
 
     def write_config_once(self, text: str) -> None:
         """Keep the configuration as resolved when the first stage began; later changes show in the manifests.
@@ -218,12 +236,34 @@ class Round:
         if not any(row.shows_images and self.manifest.stage(row.name) for row in TABLE):
             self.image_hashes.unlink(missing_ok=True)
 
+    def reopen(self, stage: str) -> None:
+        """Let a stage and the later ones go on as if they were unfinished, with what they have finished question by
+        question.
+
+        They do again what has changed. What stands for a round as a whole (pairs, a checkpoint) is taken back.
+        """
+        rows = stages_from(stage)
+        kept = tuple(itertools.takewhile(lambda row: row.per_question is not None, rows))
+        if len(kept) < len(rows):
+            self.discard(rows[len(kept)].name)
+        self.manifest.reopen(row.name for row in kept)
+        for row in kept:
+            for name in (*row.writes, *row.leaves):
+                if name != row.per_question:
+                    self._remove(self.path / name)
+        self.settle()
+
     def settle(self) -> None:
-        """End what a kill has interrupted: files of stages that were discarded, temporary files."""
+        """End what a kill has interrupted: files of stages that were discarded or reopened, temporary files."""
         for name, entry in self.manifest.stages().items():
             if entry.status == "discarded":
                 self.discard(name)
                 break
+        for row in TABLE:
+            finished = self.path / row.per_question if row.per_question else None
+            if finished is not None and finished.is_file() and self.manifest.reopened(row.name):
+                part = finished.with_name(f"{finished.stem}.part-0{finished.suffix}")
+                finished.unlink() if part.is_file() else finished.replace(part)
         for unfinished in self.path.glob(".*.tmp"):
             unfinished.unlink()
 

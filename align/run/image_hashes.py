@@ -8,7 +8,7 @@ against that. Hashing costs what reading costs: 1.7 s for 10,000 files of 100 kB
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from align.errors import UserError
@@ -24,11 +24,12 @@ def record_or_verify_images(
 ) -> None:
     """Note the contents of images that are new to the file `noted_in`, hold those of all others against it.
 
-    Call it on one process. Raises UserError where a file has other contents than noted, or cannot be read.
+    Images that cannot be read any more are passed over: the stage counts what it leaves out for want of them. Call it
+    on
+    one process. Raises UserError where a file is another image than noted.
     """
-    noted = _read(noted_in)
-    found = images.file_hashes(reference for record in seen for reference in record.images)
-    changed = [name for name, digest in found.items() if noted.get(name, digest) != digest]
+    seen = list(seen)
+    changed = changed_images(noted_in, images, seen)
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(
@@ -36,8 +37,69 @@ def record_or_verify_images(
             where=str(noted_in),
             fix=f"put it back as it was, or {otherwise}",
         )
-    if found.keys() - noted.keys():
-        write_text(noted_in, json.dumps(noted | found, indent=0, ensure_ascii=False) + "\n")
+    record_images(noted_in, images, seen)
+
+
+def changed_images(noted_in: Path, images: ImageStore, seen: Iterable[Question | Pair]) -> list[str]:
+    """References to images that can be read and are not those that were noted."""
+    return [reference for reference in _other_files(noted_in, images, seen) if _opens(images, reference)]
+
+
+def unreadable_images(noted_in: Path, images: ImageStore, seen: Iterable[Question | Pair]) -> set[str]:
+    """References to images that were noted and have since been damaged; one that is gone is no such file."""
+    return {reference for reference in _other_files(noted_in, images, seen) if not _opens(images, reference)}
+
+
+def _other_files(noted_in: Path, images: ImageStore, seen: Iterable[Question | Pair]) -> list[str]:
+    noted = _read(noted_in)
+    found = []
+    for reference in dict.fromkeys(reference for record in seen for reference in record.images):
+        now = _hash_of(images, reference)
+        if noted.keys() & now.keys() and not now.items() <= noted.items():
+            found.append(reference)
+    return found
+
+
+def record_images(noted_in: Path, images: ImageStore, seen: Iterable[Question | Pair], *, anew: bool = False) -> None:
+    """Note the contents of images that are new to the file, and with `anew` of those that it has otherwise."""
+    noted = _read(noted_in)
+    found: dict[str, str] = {}
+    for reference in dict.fromkeys(reference for record in seen for reference in record.images):
+        found |= _hash_of(images, reference)
+    now = noted | found if anew else found | noted
+    if now != noted:
+        write_text(noted_in, json.dumps(now, indent=0, ensure_ascii=False) + "\n")
+
+
+def forget_left_out(noted_in: Path, images: ImageStore, questions: Iterable[Question], absent: Collection[str]) -> None:
+    """Take out what was noted of images that only questions with these ids show: nothing was made of them.
+
+    They may be replaced then.
+    """
+    noted = _read(noted_in)
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for question in questions:
+        names[question.id in absent].update(images.name(reference) for reference in question.images)
+    unused = names[True] - names[False]
+    if unused & noted.keys():
+        left = {name: digest for name, digest in noted.items() if name not in unused}
+        write_text(noted_in, json.dumps(left, indent=0, ensure_ascii=False) + "\n")
+
+
+def _hash_of(images: ImageStore, reference: str) -> dict[str, str]:
+    """The hash of an image's file by its name; nothing where there is no such file."""
+    try:
+        return images.file_hashes([reference])
+    except (UserError, OSError):
+        return {}
+
+
+def _opens(images: ImageStore, reference: str) -> bool:
+    try:
+        images.open(reference)
+    except UserError:
+        return False
+    return True
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from align.errors import UserError
 from align.files import make_folder, write_text
 from align.monitoring.cost import cost_of
-from align.run.hashes import content_hash
+from align.run.hashes import content_hash, text_hash
 
 PACKAGES = ("valley-align", "torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "datasets")
 
@@ -33,8 +33,10 @@ class StageEntry(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    # `discarded`: --redo was asked for, and the files may not all be gone yet.
-    status: Literal["running", "complete", "discarded"]
+    # `discarded`: --redo was asked for, and the files may not all be gone yet. `reopened`: with --keep-unchanged, and
+    # what
+    # was finished may still stand in the stage's file.
+    status: Literal["running", "complete", "discarded", "reopened"]
     started: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
     inputs: dict[str, str] = Field(default_factory=dict)
@@ -66,6 +68,8 @@ class Manifest:
             return {}
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
+            if data.get("checksum", _checksum(data["stages"])) != _checksum(data["stages"]):
+                raise ValueError("its checksum does not fit")
             return {name: StageEntry.model_validate(entry) for name, entry in data["stages"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
@@ -100,10 +104,31 @@ class Manifest:
             )
         return True
 
+    def check_unaltered(self, name: str) -> None:
+        """Raises UserError where a file of a complete stage is not as the stage wrote it: for files that nobody
+        edits."""
+        entry = self.stage(name)
+        for file, written in entry.outputs.items() if entry is not None and entry.complete else ():
+            path = self.path.parent / file
+            if path.exists() and content_hash(path) != written:
+                raise UserError(
+                    f"the file is not the one that stage {name} wrote",
+                    where=str(path),
+                    fix=f"restore it from a copy, or do the stage again: {self._redo(name)}",
+                )
+
     def begin(
-        self, name: str, *, settings: dict[str, Any], inputs: dict[str, str], image_root: Path | None = None
+        self,
+        name: str,
+        *,
+        settings: dict[str, Any],
+        inputs: dict[str, str],
+        image_root: Path | None = None,
+        by_record: Collection[str] = (),
     ) -> bool:
         """Enter a stage; returns False when it is complete already. Its images may move to another folder meanwhile.
+
+        `by_record` names inputs that the stage compares record by record, and which may change while it is unfinished.
 
         Raises:
             UserError: the stage was begun with other settings or other inputs; resuming would mix the two.
@@ -115,18 +140,22 @@ class Manifest:
             entry = StageEntry(status="running", started=now(), settings=settings, inputs=inputs, versions=versions())
             self._put(name, entry.model_copy(update=where))
             return True
-        changed = _differences(entry.settings, settings) + _differences(entry.inputs, inputs)
-        if changed:
+        held = {key: value for key, value in inputs.items() if entry.complete or key not in by_record}
+        changed = _differences(entry.settings, settings)
+        changed_inputs = _differences({key: entry.inputs[key] for key in entry.inputs if key in held}, held)
+        if changed or changed_inputs:
+            only_records = not changed and all(
+                entry.inputs.get(key) == inputs.get(key) for key in {*entry.inputs, *inputs} - {*by_record}
+            )
             raise UserError(
-                f"stage {name} was {'finished' if entry.complete else 'begun'} with other inputs: {'; '.join(changed)}",
+                f"stage {name} was {'finished' if entry.complete else 'begun'} with other inputs: "
+                f"{'; '.join(changed + changed_inputs)}",
                 where=str(self.path.parent),
-                fix=(
-                    f"do it again, {self._redo(name)} (this discards the round from {name} on), or give the run another"
-                    " name"
-                ),
+                fix=self._again(name, only_records=only_records),
             )
         if not entry.complete:
-            self._put(name, entry.model_copy(update=where | ({"refused": None} if entry.refused is not None else {})))
+            refused = {"refused": None} if entry.refused is not None else {}
+            self._put(name, entry.model_copy(update=where | {"inputs": inputs, "status": "running"} | refused))
         return not self.complete(name)
 
     def note(self, name: str, **facts: Any) -> None:
@@ -155,6 +184,19 @@ class Manifest:
         }
         self._put(name, entry.model_copy(update=facts | more))
 
+    def reopen(self, names: Iterable[str]) -> None:
+        """Say that stages which are complete go on: what they have finished is compared with what they are to do."""
+        stages = self.stages()
+        for name in names:
+            if name in stages and stages[name].complete:
+                stages[name] = stages[name].model_copy(update={"status": "reopened", "outputs": {}})
+        self._write(stages)
+
+    def reopened(self, name: str) -> bool:
+        """Whether a stage was reopened and has not begun again."""
+        entry = self.stages().get(name)
+        return entry is not None and entry.status == "reopened"
+
     def mark_discarded(self, names: Iterable[str]) -> None:
         """Say that stages count no more, before their files are removed."""
         stages = self.stages()
@@ -168,6 +210,14 @@ class Manifest:
         gone = set(names)
         self._write({name: entry for name, entry in self.stages().items() if name not in gone})
 
+    def _again(self, name: str, *, only_records: bool) -> str:
+        """What to do about a stage whose settings or inputs have changed."""
+        redo = self._redo(name)
+        keeping = (
+            f"; with --keep-unchanged what has not changed is kept ({redo} --keep-unchanged)" if only_records else ""
+        )
+        return f"do it again, {redo} (this discards the round from {name} on{keeping}), or give the run another name"
+
     def _redo(self, name: str) -> str:
         """The command that does a stage again."""
         number = self.path.parent.name.removeprefix("round-")
@@ -178,8 +228,16 @@ class Manifest:
         self._write(self.stages() | {name: entry})
 
     def _write(self, stages: dict[str, StageEntry]) -> None:
-        data = {"stages": {name: entry.model_dump(exclude_unset=True) for name, entry in stages.items()}}
+        data: dict[str, Any] = {
+            "stages": {name: entry.model_dump(exclude_unset=True) for name, entry in stages.items()}
+        }
+        data["checksum"] = _checksum(data["stages"])
         write_text(self.path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def _checksum(stages: Any) -> str:
+    """Of the entries as they are written: a manifest is edited by nobody."""
+    return text_hash(json.dumps(stages, sort_keys=True))[:16]
 
 
 def versions() -> dict[str, str]:

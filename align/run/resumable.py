@@ -3,21 +3,23 @@ what was finished before a kill is not done again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from align.records import RecordT, parse_line, to_line, write_jsonl
+from align.errors import UserError
+from align.log import log
+from align.records import RecordT, parse_line, sealed_line, write_jsonl
 
 
 class PartialFile:
     """An append-only JSONL file of records in the order they finish, beside the file it will become.
 
     Each process appends to a part of its own; `merge` puts all parts in the wanted order and writes the final file at
-    once; `finish` also removes the parts. A torn last line (the process was killed while writing)
-    is cut off and its record done again.
+    once; `finish` also removes the parts. A torn last line (the process was killed while writing) is cut off and its
+    record done again, and so is that of a line whose checksum does not fit.
     """
 
     def __init__(self, final: Path, kind: type[RecordT], rank: int = 0) -> None:
@@ -30,16 +32,36 @@ class PartialFile:
         records = {}
         for path in self._parts():
             _cut_torn_line(path)
-            with path.open(encoding="utf-8") as file:
+            damaged = 0
+            with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
                 for number, line in enumerate(file, start=1):
-                    record = parse_line(line, self.kind, f"{path}:{number}")
+                    try:
+                        record = parse_line(line, self.kind, f"{path}:{number}")
+                    except UserError as error:
+                        damaged += 1
+                        log.warning("%s", error)
+                        continue
                     records[record.id] = record  # type: ignore[attr-defined]
+            if damaged:
+                log.warning("%d finished records are damaged: they are done again", damaged)
         return records
+
+    def keep(self, wanted: Callable[[Any], bool]) -> int:
+        """Drop the finished records that are not `wanted`; how many those were. Call it before anybody appends."""
+        records = self.read()
+        kept = [record for record in records.values() if wanted(record)]
+        if len(kept) < len(records):
+            # One part takes all; written first: killed in between, a record is there twice, and never gone.
+            first, *others = self._parts()
+            write_jsonl(first, kept)
+            for path in others:
+                path.unlink()
+        return len(records) - len(kept)
 
     def append(self, record: BaseModel) -> None:
         """Add a record and hand it to the operating system, so that a killed process loses nothing it finished."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(to_line(record) + "\n")
+            file.write(sealed_line(record) + "\n")
 
     def merge(self, order: Iterable[str]) -> list[Any]:
         """Write the final file in the order of ids and return its records; every id must be there."""

@@ -54,6 +54,7 @@ TABLE = (
         per_question="samples.jsonl",
         reads=(),
         writes=("samples.jsonl",),
+        leaves=("samples.left-out.jsonl",),
         belongs=_samples,
     ),
     Stage(
@@ -95,6 +96,7 @@ TABLE = (
             "other-image-answers.jsonl",
             "log-probs-images.jsonl",
         ),
+        leaves=("evaluation.left-out.jsonl",),
         first_policy=True,
         shows_images=False,
         belongs=lambda config, number: config.evaluate.questions is not None,

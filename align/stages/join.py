@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from align.errors import UserError
 from align.records import Samples
+from align.run.hashes import text_hash
 from reward.judgement import Judgement
 
 
@@ -45,6 +46,17 @@ def join_scores(
         if score is not None:
             _check_size(line, score, where)
         yield line, score
+
+
+def is_about(score: Judgement, line: Samples) -> bool:
+    """Whether a judgement is of these very responses; True where it does not say, as one that was written elsewhere."""
+    return score.judged is None or score.judged == judged_hash(line)
+
+
+def judged_hash(line: Samples) -> str:
+    """What says that a critic judged these responses: a hash of the question, its images' names and the texts."""
+    question = line.question
+    return text_hash(question.as_text(), *question.images, *(response.text for response in line.responses))
 
 
 def _check_size(line: Samples, score: Judgement, where: str) -> None:

@@ -24,7 +24,7 @@ from align.run.hashes import content_hash
 from align.run.sharding import begin
 from align.sources import count_by_source
 from align.stages.critic_metrics import check_gates
-from align.stages.join import join_scores, scores_by_id
+from align.stages.join import is_about, join_scores, scores_by_id
 from reward.critics.verifier import is_correct
 from reward.judgement import Judgement
 from reward.pairs import Chosen, PairChoice, PairSettings, choose_pairs
@@ -34,6 +34,7 @@ from reward.replay import balance_lengths, draw_replay, mean_log_ratio
 STAGE = "pairs"
 LOPSIDED = "dropped to balance lengths"
 NOT_IN_SCORES = "no line in the scores"
+CHANGED_SINCE = "its question or responses have changed since they were judged"
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,9 @@ def make_pairs(
         questions += 1
         if score is None:
             without[NOT_IN_SCORES] += 1
+            continue
+        if not is_about(score, line):
+            without[CHANGED_SINCE] += 1
             continue
         scored += 1
         chosen = _choose(line, score, settings)

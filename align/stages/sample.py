@@ -1,7 +1,8 @@
 """Stage 1: questions in, samples.jsonl out: K responses of the round's policy to every image question.
 
 A question's responses depend on the run's seed, the round and the question's id alone, not on the order of questions,
-the batch or the number of processes. Finished questions are kept when the stage is interrupted. With `until_pair`
+the batch or the number of processes. Finished questions are kept when the stage is interrupted; those whose text or
+images have changed since are sampled again, and those that cannot be asked are left out and counted. With `until_pair`
 questions whose responses are all the same get further ones (align.stages.until_pair).
 """
 
@@ -12,19 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from align.config import Config, SampleSettings
 from align.distributed.ranks import is_main_process
-from align.engines.open import open_policy, served_as
+from align.engines.open import arithmetic_settings, open_policy, served_as
 from align.errors import UserError
 from align.log import log
 from align.media.decoding import Header
 from align.media.images import ImageStore, question_images
+from align.models.readable import readable_questions
 from align.models.video_questions import pick_frames
 from align.records import Question, Response, Samples
-from align.run.folder import RunDir
-from align.run.hashes import checkpoint_hash, content_hash, text_hash
-from align.run.image_hashes import record_or_verify_images
+from align.run.folder import Round, RunDir
+from align.run.hashes import content_hash, text_hash
+from align.run.image_hashes import changed_images, forget_left_out, record_images
+from align.run.resumable import PartialFile
 from align.run.sharding import OnRecord, begin, finish, map_resumable
 from align.sources import count_by_source, questions_of_round
 from align.stages.until_pair import can_make_pair, further_samples
+from reward.judgement import Judgement
 
 if TYPE_CHECKING:
     from align.engines.base import SampleResult
@@ -36,7 +40,8 @@ def run_sample(config: Config, number: int) -> None:
     """Sample a round; does nothing when the round has been sampled already.
 
     Raises:
-        UserError: the round before is not complete; a question or an image is bad (checked before weights are loaded).
+        UserError: the round before is not complete; a question is bad, or an image when the stage begins
+            (checked before weights are loaded); no question is left.
     """
     run = RunDir(config.run_dir)
     this = run.round(number)
@@ -44,20 +49,60 @@ def run_sample(config: Config, number: int) -> None:
     check_settings(config)
     questions = questions_of_round(config, number)
     images = question_images(config)
-    questions = pick_frames(questions, images, config, policy, served=bool(config.sample.servers))
-    check_images(questions, images)
-    inputs = _inputs(config, policy) | served_as(config.sample.servers, number - 1)
-    if not begin(this.manifest, STAGE, settings=_settings(config), inputs=inputs, image_root=images.root):
+    # What is wrong from the start is said at once; what breaks later is left out.
+    begun = this.manifest.stage(STAGE) is not None
+    served = bool(config.sample.servers)
+    questions = pick_frames(questions, images, config, policy, served=served, leave_unreadable=begun)
+    if not begun:
+        check_images(questions, images)
+    files = _question_files(config)
+    inputs = files | {"policy": run.policy_hash(number, policy)} | served_as(config.sample.servers, number - 1)
+    if not begin(
+        this.manifest,
+        STAGE,
+        settings=_settings(config),
+        inputs=inputs,
+        image_root=images.root,
+        by_record=tuple(files),
+    ):
         log.info("round %d is sampled already: %s", number, this.samples)
         return
     if is_main_process():
-        record_or_verify_images(this.image_hashes, images, questions)
+        _forget_changed(this, images, questions)
+        record_images(this.image_hashes, images, questions, anew=True)
 
     def work(todo: list[Question], on_record: OnRecord) -> dict[str, str]:
-        return _sample(config, policy, todo, images, number, on_record)
+        readable = readable_questions(todo, images, lambda id_, fault: on_record(fault.left_out(id_)))
+        return _sample(config, policy, readable, images, number, on_record) if readable else {}
 
     done = map_resumable(this.samples, Samples, questions, work, label=f"round {number}: sample")
-    finish(this.manifest, STAGE, outputs=[this.samples], counts=_counts(done.records, config.sample), notes=done.notes)
+    if is_main_process():
+        forget_left_out(this.image_hashes, images, questions, {line.id for line in done.left_out})
+    finish(
+        this.manifest,
+        STAGE,
+        outputs=[this.samples],
+        counts=_counts(done.records, config.sample) | done.counts,
+        notes=done.notes,
+    )
+
+
+def _forget_changed(this: Round, images: ImageStore, questions: list[Question]) -> None:
+    """Drop finished samples of questions that are not asked like this any more, and what was judged of them."""
+    now = {question.id: question for question in questions}
+    changed = set(changed_images(this.image_hashes, images, questions))
+    dropped: set[str] = set()
+
+    def same(line: Samples) -> bool:
+        is_same = line.question == now.get(line.id) and changed.isdisjoint(line.question.images)
+        if not is_same:
+            dropped.add(line.id)
+        return is_same
+
+    num_dropped = PartialFile(this.samples, Samples).keep(same)
+    PartialFile(this.scores, Judgement).keep(lambda line: line.id not in dropped)
+    if num_dropped:
+        log.info("%d questions have changed since they were sampled: they are sampled again", num_dropped)
 
 
 def check_settings(config: Config) -> None:
@@ -139,7 +184,13 @@ def _sample(
         question, seed = by_id[result.id]
         on_record(Samples(id=result.id, question=question, responses=responses_of(result), seed=seed))
 
-    engine.sample(requests, settings, on_result, further=further_samples(config.sample))
+    engine.sample(
+        requests,
+        settings,
+        on_result,
+        further=further_samples(config.sample),
+        on_unusable=lambda id_, fault: on_record(fault.left_out(id_)),
+    )
     return engine.notes
 
 
@@ -183,13 +234,11 @@ def _settings(config: Config) -> dict[str, object]:
         "seed": config.seed,
         "processor": config.model.processor,
         "video_frames": config.model.video_frames,
-        "model": {"dtype": config.model.dtype, "attention": config.model.attention},
-        "shared_prefix": config.shared_prefix,
-        "image_conversion": config.model.image_conversion,
+        **arithmetic_settings(config),
     }
 
 
-def _inputs(config: Config, policy: str) -> dict[str, str]:
+def _question_files(config: Config) -> dict[str, str]:
+    """The content of every file of questions, for a manifest's inputs."""
     several = len(config.sources) > 1
-    files = {f"questions {one.label}" if several else "questions": content_hash(one.file) for one in config.sources}
-    return files | {"policy": checkpoint_hash(policy)}
+    return {f"questions {one.label}" if several else "questions": content_hash(one.file) for one in config.sources}

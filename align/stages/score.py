@@ -1,31 +1,37 @@
 """Stage 2: samples in, scores.jsonl out: a critic judges the responses of every question.
 
-What the critic could not judge is unscored with its reason and never 0. Finished questions are kept when the stage is
-interrupted. A few questions are judged again with other images (controls.jsonl), to see how far the critic can be
+What the critic could not judge is unscored with its reason and never 0; so is a question whose image can no longer be
+read. Finished questions are kept when the stage is interrupted; where responses have changed, they are judged again.
+A few questions are judged again with other images (controls.jsonl), to see how far the critic can be
 trusted; a gate that does not hold stops here, with the scores kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from align.config import Config, CriticSettings
 from align.distributed.ranks import is_main_process
 from align.engines.judge import CriticPlan, open_critic, plan_critic
+from align.engines.open import arithmetic_settings
 from align.errors import UserError, reward_faults
 from align.log import log
 from align.media.images import ImageStore, question_images
+from align.models.record_faults import CANNOT_READ, UnusableRecord, record_faults
 from align.records import Samples, read_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
 from align.run.image_hashes import record_or_verify_images
+from align.run.resumable import PartialFile
 from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
 from align.stages.critic_inputs import check_same_samples, critic_files, critic_settings
 from align.stages.critic_metrics import check_gates, critic_controls, critic_figures, item_of
+from align.stages.join import judged_hash
 from reward.critics import Critic, Item, Judgement
+from reward.judgement import all_unscored
 from reward.reliability import check_gates as check_gate_names
 from reward.warnings import critic_warnings
 
@@ -56,25 +62,44 @@ def run_score(config: Config, number: int, critic: Callable[..., Any] | None = N
         check_gate_names(config.critic.gates)
     inputs = {"samples": content_hash(this.samples)} | plan.identities() | critic_files(config.critic)
     check_same_samples(config.critic, inputs["samples"])
-    if begin(
-        this.manifest, STAGE, settings={"critic": critic_settings(config.critic), "seed": config.seed}, inputs=inputs
-    ):
+    compared = {"critic": critic_settings(config.critic), "seed": config.seed} | arithmetic_settings(config)
+    if begin(this.manifest, STAGE, settings=compared, inputs=inputs, by_record=("samples",)):
         if is_main_process():
-            record_or_verify_images(this.image_hashes, images, [line.question for line in samples])
+            record_or_verify_images(
+                this.image_hashes,
+                images,
+                [line.question for line in samples],
+                otherwise=f"sample its questions again: align sample --round {number} --redo --keep-unchanged",
+            )
+            _forget_changed(this, samples)
         _score_round(config, plan, this, samples, images)
     else:
         log.info("round %d is scored already: %s", number, this.scores)
     check_gates(this, config.critic.gates)
 
 
+def _forget_changed(this: Round, samples: list[Samples]) -> None:
+    """Drop finished judgements of responses that have changed since; those of the controls with them."""
+    now = {line.id: judged_hash(line) for line in samples}
+    num_dropped = PartialFile(this.scores, Judgement).keep(lambda line: line.judged in (None, now.get(line.id)))
+    if num_dropped:
+        PartialFile(this.controls, Judgement).discard()
+        log.info("%d questions have changed since they were scored: they are scored again", num_dropped)
+
+
 def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Samples], images: ImageStore) -> None:
+    def open_image(reference: Any) -> Any:
+        with record_faults(str(reference), CANNOT_READ):
+            return images.open(reference)
+
     @cache
     def opened() -> tuple[Critic, Callable[[], dict[str, str]]]:
-        return open_critic(plan, config, images.open, logs=this.server_logs / "critic")
+        return open_critic(plan, config, open_image, logs=this.server_logs / "critic")
 
     size = config.critic.batch_size or DEFAULT_BATCH
     label = f"round {this.number}: score"
-    work = _judge(opened, item_of, size)
+    hashes = {line.id: judged_hash(line) for line in samples}
+    work = _judge(opened, item_of, size, hashes)
     done = map_resumable(this.scores, Judgement, samples, work, label=label)
     counts = _counts(done.records)
     if not counts["scored"]:
@@ -86,11 +111,11 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
         )
     outputs, controls = [this.scores], StageOutput([], {})
     if plan.looks and config.critic.reliability_sample:
-        items = critic_controls(
-            [item_of(line) for line in samples], images, number=config.critic.reliability_sample, seed=config.seed
-        )
+        unreadable = {judgement.id for judgement in done.records if CANNOT_READ in judgement.unscored.values()}
+        readable = [item_of(line) for line in samples if line.id not in unreadable]
+        items = critic_controls(readable, images, number=config.critic.reliability_sample, seed=config.seed)
         if items:
-            work = _judge(opened, lambda control: control.item, size)
+            work = _judge(opened, lambda control: control.item, size, {})
             controls = map_resumable(this.controls, Judgement, items, work, label=f"{label}, other images")
             outputs = [*outputs, this.controls]
     figures = critic_figures(samples, done.records, controls.records)
@@ -101,20 +126,31 @@ def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Sa
 
 
 def _judge(
-    opened: OpenCritic, item: Callable[[Any], Item], size: int
+    opened: OpenCritic, item: Callable[[Any], Item], size: int, hashes: Mapping[str, str]
 ) -> Callable[[list[Any], OnRecord], dict[str, str]]:
-    """What `map_resumable` calls: judge things that have an id, `size` at a time."""
+    """What `map_resumable` calls: judge things with ids, `size` at a time; `hashes` by id say what was judged."""
 
     def work(todo: list[Any], on_record: OnRecord) -> dict[str, str]:
         critic, notes = opened()
         for things in batches(todo, size):
-            with reward_faults():
-                judgements = critic.judge([item(thing) for thing in things])
-            for thing, judgement in zip(things, judgements, strict=True):
-                on_record(judgement.model_copy(update={"id": thing.id}))
+            for thing, judgement in zip(things, judge_each(critic, [item(thing) for thing in things]), strict=True):
+                on_record(judgement.model_copy(update={"id": thing.id, "judged": hashes.get(thing.id)}))
         return notes()
 
     return work
+
+
+def judge_each(critic: Critic, items: list[Item]) -> list[Judgement]:
+    """The critic's judgement of every item; unscored where an image cannot be read or the critic's processor refuses
+    it."""
+    try:
+        with reward_faults():
+            return critic.judge(items)
+    except UnusableRecord as fault:
+        if len(items) == 1:
+            log.warning("question %s is unscored: %s", items[0].id, fault)
+            return [all_unscored(items[0], fault.reason)]
+    return [judgement for item in items for judgement in judge_each(critic, [item])]
 
 
 def _counts(scores: Sequence[Judgement]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import Field
@@ -188,6 +189,7 @@ _ONLY_SEPARATORS = re.compile(r"^(?:[\s,;、，；.。]|and|和|与)*$", re.IGNO
 _UNIT = re.compile(r"^\s*[^\W\d_]*\s*[.。]?\s*$")
 
 
+@lru_cache(maxsize=1024)
 def answer_kind(reference: str, question: str = "") -> str:
     """The kind that a reference answer looks like; `contains` is never guessed.
 

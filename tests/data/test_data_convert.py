@@ -33,6 +33,20 @@ def test_unreadable_truncated_and_small_images_are_left_out_by_reason(tmp_path):
     assert done.counts.rows == done.counts.written + done.counts.dropped.total()
 
 
+def test_pictures_that_are_shown_otherwise_than_they_are_stored_are_counted(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(1).save(tmp_path / "turned.jpg", exif=exif)
+    see_through = picture(3).convert("RGBA")
+    see_through.putalpha(100)
+    see_through.save(tmp_path / "clear.png")
+    picture(4).save(tmp_path / "plain.png")
+    rows = [ask(name) for name in ("turned.jpg", "clear.png", "plain.png")]
+    done = imported(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out", "plain")
+    assert done.counts.treated == {"turned upright (EXIF orientation)": 1, "laid on white (transparency)": 1}
+    assert "images, whenever they are opened: turned upright (EXIF orientation) (1)" in done.counts.text()
+
+
 def test_the_same_question_about_nearly_the_same_image_counts_once(tmp_path):
     save_pictures(tmp_path, 3)
     picture(1).resize((128, 96), Image.Resampling.BICUBIC).save(tmp_path / "scaled.png")

@@ -231,6 +231,7 @@ def finish(this: Round, stage: str, counts: dict[str, Any], seconds: float, note
     this.manifest.finish(stage, outputs=[], counts=counts, seconds=seconds, notes=notes)
     data = json.loads(this.manifest_path.read_text())
     data["stages"][stage] |= {"started": WHEN.format(this.number + 1), "finished": WHEN.format(this.number + 2)}
+    del data["checksum"]
     this.manifest_path.write_text(json.dumps(data))
 
 

@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from align.config import ServerSettings
-from align.engines.base import FurtherSamples, GivenResponses, SampleRequest, SampleResult, SamplingSettings
+from align.engines.base import (
+    FurtherSamples,
+    GivenResponses,
+    OnUnusable,
+    SampleRequest,
+    SampleResult,
+    SamplingSettings,
+)
 from align.engines.server.chat import (
     Choice,
     bare_messages,
@@ -37,6 +44,7 @@ from align.engines.server.probe import CONTINUE, continued
 from align.engines.server.prompt_log_probs import Weighed, given_body, weigh
 from align.errors import UserError
 from align.log import log
+from align.models.record_faults import CANNOT_READ, UnusableRecord, record_faults
 from reward.judge_model import BranchedPrompt
 
 ItemT = TypeVar("ItemT")
@@ -78,6 +86,7 @@ class ServerEngine:
         on_result: Callable[[SampleResult], None],
         *,
         further: FurtherSamples | None = None,
+        on_unusable: OnUnusable | None = None,
     ) -> None:
         """Answer all requests; `on_result` is called as soon as a question is finished.
 
@@ -87,7 +96,14 @@ class ServerEngine:
         before = set(self.failures)
 
         async def one(request: SampleRequest) -> None:
-            uris = await self._uris(request.images)
+            try:
+                with record_faults(f"question {request.id}", CANNOT_READ):
+                    uris = await self._uris(request.images)
+            except UnusableRecord as fault:
+                if on_unusable is None:
+                    raise
+                on_unusable(request.id, fault)
+                return
             messages = chat_messages(request.messages, uris)
             try:
                 choices = await self._draw(messages, request, settings, range(request.num_samples))
@@ -270,7 +286,8 @@ class ServerEngine:
             return endpoint
 
         async def one(index: int) -> None:
-            uris = await self._uris(prompts[index].images)
+            with record_faults("the critic's prompt", CANNOT_READ):
+                uris = await self._uris(prompts[index].images)
             first = await guarded(index, 0, uris, None)
             others = range(1, len(prompts[index].branches))
             await asyncio.gather(*(guarded(index, branch, uris, first) for branch in others))

@@ -8,6 +8,8 @@ from typing import Any
 
 from align.errors import UserError
 
+AGAIN = "restore it from a copy, or download or save it again"
+
 
 def inside(folder: Path, name: str) -> Path:
     """The file of this name in a checkpoint folder.
@@ -41,9 +43,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"expected a JSON object ({error})", where=str(path)) from None
+        raise UserError(f"expected a JSON object ({error})", where=str(path), fix=AGAIN) from None
     if not isinstance(content, dict):
-        raise UserError(f"expected a JSON object, found {type(content).__name__}", where=str(path))
+        raise UserError(f"expected a JSON object, found {type(content).__name__}", where=str(path), fix=AGAIN)
     return content
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.errors import UserError
+from align.models.files import AGAIN
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -107,7 +108,7 @@ def has_pickle(folder: Path) -> bool:
     return any((folder / name).is_file() for name in PICKLE_FILES)
 
 
-_AGAIN = "the file is damaged: download or save it again"
+_AGAIN = f"the file is damaged: {AGAIN}"
 
 
 def _tensor_info(entry: dict) -> TensorInfo:

@@ -4,8 +4,10 @@ or a message that says why not."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from align.errors import UserError
 
@@ -19,6 +21,30 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_sealed(path: Path, data: dict[str, Any]) -> None:
+    """Write a small file of state as JSON with a checksum, for `read_sealed`."""
+    write_text(path, json.dumps(data | {"checksum": _checksum(data)}))
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote; None where there is no such file or it was damaged since.
+
+    A file without a checksum is taken as it is.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(data, dict):
+        return None
+    checksum = data.pop("checksum", None)
+    return data if checksum in (None, _checksum(data)) else None
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_folder(path: Path) -> None:

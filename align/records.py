@@ -250,11 +250,12 @@ def to_line(record: BaseModel) -> str:
     return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
-def sealed_line(record: BaseModel) -> str:
-    """A line as `to_line` with a checksum for its last key, for files that nobody edits; `parse_line` holds it
-    against it."""
-    line = to_line(record)
-    return f'{line[:-1]}, "crc": "{zlib.crc32(line.encode()):08x}"}}'
+def sealed(line: str) -> str:
+    """A line as `to_line` writes it with a checksum for its last key; `parse_line` holds the two against each other.
+
+    For files that nobody edits.
+    """
+    return f'{line[:-1]}, "crc": "{zlib.crc32(line.encode("utf-8", "surrogateescape")):08x}"}}'
 
 
 def _unsealed(line: str, where: str) -> str:
@@ -263,7 +264,7 @@ def _unsealed(line: str, where: str) -> str:
     if seal is None:
         return line
     body = line[: seal.start()] + "}"
-    if f"{zlib.crc32(body.encode()):08x}" != seal[1]:
+    if f"{zlib.crc32(body.encode('utf-8', 'surrogateescape')):08x}" != seal[1]:
         raise UserError("the line is damaged: its checksum does not fit", where=where)
     return body
 

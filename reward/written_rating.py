@@ -60,6 +60,7 @@ _TOPS = tuple(
         rf"\bon\s+(?:a|the)\s+scale\s+of\s+({_N})(?!\s*(?:-|–|to)\s*\d)",
         rf"满分(?:为|是)?\s*({_N})\s*分?",
         rf"({_N})\s*分?\s*(?:满分|分?制)",
+        rf"(?:总分|总共|一共)(?:为|是)?\s*({_N})\s*分(?=[，,;；\s][^。.]{{0,20}}[给得打评]\D{{0,6}}\d)",
         rf"\bmax(?:imum)?(?:\s+score)?\s*(?:of|is|[:：=])?\s*({_N}){_UNIT}",
     )
 )
@@ -83,7 +84,7 @@ _BOUND_BEFORE = re.compile(
 )
 _RANGE_AFTER = re.compile(
     rf"\**{_UNIT}\s*(?:%\s*)?(?:-|–|—|~|to|or|±|\+/-|至|到|或)\s*\**\s*\d"
-    r"|\s*(?:分|points?)?\s*(?:以上|以下|左右到)",
+    r"|\s*(?:分|points?)?\s*(?:以上|以下|左右到)|\+(?!\s*\d)",
     re.IGNORECASE,
 )
 _BETWEEN = re.compile(rf"between\s*{_SPAN}|介于|\d{_UNIT}(?:\s*(?:~|–|—|至|到)\s*|\s*-\s*|\s+to\s+)\d", re.IGNORECASE)
@@ -135,6 +136,8 @@ def _in_digits(text: str) -> tuple[str, bool]:
         # A rating stands at the beginning or the end; a judge that loops writes a lot in between.
         text = f"{text[:LONGEST_END]} ... {text[-LONGEST_END:]}"
     text = text.replace("−", "-").replace("．", ".")
+    text = re.sub(r"</?[A-Za-z_]\w*>", " ", text)
+    text = re.sub(r"(?<![\w.])\d+(?:\.\d+)?e[+-]?\d\d?(?!\w)", lambda found: f"{float(found[0]):.9g}", text, flags=re.I)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<![\d.])(\d+),(?=\d{1,2}(?!\d))", r"\1.", text)
     text = re.sub(rf"百分之({_CHINESE}+|\d+)", lambda found: f"{_plain(found[1])}%", text)

@@ -71,8 +71,11 @@ EARLY = (("sample", 1), ("score", 1))
 ALL = (("evaluate", 0), ("sample", 1), ("score", 1), ("dpo", 1), ("evaluate", 1))
 
 
-def make_moments(project: Path, folder: Path, *, training: bool = True) -> list[Moment]:
-    """Run the project once and keep its run folder at every moment, in `folder`."""
+def make_moments(project: Path, folder: Path, *, training: bool = True) -> tuple[list[Moment], dict[str, str]]:
+    """Run the project once and keep its run folder at every moment, in `folder`; and the undamaged run's results.
+
+    Without `training` the run ends with its pairs.
+    """
     config = load_config(project / "align.yaml")
     run = RunDir(config.run_dir)
     this = run.round(1)
@@ -104,7 +107,7 @@ def make_moments(project: Path, folder: Path, *, training: bool = True) -> list[
         run_stage(config, "dpo", 1)
         run_stage(config, "evaluate", 1)
         keep("complete", ALL, 6)
-    return moments
+    return moments, results_of(run.path)
 
 
 def _stop_training(config: Config) -> None:
@@ -410,8 +413,7 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         project = make_damage_project(Path(folder) / "project")
-        moments = make_moments(project, Path(folder) / "moments")
-        expected = results_of(moments[-1].folder)
+        moments, expected = make_moments(project, Path(folder) / "moments")
         choices = [moment for moment in moments for _ in range(moment.weight) if arguments.only in (None, moment.name)]
         ended: Counter[str] = Counter()
         for number in range(arguments.seed, arguments.seed + arguments.edits):

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.config import build_config
-from align.records import write_jsonl
+from align.records import Samples, parse_line, read_jsonl, write_jsonl
 from align.stages.critic_inputs import critic_settings
 from tests import tiny_models
 from tests.distributed.launches import ROOT, add_run
@@ -150,9 +150,10 @@ def test_a_lost_image_costs_its_questions_and_sigterm_none(tmp_path):
     lost.write_bytes(picture)
     code, output = run(folder, "sample", "--redo", "--keep-unchanged")
     assert code == 0, output
-    final = [json.loads(line) for line in (folder / "runs/run/round-1/samples.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in final] == [question["id"] for question in many]
-    assert {json.dumps(json.loads(line)) for line in sampled} <= {json.dumps(line) for line in final}
+    final = read_jsonl(folder / "runs/run/round-1/samples.jsonl", Samples)
+    assert [line.id for line in final] == [question["id"] for question in many]
+    by_id = {line.id: line for line in final}
+    assert all(by_id[line.id] == line for line in (parse_line(text, Samples, "part") for text in sampled))
 
 
 @pytest.mark.parametrize("adapter", [{}, {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}])

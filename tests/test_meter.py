@@ -96,3 +96,13 @@ def test_a_process_that_uses_a_gpu_says_so_and_its_seconds_are_gpu_seconds(tmp_p
         time.sleep(0.05)
     assert name_in_use().startswith("cuda (")
     assert cost_of(tmp_path, "evaluate")["gpu_seconds"] >= 0.05
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", "\xff\x00", '{"seconds": {"a": 1}}', '{"seconds": NaN, "rank": "x"}'])
+def test_a_damaged_file_of_costs_costs_its_figures_and_nothing_else(tmp_path, damage):
+    (tmp_path / ".spent-sample-0.json").write_bytes(damage.encode("latin-1"))
+    with cost_counter(tmp_path, "sample"):
+        count_tokens(read=5)
+    found = cost_of(tmp_path, "sample")
+    assert found["tokens_read"] == 5
+    assert found["seconds"] >= 0

@@ -26,15 +26,27 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A callback of the trainer's."""
         if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if -1 < _step_of(line) <= state.global_step]
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A callback of the trainer's."""
         if state.is_world_process_zero and state.log_history and "loss" in state.log_history[-1]:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+def _step_of(line: str) -> int:
+    """The step that a line is of; -1 where it was torn or damaged.
+
+    >>> _step_of('{"loss": 0.6, "step": 3}'), _step_of('{"loss": 0.6, "st'), _step_of('{"step": null}')
+    (3, -1, -1)
+    """
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return -1
 
 
 class StepTracker(TrainerCallback):

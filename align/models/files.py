@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError naming the file and the place of the fault."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"expected a JSON object ({error})", where=str(path), fix=AGAIN) from None
     if not isinstance(content, dict):
         raise UserError(f"expected a JSON object, found {type(content).__name__}", where=str(path), fix=AGAIN)

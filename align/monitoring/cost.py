@@ -8,7 +8,7 @@ calls `count_tokens`.
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from typing import Any
 
 from align import accelerator
 from align.distributed.ranks import rank, world_size
+from align.files import read_sealed, write_sealed
 
 EVERY_S = 10.0
 
@@ -38,9 +39,14 @@ class Cost:
 
     @classmethod
     def of(cls, data: Any) -> Cost:
-        """From a file or a manifest, whose other keys are left out; nothing where there is none."""
+        """From a file or a manifest, whose other keys are left out; nothing where there is none, or no number."""
         known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in data.items() if key in known}) if isinstance(data, dict) else cls()
+        found = data if isinstance(data, dict) else {}
+        return cls(**{key: found[key] for key in known if _is_amount(found.get(key))})
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 _tokens = Cost()
@@ -88,14 +94,16 @@ def cost_of(folder: Path, stage: str) -> dict[str, Any] | None:
     files = sorted(folder.glob(_file(folder, stage, "*").name))
     if not files:
         return None
-    entries = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    entries = [entry for path in files if (entry := read_sealed(path)) is not None]
+    if not entries:
+        return None
     total = Cost()
     for entry in entries:
         total += Cost.of(entry)
-    main = next((entry for entry in entries if entry["rank"] == 0), entries[0])
-    numbers = asdict(total) | {"seconds": main["seconds"]}
+    main = next((entry for entry in entries if entry.get("rank") == 0), entries[0])
+    numbers = asdict(total) | {"seconds": Cost.of(main).seconds}
     rounded = {name: round(value, 3) for name, value in numbers.items()}
-    return {"device": main["device"], "num_processes": world_size()} | rounded
+    return {"device": str(main.get("device", "cpu")), "num_processes": world_size()} | rounded
 
 
 def forget_cost(folder: Path, stage: str) -> None:
@@ -109,7 +117,7 @@ class _CostCounter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.before = Cost.of(_read(path))
+        self.before = Cost.of(read_sealed(path))
         self.started, self.busy = time.monotonic(), time.process_time()
         self.tokens = Cost(tokens_read=_tokens.tokens_read, tokens_written=_tokens.tokens_written)
         self._writing = threading.Lock()
@@ -123,20 +131,10 @@ class _CostCounter:
             _tokens.tokens_read - self.tokens.tokens_read,
             _tokens.tokens_written - self.tokens.tokens_written,
         )
-        text = json.dumps({"rank": rank(), "device": device} | asdict(self.before + now))
         with self._writing, contextlib.suppress(OSError):
             # A full disk stops the stage where it writes what matters.
-            temporary = self.path.with_name(f"{self.path.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path)
+            write_sealed(self.path, {"rank": rank(), "device": device} | asdict(self.before + now))
 
 
 def _file(folder: Path, stage: str, which: int | str) -> Path:
     return folder / f".spent-{stage}-{which}.json"
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None

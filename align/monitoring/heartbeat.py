@@ -8,7 +8,6 @@ A file that is not written any more belongs to a process that has died. It is fo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import threading
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from align.distributed.ranks import is_main_process, rank
-from align.files import write_text
+from align.files import write_sealed
 from align.monitoring.memory import memory_usage
 
 HEARTBEAT_S = 2.0
@@ -102,7 +101,7 @@ class Heartbeat:
         }
         # A full disk shows where something is written that counts.
         with contextlib.suppress(OSError):
-            write_text(self.path, json.dumps(data))
+            write_sealed(self.path, data)
 
     def keep_writing(self) -> None:
         """Write until the stage ends: the work of a thread."""

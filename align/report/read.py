@@ -199,8 +199,8 @@ def iter_objects(path: Path, problems: list[str]) -> Iterator[JSON]:
     for where, line in _lines(path):
         try:
             data = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{where}: not valid JSON ({error.msg})")
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{where}: not valid JSON ({str(error).partition(':')[0]})")
             continue
         if isinstance(data, dict):
             yield data
@@ -214,7 +214,7 @@ def list_ids(path: Path) -> list[str]:
 def _id(line: str, key: str) -> str | None:
     try:
         data = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     value = data.get(key) if isinstance(data, dict) else None
     return value if isinstance(value, str) else None
@@ -374,7 +374,7 @@ def _read_json(path: Path, problems: list[str]) -> JSON:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (json.JSONDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         problems.append(f"{_short(path)}: cannot be read ({error})")
         return {}
     return data if isinstance(data, dict) else {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shutil
 import socket
@@ -21,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 
 from align.errors import UserError
-from align.files import make_folder, write_text
+from align.files import make_folder, read_sealed, write_sealed, write_text
 from align.monitoring.cost import forget_cost
 from align.run.hashes import checkpoint_hash
 from align.run.manifest import Manifest, now
+from align.run.resumable import PartialFile
 from align.run.stages import TABLE, stages_from
 
 # The first line of a run's own align.yaml.
@@ -260,10 +261,10 @@ class Round:
                 self.discard(name)
                 break
         for row in TABLE:
-            finished = self.path / row.per_question if row.per_question else None
-            if finished is not None and finished.is_file() and self.manifest.reopened(row.name):
-                part = finished.with_name(f"{finished.stem}.part-0{finished.suffix}")
-                finished.unlink() if part.is_file() else finished.replace(part)
+            if row.per_question is not None and self.manifest.reopened(row.name):
+                partial = PartialFile(self.path / row.per_question, BaseModel)
+                if partial.final.is_file():
+                    partial.reopen()
         for unfinished in self.path.glob(".*.tmp"):
             unfinished.unlink()
 
@@ -293,12 +294,8 @@ class Round:
             ) from None
         try:
             self.settle()
-            write_text(
-                holder,
-                json.dumps(
-                    {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "command": " ".join(sys.argv)}
-                ),
-            )
+            facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "command": " ".join(sys.argv)}
+            write_sealed(holder, facts)
             yield
         finally:
             holder.unlink(missing_ok=True)
@@ -306,8 +303,7 @@ class Round:
 
 
 def _holder(path: Path) -> str:
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
-    except (OSError, json.JSONDecodeError, KeyError):
+    holder = read_sealed(path)
+    if holder is None or not {"pid", "host", "since", "command"} <= holder.keys():
         return "another process"
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from align.errors import UserError
 from align.log import log
-from align.records import RecordT, parse_line, sealed_line, write_jsonl
+from align.records import RecordT, parse_line, sealed, to_line, write_jsonl
 
 
 class PartialFile:
@@ -58,10 +58,19 @@ class PartialFile:
                 path.unlink()
         return len(records) - len(kept)
 
+    def reopen(self) -> None:
+        """Make the final file a part again: what it holds is finished, and compared with what is to be done."""
+        lines = self.final.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(sealed(line.strip()) + "\n" for line in lines if line.strip())
+        temporary.replace(self.path)
+        self.final.unlink()
+
     def append(self, record: BaseModel) -> None:
         """Add a record and hand it to the operating system, so that a killed process loses nothing it finished."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(sealed_line(record) + "\n")
+            file.write(sealed(to_line(record)) + "\n")
 
     def merge(self, order: Iterable[str]) -> list[Any]:
         """Write the final file in the order of ids and return its records; every id must be there."""

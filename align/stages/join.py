@@ -49,8 +49,10 @@ def join_scores(
 
 
 def is_about(score: Judgement, line: Samples) -> bool:
-    """Whether a judgement is of these very responses; True where it does not say, as one that was written elsewhere."""
-    return score.judged is None or score.judged == judged_hash(line)
+    """Whether a judgement is of these very responses; where it does not say, as one that was written elsewhere, of as
+    many."""
+    same = score.judged is None or score.judged == judged_hash(line)
+    return same and len(score.rewards) == len(line.responses)
 
 
 def judged_hash(line: Samples) -> str:

@@ -29,7 +29,7 @@ from align.run.resumable import PartialFile
 from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
 from align.stages.critic_inputs import check_same_samples, critic_files, critic_settings
 from align.stages.critic_metrics import check_gates, critic_controls, critic_figures, item_of
-from align.stages.join import judged_hash
+from align.stages.join import is_about, judged_hash
 from reward.critics import Critic, Item, Judgement
 from reward.judgement import all_unscored
 from reward.reliability import check_gates as check_gate_names
@@ -80,8 +80,8 @@ def run_score(config: Config, number: int, critic: Callable[..., Any] | None = N
 
 def _forget_changed(this: Round, samples: list[Samples]) -> None:
     """Drop finished judgements of responses that have changed since; those of the controls with them."""
-    now = {line.id: judged_hash(line) for line in samples}
-    num_dropped = PartialFile(this.scores, Judgement).keep(lambda line: line.judged in (None, now.get(line.id)))
+    now = {line.id: line for line in samples}
+    num_dropped = PartialFile(this.scores, Judgement).keep(lambda line: line.id in now and is_about(line, now[line.id]))
     if num_dropped:
         PartialFile(this.controls, Judgement).discard()
         log.info("%d questions have changed since they were scored: they are scored again", num_dropped)

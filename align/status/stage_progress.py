@@ -7,7 +7,6 @@ Finished questions are counted in the files that hold them, so the number is exa
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from align.files import read_sealed
 from align.monitoring.format import duration, rate, size
 from align.monitoring.progress import figure_texts
 from align.run.folder import Round
@@ -42,8 +42,9 @@ class LockHolder:
     @classmethod
     def of(cls, this: Round) -> LockHolder:
         """The process that holds a round now, or held it last."""
-        heartbeats = [data for path in sorted(this.path.glob(".progress-*.json")) if (data := _read(path)) is not None]
-        holder = _read(this.path / ".holder.json")
+        files = sorted(this.path.glob(".progress-*.json"))
+        heartbeats = [data for path in files if (data := read_sealed(path)) is not None]
+        holder = read_sealed(this.path / ".holder.json")
         main = next(
             (heartbeat for heartbeat in heartbeats if heartbeat.get("work")), heartbeats[0] if heartbeats else None
         )
@@ -177,13 +178,6 @@ def _memory(heartbeats: list[dict[str, Any]]) -> str:
     most = max((heartbeat["memory"] for heartbeat in heartbeats), key=lambda memory: memory["peak"])
     each = " in the largest process" if len(heartbeats) > 1 else ""
     return f"memory {size(most['used'])} (peak {size(most['peak'])}){each}"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
 
 
 def _timestamp(text: str) -> float:

@@ -63,13 +63,13 @@ def test_a_response_with_no_other_tokens_for_a_placeholder_is_left_out_and_count
         tokenize_pairs([spelling], processor, images)
 
 
-def test_a_pair_that_the_processor_refuses_is_left_out_and_counted(processor, images):
+def test_a_pair_that_spells_a_placeholder_in_its_prompt_is_left_out_and_counted(processor, images):
     pairs = make_pairs(images.root, 2)
-    # One image, and a second placeholder in the text of the question.
+    # One image, and what would be a second placeholder in the text of the question.
     pairs[0].prompt[0]["content"][-1]["text"] = "What is <image>?"
     found = tokenize_pairs(pairs, processor, images)
     assert [pair.id for pair in found.pairs] == ["p1"]
-    assert found.dropped == {"the processor cannot encode its prompt": ["p0"]}
+    assert found.dropped == {"its text spells a special token": ["p0"]}
 
 
 def test_both_layouts_hold_the_same_tokens(processor, images):

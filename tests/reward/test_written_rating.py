@@ -12,6 +12,11 @@ from tests.reward.judge_models import FunctionModel
 CLEAR = {
     "85": 85,
     "85.": 85,
+    "<score>85</score>": 85,
+    "<think>It names 2 cats.</think>\n<rating> 8/10 </rating>": 80,
+    "Rating: 8.5e1": 85,
+    "总分100分，我给85分": 85,
+    "总分为10分，这个回答得8分": 80,
     "**85**": 85,
     "Score: 85": 85,
     "Score:85": 85,
@@ -105,6 +110,7 @@ CLEAR = {
 }
 
 UNCLEAR = {
+    "85+": RANGE,
     "Score: 80-90": RANGE,
     "Score: 80 - 90": RANGE,
     "Score: 80–90": RANGE,

@@ -129,7 +129,10 @@ def read_pairs(this: Round) -> list[Pair]:
         raise UserError(
             "no pair has survived scoring: nothing to train on",
             where=str(this.pairs),
-            fix="lower pairs.min_margin, raise sample.num_responses or temperature, or look at scores.jsonl",
+            fix=(
+                f"make them again (align pairs --round {this.number} --redo), with a lower pairs.min_margin; "
+                "raise sample.num_responses or temperature; or look at scores.jsonl"
+            ),
         )
     twice = [id_ for id_, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if twice:

@@ -210,7 +210,7 @@ class LocalEngine:
         with record_faults(who, CANNOT_READ):
             opened = [[self.prompter.open_image(image) for image in row] for row in images]
         with record_faults(who, CANNOT_ENCODE):
-            return self.prompter.encode(texts, opened)
+            return self.prompter.encode_opened(texts, opened)
 
     def _sample_queue(
         self,

@@ -92,9 +92,13 @@ class Prompter:
 
     def encode(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
         """Model inputs of a batch, right-padded, on the CPU. Rows must all have images, or all have none."""
+        return self.encode_opened(texts, [[self.open_image(image) for image in row] for row in images])
+
+    def encode_opened(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """As `encode`, of images that are opened already."""
         arguments: dict[str, Any] = {"text": list(texts)}
         if any(images):
-            arguments["images"] = [[self.open_image(image) for image in row] for row in images]
+            arguments["images"] = [list(row) for row in images]
         with self._one_at_a_time:
             inputs = self.processor(
                 **arguments, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False

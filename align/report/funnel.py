@@ -78,7 +78,7 @@ def _steps(data: RoundData) -> list[Step]:
     questions, responses = number(sample.get("questions")), number(sample.get("responses"))
     steps = []
     if questions is not None:
-        steps.append(Step("questions asked", questions))
+        steps.append(Step("questions asked", questions, losses=reasons(sample.get("left_out"))))
     if responses is not None:
         # Once pairs are made, these stand among the responses that were not fit for one.
         kinds = () if "dropped_responses" in judged else ("truncated", "empty", "identical")

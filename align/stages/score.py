@@ -56,6 +56,12 @@ def run_score(config: Config, number: int, critic: Callable[..., Any] | None = N
     this = RunDir(config.run_dir).round(number)
     this.need("sample", "scores are made from its samples", f"align sample --round {number}")
     samples = read_jsonl(this.samples, Samples)
+    if not samples:
+        raise UserError(
+            "there are no samples: the file is empty",
+            where=str(this.samples),
+            fix=f"restore it from a copy, or sample again: align sample --round {number} --redo",
+        )
     images = question_images(config)
     plan = plan_critic(config)
     with reward_faults():

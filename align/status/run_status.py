@@ -220,6 +220,7 @@ class _Tally:
 LOSSES = {
     "truncated": "responses cut off at the longest length",
     "empty": "responses without text",
+    "left_out": "questions left out",
     "unscored": "responses unscored",
     "dropped_too_long": "pairs dropped: too long",
     "dropped": "pairs dropped",

@@ -18,6 +18,7 @@ from align.errors import UserError
 from align.lmms_eval.instances import Answered, Request, cut_at, generation_request, numbered, scoring_request
 from align.lmms_eval.visuals import Dialogue, Unaskable, dialogue_of
 from align.media.video import frame_sampler_of
+from align.models.record_faults import UnusableRecord
 from align.monitoring.progress import progress
 from align.run.hashes import text_hash
 from align.run.resumable import PartialFile
@@ -132,8 +133,11 @@ class Answerer:
             text = cut_at(result.texts[0], request.ends)
             keep(request.answered(text=text, num_tokens=result.num_tokens[0], finish_reason=result.finish_reasons[0]))
 
+        def on_unusable(id_: str, fault: UnusableRecord) -> None:
+            keep(asked[id_].answered(skipped=fault.reason, detail=str(fault)))
+
         if samples:
-            self.engine.sample(samples, settings, on_result)
+            self.engine.sample(samples, settings, on_result, on_unusable=on_unusable)
 
     def _look(self, request: Request, keep: Callable[[Answered], None]) -> Dialogue | None:
         """The dialogue of a request; None, and the reason kept, where it cannot be made."""

@@ -218,9 +218,9 @@ class _Tally:
 
 # Counts of what a stage has lost, and what it is called; of a complete stage the first two stand beside its counts.
 LOSSES = {
+    "left_out": "questions left out",
     "truncated": "responses cut off at the longest length",
     "empty": "responses without text",
-    "left_out": "questions left out",
     "unscored": "responses unscored",
     "dropped_too_long": "pairs dropped: too long",
     "dropped": "pairs dropped",

@@ -233,6 +233,27 @@ def test_a_refused_image_is_not_tried_again_and_named(serve):
     assert server.num_requests == 3
 
 
+def test_refused_questions_are_handed_over_where_a_stage_leaves_them_out(serve):
+    def refuse(body, count):
+        return Reply({"error": {"message": "too long"}}, 413) if "Question 3" in question_text(body) else None
+
+    kept, refused = [], {}
+    engine = engine_on(serve(behave=refuse))
+    engine.sample([ask_for(n) for n in range(6)], SETTINGS, kept.append, on_unusable=refused.__setitem__)
+    assert sorted(result.id for result in kept) == ["q0", "q1", "q2", "q4", "q5"]
+    assert {id_: fault.reason for id_, fault in refused.items()} == {"q3": "a server refused it"}
+    assert str(refused["q3"]) == "question q3: 413: too long"
+
+
+def test_a_server_that_refuses_everything_ends_the_stage_also_where_refusals_are_left_out(serve):
+    server = serve(behave=lambda body, count: Reply({"detail": "no images here"}, 422))
+    with pytest.raises(UserError, match=r"none of the last 8 questions:\n(.*\n)*.*no images here"):
+        engine_on(server).sample(
+            [ask_for(n) for n in range(1000)], SETTINGS, lambda result: None, on_unusable=lambda id_, fault: None
+        )
+    assert server.num_requests < 20
+
+
 def test_a_server_that_refuses_everything_is_not_asked_a_thousand_times(serve):
     server = serve(behave=lambda body, count: Reply({"detail": "no images here"}, 422))
     with pytest.raises(UserError, match=r"none of the last 8 questions:\n(.*\n)*.*no images here"):

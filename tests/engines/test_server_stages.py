@@ -10,7 +10,9 @@ import time
 
 import pytest
 
-from tests.engines.stub_server import KEY, StubServer, completion, is_probe, question_text
+from align.config import load_config
+from align.loop import run_stage
+from tests.engines.stub_server import KEY, Reply, StubServer, completion, is_probe, question_text
 from tests.stage_runs import align, make_project, write_lines
 
 NUM_QUESTIONS = 60
@@ -102,6 +104,52 @@ def test_when_all_servers_die_the_same_command_goes_on_with_others(fresh, tmp_pa
         again = align(fresh, "sample", *on("sample", new))
     assert again.returncode == 0, again.stderr
     assert (fresh / "runs/run/round-1/samples.jsonl").read_bytes() == uninterrupted
+
+
+def served(folder, server, stage, *settings):
+    """The configuration with a stage on a server."""
+    return load_config(
+        folder / "align.yaml",
+        [f"{stage}.servers=[{{url: '{server.url}', model: policy}}]", "server.backoff_s=0.02", *settings],
+    )
+
+
+@pytest.fixture
+def refusing():
+    """A server that refuses whatever names question 2 or 5."""
+
+    def refuse(body, count):
+        named = any(f"What is {number}?" in question_text(body) for number in (2, 5))
+        return Reply({"error": {"message": "the image is too large"}}, 400) if named else None
+
+    server = StubServer(behave=refuse)
+    yield server
+    server.stop()
+
+
+def test_what_a_server_refuses_is_left_out_of_the_samples_and_counted(fresh, refusing):
+    config = served(fresh, refusing, "sample", "sample.questions_per_round=8")
+    result = run_stage(config, "sample", 1)
+    assert [line["id"] for line in samples_of(fresh)] == ["q0", "q1", "q3", "q4", "q6", "q7"]
+    assert result.counts["questions"] == 6
+    assert result.counts["left_out"] == {"a server refused it": 2}
+    left_out = lines(fresh / "runs/run/round-1/samples.left-out.jsonl")
+    assert [line["id"] for line in left_out] == ["q2", "q5"]
+    assert left_out[0]["message"] == "question q2: 400: the image is too large"
+    assert run_stage(config, "score", 1).counts["questions"] == 6
+    # The same questions, once the server takes them.
+    refusing.behave = None
+    assert run_stage(config, "sample", 1, redo=True).counts["questions"] == 8
+
+
+def test_what_a_server_refuses_is_left_out_of_an_evaluation_and_counted(fresh, refusing):
+    write_lines(fresh / "eval.jsonl", lines(fresh / "questions.jsonl")[:7])
+    config = served(fresh, refusing, "evaluate", "questions=null", "pairs_file=pairs.jsonl", "rounds=1")
+    result = run_stage(config, "evaluate", 0)
+    assert result.counts["questions"] == 5
+    assert result.counts["left_out"] == {"a server refused it": 2}
+    found = lines(fresh / "runs/run/round-0/evaluation.jsonl")
+    assert [line["id"] for line in found] == ["q0", "q1", "q3", "q4", "q6"]
 
 
 @pytest.fixture

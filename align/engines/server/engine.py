@@ -52,6 +52,8 @@ ItemT = TypeVar("ItemT")
 # When so many have failed one after the other, the rest is not tried; sooner where none was ever answered.
 HOPELESS = 40
 HOPELESS_FROM_THE_START = 8
+# What questions are counted under that a server refuses.
+REFUSED = "a server refused it"
 # A written verdict is read where log-probabilities are not to be had; it stands at the beginning of the answer.
 VERDICT_TOKENS = 64
 SHOWN = 5
@@ -68,6 +70,7 @@ class ServerEngine:
         self.open_image = open_image
         self.counts: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
         self.num_missed_in_a_row = 0
         self.notes: dict[str, str] = {}
         self.about: dict[str, str] = {}
@@ -90,8 +93,11 @@ class ServerEngine:
     ) -> None:
         """Answer all requests; `on_result` is called as soon as a question is finished.
 
+        A question that a server refuses (400, 413, 422) goes to `on_unusable`, as one whose image cannot be read does.
+
         Raises:
-            UserError: a question could not be answered (the others were); or no server is left, or a key is wrong.
+            UserError: a question could not be answered (the others were), or was refused and there is no `on_unusable`;
+                nothing but failures for long; no server is left, or a key is wrong.
         """
         before = set(self.failures)
 
@@ -112,7 +118,12 @@ class ServerEngine:
                         settings if further.temperature is None else replace(settings, temperature=further.temperature)
                     )
                     choices += await self._draw(messages, request, warmer, range(len(choices), len(choices) + count))
-            except (RefusedError, UnansweredError) as error:
+            except RefusedError as error:
+                self._missed(request.id, str(error), ends_stage=on_unusable is None)
+                if on_unusable is not None:
+                    on_unusable(request.id, UnusableRecord(REFUSED, str(error), where=f"question {request.id}"))
+                return
+            except UnansweredError as error:
                 self._missed(request.id, str(error))
                 return
             self._answered()
@@ -350,16 +361,19 @@ class ServerEngine:
         self.counts["answered by servers"] += 1
         self.num_missed_in_a_row = 0
 
-    def _missed(self, what: str, reason: str) -> None:
-        """Remember a failure; raise UserError where nothing but failures is seen."""
-        if reason not in self.failures.values():
+    def _missed(self, what: str, reason: str, *, ends_stage: bool = True) -> None:
+        """Remember a failure; raise UserError where nothing but failures is seen.
+
+        `ends_stage`: the question must be answered before the stage is complete; else somebody counts it.
+        """
+        remembered = self.failures if ends_stage else self.refused
+        if reason not in remembered.values():
             log.warning("no answer to %s: %s", what, reason)
-        self.failures[what] = reason
+        remembered[what] = reason
         self.num_missed_in_a_row += 1
         if self.num_missed_in_a_row >= (HOPELESS if self.counts["answered by servers"] else HOPELESS_FROM_THE_START):
             raise UserError(
-                f"the servers answered none of the last {self.num_missed_in_a_row}"
-                f" questions:\n{_listed(self.failures)}",
+                f"the servers answered none of the last {self.num_missed_in_a_row} questions:\n{_listed(remembered)}",
                 fix="fix what they say, then run the same command again: what was answered is kept",
             )
 

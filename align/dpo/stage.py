@@ -143,27 +143,27 @@ class DpoStage:
         code = self.config.save.code
         save_trained(trainer, collator.processor, self.this.checkpoint, policy=self.policy, load=self.load, code=code)
         if trainer.is_world_process_zero():
-            counts = _counts(trainer) | data.counts
-            # Of all processes and of earlier attempts; what the reference reads comes on top.
-            count_tokens(read=counts["tokens"])
-            self.this.manifest.finish(
-                STAGE,
-                outputs=[self.this.checkpoint],
-                counts=counts,
-                notes={"shared_prefix": note}
-                | self._rows_note(layout)
-                | what_was_kept(self.config.dpo, trainer.state, len(data.held_out))
-                | data.notes
-                | note_on_batch(self.this.trainer)
-                | self.trackers.notes,
-                parameters=parameters,
-                training=effective_settings(arguments),
-                reference_seconds=round(reference_s, 3),
-                parent=self.policy,
-            )
-            for folder in self.this.trainer.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                shutil.rmtree(folder)
+            notes = {"shared_prefix": note} | self._rows_note(layout)
+            facts = {"parameters": parameters, "training": effective_settings(arguments)}
+            self._finish(trainer, data, notes, reference_seconds=round(reference_s, 3), **facts)
         trainer.accelerator.wait_for_everyone()
+
+    def _finish(self, trainer: PairTrainer, data: TrainingData, notes: dict[str, str], **facts: Any) -> None:
+        """Mark the stage complete, and remove the trainer checkpoints, which nothing needs any more."""
+        counts = _counts(trainer) | data.counts
+        # Of all processes and of earlier attempts; what the reference reads comes on top.
+        count_tokens(read=counts["tokens"])
+        kept = what_was_kept(self.config.dpo, trainer.state, len(data.held_out))
+        self.this.manifest.finish(
+            STAGE,
+            outputs=[self.this.checkpoint],
+            counts=counts,
+            notes=notes | kept | data.notes | note_on_batch(self.this.trainer) | self.trackers.notes,
+            parent=self.policy,
+            **facts,
+        )
+        for folder in self.this.trainer.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(folder)
 
     def _datasets(
         self, data: TrainingData, reference: Reference | None, own: Sequence[RowBatch] | None

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
 
@@ -103,30 +104,48 @@ def run_evaluate(config: Config, number: int) -> None:
         return _answer(config, models.get(checkpoint), readable, on_record, keep=_kept_tokens(config, number))
 
     done = map_resumable(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
+    measured = _measure_answers(config, run, number, images, models, done)
+    models.close()
+    if is_main_process():
+        _may_be_replaced(run, this, images, done, questions)
+    outputs = [this.evaluation, this.evaluation_lines, *measured.outputs]
+    finish(this.manifest, STAGE, outputs=outputs, counts=measured.counts, notes=done.notes | measured.notes)
+    check_gates(this, config.evaluate.gates)
+
+
+class _Measured(NamedTuple):
+    """What answers gave beside themselves: further files, counts and notes."""
+
+    outputs: list[Path]
+    counts: dict[str, Any]
+    notes: dict[str, str]
+
+
+def _measure_answers(
+    config: Config, run: RunDir, number: int, images: ImageStore, models: OneModel, done: StageOutput
+) -> _Measured:
+    """Image dependence and KL of the answers, and on the main process the summary of all of it, which is written."""
+    this = run.round(number)
+    checkpoint = run.policy(number + 1, config.policy)
     answered = [line.question for line in done.records]
     controls = image_controls(config, answered, images)
     again = ask_again(config, this, checkpoint, answered, controls, models) if controls else StageOutput([], {})
     hosted = not config.evaluate.servers and choose(config.evaluate.engine, checkpoint, config.vllm)[0]
     if _kept_tokens(config, number) and hosted:
         # Exactly, and for every token that was drawn; servers can neither (align.engines.server.prompt_log_probs).
-        models.close()
-        models = OneModel(lambda name: open_engine(name, "local"))
+        models.open_with(partial(_opener(config, this, checkpoint, images), engine="local"))
     weighed, notes = weigh_answers(config, this, checkpoint, done.records, controls, models)
     moved, more_notes = _moved(config, this, checkpoint, done.records, models)
-    models.close()
     counts = {"questions": len(answered), "questions_with_other_images": len({c.item.id for c in controls})}
     counts |= done.counts
     if is_main_process():
-        _may_be_replaced(run, this, images, done, questions)
         intervals = measure(done.records) | moved | measure_looking(looked(done.records, again.records, weighed))
         intervals |= image_dependence_changes(run, number)
         counts |= _summarise(config, run, number, done.records, intervals)
-    outputs = [this.evaluation, this.evaluation_lines]
-    outputs += [this.other_image_answers] if controls else []
+    outputs = [this.other_image_answers] if controls else []
     outputs += [this.image_log_probs] if weighed else []
     outputs += [this.own_log_probs, this.first_log_probs] if is_measured(config, number) else []
-    finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=done.notes | notes | more_notes)
-    check_gates(this, config.evaluate.gates)
+    return _Measured(outputs, counts, notes | more_notes)
 
 
 def _opener(config: Config, this: Round, checkpoint: str, images: ImageStore) -> Callable[..., Engine]:

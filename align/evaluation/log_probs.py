@@ -39,6 +39,11 @@ class OneModel:
             self._engine, self._checkpoint = self._open_engine(checkpoint), checkpoint
         return self._engine
 
+    def open_with(self, open_engine: Callable[[str], Engine]) -> None:
+        """Open what is asked for from now on in another way."""
+        self.close()
+        self._open_engine = open_engine
+
     def close(self) -> None:
         """Give back the model's memory."""
         self._engine = self._checkpoint = None

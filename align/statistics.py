@@ -13,10 +13,22 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from reward.intervals import Interval
+from reward.intervals import Interval, wilson
 
 Values = Sequence[float] | Sequence[Sequence[float]]
 NGRAM = 4
+
+
+def bootstrap_share(values: Values) -> Interval:
+    """`bootstrap_mean` of values from 0 to 1; of a mean of 0 or 1, where nothing can be drawn, Wilson's interval.
+
+    >>> bootstrap_share([0.0] * 7).high == wilson(0, 7).high
+    True
+    """
+    interval = bootstrap_mean(values)
+    if interval.mean in (0.0, 1.0):
+        return wilson(round(interval.mean * interval.count), interval.count)
+    return interval
 
 
 def bootstrap_mean(values: Values, *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Interval:

@@ -64,7 +64,12 @@ def test_a_run_ends_where_a_round_is_worse_if_told_so(tmp_path):
     for number, answered in ((0, right), (1, wrong)):
         for line in answered:
             line.greedy.correct = line.sampled[0].correct
-        write_jsonl(run.round(number).evaluation_lines, answered)
+        this = run.round(number)
+        write_jsonl(this.evaluation_lines, answered)
+        # As if the stage had written them.
+        entry = this.manifest.stage("evaluate")
+        outputs = [this.path / name for name in entry.outputs]
+        this.manifest.finish("evaluate", outputs=outputs, counts=entry.counts, notes=entry.notes)
     said = "WARNING: round 1 is worse than the first policy: right answers -100.0 points [-100.0, -100.0]"
     again = align(folder, "evaluate", "--round", "1")
     assert said in again.stderr

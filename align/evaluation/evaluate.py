@@ -49,7 +49,7 @@ from align.run.image_hashes import changed_images, forget_left_out, record_image
 from align.run.resumable import PartialFile
 from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
 from align.sources import read_all_questions
-from align.statistics import bootstrap_mean, distinct_n, is_refusal, repetition
+from align.statistics import bootstrap_mean, bootstrap_share, distinct_n, is_refusal, repetition
 from reward.intervals import Interval
 
 if TYPE_CHECKING:
@@ -288,12 +288,12 @@ def measure(lines: list[Evaluation]) -> dict[str, Interval]:
     metrics = {}
     answered = [line for line in lines if line.greedy.correct is not None]
     if answered:
-        metrics["greedy_accuracy"] = bootstrap_mean([float(bool(line.greedy.correct)) for line in answered])
+        metrics["greedy_accuracy"] = bootstrap_share([float(bool(line.greedy.correct)) for line in answered])
         metrics["sampled_accuracy"] = _over_samples(answered, is_right)
     with_absent = [line for line in lines if line.question.absent_objects]
     if with_absent:
         metrics["hallucination"] = _over_samples(with_absent, hallucinates)
-    metrics["response_tokens"] = _over_samples(lines, lambda response: float(response.num_tokens))
+    metrics["response_tokens"] = bootstrap_mean([[float(one.num_tokens) for one in line.sampled] for line in lines])
     metrics["truncated"] = _over_samples(lines, lambda response: float(response.finish_reason == "length"))
     metrics["repetition"] = _over_samples(lines, lambda response: repetition(response.text))
     metrics["refusals"] = _over_samples(lines, lambda response: float(is_refusal(response.text)))
@@ -304,7 +304,8 @@ def measure(lines: list[Evaluation]) -> dict[str, Interval]:
 
 
 def _over_samples(lines: list[Evaluation], value: Callable[[Evaluated], float]) -> Interval:
-    return bootstrap_mean([[value(response) for response in line.sampled] for line in lines])
+    """The mean of a share from 0 to 1 over all sampled responses."""
+    return bootstrap_share([[value(response) for response in line.sampled] for line in lines])
 
 
 def _answer(

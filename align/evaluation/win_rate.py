@@ -17,7 +17,7 @@ from align.media.images import evaluation_images
 from align.monitoring.progress import progress
 from align.records import Evaluation
 from align.run.sharding import batches
-from align.statistics import bootstrap_mean
+from align.statistics import bootstrap_share
 from reward.critics import Item, Judgement
 from reward.intervals import Interval
 
@@ -74,7 +74,7 @@ def summarise(outcomes: Sequence[float | None]) -> WinRate:
     """
     judged = [outcome for outcome in outcomes if outcome is not None]
     return WinRate(
-        rate=bootstrap_mean(judged) if judged else None,
+        rate=bootstrap_share(judged) if judged else None,
         num_ties=sum(outcome == 0.5 for outcome in judged),
         num_unjudged=len(outcomes) - len(judged),
     )

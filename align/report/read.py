@@ -21,14 +21,13 @@ from align.errors import UserError
 from align.evaluation.summary import read_summary
 from align.evaluation.table import BenchmarkRow, benchmark_rows
 from align.records import Evaluation, RecordT, parse_line
-from align.report.metrics import metric
 from align.run.folder import Round, RunDir
 from align.run.manifest import StageEntry
 from align.run.outdated import outdated_rounds
 from align.run.pushes import Pushes, read_pushes
 from align.run.ratings import people_figures
 from align.run.stages import STAGES, stage_named
-from reward.intervals import Interval, wilson
+from reward.intervals import Interval
 from reward.reliability import Figure
 
 JSON = dict[str, Any]
@@ -330,23 +329,10 @@ def _read_metrics(path: Path, problems: list[str]) -> dict[str, Interval]:
     if not path.is_file():
         return {}
     try:
-        return {name: _bounded(name, interval) for name, interval in read_summary(path).metrics.items()}
+        return read_summary(path).metrics
     except UserError as error:
         problems.append(str(error))
         return {}
-
-
-def _bounded(name: str, interval: Interval) -> Interval:
-    """A share of 0 or 1 of few questions with Wilson's interval: a bootstrap has nothing to draw from there.
-
-    >>> _bounded("greedy_accuracy", Interval(0.0, 0.0, 0.0, 7)).high == wilson(0, 7).high
-    True
-    """
-    known = metric(name)
-    is_share = known.percent and (known.of_response is not None or known.against is not None)
-    if not is_share or interval.high > interval.low or interval.mean not in (0.0, 1.0) or interval.count < 1:
-        return interval
-    return wilson(round(interval.mean * interval.count), interval.count)
 
 
 def _read_log(this: Round, problems: list[str]) -> list[dict[str, float]]:

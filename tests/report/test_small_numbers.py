@@ -4,6 +4,7 @@ no verdict below a stated minimum."""
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from align.report.read import RoundData, RunData, Stage, read_run
 from align.report.verdict import judge
 from align.report.warnings import find_warnings
 from align.run.folder import Round
+from align.statistics import bootstrap_share
 from reward.intervals import Interval
 from tests.report.fake_run import FakeRun
 
@@ -61,7 +63,7 @@ def test_none_of_seven_and_no_change_of_seven_have_intervals_with_a_width(tmp_pa
             line["greedy"]["correct"] = False
         (path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         numbers = json.loads((path / "evaluation.json").read_text())
-        numbers["metrics"] = {"greedy_accuracy": {"mean": 0.0, "low": 0.0, "high": 0.0, "count": 7}}
+        numbers["metrics"] = {"greedy_accuracy": asdict(bootstrap_share([0.0] * 7))}
         (path / "evaluation.json").write_text(json.dumps(numbers))
     data = read_run(run)
     # Wilson, 0 of 7: z^2 / (n + z^2) = 3.8415 / 10.8415.

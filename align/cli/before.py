@@ -169,7 +169,7 @@ def selftest(
         "selftest.json"
     ),
 ) -> None:
-    """Does this machine train, sample and score rightly, and how fast is it? Two minutes on a CPU, under ten on GPUs.
+    """Does this machine train, sample and score rightly, and how fast is it?
 
     A tiny model in the package is trained with every strategy that works here, sampled and asked, each against another
     way to the same numbers. What was measured is what `align plan` counts with from then on.

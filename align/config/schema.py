@@ -18,7 +18,8 @@ from reward.pairs import PairSettings
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    # Built when first needed: `align --help` needs none of them.
+    model_config = ConfigDict(extra="forbid", validate_default=True, defer_build=True)
 
 
 class Server(Section):
@@ -231,7 +232,7 @@ class ImagePreference(Section):
 class DpoSettings(BaseModel):
     """Stage 3: training. Besides these, every field of TRL's DPOConfig may stand here (learning_rate, beta, ...)."""
 
-    model_config = ConfigDict(extra="allow", validate_default=True)
+    model_config = ConfigDict(extra="allow", validate_default=True, defer_build=True)
 
     reference: Literal["round-start", "initial", "live"] = Field(
         "round-start",

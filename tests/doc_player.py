@@ -75,6 +75,9 @@ NOT_RUN = {
     r"hf auth login": "needs the network",
     r"align evaluate --lmms-eval": "its options are read; tests/test_lmms_eval.py runs it in processes of its own",
     r"align chat .*--web": "its options are read; tests/test_chat_web.py serves the page and drives it in a browser",
+    r"align selftest\b": "minutes; its options are read, tests/selftest runs its checks",
+    r"align plan --measured": "reads what a selftest wrote; tests/selftest does",
+    r"scripts/first_gpu\.sh": "minutes, and wants a GPU",
     r"align label\b": "its options are read; tests/test_label_web.py serves the page and drives it in a browser",
     r"vllm serve": "needs a GPU and an environment of its own; the commands around it meet a stub server",
     r"python -m sglang": "as vllm",
@@ -116,7 +119,7 @@ class Player:
         )
 
     def align(self, arguments: list[str], folder: Path) -> tuple[int, str]:
-        if self._is_left_out(f"align {' '.join(arguments)}"):
+        if self.is_left_out(f"align {' '.join(arguments)}"):
             typer.main.get_command(app).commands[arguments[0]].make_context(arguments[0], arguments[1:])
             return 0, "not run\n"
         self.outputs += [folder / value for option, value in pairwise(arguments) if option in OUTPUTS]
@@ -148,7 +151,7 @@ class Player:
         return SMALL | {key: value for line in lines for key, value in ALSO.get(line, {}).items()}
 
     def python(self, arguments: list[str], folder: Path) -> tuple[int, str]:
-        left_out = self._is_left_out("python " + " ".join(arguments))
+        left_out = self.is_left_out("python " + " ".join(arguments))
         script = Path(arguments[0])
         if script.parts[0] == "scripts" and (left_out or script.name in SMALLEST):
             return run_script(script, arguments[1:], only_flags=left_out)
@@ -160,7 +163,7 @@ class Player:
         alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
         command = ["make", "-n", "--no-print-directory", *arguments]
         made = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
-        if made.returncode or self._is_left_out("make " + " ".join(arguments)):
+        if made.returncode or self.is_left_out("make " + " ".join(arguments)):
             return made.returncode, made.stderr
         program, *rest = made.stdout.strip().splitlines()[-1].split()
         return self.align(rest, folder) if program.endswith("/align") else NEITHER
@@ -171,11 +174,9 @@ class Player:
         return self.shell.programs[program](rest, folder)
 
     def _other(self, name: str) -> Program:
-        return lambda arguments, folder: (
-            (0, "not run\n") if self._is_left_out(" ".join([name, *arguments])) else NEITHER
-        )
+        return lambda arguments, folder: (0, "not run\n") if self.is_left_out(" ".join([name, *arguments])) else NEITHER
 
-    def _is_left_out(self, command: str) -> bool:
+    def is_left_out(self, command: str) -> bool:
         found = [pattern for pattern in NOT_RUN if re.match(pattern, command)]
         self.used |= set(found)
         return bool(found)

@@ -47,7 +47,8 @@ PROMISED = {
         "runs/run/report.html",
     ),
     "data.md": ("runs/run/round-1/checkpoint/model.safetensors",),
-    "recipes.md": (*(f"block-{number}/align.yaml" for number in range(7)),),
+    # But for the block that installs what one of them needs.
+    "recipes.md": tuple(f"block-{number}/align.yaml" for number in (0, 1, 2, 3, 4, 5, 7, 8)),
 }
 POLICIES = tuple(f"policy-{number}" for number in range(4))
 TOUR = [page for page in PAGES if name_of(page) not in WORKED]
@@ -83,6 +84,8 @@ def faults_of(page: Path, player: Player, folder: Path, *, apart: bool = False) 
         if script.startswith("align ") and script.count("\n") == 1:
             for word, value in PLACEHOLDERS.items():
                 script = re.sub(word, value, script)
+        if script.startswith("scripts/") and player.is_left_out(script):
+            continue
         where = copy_of(folder, folder.with_name(f"block-{number}")) if apart else folder
         player.server.models = (str(where / "path/to/Valley-Eagle-7B"), *POLICIES)
         player.shell.run(script, where)

@@ -282,6 +282,9 @@ def _train_step(rank, folder):
     inputs = inputs_for(processor, [image()] if rank == 0 else [])
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     (folder / f"{rank}.txt").write_text(repr(float(model.module.model.mm_projector.conv.weight.grad.norm())))
+    # What reduces gradients goes before the group that it uses, and nobody leaves while another still needs it.
+    del model
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -96,13 +96,16 @@ def test_every_row_leads_to_a_setting_that_exists(tool, tmp_path):
             nested: Any = value
             for part in reversed(dotted.split(".")):
                 nested = {part: nested}
-            first = {"policy": "p", "questions": "q.jsonl"}
+            first: dict[str, Any] = {"policy": "p", "questions": "q.jsonl"}
+            if dotted == "dpo.keep":
+                nested["dpo"]["eval_steps"] = 5
             check_fields(build_config(first | nested, base=tmp_path, where=theirs).dpo)
 
 
 def _example(dotted: str) -> Any:
     numbers = {"num_processes": 2, "max_length": 4096, "beta": 0.1, "warmup_steps": 0.1, "strategy": "zero2"}
-    texts = {"dtype": "bfloat16", "attention": "sdpa"}
+    numbers |= {"eval_steps": 5}
+    texts = {"dtype": "bfloat16", "attention": "sdpa", "keep": "best"}
     return (numbers | texts).get(dotted.rpartition(".")[2], "x")
 
 

@@ -566,6 +566,6 @@ def test_an_image_that_cannot_be_opened_is_raised_for_its_own_batch(onevision: t
     requests[4] = SampleRequest("q4", requests[4].messages, ("broken",), 3, 7)
     engine = LocalEngine(*onevision, open_image=open_image, batch_size=2)
     found = []
-    with pytest.raises(UserError, match="broken"):
+    with pytest.raises(UserError, match="question q4: cannot be decoded"):
         engine.sample(requests, WARM, found.append)
     assert [result.id for result in found] == ["q0", "q1", "q2", "q3"]

@@ -72,7 +72,9 @@ def scripts_of(page: Path) -> list[tuple[int, str]]:
     """
     text = page.read_text(encoding="utf-8")
     found = [(block.line, block.text) for block in blocks_of(page) if block.is_shell]
-    inside = re.sub(r"^ *```.*?^ *```$|^    .*$", lambda block: "\n" * block[0].count("\n"), text, flags=re.M | re.S)
+    inside = re.sub(
+        r"^ *```.*?^ *```$|^    [^\n]*$", lambda block: "\n" * block[0].count("\n"), text, flags=re.M | re.S
+    )
     for match in INLINE.finditer(inside):
         command = " ".join(match[1].split())
         shortest = 2 if command.startswith(("make ", "python ", "scripts/")) else 3

@@ -54,9 +54,8 @@ class StageResult:
 class RunResult:
     """How a run ended: the results of its stages in order, its best checkpoint and its report.
 
-    `warnings`: rounds that beyond chance were worse than their parents, or looked at the pictures less,
-    and pushes to the Hub that failed;
-    `stopped_early`: a worse one ended the run
+    `warnings`: rounds that beyond chance were worse than their parents, or looked at the pictures less, and
+    pushes to the Hub that failed; `stopped_early`: a worse one ended the run
     (`evaluate.stop_if_worse`), and `checkpoint` is the one before it.
     """
 
@@ -130,10 +129,10 @@ def run_stage(
     """Do what `align STAGE --round NUMBER` does: here, or in the processes that `launch:` asks for.
 
     `redo` discards what this stage and all later ones of the round have done; with `keep_unchanged` not what they have
-    finished of questions that are still the same. `critic` judges in place of the configured
-    one: a function of question, images and responses (see docs/adding-a-critic.md), for `score` in one process. As on
-    the command line, `score` then makes the pairs, and `dpo` of a round that begins with
-    `pairs_file` reads them first.
+    finished of questions that are still the same. `critic` judges in place of the
+    configured one: a function of question, images and responses (see docs/adding-a-critic.md), for `score` in one
+    process. As on the command line, `score` then makes the pairs, and `dpo` of a round that begins with `pairs_file`
+    reads them first.
 
     Raises:
         UserError: an unknown stage, an input that is not there, settings or data that cannot be used.

@@ -152,7 +152,8 @@ def two_rounds(path, *, right, changes):
             for index, one in enumerate(lines)
         ]
         write_jsonl(this.other_image_answers, answers)
-        metrics = measure_looking(looked(lines, answers, [])) | image_dependence_changes(run, number)
+        found = looked(lines, answers, [])
+        metrics = measure_looking(found) | image_dependence_changes(run, number, found)
         EvaluationSummary(round=number, questions=40, metrics=metrics).write(this.evaluation)
     return run
 

@@ -5,10 +5,10 @@ Differences are paired over questions; nothing is said that lies within chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from align.evaluation.grading import hallucinates, is_right
-from align.evaluation.image_dependence import dependence_differences
+from align.evaluation.image_dependence import Looked, dependence_differences, looked_on_disk
 from align.evaluation.summary import read_summary
 from align.records import Evaluated, Evaluation, read_jsonl
 from align.run.folder import Round, RunDir
@@ -45,15 +45,15 @@ def worse_than_parent(run: RunDir, number: int) -> str | None:
     return f"round {number} is worse than {_parent(number)}: {text}" if worse else None
 
 
-def image_dependence_changes(run: RunDir, number: int) -> dict[str, Interval]:
-    """By how much a round's answers depend on the picture more than its parent's (negative: less).
+def image_dependence_changes(run: RunDir, number: int, now: Mapping[str, Looked]) -> dict[str, Interval]:
+    """By how much a round's answers (`now`) depend on the picture more than its parent's (negative: less).
 
     `image_dependence_change` is in shares of answers, `image_log_ratio_change` in nats per token; a round without a
     parent, or one that was not measured, has neither.
     """
     if not number:
         return {}
-    found = dependence_differences(run.round(number - 1), run.round(number))
+    found = dependence_differences(looked_on_disk(run.round(number - 1)), now)
     return {f"{name}_change": change for name, change in found.items()}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from align.errors import UserError
-from align.evaluation.image_dependence import dependence_differences
+from align.evaluation.image_dependence import dependence_differences, looked_on_disk
 from align.evaluation.kl import kl_of_questions
 from align.evaluation.table import COLUMNS, NOT_SHARES, columns_of, digits_of, metrics_by_round, with_interval
 from align.records import Evaluation, read_jsonl
@@ -46,7 +46,7 @@ def compare_runs(one: Path, other: Path) -> dict[str, Interval]:
     moved = [id_ for id_ in common if id_ in moved_one and id_ in moved_other]
     if moved:
         found["kl"] = paired_difference([moved_one[id_] for id_ in moved], [moved_other[id_] for id_ in moved])
-    found |= dependence_differences(_last_evaluated(one), _last_evaluated(other))
+    found |= dependence_differences(*(looked_on_disk(_last_evaluated(side)) for side in (one, other)))
     found["response_tokens"] = paired_difference(
         *_columns(pairs, lambda line: [float(response.num_tokens) for response in line.sampled])
     )

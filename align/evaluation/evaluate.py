@@ -46,7 +46,7 @@ from align.records import Evaluated, Evaluation, Question, read_jsonl, read_ques
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
 from align.run.image_hashes import changed_images, forget_left_out, record_images
-from align.run.resumable import PartialFile
+from align.run.resumable import PartialFile, drop_changed
 from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
 from align.sources import read_all_questions
 from align.statistics import bootstrap_mean, bootstrap_share, distinct_n, is_refusal, repetition
@@ -139,8 +139,9 @@ def _measure_answers(
     counts = {"questions": len(answered), "questions_with_other_images": len({c.item.id for c in controls})}
     counts |= done.counts
     if is_main_process():
-        intervals = measure(done.records) | moved | measure_looking(looked(done.records, again.records, weighed))
-        intervals |= image_dependence_changes(run, number)
+        found = looked(done.records, again.records, weighed)
+        intervals = measure(done.records) | moved | measure_looking(found)
+        intervals |= image_dependence_changes(run, number, found)
         counts |= _summarise(config, run, number, done.records, intervals)
     outputs = [this.other_image_answers] if controls else []
     outputs += [this.image_log_probs] if weighed else []
@@ -190,7 +191,6 @@ def _forget_changed(run: RunDir, this: Round, images: ImageStore, questions: lis
     Raises:
         UserError: an image has changed that another round was shown: rounds are compared.
     """
-    now = {question.id: question for question in questions}
     changed = set(changed_images(run.evaluation_hashes, images, questions))
     elsewhere = sorted(changed & _shown_elsewhere(run, this)) if changed else []
     if elsewhere:
@@ -199,16 +199,7 @@ def _forget_changed(run: RunDir, this: Round, images: ImageStore, questions: lis
             where=str(run.evaluation_hashes),
             fix="put it back as it was, or give the run another name: its rounds are compared",
         )
-    dropped: set[str] = set()
-
-    def same(line: Evaluation) -> bool:
-        is_same = line.question == now.get(line.id) and changed.isdisjoint(line.question.images)
-        if not is_same:
-            dropped.add(line.id)
-        return is_same
-
-    PartialFile(this.evaluation_lines, Evaluation).keep(same)
-    if dropped:
+    if drop_changed(PartialFile(this.evaluation_lines, Evaluation), questions, changed):
         for follows in (this.own_log_probs, this.first_log_probs, this.other_image_answers, this.image_log_probs):
             PartialFile(follows, BaseModel).discard()
     record_images(run.evaluation_hashes, images, questions, anew=True)

@@ -174,15 +174,14 @@ def measure_looking(found: Mapping[str, Looked]) -> dict[str, Interval]:
     return metrics
 
 
-def dependence_differences(before: Round, now: Round) -> dict[str, Interval]:
+def dependence_differences(before: Mapping[str, Looked], now: Mapping[str, Looked]) -> dict[str, Interval]:
     """How much more the answers of one evaluated round depend on the picture than those of another, by metric.
 
     Paired over the questions of both, over both controls together; empty where one of them was not measured.
     """
-    sides = looked_on_disk(before), looked_on_disk(now)
     found = {}
     for metric, what in {"image_dependence": "changed", "image_log_ratio": "log_ratios"}.items():
-        old, new = ([getattr(side[name], what) for name in CONTROLS if name in side] for side in sides)
+        old, new = ([getattr(side[name], what) for name in CONTROLS if name in side] for side in (before, now))
         ids = sorted({id_ for values in old for id_ in values} & {id_ for values in new for id_ in values})
         if ids:
             rows = [[[values[id_] for values in side if id_ in values] for id_ in ids] for side in (old, new)]

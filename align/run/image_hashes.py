@@ -25,8 +25,7 @@ def record_or_verify_images(
     """Note the contents of images that are new to the file `noted_in`, hold those of all others against it.
 
     Images that cannot be read any more are passed over: the stage counts what it leaves out for want of them. Call it
-    on
-    one process. Raises UserError where a file is another image than noted.
+    on one process. Raises UserError where a file is another image than noted.
     """
     seen = list(seen)
     changed = changed_images(noted_in, images, seen)

@@ -34,8 +34,7 @@ class StageEntry(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     # `discarded`: --redo was asked for, and the files may not all be gone yet. `reopened`: with --keep-unchanged, and
-    # what
-    # was finished may still stand in the stage's file.
+    # what was finished may still stand in the stage's file.
     status: Literal["running", "complete", "discarded", "reopened"]
     started: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from align.errors import UserError
 from align.log import log
-from align.records import RecordT, parse_line, sealed, to_line, write_jsonl
+from align.records import Question, RecordT, parse_line, sealed, to_line, write_jsonl
 
 
 class PartialFile:
@@ -92,6 +92,24 @@ class PartialFile:
 
     def _parts(self) -> list[Path]:
         return sorted(self.final.parent.glob(f"{self.final.stem}.part-*{self.final.suffix}"))
+
+
+def drop_changed(partial: PartialFile, questions: Iterable[Question], changed: Iterable[str]) -> set[str]:
+    """Drop finished records of questions that are not asked like this any more, or that show `changed` images.
+
+    Returns the ids of what was dropped.
+    """
+    now, other = {question.id: question for question in questions}, set(changed)
+    dropped: set[str] = set()
+
+    def is_same(record: Any) -> bool:
+        same = record.question == now.get(record.id) and other.isdisjoint(record.question.images)
+        if not same:
+            dropped.add(record.id)
+        return same
+
+    partial.keep(is_same)
+    return dropped
 
 
 def _cut_torn_line(path: Path) -> None:

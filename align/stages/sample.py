@@ -24,7 +24,7 @@ from align.records import Question, Response, Samples
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash, text_hash
 from align.run.image_hashes import changed_images, forget_left_out, record_images
-from align.run.resumable import PartialFile
+from align.run.resumable import PartialFile, drop_changed
 from align.run.sharding import OnRecord, begin, finish, map_resumable
 from align.sources import count_by_source, questions_of_round
 from align.stages.until_pair import can_make_pair, further_samples
@@ -89,20 +89,11 @@ def run_sample(config: Config, number: int) -> None:
 
 def _forget_changed(this: Round, images: ImageStore, questions: list[Question]) -> None:
     """Drop finished samples of questions that are not asked like this any more, and what was judged of them."""
-    now = {question.id: question for question in questions}
-    changed = set(changed_images(this.image_hashes, images, questions))
-    dropped: set[str] = set()
-
-    def same(line: Samples) -> bool:
-        is_same = line.question == now.get(line.id) and changed.isdisjoint(line.question.images)
-        if not is_same:
-            dropped.add(line.id)
-        return is_same
-
-    num_dropped = PartialFile(this.samples, Samples).keep(same)
+    changed = changed_images(this.image_hashes, images, questions)
+    dropped = drop_changed(PartialFile(this.samples, Samples), questions, changed)
     PartialFile(this.scores, Judgement).keep(lambda line: line.id not in dropped)
-    if num_dropped:
-        log.info("%d questions have changed since they were sampled: they are sampled again", num_dropped)
+    if dropped:
+        log.info("%d questions have changed since they were sampled: they are sampled again", len(dropped))
 
 
 def check_settings(config: Config) -> None:

@@ -61,10 +61,8 @@ class Abilities:
     """What a server does beyond the bare protocol; found out by asking, once (`server_probe`).
 
     several: `n` gives that many choices. extras: `top_k` and `repetition_penalty` are taken. token_ids:
-    choices come with
-    their tokens. token_log_probs: they come with log-probabilities when asked for. top_log_probs:
-    so many alternatives a
-    token, 0 for none. continues: an assistant turn that has begun is gone on with.
+    choices come with their tokens. token_log_probs: they come with log-probabilities when asked for. top_log_probs: so
+    many alternatives per token, 0 for none. continues: an assistant turn that has begun is continued.
     """
 
     several: bool = False

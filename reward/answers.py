@@ -39,10 +39,11 @@ def final_answer(text: str) -> str:
     boxed = _last_boxed(text)
     if boxed is not None:
         return _plain(boxed)
-    tags = _TAG.findall(text)
+    lower = text.lower()
+    tags = _TAG.findall(text) if "<answer>" in lower else []
     if tags:
         return _plain(tags[-1])
-    marks = list(_MARKED.finditer(text))
+    marks = list(_MARKED.finditer(text)) if "answer" in lower or "答" in text else []
     if marks:
         after = text[marks[-1].end() :].strip()
         if after.strip("*_ "):

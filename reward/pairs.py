@@ -147,25 +147,21 @@ def _usable(
     assert len(rewards) == len(responses)
     dropped: Counter[str] = Counter()
     usable: dict[int, float] = {}
+    seen: set[str] = set()
+    limit = settings.near_duplicate
     for index, (reward, text) in enumerate(zip(rewards, responses, strict=True)):
         if index in excluded:
             dropped[excluded[index]] += 1
         elif reward is None or not math.isfinite(reward):
             dropped[UNSCORED] += 1
-        elif (reason := _repeats(text, [responses[other] for other in usable], settings)) is not None:
-            dropped[reason] += 1
+        elif (plain := normalise(text)) in seen:
+            dropped[SAME_TEXT] += 1
+        elif limit < 1 and any(similarity(text, responses[other]) >= limit for other in usable):
+            dropped[NEAR_DUPLICATE] += 1
         else:
             usable[index] = reward
+            seen.add(plain)
     return usable, dropped
-
-
-def _repeats(text: str, earlier: Sequence[str], settings: PairSettings) -> str | None:
-    if normalise(text) in map(normalise, earlier):
-        return SAME_TEXT
-    limit = settings.near_duplicate
-    if limit < 1 and any(similarity(text, other) >= limit for other in earlier):
-        return NEAR_DUPLICATE
-    return None
 
 
 def _ordered(rewards: Mapping[int, float], one: int, other: int) -> PairChoice:

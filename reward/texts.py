@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
-_SPACE = re.compile(r"\s+")
 _SIGN = re.compile(r"[^\w\s]|_")
 _GRAM = 3
 # A question's responses are compared two by two: each is taken apart once.
@@ -28,8 +27,10 @@ def normalise(text: str) -> str:
     '-1.50 %'
     """
     text = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
+    if text.replace(" ", "").isalnum():
+        return " ".join(text.split())
     kept = _SIGN.sub(lambda sign: sign.group() if _carries_meaning(text, sign.start()) else " ", text)
-    return _SPACE.sub(" ", kept).strip()
+    return " ".join(kept.split())
 
 
 def _carries_meaning(text: str, place: int) -> bool:

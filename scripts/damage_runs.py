@@ -355,9 +355,7 @@ def check_consistent(project: Path) -> None:
         return
     samples, scores = iter_jsonl(this.samples, Samples), iter_jsonl(this.scores, Judgement)
     made = make_pairs(samples, scores, config.pairs, 1, where="")
-    from align.records import to_line
-
-    expected = [to_line(one.pair) for one in made.pairs]
+    expected = [one.line for one in made.pairs]
     assert this.pairs.read_text().splitlines() == expected, "pairs are not those of samples and scores"
 
 

@@ -122,3 +122,11 @@ def test_a_line_that_contradicts_itself_is_named_with_file_and_line(tmp_path, fa
     this.scores.write_text("\n".join(lines))
     with pytest.raises(UserError, match=rf"scores\.jsonl:3: not a valid Judgement.*{message}"):
         run_pairs(config_of(tmp_path, critic={"kind": "random"}), 1)
+
+
+@pytest.mark.parametrize("correct", [["yes", True, False, None], "yes", {"0": True}, [0.5, 1, 0, 1]])
+def test_correctness_that_is_none_is_told_and_the_advice_names_the_round(correct):
+    samples, scores = the_round(random.Random(0))
+    scores[5] = Judgement(id="q5", rewards=[1.0, 0.0, 2.0, 3.0], evidence={"correct": correct})
+    with pytest.raises(UserError, match=r"evidence\.correct.*take its line out .*align score --round 3 --redo$"):
+        make_pairs(samples, scores, PairSettings(), 3, where="here")

@@ -213,3 +213,26 @@ def test_responses_that_were_edited_after_judging_make_no_pair(after_sampling):
     write_lines(path, lines)
     done = run(folder, "pairs", redo=True)
     assert done.counts["questions_without_pair"]["its question or responses have changed since they were judged"] == 1
+
+
+def test_a_picture_that_breaks_after_the_answers_is_left_out_of_the_image_dependence(folder, monkeypatch):
+    from align.evaluation import evaluate
+
+    controls = evaluate.image_controls
+
+    def break_then_draw(*arguments):
+        tear(folder / "images/4.png")
+        return controls(*arguments)
+
+    monkeypatch.setattr(evaluate, "image_controls", break_then_draw)
+    settings = load_config(folder / "align.yaml")
+    asked = settings.evaluate.model_copy(update={"image_dependence": 2})
+    done = run_stage(settings.model_copy(update={"evaluate": asked}), "evaluate", 0)
+    assert done.counts["questions"] == 2
+    # Shown to two questions: to its own (a blank picture needs its size, which the header still tells) and to the other.
+    assert done.counts["left_out_with_other_images"] == {CANNOT_READ: 1}
+    metrics = json.loads(RunDir(folder / "runs/run").round(0).evaluation.read_text())["metrics"]
+    assert metrics["image_dependence_blank"]["count"] == 2
+    assert metrics["image_dependence_shuffled"]["count"] == 1
+    # Its own answer cannot be weighed again either.
+    assert metrics["image_log_ratio_blank"]["count"] == 1

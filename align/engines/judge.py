@@ -13,8 +13,11 @@ from typing import Any
 
 from align.config import Config, Server
 from align.errors import UserError, reward_faults
+from align.log import log
+from align.models.record_faults import CANNOT_READ, UnusableRecord, record_faults
 from align.run.hashes import checkpoint_hash
-from reward.critics import Critic, make_critic, needs, settings_of, uses_judge_model
+from reward.critics import Critic, Item, Judgement, make_critic, needs, settings_of, uses_judge_model
+from reward.judgement import all_unscored
 
 
 @dataclass(frozen=True)
@@ -205,3 +208,26 @@ class _Nobody:
 
     def __call__(self, dialogues: Sequence[Any]) -> list[float | None]:
         raise AssertionError("asked before the reward model was opened")
+
+
+def open_judged(open_image: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What opens the images of judged items; one that cannot be read is an UnusableRecord, for `judge_each`."""
+
+    def open_one(reference: Any) -> Any:
+        with record_faults(str(reference), CANNOT_READ):
+            return open_image(reference)
+
+    return open_one
+
+
+def judge_each(critic: Critic, items: list[Item]) -> list[Judgement]:
+    """The critic's judgement of every item; unscored where an image cannot be read or the critic's processor refuses
+    it."""
+    try:
+        with reward_faults():
+            return critic.judge(items)
+    except UnusableRecord as fault:
+        if len(items) == 1:
+            log.warning("question %s is unscored: %s", items[0].id, fault)
+            return [all_unscored(items[0], fault.reason)]
+    return [judgement for item in items for judgement in judge_each(critic, [item])]

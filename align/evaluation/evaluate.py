@@ -134,10 +134,11 @@ def _measure_answers(
     if _kept_tokens(config, number) and hosted:
         # Exactly, and for every token that was drawn; servers can neither (align.engines.server.prompt_log_probs).
         models.open_with(partial(_opener(config, this, checkpoint, images), engine="local"))
-    weighed, notes = weigh_answers(config, this, checkpoint, done.records, controls, models)
-    moved, more_notes = _moved(config, this, checkpoint, done.records, models)
+    weighed, notes = weigh_answers(config, this, checkpoint, done.records, controls, models, images)
+    moved, more_notes = _moved(config, this, checkpoint, done.records, models, images)
     counts = {"questions": len(answered), "questions_with_other_images": len({c.item.id for c in controls})}
     counts |= done.counts
+    counts |= {"left_out_with_other_images": again.counts["left_out"]} if again.counts else {}
     if is_main_process():
         found = looked(done.records, again.records, weighed)
         intervals = measure(done.records) | moved | measure_looking(found)
@@ -250,13 +251,13 @@ def _inputs(config: Config, run: RunDir, number: int, checkpoint: str) -> dict[s
 
 
 def _moved(
-    config: Config, this: Round, checkpoint: str, lines: list[Evaluation], models: OneModel
+    config: Config, this: Round, checkpoint: str, lines: list[Evaluation], models: OneModel, images: ImageStore
 ) -> tuple[dict[str, Interval], dict[str, str]]:
     """The KL divergence from the first policy, where it can be estimated, and what the manifest should say of it."""
     if not is_measured(config, this.number):
         why = why_not_measured(config) if this.number else None
         return {}, {"kl": why} if why else {}
-    own, first, notes = log_probs_of_both(config, this, checkpoint, lines, models)
+    own, first, notes = log_probs_of_both(config, this, checkpoint, lines, models, images)
     at = f"both policies at temperature {config.evaluate.temperature:g}, on the checkpoint's own samples"
     return divergence(own, first), notes | {"kl": at}
 

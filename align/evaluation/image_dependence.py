@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from align.config import Config
+from align.errors import UserError
 from align.evaluation.grading import evaluated
 from align.evaluation.log_probs import OneModel, weigh
 from align.log import log
@@ -47,7 +48,14 @@ def image_controls(config: Config, questions: Sequence[Question], images: ImageS
         Item(id=question.id, question=question.as_text(), images=tuple(question.images), responses=())
         for question in questions
     ]
-    return control_items(items, images.blank, number=config.evaluate.image_dependence, seed=0)
+
+    def blank(reference: str) -> object:
+        try:
+            return images.blank(reference)
+        except UserError:  # found when it is asked about, and left out then
+            return reference
+
+    return control_items(items, blank, number=config.evaluate.image_dependence, seed=0)
 
 
 def ask_again(
@@ -76,7 +84,12 @@ def ask_again(
             on_record(OtherImageAnswer(id=result.id, answer=answer))
 
         engine = models.get(checkpoint)
-        engine.sample([request_of(control) for control in todo], settings, keep)
+        engine.sample(
+            [request_of(control) for control in todo],
+            settings,
+            keep,
+            on_unusable=lambda id_, fault: on_record(fault.left_out(id_)),
+        )
         return engine.notes
 
     label = f"round {this.number}: evaluate, other images"
@@ -90,6 +103,7 @@ def weigh_answers(
     lines: Sequence[Evaluation],
     controls: Sequence[ControlItem],
     models: OneModel,
+    images: ImageStore,
 ) -> tuple[list[ResponseLogProbs], dict[str, str]]:
     """The greedy answers' log-probabilities under the real picture and the others, at temperature 1; and notes."""
     if not controls or not is_weighed(config):
@@ -98,14 +112,14 @@ def weigh_answers(
 
     by_id = {line.id: line for line in lines}
 
-    def given(id_: str, line: Evaluation, images: Sequence[object]) -> GivenResponses:
-        return GivenResponses(id_, line.question.messages(), tuple(images), (tuple(line.greedy.token_ids),))
+    def given(id_: str, line: Evaluation, shown: Sequence[object]) -> GivenResponses:
+        return GivenResponses(id_, line.question.messages(), tuple(shown), (tuple(line.greedy.token_ids),))
 
     asked = dict.fromkeys(control.item.id for control in controls)
     real = [given(f"{REAL}:{id_}", by_id[id_], by_id[id_].question.images) for id_ in asked]
     other = [given(control.id, by_id[control.item.id], control.item.images) for control in controls]
     label = f"round {this.number}: answers under other images"
-    return weigh(this.image_log_probs, [*real, *other], checkpoint, models, label=label).records, {}
+    return weigh(this.image_log_probs, [*real, *other], checkpoint, models, images=images, label=label).records, {}
 
 
 @dataclass(frozen=True)

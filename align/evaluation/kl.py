@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from align.config import Config
 from align.evaluation.log_probs import OneModel, weigh
 from align.log import log
+from align.media.images import ImageStore
 from align.records import Evaluation, ResponseLogProbs
 from align.run.folder import Round
 from align.statistics import bootstrap_mean, bootstrap_ratio
@@ -48,7 +49,7 @@ def why_not_measured(config: Config) -> str | None:
 
 
 def log_probs_of_both(
-    config: Config, this: Round, checkpoint: str, lines: Sequence[Evaluation], models: OneModel
+    config: Config, this: Round, checkpoint: str, lines: Sequence[Evaluation], models: OneModel, images: ImageStore
 ) -> tuple[list[ResponseLogProbs], list[ResponseLogProbs], dict[str, str]]:
     """The sampled responses of `lines` under the checkpoint that gave them and under the first policy, and notes."""
     from align.engines.base import GivenResponses
@@ -64,13 +65,20 @@ def log_probs_of_both(
     ]
     temperature, label = config.evaluate.temperature, f"round {this.number}"
     own = weigh(
-        this.own_log_probs, given, checkpoint, models, label=f"{label}: log-probabilities", temperature=temperature
+        this.own_log_probs,
+        given,
+        checkpoint,
+        models,
+        images=images,
+        label=f"{label}: log-probabilities",
+        temperature=temperature,
     )
     first = weigh(
         this.first_log_probs,
         given,
         config.policy,
         models,
+        images=images,
         label=f"{label}: under the first policy",
         temperature=temperature,
     )
@@ -83,9 +91,10 @@ def divergence(own: Sequence[ResponseLogProbs], first: Sequence[ResponseLogProbs
     """`kl` in nats per response and `kl_per_token`, with 95 % intervals over questions;
     nothing where no number is finite.
 
-    Responses that one of the two finds impossible (a logarithm that is not finite) are left out.
+    Responses that one of the two finds impossible (a logarithm that is not finite) are left out, and so are questions
+    that one of them was not asked, since an image could not be read any more.
     """
-    nats = [_differences(*both) for both in zip(own, first, strict=True)]
+    nats = [_differences(*both) for both in _of_both(own, first)]
     kept = [[pair for pair in pairs if math.isfinite(pair[0])] for pairs in nats]
     left_out = sum(map(len, nats)) - sum(map(len, kept))
     if left_out:
@@ -97,9 +106,16 @@ def divergence(own: Sequence[ResponseLogProbs], first: Sequence[ResponseLogProbs
     return found | ({"kl_per_token": bootstrap_ratio(sums, sizes)} if any(sizes) else {})
 
 
+def _of_both(
+    own: Sequence[ResponseLogProbs], first: Sequence[ResponseLogProbs]
+) -> list[tuple[ResponseLogProbs, ResponseLogProbs]]:
+    """The lines of the questions that both were asked."""
+    theirs = {line.id: line for line in first}
+    return [(mine, theirs[mine.id]) for mine in own if mine.id in theirs]
+
+
 def _differences(own: ResponseLogProbs, first: ResponseLogProbs) -> list[tuple[float, int]]:
     """Nats and tokens of every response to a question."""
-    assert own.id == first.id
     pairs = zip(own.log_probs, first.log_probs, own.num_tokens, strict=True)
     return [(mine - theirs, num_tokens) for mine, theirs, num_tokens in pairs]
 
@@ -113,6 +129,6 @@ def kl_of_questions(this: Round) -> dict[str, list[float]]:
     own, first = (read_jsonl(path, ResponseLogProbs) for path in (this.own_log_probs, this.first_log_probs))
     return {
         mine.id: [nats for nats, _ in _differences(mine, theirs)]
-        for mine, theirs in zip(own, first, strict=True)
+        for mine, theirs in _of_both(own, first)
         if all(math.isfinite(nats) for nats, _ in _differences(mine, theirs))
     }

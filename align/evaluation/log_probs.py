@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 from align import accelerator
 from align.engines.vllm.hosting import release
+from align.errors import UserError
+from align.media.images import ImageStore
+from align.models.record_faults import CANNOT_READ, UnusableRecord, record_faults
 from align.records import ResponseLogProbs
 from align.run.sharding import OnRecord, StageOutput, batches, map_resumable
 
@@ -58,20 +61,46 @@ def weigh(
     checkpoint: str,
     models: OneModel,
     *,
+    images: ImageStore,
     label: str,
     temperature: float = 1.0,
 ) -> StageOutput:
-    """`ResponseLogProbs` of every question's responses when drawn at this temperature, in `final`."""
+    """`ResponseLogProbs` of every question's responses when drawn at this temperature, in `final`.
+
+    Questions with an image that cannot be read any more are left out.
+    """
 
     def work(todo: list[GivenResponses], on_record: OnRecord) -> dict[str, str]:
         engine = models.get(checkpoint)
+        finished: set[str] = set()
 
         def on_result(id_: str, rows: list[list[float]]) -> None:
+            finished.add(id_)
             sums = [round(math.fsum(row), DIGITS) for row in rows]
             on_record(ResponseLogProbs(id=id_, log_probs=sums, num_tokens=[len(row) for row in rows]))
 
         for some in batches(todo, QUESTIONS_AT_A_TIME):
-            engine.loglikelihood(some, on_result, temperature=temperature)
+            try:
+                engine.loglikelihood(some, on_result, temperature=temperature)
+            except UserError:
+                # Only now are all images opened once more, to see which of them it was.
+                unfinished = [item for item in some if item.id not in finished]
+                readable = [item for item in unfinished if _is_readable(item, images, on_record)]
+                if len(readable) == len(unfinished):
+                    raise
+                engine.loglikelihood(readable, on_result, temperature=temperature)
         return engine.notes
 
     return map_resumable(final, ResponseLogProbs, given, work, label=label)
+
+
+def _is_readable(item: GivenResponses, images: ImageStore, on_record: OnRecord) -> bool:
+    """Whether every image of an item can be opened; else it is left out."""
+    try:
+        with record_faults(f"question {item.id}", CANNOT_READ):
+            for image in item.images:
+                images.open(image)
+    except UnusableRecord as fault:
+        on_record(fault.left_out(item.id))
+        return False
+    return True

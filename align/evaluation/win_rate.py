@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.config import Config
-from align.engines.judge import open_critic, plan_critic
-from align.errors import reward_faults
+from align.engines.judge import judge_each, open_critic, open_judged, plan_critic
 from align.media.images import evaluation_images
 from align.monitoring.progress import progress
 from align.records import Evaluation
@@ -51,7 +50,7 @@ def win_rates(
         UserError: the critic cannot be opened.
     """
     images = evaluation_images(config)
-    critic, _ = open_critic(plan_critic(config), config, images.open, logs=logs)
+    critic, _ = open_critic(plan_critic(config), config, open_judged(images.open), logs=logs)
     found = {}
     for name, others in opponents.items():
         by_id = {line.id: line for line in others}
@@ -59,8 +58,7 @@ def win_rates(
         judgements: list[Judgement] = []
         with progress(f"win rate against {NAMES.get(name, name)}", total=len(pairs)) as advance:
             for some in batches([_item(*pair) for pair in pairs], BATCH):
-                with reward_faults():
-                    judgements += critic.judge(some)
+                judgements += judge_each(critic, some)
                 advance(len(some))
         found[name] = summarise([_outcome(*pair, found) for pair, found in zip(pairs, judgements, strict=True)])
     return found

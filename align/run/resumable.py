@@ -60,7 +60,7 @@ class PartialFile:
 
     def reopen(self) -> None:
         """Make the final file a part again: what it holds is finished, and compared with what is to be done."""
-        lines = self.final.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = self.final.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(sealed(line.strip()) + "\n" for line in lines if line.strip())

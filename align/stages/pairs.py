@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from align.config import Config
@@ -18,13 +19,13 @@ from align.distributed.ranks import barrier, is_main_process
 from align.errors import UserError, reward_faults
 from align.log import log
 from align.media.images import question_images
-from align.records import Pair, Question, Samples, iter_jsonl, read_jsonl, write_jsonl
+from align.records import Pair, Question, Samples, iter_jsonl, parse_line, read_jsonl, to_line, write_lines
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
 from align.run.sharding import begin
 from align.sources import count_by_source
 from align.stages.critic_metrics import check_gates
-from align.stages.join import is_about, join_scores, scores_by_id
+from align.stages.join import Scored, is_about, join_scores, scores_by_id
 from reward.critics.verifier import is_correct
 from reward.judgement import Judgement
 from reward.pairs import Chosen, PairChoice, PairSettings, choose_pairs
@@ -37,16 +38,30 @@ NOT_IN_SCORES = "no line in the scores"
 CHANGED_SINCE = "its question or responses have changed since they were judged"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MadePair:
-    """A pair with the lengths of chosen and rejected, in tokens where they were sampled, else in characters.
+    """A pair as a line of pairs.jsonl, which takes a fifth of an object's memory, and what the whole round asks of it.
 
-    `right` says whether the right response was chosen over a wrong one; None where the reference answer does not tell.
+    `lengths` are those of chosen and rejected, in tokens where they were sampled, else in characters. `right` says
+    whether the right response was chosen over a wrong one; None where the reference answer does not tell.
     """
 
-    pair: Pair
+    line: str
+    id: str
+    question_id: str | None
+    source: str | None
     lengths: tuple[int, int]
     right: bool | None = None
+
+    @classmethod
+    def of(cls, pair: Pair, lengths: tuple[int, int], right: bool | None = None) -> MadePair:
+        """The pair as it will be written."""
+        return cls(to_line(pair), pair.id, pair.question_id, pair.meta.get("source"), lengths, right)
+
+    @property
+    def pair(self) -> Pair:
+        """The pair as it will be read."""
+        return parse_line(self.line, Pair, self.id)
 
 
 @dataclass
@@ -88,12 +103,11 @@ def run_pairs(config: Config, number: int) -> None:
         if not made.pairs:
             this.manifest.note(STAGE, counts=made.counts)
             raise _nothing_left(config, this, made.counts)
-        pairs = [one.pair for one in made.pairs]
-        replayed = replay(pairs, earlier, config)
-        counts = made.counts | {"pairs": len(pairs) + len(replayed)}
+        replayed = replay([one.id for one in made.pairs], earlier, config)
+        counts = made.counts | {"pairs": len(made.pairs) + len(replayed)}
         counts |= {"replayed_pairs": len(replayed)} if earlier else {}
         counts["figures"] = {name: figure.model_dump(exclude_none=True) for name, figure in pair_figures(made).items()}
-        write_jsonl(this.pairs, [*pairs, *replayed])
+        write_lines(this.pairs, chain((one.line for one in made.pairs), map(to_line, replayed)))
         this.manifest.finish(STAGE, outputs=[this.pairs], counts=counts)
     barrier()
 
@@ -102,7 +116,7 @@ def _own_pairs(config: Config, this: Round) -> Made:
     if config.pairs_file is not None and this.number == 1:
         pairs, counts = read_pairs_file(config.pairs_file, question_images(config))
         return Made(
-            [MadePair(pair, (len(text_of(pair.chosen)), len(text_of(pair.rejected)))) for pair in pairs], counts
+            [MadePair.of(pair, (len(text_of(pair.chosen)), len(text_of(pair.rejected)))) for pair in pairs], counts
         )
     samples, scores = iter_jsonl(this.samples, Samples), iter_jsonl(this.scores, Judgement)
     return make_pairs(samples, scores, config.pairs, this.number, where=str(this.path))
@@ -143,7 +157,7 @@ def make_pairs(
     dropped: Counter[str] = Counter()
     without: Counter[str] = Counter()
     questions = scored = 0
-    for line, score in join_scores(samples, by_id, where):
+    for line, score in join_scores(samples, by_id, number, where=where):
         questions += 1
         if score is None:
             without[NOT_IN_SCORES] += 1
@@ -161,7 +175,7 @@ def make_pairs(
             sides = line.responses[choice.chosen], line.responses[choice.rejected]
             lengths = sides[0].num_tokens, sides[1].num_tokens
             right = _right(line.question, sides[0].text, sides[1].text)
-            made.pairs.append(MadePair(_pair(line, score, choice, number), lengths, right))
+            made.pairs.append(MadePair.of(_pair(line, score, choice, number), lengths, right))
     made.counts = {
         "questions": questions,
         "pairs": len(made.pairs),
@@ -169,7 +183,7 @@ def make_pairs(
         "dropped_pairs": dict(dropped),
         "questions_without_pair": dict(without),
     }
-    if by_source := count_by_source([one.pair.meta.get("source") for one in made.pairs]):
+    if by_source := count_by_source([one.source for one in made.pairs]):
         made.counts["pairs_by_source"] = by_source
     if scored < len(by_id):
         made.counts["scores_without_samples"] = len(by_id) - scored
@@ -194,7 +208,7 @@ def pair_figures(made: Made) -> dict[str, Figure]:
     """PAIR_MEASURES of a round's own pairs, where there is anything to take them of."""
     by_question: dict[str, list[MadePair]] = {}
     for one in made.pairs:
-        by_question.setdefault(one.pair.question_id or one.pair.id, []).append(one)
+        by_question.setdefault(one.question_id or one.id, []).append(one)
     unequal = [[m.lengths for m in own if m.lengths[0] != m.lengths[1]] for own in by_question.values()]
     known = [[m.right for m in own if m.right is not None] for own in by_question.values()]
     found = {
@@ -215,15 +229,18 @@ def _right(question: Question, chosen: str, rejected: str) -> bool | None:
     return better if better is not None and worse is not None and better != worse else None
 
 
-def replay(pairs: Sequence[Pair], earlier: Sequence[Pair], config: Config) -> list[Pair]:
-    """The pairs of earlier rounds to train on again; what they say of samples holds for their own round only."""
-    taken = {pair.id for pair in pairs}
+def replay(ids: Sequence[str], earlier: Sequence[Pair], config: Config) -> list[Pair]:
+    """The pairs of earlier rounds to train on again beside those with these ids.
+
+    What they say of samples holds for their own round only.
+    """
+    taken = set(ids)
     fresh = [pair for pair in earlier if pair.id not in taken]
     # A pair without a margin (from a file) counts as easy: it is taken when nothing harder is left.
     margins = [math.inf if pair.margin is None else pair.margin for pair in fresh]
     with reward_faults():
         indices = draw_replay(
-            len(pairs),
+            len(ids),
             margins,
             fraction=config.pairs.replay_fraction,
             order=config.pairs.replay_order,
@@ -245,7 +262,7 @@ def _earlier_pairs(run: RunDir, number: int) -> list[Pair]:
     return found
 
 
-def _choose(line: Samples, score: Judgement, settings: PairSettings) -> Chosen:
+def _choose(line: Samples, score: Scored, settings: PairSettings) -> Chosen:
     excluded = {}
     for index, response in enumerate(line.responses):
         if not response.text.strip():
@@ -257,12 +274,12 @@ def _choose(line: Samples, score: Judgement, settings: PairSettings) -> Chosen:
         [response.text for response in line.responses],
         settings,
         excluded=excluded,
-        correct=score.evidence.get("correct"),
+        correct=score.correct,
         lengths=[response.num_tokens for response in line.responses],
     )
 
 
-def _pair(line: Samples, score: Judgement, choice: PairChoice, number: int) -> Pair:
+def _pair(line: Samples, score: Scored, choice: PairChoice, number: int) -> Pair:
     def message(index: int) -> list[dict[str, Any]]:
         return [{"role": "assistant", "content": [{"type": "text", "text": line.responses[index].text}]}]
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from align.config import Config, CriticSettings
 from align.distributed.ranks import is_main_process
-from align.engines.judge import CriticPlan, open_critic, plan_critic
+from align.engines.judge import CriticPlan, judge_each, open_critic, open_judged, plan_critic
 from align.engines.open import arithmetic_settings
 from align.errors import UserError, reward_faults
 from align.log import log
 from align.media.images import ImageStore, question_images
-from align.models.record_faults import CANNOT_READ, UnusableRecord, record_faults
+from align.models.record_faults import CANNOT_READ
 from align.records import Samples, read_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash
@@ -31,7 +31,6 @@ from align.stages.critic_inputs import check_same_samples, critic_files, critic_
 from align.stages.critic_metrics import check_gates, critic_controls, critic_figures, item_of
 from align.stages.join import is_about, judged_hash
 from reward.critics import Critic, Item, Judgement
-from reward.judgement import all_unscored
 from reward.reliability import check_gates as check_gate_names
 from reward.warnings import critic_warnings
 
@@ -94,13 +93,9 @@ def _forget_changed(this: Round, samples: list[Samples]) -> None:
 
 
 def _score_round(config: Config, plan: CriticPlan, this: Round, samples: list[Samples], images: ImageStore) -> None:
-    def open_image(reference: Any) -> Any:
-        with record_faults(str(reference), CANNOT_READ):
-            return images.open(reference)
-
     @cache
     def opened() -> tuple[Critic, Callable[[], dict[str, str]]]:
-        return open_critic(plan, config, open_image, logs=this.server_logs / "critic")
+        return open_critic(plan, config, open_judged(images.open), logs=this.server_logs / "critic")
 
     size = config.critic.batch_size or DEFAULT_BATCH
     label = f"round {this.number}: score"
@@ -144,19 +139,6 @@ def _judge(
         return notes()
 
     return work
-
-
-def judge_each(critic: Critic, items: list[Item]) -> list[Judgement]:
-    """The critic's judgement of every item; unscored where an image cannot be read or the critic's processor refuses
-    it."""
-    try:
-        with reward_faults():
-            return critic.judge(items)
-    except UnusableRecord as fault:
-        if len(items) == 1:
-            log.warning("question %s is unscored: %s", items[0].id, fault)
-            return [all_unscored(items[0], fault.reason)]
-    return [judgement for item in items for judgement in judge_each(critic, [item])]
 
 
 def _counts(scores: Sequence[Judgement]) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def make_pairs(samples: list[Samples], scores: list[Judgement]) -> tuple[list[Pa
         sides = line.responses[best], line.responses[worst]
         good = [line.question.answer in side.text.strip(".").split() for side in sides]
         right = good[0] if good[0] != good[1] else None
-        made.append(MadePair(pairs[-1], (sides[0].num_tokens, sides[1].num_tokens), right))
+        made.append(MadePair.of(pairs[-1], (sides[0].num_tokens, sides[1].num_tokens), right))
     counts = {
         "questions": len(samples),
         "pairs": len(pairs),

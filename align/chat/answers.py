@@ -14,11 +14,15 @@ from queue import SimpleQueue
 from typing import Any
 
 from PIL.Image import Image
+from pydantic import ValidationError
 
-from align.config import ModelSettings
+from align.config import ModelSettings, Server, ServerSettings
 from align.engines.base import SampleRequest, SampleResult, SamplingSettings
-from align.engines.open import open_engine
+from align.engines.local import LocalEngine
+from align.engines.open import open_engine, open_servers
+from align.engines.server.engine import ServerEngine
 from align.engines.streaming import Stopped
+from align.errors import UserError
 from align.media.images import ImageStore
 from align.media.video import frame_sampler_of, read_frames
 
@@ -52,15 +56,25 @@ class Answers:
 
 
 class Chat:
-    """A loaded checkpoint to talk to. Only one conversation is answered at a time; others wait.
+    """A checkpoint to talk to, loaded here or behind the URL of a server. Only one conversation is answered at a time;
+    others wait.
 
-    Raises UserError where the checkpoint cannot be opened.
+    `api_key_env`: the environment variable with the server's key. `model`: the name under which it is served, or None.
+
+    Raises UserError where the checkpoint cannot be opened, or the server does not answer or has it not.
     """
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, *, api_key_env: str | None = None) -> None:
         self.checkpoint = checkpoint
-        self.engine = open_engine(checkpoint, ModelSettings(), open_image=lambda picture: picture)
+        self.model: str | None = None
         self._busy = threading.Lock()
+        if is_url(checkpoint):
+            servers = [_server(checkpoint, api_key_env)]
+            served = open_servers(servers, None, ServerSettings(), open_image=_as_it_is)
+            self.engine: LocalEngine | ServerEngine = served
+            self.model = served.fleet.endpoints[0].model
+        else:
+            self.engine = open_engine(checkpoint, ModelSettings(), open_image=_as_it_is)
 
     def ask(self, question: str, files: Sequence[Path] = ()) -> Exchange:
         """A question about these image and video files; UserError for one that is missing, damaged or too large."""
@@ -103,8 +117,32 @@ class Chat:
 
     def _open(self, file: Path) -> list[Image]:
         if file.suffix.lower() in VIDEO_SUFFIXES:
-            return read_frames(file, sampler=frame_sampler_of(self.engine.prompter.processor))
+            if isinstance(self.engine, LocalEngine):
+                return read_frames(file, sampler=frame_sampler_of(self.engine.prompter.processor))
+            return read_frames(file)
         return [ImageStore(file.parent).open(file.name)]
+
+
+def is_url(checkpoint: str) -> bool:
+    """Whether a checkpoint is named by the address of a server that has it."""
+    return checkpoint.startswith(("http://", "https://"))
+
+
+def _server(url: str, api_key_env: str | None) -> Server:
+    """The server at an address, with the name of a model behind a `#` where it serves several.
+
+    >>> _server("http://gpu1:8000#policy-2", None).model
+    'policy-2'
+    """
+    address, _, model = url.partition("#")
+    try:
+        return Server(url=address, model=model or None, api_key_env=api_key_env)
+    except ValidationError:
+        raise UserError("no address of a server", where=url, fix="name it as http://host:port") from None
+
+
+def _as_it_is(picture: Image) -> Image:
+    return picture
 
 
 def messages_of(exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ class Page:
         with gr.Blocks(title="align chat", analytics_enabled=False) as blocks:
             self.talk = gr.State(Talk())
             for chat in self.chats:
-                _build_heading(chat.checkpoint)
+                _build_heading(chat)
             with gr.Row():
                 with gr.Column(scale=4, min_width=320):
                     self._build_conversation()
@@ -193,7 +193,7 @@ class Page:
         """The headings of the answers that stand side by side."""
         if len(self.chats) == 1:
             return tuple(f"Answer {index + 1}" for index in range(number))
-        names = [short_name(chat.checkpoint) for chat in self.chats]
+        names = [chat.model or short_name(chat.checkpoint) for chat in self.chats]
         return tuple(f"{name} · {index + 1}" if number > 1 else name for name in names for index in range(number))
 
     def _view(self, talk: Talk) -> dict[Any, Any]:
@@ -210,7 +210,12 @@ class Page:
         return changes
 
 
-def _build_heading(checkpoint: str) -> None:
+def _build_heading(chat: Chat) -> None:
+    checkpoint = chat.checkpoint
+    if chat.model is not None:
+        # What is behind a server's address is not seen from here.
+        gr.Markdown(f"{html.escape(chat.model)} · served at {html.escape(checkpoint)}", elem_classes="lineage")
+        return
     architecture = (read_config(checkpoint).get("architectures") or ["unknown architecture"])[0]
     about = " · ".join(filter(None, (architecture, licence_of(checkpoint))))
     with gr.Accordion(f"{short_name(checkpoint)} · {about} · lineage", open=False):

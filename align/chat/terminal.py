@@ -101,13 +101,20 @@ class Printed:
             typer.secho(remark, dim=True)
 
 
-def chat_in_terminal(checkpoint: str, files: Sequence[Path], question: str | None, settings: SamplingSettings) -> None:
+def chat_in_terminal(
+    checkpoint: str,
+    files: Sequence[Path],
+    question: str | None,
+    settings: SamplingSettings,
+    *,
+    api_key_env: str | None = None,
+) -> None:
     """Answer `question`, or whatever is typed until the end of input or an empty line.
 
     Raises:
         UserError: a file or a question cannot be used; a person at a terminal sees why and may continue.
     """
-    conversation = Conversation(Chat(checkpoint), files, settings)
+    conversation = Conversation(Chat(checkpoint, api_key_env=api_key_env), files, settings)
     if question is not None:
         conversation.ask(question)
         return

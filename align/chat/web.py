@@ -43,7 +43,9 @@ class Address:
     share: bool = False
 
 
-def chat_on_page(checkpoints: Sequence[str], settings: SamplingSettings, address: Address) -> None:
+def chat_on_page(
+    checkpoints: Sequence[str], settings: SamplingSettings, address: Address, *, api_key_env: str | None = None
+) -> None:
     """Serve the page until Ctrl-C. `settings` are what its controls begin with.
 
     Raises:
@@ -53,7 +55,8 @@ def chat_on_page(checkpoints: Sequence[str], settings: SamplingSettings, address
     def build() -> Any:
         from align.chat.page import Page
 
-        return Page([Chat(checkpoint) for checkpoint in checkpoints], settings).build()
+        chats = [Chat(checkpoint, api_key_env=api_key_env) for checkpoint in checkpoints]
+        return Page(chats, settings).build()
 
     serve_page(build, address, css=Path(__file__).with_name("page.css"), name="chat", offers="talk to the model")
 

@@ -84,7 +84,9 @@ def convert(
 
 @app.command(epilog="Example:  align chat runs/run/round-3/checkpoint --image photo.jpg")
 def chat(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint folder, or where it is served: http://host:port, #NAME of several.")
+    ],
     image: Annotated[list[Path] | None, typer.Option(help="An image or video to talk about; may be repeated.")] = None,
     question: Annotated[str | None, typer.Option("--question", "-q", help="Ask this and stop.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
@@ -94,6 +96,7 @@ def chat(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
     host: Annotated[str, typer.Option(help="Where the page listens; 0.0.0.0 lets others in.")] = "127.0.0.1",
     share: Annotated[bool, typer.Option("--share", help="Open the page to anybody through gradio.live.")] = False,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the server's key.")] = None,
 ) -> None:
     """Try a checkpoint: ask about images, in the terminal or on a page."""
     from align.engines.base import SamplingSettings
@@ -103,11 +106,12 @@ def chat(
         if web:
             from align.chat.web import Address, chat_on_page
 
-            chat_on_page([checkpoint, *([compare] if compare else [])], settings, Address(host, port, share))
+            checkpoints = [checkpoint, *([compare] if compare else [])]
+            chat_on_page(checkpoints, settings, Address(host, port, share), api_key_env=api_key_env)
         else:
             from align.chat.terminal import chat_in_terminal
 
-            chat_in_terminal(checkpoint, image or [], question, settings)
+            chat_in_terminal(checkpoint, image or [], question, settings, api_key_env=api_key_env)
 
 
 @app.command(epilog="Example:  align demo --folder demo-run --seed 1")

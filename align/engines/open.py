@@ -80,7 +80,7 @@ def open_servers(
     open_image: Callable[[Any], Any],
     made_in_round: int | None = None,
     processor: dict[str, Any] | None = None,
-) -> Engine:
+) -> ServerEngine:
     """An engine on servers that have been seen to serve the checkpoint.
 
     `made_in_round` is the round that made it, 0 for the first policy; None for a model that stays the same in a run.

@@ -6,6 +6,7 @@ It runs in a thread of the test's process, or as `python -m tests.engines.stub_s
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -42,7 +43,7 @@ Behaviour = Callable[[Body, int], Reply | None]
 class StubServer:
     """`behave(body, count)` may answer the count-th real request (probes not counted) instead of `answer`.
 
-    `service_s` is slept through for every request; `has_n`, `has_extras`, `has_log_probs` are abilities.
+    `service_s` is slept through for every request; `has_n`, `has_extras`, `streams` are abilities.
     """
 
     def __init__(
@@ -56,13 +57,14 @@ class StubServer:
         service_s: float = 0.0,
         has_n: bool = True,
         has_extras: bool = True,
+        streams: bool = True,
         slots: int | None = None,
         port: int = 0,
     ) -> None:
         self.behave, self.answer, self.models, self.key = behave, answer, models, key
         # What the list of models says of each beside its name.
         self.card = card or {}
-        self.service_s, self.has_n, self.has_extras = service_s, has_n, has_extras
+        self.service_s, self.has_n, self.has_extras, self.streams = service_s, has_n, has_extras, streams
         # A real server works on so many requests at a time; the others wait.
         self.slots = threading.Semaphore(slots) if slots else None
         self.lock = threading.Lock()
@@ -116,7 +118,8 @@ class StubServer:
         if self.answer is not None:
             return Reply(self.answer(body))
         num = body.get("n", 1) if self.has_n else 1
-        return Reply(completion([said(body, index) for index in range(num)]))
+        texts = [said(body, index) for index in range(num)]
+        return events(texts) if body.get("stream") and self.streams else Reply(completion(texts))
 
 
 class _Http(ThreadingHTTPServer):
@@ -210,6 +213,16 @@ def completion(texts: list[str], **more: Any) -> Body:
         "choices": choices,
         "usage": {"prompt_tokens": 7, "completion_tokens": sum(map(len, texts))},
     }
+
+
+def events(texts: list[str], *, num_events: int | None = None) -> Reply:
+    """A completion as a stream, a word of one choice per event; only the first events where a number is given."""
+    words = [(index, word) for index, text in enumerate(texts) for word in re.findall(r"\S+\s*", text)]
+    parts: list[Body] = [{"index": index, "delta": {"content": word}} for index, word in words]
+    parts += [{"index": index, "delta": {}, "finish_reason": "stop"} for index in range(len(texts))]
+    lines = [f"data: {json.dumps({'choices': [part]})}\n\n" for part in parts[:num_events]]
+    end = [] if num_events else ["data: [DONE]\n\n"]
+    return Reply("".join([": ping\n\n", *lines, *end]).encode(), headers={"Content-Type": "text/event-stream"})
 
 
 def main() -> None:

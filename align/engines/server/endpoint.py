@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from align.config import Server
+from align.engines.server.events import OnTexts, collect
 from align.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,14 +115,19 @@ class Endpoint:
     def __str__(self) -> str:
         return self.url
 
-    async def post(self, client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    async def post(
+        self, client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float, *, on_texts: OnTexts | None = None
+    ) -> dict[str, Any]:
         """The answer to a chat completion with this body (`model` is added).
+
+        `on_texts` gets what each choice says while it is written, where the server streams.
 
         Raises:
             RetryLaterError, RefusedError: see there.
             UserError: the key is missing or wrong, or the address is another one.
         """
-        answer = await self._branched(client, "POST", "/chat/completions", {"model": self.model} | body, timeout_s)
+        body = {"model": self.model} | ({"stream": True} if on_texts is not None else {}) | body
+        answer = await self._exchange(client, "POST", "/chat/completions", body, timeout_s, on_texts)
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or not answer["choices"]:
             raise RetryLaterError(f"answered without choices ({self.readable(json.dumps(answer))})")
         return answer
@@ -135,7 +141,7 @@ class Endpoint:
             UserError: the key or the address is wrong.
         """
         try:
-            listed = await self._branched(client, "GET", "/models", None, CHECK_TIMEOUT_S)
+            listed = await self._exchange(client, "GET", "/models", None, CHECK_TIMEOUT_S)
             entries = {str(entry["id"]): entry for entry in listed["data"]}
             models = {name: entry.get("root") for name, entry in entries.items()}
         except (RefusedError, RetryLaterError, KeyError, TypeError, AttributeError) as error:
@@ -163,16 +169,27 @@ class Endpoint:
         text = re.sub(r"\s+", " ", text).strip()
         return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
 
-    async def _branched(
-        self, client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
+    async def _exchange(
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        timeout_s: float,
+        on_texts: OnTexts | None = None,
     ) -> Any:
         import httpx
 
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             # httpx's own limits are for each read; this one is for the whole answer.
-            async with asyncio.timeout(timeout_s):
-                response = await client.request(method, self.url + path, json=body, headers=headers)
+            async with (
+                asyncio.timeout(timeout_s),
+                client.stream(method, self.url + path, json=body, headers=headers) as response,
+            ):
+                if on_texts is not None and response.is_success and _is_stream(response):
+                    return await collect(response.aiter_lines(), on_texts)
+                await response.aread()
         except (TimeoutError, httpx.TimeoutException):
             raise RetryLaterError(f"no answer within {timeout_s:g} s") from None
         except httpx.InvalidURL as error:
@@ -182,6 +199,8 @@ class Endpoint:
         except httpx.RequestError as error:
             reason = self.readable(str(error)) or type(error).__name__
             raise RetryLaterError(f"the connection broke ({reason})") from None
+        except (EOFError, ValueError) as error:
+            raise RetryLaterError(f"its stream is not a whole answer ({self.readable(str(error))})") from None
         self._check_status(response, path)
         try:
             return response.json()
@@ -264,6 +283,10 @@ def _key(server: Server) -> str | None:
             fix="export it with the server's key, or leave api_key_env out",
         )
     return key
+
+
+def _is_stream(response: httpx.Response) -> bool:
+    return response.headers.get("content-type", "").startswith("text/event-stream")
 
 
 def _message(response: httpx.Response) -> str:

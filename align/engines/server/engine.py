@@ -37,6 +37,7 @@ from align.engines.server.chat import (
 )
 from align.engines.server.comparison import PromptComparison
 from align.engines.server.endpoint import Endpoint, RefusedError
+from align.engines.server.events import OnTexts
 from align.engines.server.fleet import Answer, Fleet, UnansweredError
 from align.engines.server.options import Step, from_text, num_tokens_to_see, option_log_probs, read_steps
 from align.engines.server.own_processor import OwnProcessor
@@ -136,6 +137,26 @@ class ServerEngine:
                 f"{len(missed)} of {len(requests)} questions got no answer from the servers:\n{_listed(missed)}",
                 fix="the others are kept: fix the server or these questions and run the same command again",
             )
+
+    def stream(self, request: SampleRequest, settings: SamplingSettings, on_texts: OnTexts) -> SampleResult:
+        """Answer one request as `sample` does; `on_texts` gets what each sample says so far, where the server streams.
+
+        What it raises ends the answer; `Stopped` (align.engines.streaming) is meant for that.
+
+        Raises:
+            UserError: an image cannot be read, the server refuses the conversation, or no server answers.
+        """
+
+        async def work() -> list[Choice]:
+            with record_faults("the conversation", CANNOT_READ):
+                uris = await self._uris(request.images)
+            messages = chat_messages(request.messages, uris)
+            return await self._draw(messages, request, settings, range(request.num_samples), on_texts)
+
+        try:
+            return _result(request.id, self.fleet.run(work))
+        except (RefusedError, UnansweredError) as error:
+            raise UserError(f"the server does not answer this: {error}") from None
 
     def loglikelihood(
         self,
@@ -253,18 +274,32 @@ class ServerEngine:
             self.notes = self.about | compared | {"servers": "; ".join(servers)} | counts
 
     async def _draw(
-        self, messages: list[dict[str, Any]], request: SampleRequest, settings: SamplingSettings, indices: range
+        self,
+        messages: list[dict[str, Any]],
+        request: SampleRequest,
+        settings: SamplingSettings,
+        indices: range,
+        on_texts: OnTexts | None = None,
     ) -> list[Choice]:
         """These samples of a question: with `n` at once, else, and for those that are missing, one by one."""
         wanted = indices[:1] if settings.temperature == 0 else indices
+        grown = dict.fromkeys(wanted, "")
 
         async def draw(first: int, num: int, prefer: Endpoint | None = None) -> tuple[list[Choice], Endpoint]:
             def body(endpoint: Endpoint) -> dict[str, Any]:
-                many = num if endpoint.abilities.several else 1
+                can = endpoint.abilities
+                if on_texts is not None:
+                    # Tokens come with the events, and nobody counts them.
+                    can = replace(can, token_ids=False, token_log_probs=False)
                 seed = sample_seed(request.seed, first)
-                return sampling_body(messages, settings, endpoint.abilities, seed=seed, num=many)
+                return sampling_body(messages, settings, can, seed=seed, num=num if can.several else 1)
 
-            answer = await self._post(body, prefer)
+            def grow(texts: tuple[str, ...]) -> None:
+                assert on_texts is not None
+                grown.update(zip(range(first, first + num), texts, strict=False))
+                on_texts(tuple(grown.values()) * (len(indices) // len(wanted)))
+
+            answer = await self._post(body, prefer, None if on_texts is None else grow)
             await self._compare(request.messages, request.images, answer)
             choices = answer.choices
             if answer.endpoint.abilities.several and len(choices) < num:
@@ -341,8 +376,13 @@ class ServerEngine:
             compare = self.comparison.compare
             await asyncio.to_thread(compare, messages, images, answer.data, answer.endpoint.url)
 
-    async def _post(self, build: Callable[[Endpoint], dict[str, Any]], prefer: Endpoint | None) -> Answer:
-        answer = await self.fleet.post(build, prefer=prefer)
+    async def _post(
+        self,
+        build: Callable[[Endpoint], dict[str, Any]],
+        prefer: Endpoint | None,
+        on_texts: OnTexts | None = None,
+    ) -> Answer:
+        answer = await self.fleet.post(build, prefer=prefer, on_texts=on_texts)
         assert answer is not None, "every endpoint takes this body"
         return answer
 

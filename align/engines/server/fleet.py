@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from align.config import ServerSettings
 from align.engines.server.chat import Choice, num_prompt_tokens, read_choices
 from align.engines.server.endpoint import Endpoint, NotServedError, RefusedError, RetryLaterError
+from align.engines.server.events import OnTexts
 from align.engines.server.probe import probe
 from align.errors import UserError
 from align.log import log
@@ -110,11 +111,14 @@ class Fleet:
         finally:
             await _cancel(tasks)
 
-    async def post(self, build: Build, *, prefer: Endpoint | None = None) -> Answer | None:
+    async def post(
+        self, build: Build, *, prefer: Endpoint | None = None, on_texts: OnTexts | None = None
+    ) -> Answer | None:
         """The answer to a chat completion; `build` makes its body for the endpoint that is to answer.
 
         `prefer` answers if it is free, since it has the prompt in its cache. None where `build` gives None: this
-        endpoint cannot do it.
+        endpoint cannot do it. `on_texts` gets what each choice says so far, from the beginning again where an endpoint
+        breaks off; whoever reads along sees where an answer was cut for want of room.
 
         Raises:
             RefusedError: the server will not answer this.
@@ -130,8 +134,10 @@ class Fleet:
                 body = build(endpoint)
                 if body is None:
                     return None
-                data = await _unless_taken_out(endpoint, endpoint.post(self._client, body, self.settings.timeout_s))
-                self._check_room(endpoint, body, data)
+                asked = endpoint.post(self._client, body, self.settings.timeout_s, on_texts=on_texts)
+                data = await _unless_taken_out(endpoint, asked)
+                if on_texts is None:
+                    self._check_room(endpoint, body, data)
                 answer = Answer(endpoint, data, read_choices(data))
                 self._worked(endpoint)
                 _count(data.get("usage"))

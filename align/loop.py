@@ -26,6 +26,7 @@ from align.log import log
 from align.monitoring.cost import cost_counter
 from align.monitoring.heartbeat import clear_heartbeats, heartbeat
 from align.run.folder import Round, RunDir
+from align.run.parents import parent_of, selected_by
 from align.run.stages import STAGES, Stage, next_command, stage_named, stages_of
 from align.tracking.stage_metrics import stage_metrics
 from align.tracking.trackers import check_trackers, track_stage
@@ -55,16 +56,28 @@ class RunResult:
     """How a run ended: the results of its stages in order, its best checkpoint and its report.
 
     `warnings`: rounds that beyond chance were worse than their parents, or looked at the pictures less, and
-    pushes to the Hub that failed; `stopped_early`: a worse one ended the run
-    (`evaluate.stop_if_worse`), and `checkpoint` is the one before it.
+    pushes to the Hub that failed; `round` is the one that `checkpoint` is of (0: the first policy), and `selected` says
+    why, with `evaluate.select: best`; `stopped_early` names the setting that ended the run before its last round
+    (`evaluate.stop_if_worse`, `evaluate.patience`), and is empty where none did.
     """
 
     stages: list[StageResult]
     last_round: int
+    round: int
     checkpoint: Path
     report: Path | None = None
     warnings: list[str] = field(default_factory=list)
-    stopped_early: bool = False
+    stopped_early: str = ""
+    selected: str = ""
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """Which round a run results in so far, and why; `stopped_by` names the setting that ends the run, if one does."""
+
+    result: int
+    why: str = ""
+    stopped_by: str = ""
 
 
 def run_rounds(config: Config, *, report: bool = True, critic: Callable[..., Any] | None = None) -> RunResult:
@@ -82,7 +95,7 @@ def run_rounds(config: Config, *, report: bool = True, critic: Callable[..., Any
         _look_first(config)
     results = [run_stage(config, stage.name, 0) for stage in stages_of(config, 0)]
     warnings: list[str] = []
-    last, early = 0, False
+    last, standing = 0, _Standing(0)
     for last in range(1, config.rounds + 1):
         log.info("round %d of %d", last, config.rounds)
         for stage in stages_of(config, last):
@@ -91,27 +104,57 @@ def run_rounds(config: Config, *, report: bool = True, critic: Callable[..., Any
         for warning in found.texts:
             log.warning("WARNING: %s", warning)
         warnings += found.texts
-        warnings += _push(config, last)
-        early = found.worse is not None and config.evaluate.stop_if_worse
-        if early:
+        standing = _standing(config, last)
+        ends = last == config.rounds or bool(standing.stopped_by)
+        warnings += _push(config, last, result=standing.result if ends else None)
+        if ends:
             break
-    best = last - 1 if early else last
     page = None
     if report and is_main_process():
         from align.report import write_report
 
         page = write_report(config.run_dir)
-    checkpoint = Path(run.policy(best + 1, config.policy))
-    return RunResult(results, last, checkpoint, page, warnings, early)
+    return RunResult(
+        results,
+        last_round=last,
+        round=standing.result,
+        checkpoint=Path(run.checkpoint(standing.result, config.policy)),
+        report=page,
+        warnings=warnings,
+        stopped_early=standing.stopped_by,
+        selected=standing.why,
+    )
 
 
-def _push(config: Config, last: int) -> list[str]:
-    """Push what is to be on the Hub by now, from one machine; warnings of what failed."""
+def _standing(config: Config, last: int) -> _Standing:
+    """Where a run stands after a round, by the held-out questions that decide."""
+    settings, run = config.evaluate, RunDir(config.run_dir)
+    if settings.questions is None:
+        return _Standing(last)
+    from align.evaluation.against_parent import worse_than_parent
+
+    chosen = selected_by(run, last) if settings.select == "best" else None
+    worse = worse_than_parent(run, last, by=settings.select_metric, deciding=True) if settings.stop_if_worse else None
+    if worse is not None:
+        log.info("the run ends: %s", worse)
+    result = chosen.round if chosen is not None else last if worse is None else parent_of(run, last)
+    why = "" if chosen is None else chosen.why
+    if worse is not None:
+        return _Standing(result, why, "evaluate.stop_if_worse")
+    waited = settings.patience is not None and last - result >= settings.patience
+    return _Standing(result, why, "evaluate.patience" if waited else "")
+
+
+def _push(config: Config, last: int, *, result: int | None) -> list[str]:
+    """Push what is to be on the Hub by now, from one machine; warnings of what failed.
+
+    `result`: the round that the run results in, once it has ended.
+    """
     if not is_main_process() or config.launch.machine_rank:
         return []
     from align.hub.each_round import push_rounds
 
-    failed = push_rounds(config, last)
+    failed = push_rounds(config, last, result)
     for warning in failed:
         log.warning("WARNING: %s", warning)
     return failed
@@ -170,7 +213,8 @@ def warnings_of(config: Config, number: int) -> RoundWarnings:
     from align.evaluation.against_parent import looks_less_than_parent, worse_than_parent
 
     run = RunDir(config.run_dir)
-    return RoundWarnings(worse_than_parent(run, number), looks_less_than_parent(run, number))
+    worse = worse_than_parent(run, number, by=config.evaluate.select_metric)
+    return RoundWarnings(worse, looks_less_than_parent(run, number))
 
 
 def _look_first(config: Config) -> None:

@@ -184,6 +184,16 @@ class ResponseLogProbs(Record):
     num_tokens: list[int]
 
 
+class Compared(Record):
+    """Whether the critic prefers a round's greedy response to those of other rounds, by the name of the other.
+
+    1 is preferred, 0 the other one is, 0.5 a tie; None could not be judged.
+    """
+
+    id: str
+    preferred: dict[str, float | None]
+
+
 class Samples(Record):
     """A question with its K responses."""
 

@@ -9,10 +9,11 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from align.config import load_config
 from align.errors import UserError
-from align.evaluation.against_parent import image_dependence_changes, looks_less_than_parent, worse_than_parent
+from align.evaluation.against_parent import looks_less_than_parent, worse_than_parent
 from align.evaluation.evaluate import run_evaluate
 from align.evaluation.gates import check_gate_names, check_gates
 from align.evaluation.image_dependence import looked, measure_looking
+from align.evaluation.measure import Answers
 from align.evaluation.summary import EvaluationSummary
 from align.loop import warnings_of
 from align.records import Evaluated, Evaluation, OtherImageAnswer, Question, ResponseLogProbs, read_jsonl, write_jsonl
@@ -152,8 +153,7 @@ def two_rounds(path, *, right, changes):
             for index, one in enumerate(lines)
         ]
         write_jsonl(this.other_image_answers, answers)
-        found = looked(lines, answers, [])
-        metrics = measure_looking(found) | image_dependence_changes(run, number, found)
+        metrics = Answers.of(run, number).metrics({one.id for one in lines})
         EvaluationSummary(round=number, questions=40, metrics=metrics).write(this.evaluation)
     return run
 

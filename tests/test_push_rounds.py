@@ -113,7 +113,9 @@ def test_the_last_round_alone_where_that_is_asked_for_and_nothing_without_a_repo
     config.hub.each_round = False
     assert push_rounds(config, 1) == []
     assert hub.commits == []
-    push_rounds(config, 2)
+    push_rounds(config, 2, result=0)
+    assert hub.commits == [], "the run results in the first policy"
+    push_rounds(config, 2, result=2)
     assert [name for _, name, _ in hub.commits] == ["round-2"]
     config.hub.repo = None
     assert push_rounds(config, 2) == []

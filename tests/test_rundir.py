@@ -3,11 +3,13 @@ import multiprocessing
 
 import pytest
 
+from align.config import build_config
 from align.errors import UserError
 from align.records import Question
 from align.run.folder import RunDir
 from align.run.hashes import content_hash
 from align.run.manifest import Manifest
+from align.run.parents import starts_from
 from align.run.resumable import PartialFile
 
 
@@ -79,14 +81,17 @@ def test_forgetting_a_stage_forgets_the_later_ones(tmp_path):
 
 def test_a_round_needs_the_one_before(tmp_path):
     run = RunDir(tmp_path)
-    assert run.policy(1, "first") == "first"
+    config = build_config({"policy": "first", "questions": "q.jsonl"}, base=tmp_path)
+    assert starts_from(config, run, 1) == 0
+    assert run.checkpoint(0, "first") == "first"
     with pytest.raises(UserError, match=r"round 2 has no complete dpo stage.*align dpo --round 2"):
-        run.policy(3, "first")
+        starts_from(config, run, 3)
     run.round(2).manifest.begin("dpo", settings={}, inputs={})
     with pytest.raises(UserError, match="no complete dpo"):
-        run.policy(3, "first")
+        run.checkpoint(2, "first")
     run.round(2).manifest.finish("dpo", outputs=[], counts={}, seconds=0)
-    assert run.policy(3, "first") == str(run.round(2).checkpoint)
+    assert starts_from(config, run, 3) == 2
+    assert run.checkpoint(2, "first") == str(run.round(2).checkpoint)
 
 
 def _hold(path, ready, release):

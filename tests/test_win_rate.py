@@ -2,10 +2,10 @@ import json
 
 from align.config import load_config
 from align.evaluation.against_parent import worse_than_parent
-from align.evaluation.win_rate import _item, has_judge, summarise, win_rates
-from align.records import Evaluated, Evaluation, Question, Turn, write_jsonl
+from align.evaluation.win_rate import _item, compare_answers, has_judge, summarise, win_rates
+from align.records import Evaluated, Evaluation, Question, Turn, read_jsonl, write_jsonl
 from align.run.folder import RunDir
-from tests.stage_runs import align, make_project
+from tests.stage_runs import align, make_project, write_lines
 
 
 def lines(texts, right=None):
@@ -36,8 +36,8 @@ def test_win_rates_of_a_critic_model_mirror_when_the_sides_are_changed(tmp_path)
     config = load_config(folder / "align.yaml")
     assert has_judge(config)
     one, other = lines(["a", "bb", "same", "dddd"]), lines(["xx", "b", "same", "d"])
-    forth = win_rates(config, one, {"initial": other}, tmp_path / "critic")["initial"]
-    back = win_rates(config, other, {"initial": one}, tmp_path / "critic")["initial"]
+    forth = win_rates(compare_answers(config, one, {"initial": other}, tmp_path / "critic"))["initial"]
+    back = win_rates(compare_answers(config, other, {"initial": one}, tmp_path / "critic"))["initial"]
     assert forth.rate.mean + back.rate.mean == 1.0
     assert forth.num_ties >= 1
     assert forth.num_unjudged == 0
@@ -57,14 +57,16 @@ def test_a_round_worse_than_its_parent_is_told_and_a_small_difference_is_not(tmp
 
 
 def test_a_run_ends_where_a_round_is_worse_if_told_so(tmp_path):
-    folder = make_project(tmp_path)
+    asked = {"questions": "eval.jsonl", "max_new_tokens": 1, "kl": False}
+    folder = make_project(tmp_path, evaluate=asked)
+    write_lines(folder / "eval.jsonl", [{"id": f"q{n}", "question": f"{n}?", "answer": "x"} for n in range(80)])
     assert align(folder, "run", "--rounds", "1").returncode == 0
     run = RunDir(folder / "runs" / "run")
-    right, wrong = lines(["x"] * 40, [True] * 40), lines(["x"] * 40, [False] * 40)
-    for number, answered in ((0, right), (1, wrong)):
-        for line in answered:
-            line.greedy.correct = line.sampled[0].correct
+    for number, right in ((0, True), (1, False)):
         this = run.round(number)
+        answered = read_jsonl(this.evaluation_lines, Evaluation)
+        for line in answered:
+            line.greedy.correct = line.sampled[0].correct = right
         write_jsonl(this.evaluation_lines, answered)
         # As if the stage had written them.
         entry = this.manifest.stage("evaluate")

@@ -173,6 +173,7 @@ def _evaluation(config: Config, found: Preflight, *, decode: bool) -> None:
         return
     from align.evaluation.evaluate import check_overlap
     from align.evaluation.gates import check_gate_names
+    from align.evaluation.split import part_notes, split_of
     from align.stages.sample import check_images
 
     with _noting(found, "evaluation"):
@@ -186,6 +187,19 @@ def _evaluation(config: Config, found: Preflight, *, decode: bool) -> None:
     if _readable(config):
         check_overlap(config, questions)
     found.facts.append(f"{len(questions)} held-out questions")
+    if questions:
+        deciding = split_of(config, questions)
+        if deciding is not None:
+            found.facts += part_notes(len(deciding), len(questions) - len(deciding)).values()
+        _metric_to_choose_by(config, questions)
+
+
+def _metric_to_choose_by(config: Config, questions: list[Question]) -> None:
+    """Raise UserError where the metric that is to choose cannot be measured on these questions."""
+    from align.evaluation.selection import can_measure
+
+    if config.evaluate.select == "best" or config.evaluate.select_metric != "auto":
+        can_measure(config, questions)
 
 
 def _policy(config: Config, found: Preflight) -> None:

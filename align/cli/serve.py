@@ -15,6 +15,7 @@ from align.cli.options import ConfigOption, SetOption, app
 from align.config import Config, checkpoint_config, find_config, load_config
 from align.errors import UserError
 from align.run.folder import RunDir
+from align.run.parents import starts_from
 
 
 @app.command(epilog="Example:  align serve --round 2 --data-parallel-size 8")
@@ -70,12 +71,13 @@ def _served(
         if config.critic.model is None:
             raise UserError("critic.model is not set", fix="set it to the critic's checkpoint")
         checkpoint, name, processor = config.critic.model, "critic", config.critic.processor
-    number = round_ or 1
-    checkpoint = checkpoint or RunDir(config.run_dir).policy(number, config.policy)
+    run = RunDir(config.run_dir)
+    parent = 0 if checkpoint else starts_from(config, run, round_ or 1)
+    checkpoint = checkpoint or run.checkpoint(parent, config.policy)
     max_images, room = (None, None) if alone else needs_of_server(config, checkpoint, processor, critic=critic)
     served = Served(
         checkpoint=checkpoint,
-        name=Path(checkpoint).name if alone else name.replace("{round}", str(number - 1)),
+        name=Path(checkpoint).name if alone else name.replace("{round}", str(parent)),
         dtype=str(pick_dtype(config.model.dtype, pick_device(config.model.device))).removeprefix("torch."),
         processor=processor,
         top_logprobs=config.server.top_logprobs,

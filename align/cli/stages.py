@@ -127,6 +127,7 @@ def run(
     set_: SetOption = None,
 ) -> None:
     """All of it: every round, evaluation and the report. The same command resumes after an interruption."""
+    from align.evaluation.selection import name_of
     from align.evaluation.table import print_table
     from align.loop import run_rounds
     from align.status.run_status import run_status
@@ -139,12 +140,13 @@ def run(
     for warning in [*done.warnings, *run_status(loaded.run_dir).warnings]:
         warn(warning)
     if done.stopped_early:
-        before = f"round {done.last_round - 1}" if done.last_round > 1 else "the first policy"
         say(
-            f"the run ended after round {done.last_round} of {loaded.rounds} (evaluate.stop_if_worse): {before} is"
-            " better",
+            f"the run ended after round {done.last_round} of {loaded.rounds} ({done.stopped_early}): "
+            f"{name_of(done.round)} is better",
             next_command=None,
         )
+    if done.selected:
+        say(f"chosen:     {done.selected}", next_command=None)
     say(f"checkpoint: {done.checkpoint}\nreport:     {done.report}", next_command="open the report in a browser")
 
 

@@ -337,6 +337,24 @@ class EvaluateSettings(Section):
     stop_if_worse: bool = Field(
         False, description="end the run after a round that is worse than its parent by more than chance"
     )
+    select: Literal["last", "best"] = Field(
+        "last", description="which checkpoint the next round starts from and the run results in: the last, or the best"
+    )
+    select_metric: Literal["auto", "sampled_accuracy", "greedy_accuracy", "win_rate", "hallucination"] = Field(
+        "auto",
+        description="held-out metric that select and stop_if_worse go by; auto: the first that is measured of "
+        "sampled_accuracy, win_rate and hallucination",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="with select: best, end the run after so many rounds without a better one; empty: never"
+    )
+    decision_share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="share of the held-out questions that gates, stop_if_worse, select and patience go by, none of "
+        "which is in the reported numbers; without such a setting nothing is set apart",
+    )
     engine: EngineName = Field("auto", description=ENGINE)
     servers: Servers = Field(
         default_factory=list,
@@ -346,6 +364,25 @@ class EvaluateSettings(Section):
         default_factory=list,
         description="endpoints that serve the first policy, for the KL where `servers` are named; empty: no KL then",
     )
+
+    @field_validator("select")
+    @classmethod
+    def _can_choose(cls, select: str, info: ValidationInfo) -> str:
+        if select == "best" and info.data.get("questions", Path()) is None:
+            raise ValueError("best needs held-out questions to choose by (evaluate.questions)")
+        return select
+
+    @field_validator("patience")
+    @classmethod
+    def _waits_for_better(cls, patience: int | None, info: ValidationInfo) -> int | None:
+        if patience is not None and info.data.get("select", "best") != "best":
+            raise ValueError("needs evaluate.select: best")
+        return patience
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything of a run is decided by held-out numbers, so that some questions are set apart for it."""
+        return bool(self.gates) or self.stop_if_worse or self.select == "best"
 
 
 class LaunchSettings(Section):
@@ -382,7 +419,7 @@ class HubSettings(Section):
     """Checkpoints on the Hugging Face Hub while the run lasts; a push that fails is a warning and ends nothing."""
 
     repo: str | None = Field(None, description="owner/name of the repository; empty: nothing is pushed (align push)")
-    each_round: bool = Field(True, description="every round, with a tag round-N each; false: the last round alone")
+    each_round: bool = Field(True, description="every round, with a tag round-N each; false: the run's result alone")
     private: bool = Field(True, description="make the repository private, where it is not there yet")
 
 

@@ -38,6 +38,7 @@ from align.records import Pair, read_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash
 from align.run.image_hashes import record_images, record_or_verify_images, unreadable_images
+from align.run.parents import starts_from
 from align.tracking.trackers import Trackers, tracking
 
 
@@ -52,7 +53,8 @@ def run_dpo(config: Config, number: int) -> None:
     """
     run = RunDir(config.run_dir)
     this = run.round(number)
-    policy = run.policy(number, config.policy)
+    parent = starts_from(config, run, number)
+    policy = run.checkpoint(parent, config.policy)
     device = pick_device(config.model.device)
     dtype = training_dtype(config.model.dtype)
     strategy = chosen_strategy(config, device)
@@ -70,7 +72,9 @@ def run_dpo(config: Config, number: int) -> None:
     pairs = read_pairs(this)
     with state.main_process_first():
         if state.is_main_process:
-            this.manifest.begin(STAGE, settings=_settings(config), inputs=_inputs(config, run, number, policy))
+            this.manifest.begin(
+                STAGE, settings=_settings(config), inputs=_inputs(config, this, run.trained_hash(parent, policy))
+            )
         if this.manifest.complete(STAGE):
             log.info("round %d is trained already: %s", number, this.checkpoint)
             return
@@ -160,8 +164,8 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _inputs(config: Config, run: RunDir, number: int, policy: str) -> dict[str, str]:
-    inputs = {"pairs": content_hash(run.round(number).pairs), "policy": run.policy_hash(number, policy)}
+def _inputs(config: Config, this: Round, policy_hash: str) -> dict[str, str]:
+    inputs = {"pairs": content_hash(this.pairs), "policy": policy_hash}
     if config.dpo.reference == "initial":
         inputs["reference"] = checkpoint_hash(config.policy)
     return inputs

@@ -8,9 +8,11 @@ from pathlib import Path
 from align.errors import UserError
 from align.evaluation.image_dependence import dependence_differences, looked_on_disk
 from align.evaluation.kl import kl_of_questions
+from align.evaluation.summary import read_summary
 from align.evaluation.table import COLUMNS, NOT_SHARES, columns_of, digits_of, metrics_by_round, with_interval
 from align.records import Evaluation, read_jsonl
 from align.run.folder import Round, RunDir
+from align.run.parents import selected_by
 from align.statistics import paired_difference
 from reward.intervals import Interval
 
@@ -18,11 +20,18 @@ from reward.intervals import Interval
 def compare_runs(one: Path, other: Path) -> dict[str, Interval]:
     """The last evaluated round of `other` minus that of `one`, by metric; positive means that `other` has more.
 
+    Of a run that has chosen a round (`evaluate.select: best`) that one; questions that have chosen are left out.
+
     Raises:
         UserError: a folder has no evaluation, or the two share no held-out question.
     """
-    lines_one, lines_other = (_by_id(_last_evaluated(path)) for path in (one, other))
-    common = [id_ for id_ in lines_one if id_ in lines_other]
+    last = [_result(path) for path in (one, other)]
+    lines_one, lines_other = (_by_id(this) for this in last)
+    # What has chosen a checkpoint of either run says nothing of it.
+    apart = {
+        id_ for this in last if this.evaluation.is_file() for id_ in read_summary(this.evaluation).deciding_questions
+    }
+    common = [id_ for id_ in lines_one if id_ in lines_other and id_ not in apart]
     if not common:
         raise UserError(
             f"{one} and {other} were evaluated on different questions", fix="evaluate both on the same file"
@@ -42,11 +51,12 @@ def compare_runs(one: Path, other: Path) -> dict[str, Interval]:
         found["hallucination"] = paired_difference(
             *_columns(absent, lambda line: [float(bool(response.absent_named)) for response in line.sampled])
         )
-    moved_one, moved_other = (kl_of_questions(_last_evaluated(path)) for path in (one, other))
+    moved_one, moved_other = (kl_of_questions(this) for this in last)
     moved = [id_ for id_ in common if id_ in moved_one and id_ in moved_other]
     if moved:
         found["kl"] = paired_difference([moved_one[id_] for id_ in moved], [moved_other[id_] for id_ in moved])
-    found |= dependence_differences(*(looked_on_disk(_last_evaluated(side)) for side in (one, other)))
+    looked = [{name: found.of(common) for name, found in looked_on_disk(this).items()} for this in last]
+    found |= dependence_differences(*looked)
     found["response_tokens"] = paired_difference(
         *_columns(pairs, lambda line: [float(response.num_tokens) for response in line.sampled])
     )
@@ -63,7 +73,7 @@ def print_comparison(one: Path, other: Path) -> None:
     from rich.table import Table
 
     differences = compare_runs(one, other)
-    last = [_last_evaluated(path).number for path in (one, other)]
+    last = [_result(path).number for path in (one, other)]
     rounds = [metrics_by_round(path).get(number, {}) for path, number in zip((one, other), last, strict=True)]
     title = "Held-out questions: mean, 95 % interval; differences over the questions that both were asked"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
@@ -96,11 +106,14 @@ def _columns(
     return [value(one) for one, _ in pairs], [value(other) for _, other in pairs]
 
 
-def _last_evaluated(path: Path) -> Round:
-    rounds = [this for this in RunDir(path).rounds() if this.evaluation_lines.is_file()]
+def _result(path: Path) -> Round:
+    """The round that a run results in: the last that was evaluated, or the one that it has chosen."""
+    run = RunDir(path)
+    rounds = [this for this in run.rounds() if this.evaluation_lines.is_file()]
     if not rounds:
         raise UserError("no evaluation is here", where=str(path), fix="run align evaluate first")
-    return rounds[-1]
+    chosen = selected_by(run, rounds[-1].number)
+    return rounds[-1] if chosen is None else run.round(chosen.round)
 
 
 def _by_id(this: Round) -> dict[str, Evaluation]:

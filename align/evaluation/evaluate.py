@@ -17,40 +17,32 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel
 
 from align.config import Config
-from align.distributed.ranks import is_main_process
+from align.distributed.ranks import barrier, is_main_process
 from align.engines.judge import plan_critic
 from align.engines.open import arithmetic_settings, open_policy, served_as
 from align.engines.vllm.hosting import choose
 from align.errors import UserError
-from align.evaluation.against_parent import image_dependence_changes
+from align.evaluation.decide import Decided, decide, decide_again
 from align.evaluation.gates import check_gate_names, check_gates
-from align.evaluation.grading import evaluated, hallucinates, is_right
-from align.evaluation.image_dependence import (
-    ask_again,
-    image_controls,
-    is_weighed,
-    looked,
-    measure_looking,
-    weigh_answers,
-)
-from align.evaluation.kl import divergence, is_measured, log_probs_of_both, why_not_measured
+from align.evaluation.grading import evaluated
+from align.evaluation.image_dependence import ask_again, image_controls, is_weighed, weigh_answers
+from align.evaluation.kl import is_measured, log_probs_of_both, why_not_measured
 from align.evaluation.log_probs import OneModel
-from align.evaluation.summary import EvaluationSummary
-from align.evaluation.win_rate import WinRate, has_judge, win_rates
+from align.evaluation.split import split_of
+from align.evaluation.win_rate import compare_answers, has_judge, win_rates
 from align.log import log
 from align.media.images import ImageStore, evaluation_images
 from align.models.readable import readable_questions
 from align.models.record_faults import UnusableRecord
 from align.models.video_questions import pick_frames
-from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions
+from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions, write_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
 from align.run.image_hashes import changed_images, forget_left_out, record_images
+from align.run.parents import parent_of
 from align.run.resumable import PartialFile, drop_changed
 from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
 from align.sources import read_all_questions
-from align.statistics import bootstrap_mean, bootstrap_share, distinct_n, is_refusal, repetition
-from reward.intervals import Interval
 
 if TYPE_CHECKING:
     from align.engines.base import Engine, SampleRequest, SampleResult
@@ -72,10 +64,11 @@ def run_evaluate(config: Config, number: int) -> None:
     check_gate_names(config.evaluate.gates)
     run = RunDir(config.run_dir)
     this = run.round(number)
-    checkpoint = run.policy(number + 1, config.policy)
+    checkpoint = run.checkpoint(number, config.policy)
     questions = read_questions(config.evaluate.questions)[: config.evaluate.limit]
     images = evaluation_images(config)
     check_overlap(config, questions)
+    parts = split_of(config, questions)
     served, begun = bool(config.evaluate.servers), this.manifest.stage(STAGE) is not None
     questions = pick_frames(questions, images, config, checkpoint, served=served, leave_unreadable=begun)
     inputs = _inputs(config, run, number, checkpoint)
@@ -89,6 +82,9 @@ def run_evaluate(config: Config, number: int) -> None:
         by_record=("questions",),
     ):
         log.info("round %d is evaluated already: %s", number, this.evaluation)
+        if is_main_process():
+            decide_again(config, run, number, parts)
+        barrier()
         check_gates(this, config.evaluate.gates)
         return
     if is_main_process():
@@ -106,10 +102,13 @@ def run_evaluate(config: Config, number: int) -> None:
     done = map_resumable(this.evaluation_lines, Evaluation, questions, work, label=f"round {number}: evaluate")
     measured = _measure_answers(config, run, number, images, models, done)
     models.close()
+    decided = Decided({}, {}, {})
     if is_main_process():
+        decided = decide(config, run, number, parts)
         _may_be_replaced(run, this, images, done, questions)
     outputs = [this.evaluation, this.evaluation_lines, *measured.outputs]
-    finish(this.manifest, STAGE, outputs=outputs, counts=measured.counts, notes=done.notes | measured.notes)
+    counts, notes = measured.counts | decided.counts, done.notes | measured.notes
+    finish(this.manifest, STAGE, outputs=outputs, counts=counts, notes=notes, **decided.facts)
     check_gates(this, config.evaluate.gates)
 
 
@@ -124,9 +123,12 @@ class _Measured(NamedTuple):
 def _measure_answers(
     config: Config, run: RunDir, number: int, images: ImageStore, models: OneModel, done: StageOutput
 ) -> _Measured:
-    """Image dependence and KL of the answers, and on the main process the summary of all of it, which is written."""
+    """Weigh the answers and ask again with other images; on the main process also let the critic compare them.
+
+    What it takes to measure is on the disk then (align.evaluation.measure).
+    """
     this = run.round(number)
-    checkpoint = run.policy(number + 1, config.policy)
+    checkpoint = run.checkpoint(number, config.policy)
     answered = [line.question for line in done.records]
     controls = image_controls(config, answered, images)
     again = ask_again(config, this, checkpoint, answered, controls, models) if controls else StageOutput([], {})
@@ -135,19 +137,18 @@ def _measure_answers(
         # Exactly, and for every token that was drawn; servers can neither (align.engines.server.prompt_log_probs).
         models.open_with(partial(_opener(config, this, checkpoint, images), engine="local"))
     weighed, notes = weigh_answers(config, this, checkpoint, done.records, controls, models, images)
-    moved, more_notes = _moved(config, this, checkpoint, done.records, models, images)
+    notes |= _weigh_under_both(config, this, checkpoint, done.records, models, images)
     counts = {"questions": len(answered), "questions_with_other_images": len({c.item.id for c in controls})}
     counts |= done.counts
     counts |= {"left_out_with_other_images": again.counts["left_out"]} if again.counts else {}
-    if is_main_process():
-        found = looked(done.records, again.records, weighed)
-        intervals = measure(done.records) | moved | measure_looking(found)
-        intervals |= image_dependence_changes(run, number, found)
-        counts |= _summarise(config, run, number, done.records, intervals)
     outputs = [this.other_image_answers] if controls else []
     outputs += [this.image_log_probs] if weighed else []
     outputs += [this.own_log_probs, this.first_log_probs] if is_measured(config, number) else []
-    return _Measured(outputs, counts, notes | more_notes)
+    if is_main_process():
+        compared = _against_others(config, run, number, done.records)
+        outputs += [this.comparisons] if compared else []
+        counts |= compared
+    return _Measured(outputs, counts, notes)
 
 
 def _opener(config: Config, this: Round, checkpoint: str, images: ImageStore) -> Callable[..., Engine]:
@@ -173,17 +174,6 @@ def _kept_tokens(config: Config, number: int) -> set[str]:
     """Of which responses the tokens are kept, since they are weighed again."""
     weighed = {"greedy": is_weighed(config), "sampled": is_measured(config, number)}
     return {which for which, kept in weighed.items() if kept}
-
-
-def _summarise(
-    config: Config, run: RunDir, number: int, lines: list[Evaluation], intervals: dict[str, Interval]
-) -> dict[str, int]:
-    """Write evaluation.json, the win rates with what was measured; gives their counts."""
-    judged = _against_others(config, run, number, lines)
-    intervals |= {f"win_rate_{name}": won.rate for name, won in judged.items() if won.rate is not None}
-    EvaluationSummary(round=number, questions=len(lines), metrics=intervals).write(run.round(number).evaluation)
-    counts = {f"ties_{name}": won.num_ties for name, won in judged.items()}
-    return counts | {f"unjudged_{name}": won.num_unjudged for name, won in judged.items()}
 
 
 def _forget_changed(run: RunDir, this: Round, images: ImageStore, questions: list[Question]) -> None:
@@ -226,7 +216,9 @@ def _may_be_replaced(run: RunDir, this: Round, images: ImageStore, done: StageOu
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    left_out = {"questions", "image_root", "servers", "first_policy_servers", "engine", "stop_if_worse", "gates"}
+    left_out = {"questions", "image_root", "servers", "first_policy_servers", "engine"}
+    # What is decided by the numbers changes no answer.
+    left_out |= {"stop_if_worse", "gates", "select", "select_metric", "patience", "decision_share"}
     return {
         "evaluate": config.evaluate.model_dump(exclude=left_out),
         "seed": config.seed,
@@ -240,7 +232,7 @@ def _inputs(config: Config, run: RunDir, number: int, checkpoint: str) -> dict[s
     assert config.evaluate.questions is not None
     inputs = {
         "questions": content_hash(config.evaluate.questions),
-        "checkpoint": run.policy_hash(number + 1, checkpoint),
+        "checkpoint": run.trained_hash(number, checkpoint),
     }
     inputs |= served_as(config.evaluate.servers, number)
     if is_measured(config, number):
@@ -250,21 +242,27 @@ def _inputs(config: Config, run: RunDir, number: int, checkpoint: str) -> dict[s
     return inputs
 
 
-def _moved(
+def _weigh_under_both(
     config: Config, this: Round, checkpoint: str, lines: list[Evaluation], models: OneModel, images: ImageStore
-) -> tuple[dict[str, Interval], dict[str, str]]:
-    """The KL divergence from the first policy, where it can be estimated, and what the manifest should say of it."""
+) -> dict[str, str]:
+    """Weigh the sampled responses under the checkpoint and the first policy, where the KL divergence can be estimated;
+    what the manifest should say of it."""
     if not is_measured(config, this.number):
         why = why_not_measured(config) if this.number else None
-        return {}, {"kl": why} if why else {}
-    own, first, notes = log_probs_of_both(config, this, checkpoint, lines, models, images)
-    at = f"both policies at temperature {config.evaluate.temperature:g}, on the checkpoint's own samples"
-    return divergence(own, first), notes | {"kl": at}
+        return {"kl": why} if why else {}
+    notes = log_probs_of_both(config, this, checkpoint, lines, models, images)
+    return notes | {
+        "kl": f"both policies at temperature {config.evaluate.temperature:g}, on the checkpoint's own samples"
+    }
 
 
-def _against_others(config: Config, run: RunDir, number: int, lines: list[Evaluation]) -> dict[str, WinRate]:
-    """How often the critic prefers this round to the first policy and to the round before, where it can be asked."""
-    earlier = {"initial": 0} | ({"parent": number - 1} if number > 1 else {})
+def _against_others(config: Config, run: RunDir, number: int, lines: list[Evaluation]) -> dict[str, int]:
+    """Let the critic compare this round's answers with the first policy's and its parent's, where it can be asked.
+
+    Writes `comparisons`; gives counts of ties and failures, none where nothing was compared.
+    """
+    parent = parent_of(run, number)
+    earlier = {"initial": 0} | ({"parent": parent} if parent else {})
     opponents = {
         name: read_jsonl(run.round(before).evaluation_lines, Evaluation)
         for name, before in earlier.items()
@@ -272,32 +270,11 @@ def _against_others(config: Config, run: RunDir, number: int, lines: list[Evalua
     }
     if not number or not opponents or not has_judge(config):
         return {}
-    return win_rates(config, lines, opponents, run.round(number).server_logs / "critic")
-
-
-def measure(lines: list[Evaluation]) -> dict[str, Interval]:
-    """The held-out metrics, each with its 95 % interval from resampling questions."""
-    metrics = {}
-    answered = [line for line in lines if line.greedy.correct is not None]
-    if answered:
-        metrics["greedy_accuracy"] = bootstrap_share([float(bool(line.greedy.correct)) for line in answered])
-        metrics["sampled_accuracy"] = _over_samples(answered, is_right)
-    with_absent = [line for line in lines if line.question.absent_objects]
-    if with_absent:
-        metrics["hallucination"] = _over_samples(with_absent, hallucinates)
-    metrics["response_tokens"] = bootstrap_mean([[float(one.num_tokens) for one in line.sampled] for line in lines])
-    metrics["truncated"] = _over_samples(lines, lambda response: float(response.finish_reason == "length"))
-    metrics["repetition"] = _over_samples(lines, lambda response: repetition(response.text))
-    metrics["refusals"] = _over_samples(lines, lambda response: float(is_refusal(response.text)))
-    texts = [response.text for line in lines for response in line.sampled]
-    share = distinct_n(texts, 2)
-    metrics["distinct_2"] = Interval(share, share, share, len(texts))
-    return metrics
-
-
-def _over_samples(lines: list[Evaluation], value: Callable[[Evaluated], float]) -> Interval:
-    """The mean of a share from 0 to 1 over all sampled responses."""
-    return bootstrap_share([[value(response) for response in line.sampled] for line in lines])
+    compared = compare_answers(config, lines, opponents, run.round(number).server_logs / "critic")
+    write_jsonl(run.round(number).comparisons, compared)
+    found = win_rates(compared)
+    counts = {f"ties_{name}": won.num_ties for name, won in found.items()}
+    return counts | {f"unjudged_{name}": won.num_unjudged for name, won in found.items()}
 
 
 def _answer(

@@ -40,14 +40,15 @@ def check_gate_names(gates: Mapping[str, float]) -> None:
 
 
 def check_gates(this: Round, gates: Mapping[str, float]) -> None:
-    """Hold an evaluated round against the gates; the first policy (round 0) passes, whatever it is like.
+    """Hold an evaluated round against the gates, by the questions that decide; the first policy (round 0) passes,
+    whatever it is like.
 
     Raises:
         UserError: a gate does not hold. The numbers are kept: other gates need no new evaluation.
     """
     if not gates or not this.number:
         return
-    metrics = read_summary(this.evaluation).metrics
+    metrics = read_summary(this.evaluation).deciding_metrics
     with reward_faults():
         failed = failed_gates({name: _figure(interval) for name, interval in metrics.items()}, gates, MEASURES)
     if failed:

@@ -10,9 +10,9 @@ picture", per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from align.config import Config
 from align.errors import UserError
@@ -32,6 +32,7 @@ from reward.texts import normalise
 if TYPE_CHECKING:
     from align.engines.base import SampleRequest, SampleResult
 
+ValueT = TypeVar("ValueT")
 CONTROLS = (BLANK, SHUFFLED)
 REAL = "real"
 SERVED = "answers only: servers are not asked for the log-probabilities (evaluate.servers)"
@@ -134,6 +135,10 @@ class Looked:
     log_ratios: dict[str, float]
     correct: dict[str, bool]
 
+    def of(self, ids: Collection[str]) -> Looked:
+        """The same of the questions with these ids alone."""
+        return Looked(_some(self.changed, ids), _some(self.log_ratios, ids), _some(self.correct, ids))
+
 
 def looked(
     lines: Sequence[Evaluation], answers: Sequence[OtherImageAnswer], log_probs: Sequence[ResponseLogProbs]
@@ -201,6 +206,10 @@ def dependence_differences(before: Mapping[str, Looked], now: Mapping[str, Looke
             rows = [[[values[id_] for values in side if id_ in values] for id_ in ids] for side in (old, new)]
             found[metric] = paired_difference(*rows)
     return found
+
+
+def _some(values: Mapping[str, ValueT], ids: Collection[str]) -> dict[str, ValueT]:
+    return {id_: value for id_, value in values.items() if id_ in ids}
 
 
 def _share(flags: Sequence[float]) -> Interval:

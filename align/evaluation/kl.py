@@ -50,8 +50,8 @@ def why_not_measured(config: Config) -> str | None:
 
 def log_probs_of_both(
     config: Config, this: Round, checkpoint: str, lines: Sequence[Evaluation], models: OneModel, images: ImageStore
-) -> tuple[list[ResponseLogProbs], list[ResponseLogProbs], dict[str, str]]:
-    """The sampled responses of `lines` under the checkpoint that gave them and under the first policy, and notes."""
+) -> dict[str, str]:
+    """Weigh the sampled responses of `lines` under the checkpoint that gave them and under the first policy; notes."""
     from align.engines.base import GivenResponses
 
     given = [
@@ -84,7 +84,7 @@ def log_probs_of_both(
     )
     weighed = {f"{name} of the checkpoint": text for name, text in own.notes.items() if name in WEIGHED}
     notes = weighed | {f"{name} of the first policy": text for name, text in first.notes.items()}
-    return own.records, first.records, notes
+    return notes
 
 
 def divergence(own: Sequence[ResponseLogProbs], first: Sequence[ResponseLogProbs]) -> dict[str, Interval]:

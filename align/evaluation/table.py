@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.evaluation.summary import read_summary
+from align.evaluation.summary import EvaluationSummary, read_summary
 from align.run.folder import RunDir
+from align.run.parents import selected_by
 from reward.intervals import Interval
 
 # What tables and cards show, where it was measured; shares are written in percent.
@@ -28,12 +29,28 @@ NOT_SHARES = {"response_tokens", "kl", "image_log_ratio"}
 
 
 def metrics_by_round(run: Path) -> dict[int, dict[str, Interval]]:
-    """The metrics of every evaluated round: round -> metric -> its interval."""
-    found = {}
-    for this in RunDir(run).rounds():
-        if this.evaluation.is_file():
-            found[this.number] = read_summary(this.evaluation).metrics
-    return found
+    """The reported metrics of every evaluated round: round -> metric -> its interval."""
+    return {number: summary.metrics for number, summary in _summaries(run).items()}
+
+
+def _summaries(run: Path) -> dict[int, EvaluationSummary]:
+    return {this.number: read_summary(this.evaluation) for this in RunDir(run).rounds() if this.evaluation.is_file()}
+
+
+def footnotes(run: Path) -> list[str]:
+    """What stands below the numbers of a run: which questions they are of, and which round was chosen by the others."""
+    summaries = _summaries(run)
+    if not summaries:
+        return []
+    last = summaries[max(summaries)]
+    lines = []
+    if last.decision is not None:
+        lines.append(
+            f"Over {last.questions} held-out questions; {len(last.decision.questions)} others, which decide (gates, "
+            "stopping, selection), are not in these numbers."
+        )
+    chosen = selected_by(RunDir(run), last.round)
+    return [*lines, *([f"Chosen: {chosen.why}."] if chosen is not None else [])]
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,8 @@ def print_table(runs: dict[str, Path]) -> None:
             row = cells[key] if wide <= console.width else [cell.replace(" ", "\n", 1) for cell in cells[key]]
             table.add_row(COLUMNS[key], *row)
         console.print(table)
+        for line in footnotes(run):
+            console.print(line, highlight=False)
 
 
 def digits_of(name: str, value: float) -> int:

@@ -1,4 +1,4 @@
-"""Held-out responses of two checkpoints in, how often the critic prefers the one to the other out.
+"""Held-out responses of two checkpoints in, which one the critic prefers by question, and how often, out.
 
 The greedy responses to the same questions are compared in both orders; a tie (identical texts, or both orders summing
 to nothing) counts as half. What the critic could not judge is left out and counted.
@@ -14,7 +14,7 @@ from align.config import Config
 from align.engines.judge import judge_each, open_critic, open_judged, plan_critic
 from align.media.images import evaluation_images
 from align.monitoring.progress import progress
-from align.records import Evaluation
+from align.records import Compared, Evaluation
 from align.run.sharding import batches
 from align.statistics import bootstrap_share
 from reward.critics import Item, Judgement
@@ -39,10 +39,10 @@ def has_judge(config: Config) -> bool:
     return config.evaluate.win_rate and named and plan_critic(config).looks
 
 
-def win_rates(
+def compare_answers(
     config: Config, lines: Sequence[Evaluation], opponents: Mapping[str, Sequence[Evaluation]], logs: Path
-) -> dict[str, WinRate]:
-    """The win rates of `lines` against each opponent's responses to the same questions.
+) -> list[Compared]:
+    """What the critic says of `lines` against each opponent's responses to the same questions.
 
     `logs`: where a critic's servers that are started here write, a file without its ending.
 
@@ -51,7 +51,7 @@ def win_rates(
     """
     images = evaluation_images(config)
     critic, _ = open_critic(plan_critic(config), config, open_judged(images.open), logs=logs)
-    found = {}
+    found = {line.id: Compared(id=line.id, preferred={}) for line in lines}
     for name, others in opponents.items():
         by_id = {line.id: line for line in others}
         pairs = [(line, by_id[line.id]) for line in lines if line.id in by_id]
@@ -60,8 +60,15 @@ def win_rates(
             for some in batches([_item(*pair) for pair in pairs], BATCH):
                 judgements += judge_each(critic, some)
                 advance(len(some))
-        found[name] = summarise([_outcome(*pair, found) for pair, found in zip(pairs, judgements, strict=True)])
-    return found
+        for pair, judgement in zip(pairs, judgements, strict=True):
+            found[pair[0].id].preferred[name] = _outcome(*pair, judgement)
+    return list(found.values())
+
+
+def win_rates(compared: Sequence[Compared]) -> dict[str, WinRate]:
+    """The win rate against each opponent that anything was compared with."""
+    names = dict.fromkeys(name for line in compared for name in line.preferred)
+    return {name: summarise([line.preferred[name] for line in compared if name in line.preferred]) for name in names}
 
 
 def summarise(outcomes: Sequence[float | None]) -> WinRate:

@@ -16,14 +16,15 @@ from align.run.manifest import now
 from align.run.pushes import FailedPush, pushes_path, read_pushes
 
 
-def push_rounds(config: Config, last: int) -> list[str]:
+def push_rounds(config: Config, last: int, result: int | None = None) -> list[str]:
     """Push the rounds up to `last` that are to be on the Hub and are not; gives a warning for each that failed.
 
-    All of them with `hub.each_round`, else the last one alone, once it is the last of the run.
+    All of them with `hub.each_round`, else the `result` of the run alone, once it has ended: its last round, or the one
+    that was chosen; nothing where that is the first policy.
     """
     if config.hub.repo is None:
         return []
-    wanted = range(1, last + 1) if config.hub.each_round else [last] if last == config.rounds else []
+    wanted = range(1, last + 1) if config.hub.each_round else [result] if result else []
     try:
         return [warning for number in wanted if (warning := _push_round(config, config.hub.repo, number)) is not None]
     except UserError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from align.config import Config
+from align.evaluation.split import PARTS
 from align.evaluation.table import COLUMNS, benchmark_rows, columns_of, metrics_by_round, with_interval
 from align.files import write_text
 from align.models.inspect import licence_of
@@ -18,6 +19,7 @@ from align.monitoring.format import duration
 from align.run.folder import RunDir
 from align.run.manifest import StageEntry
 from align.run.outdated import outdated_rounds, policy_hash
+from align.run.parents import parent_of
 from reward.reliability import MEASURES, read_figures
 
 
@@ -35,7 +37,8 @@ def write_model_card(config: Config, number: int) -> Path:
 
 
 def _write_card(config: Config, run: RunDir, number: int, outdated: str | None) -> Path:
-    parent = config.policy if number == 1 else str(run.round(number - 1).checkpoint)
+    before = parent_of(run, number)
+    parent = str(run.round(before).checkpoint) if before else config.policy
     path = run.round(number).checkpoint / "README.md"
     stages = run.round(number).manifest.stages()
     heading = yaml.safe_dump(_heading(config, parent), sort_keys=False).strip()
@@ -118,7 +121,10 @@ def lineage_of(checkpoint: str | Path) -> str | None:
 
 def _lineage(config: Config, run: RunDir, number: int) -> str:
     rows = ["## Lineage", "", "| round | parent (sha256) | questions | pairs | seed |", "|---|---|---|---|---|"]
-    for earlier in range(1, number + 1):
+    chain = [number]
+    while before := parent_of(run, chain[-1]):
+        chain.append(before)
+    for earlier in reversed(chain):
         stages = run.round(earlier).manifest.stages()
         sample, pairs = stages.get("sample"), stages.get("pairs")
         parent = (policy_hash(stages) or "")[:16]
@@ -175,8 +181,16 @@ def _results(run: RunDir, number: int) -> str:
         count = max((interval.count for interval in metrics.values()), default=0)
         rows.append(f"| {key} | {count} | " + " | ".join(cells) + " |")
     evaluated = run.round(number).manifest.stage("evaluate")
-    note = evaluated.notes.get("kl") if evaluated else None
-    return "\n".join([*rows, *(["", f"KL divergence from the first policy: {note}."] if note else [])])
+    if evaluated is None:
+        return "\n".join(rows)
+    notes, chosen = evaluated.notes, evaluated.selected
+    if "kl" in notes:
+        rows += ["", f"KL divergence from the first policy: {notes['kl']}."]
+    if PARTS in notes:
+        rows += ["", f"{notes[PARTS]}: the table has the latter."]
+    if chosen is not None:
+        rows += ["", f"Best of the rounds up to this one: {chosen.why}."]
+    return "\n".join(rows)
 
 
 def _cost(run: RunDir, number: int) -> str:

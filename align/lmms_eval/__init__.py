@@ -135,7 +135,7 @@ def run_benchmarks(config: Config, wishes: Wishes, number: int) -> None:
     version = require_lmms_eval()
     work = Work(
         config,
-        checkpoint=wishes.checkpoint or RunDir(config.run_dir).policy(number + 1, config.policy),
+        checkpoint=wishes.checkpoint or RunDir(config.run_dir).checkpoint(number, config.policy),
         number=None if wishes.checkpoint else number,
         out=wishes.results(config, number),
         manager=find_tasks(wishes.names, wishes.folder),

@@ -49,7 +49,7 @@ class ImageStore:
         path = self._resolved(reference)
         if not is_file(path):
             raise UserError(
-                f"there is no image {in_short(_file_of(reference))!r} in {self.root.resolve()}",
+                f"there is no image {in_short(file_of(reference))!r} in {self.root.resolve()}",
                 fix="check the path, or set image_root",
             )
         return path
@@ -59,7 +59,7 @@ class ImageStore:
         return self._resolved(reference).relative_to(self.root.resolve()).as_posix()
 
     def _resolved(self, reference: str) -> Path:
-        reference = _file_of(reference)
+        reference = file_of(reference)
         if "://" in reference or reference.startswith("data:"):
             raise UserError(
                 f"the image {reference[:80]!r} is not a file",
@@ -146,7 +146,7 @@ def treatment_counts(headers: Iterable[Header]) -> Counter[str]:
     return Counter(treatment for header in headers for treatment in header.treatments)
 
 
-def _file_of(reference: str) -> str:
+def file_of(reference: str) -> str:
     """The file's path in a reference, without the frame."""
     frame = _FRAME.fullmatch(reference)
     return frame["video"] if frame else reference.removesuffix(FRAME_MARK)

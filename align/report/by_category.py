@@ -49,8 +49,9 @@ def by_category(run: RunData) -> Categories | None:
     rounds = [data for data in run.rounds if data.lines]
     if len(rounds) < 2:
         return None
+    last = next((data for data in rounds[1:] if data.number == run.result), rounds[-1])
     old = {line.id: line for line in rounds[0].lines}
-    both = [(old[line.id], line) for line in rounds[-1].lines if line.id in old]
+    both = [(old[line.id], line) for line in last.lines if line.id in old]
     both = [
         (before, after)
         for before, after in both

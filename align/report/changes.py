@@ -101,7 +101,10 @@ def headline(run: RunData) -> str | None:
 
 @dataclass(frozen=True)
 class History:
-    """All changes of a run by the number's name: first to last evaluated round, and every round to the next one.
+    """All changes of a run by the number's name: first evaluated round to its result, and every round to the next one.
+
+    The result is the last evaluated round, or the one that was chosen; a round that was made from another than the one
+    before is held against that.
 
     A number that fewer than two rounds have is in neither. A win rate is a change in itself, from the half that equal
     responses would give: one against the first policy has both, one against the round before has steps only.
@@ -126,18 +129,25 @@ def history(run: RunData) -> History:
         against = metric(name).against
         have = [data for data in run.rounds if name in data.metrics and (data.number > 0 or not against)]
         if against == "before":
-            found.steps[name] = [_won(name, data, data.number - 1) for data in have]
+            found.steps[name] = [_won(name, data, data.parent) for data in have]
         elif against == "first" and have:
             found.steps[name] = [_won(name, have[0], 0), *_steps(name, have)]
-            found.overall[name] = _won(name, have[-1], 0)
+            found.overall[name] = _won(name, _result(run, have), 0)
         elif len(have) > 1:
             found.steps[name] = _steps(name, have)
-            found.overall[name] = change(name, have[0], have[-1])
+            found.overall[name] = change(name, have[0], _result(run, have))
     return found
 
 
+def _result(run: RunData, rounds: list[RoundData]) -> RoundData:
+    """The round that a run results in, of those that have a number; the last, where it results in the first policy."""
+    return next((data for data in rounds[1:] if data.number == run.result), rounds[-1])
+
+
 def _steps(name: str, rounds: list[RoundData]) -> list[Change]:
-    return [change(name, before, after) for before, after in itertools.pairwise(rounds)]
+    """Every round against its parent, or the one before that has the number."""
+    by_number = {data.number: data for data in rounds}
+    return [change(name, by_number.get(after.parent, before), after) for before, after in itertools.pairwise(rounds)]
 
 
 def _won(name: str, data: RoundData, before: int) -> Change:

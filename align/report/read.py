@@ -7,6 +7,7 @@ Reads only; never fails on a file that is missing, half-written or damaged: what
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Collection, Iterator
@@ -22,8 +23,9 @@ from align.evaluation.summary import read_summary
 from align.evaluation.table import BenchmarkRow, benchmark_rows
 from align.records import Evaluation, RecordT, parse_line
 from align.run.folder import Round, RunDir
-from align.run.manifest import StageEntry
+from align.run.manifest import SelectedRound, StageEntry
 from align.run.outdated import outdated_rounds
+from align.run.parents import parent_of, selected_by
 from align.run.pushes import Pushes, read_pushes
 from align.run.ratings import people_figures
 from align.run.stages import STAGES, stage_named
@@ -59,10 +61,12 @@ class Stage:
 
 @dataclass
 class RoundData:
-    """What one round left behind; `log` is the trainer's history, `lines` the held-out responses,
-    `people` how far the critic agrees with people's ratings, and they with each other.
+    """What one round left behind; `log` is the trainer's history, `people` how far the critic agrees with people's
+    ratings, and they with each other.
 
-    `outdated` says what the round was built on, where that no longer exists.
+    `metrics` and `lines` (held-out responses) are of the questions that are reported; `num_deciding` others decided,
+    and have `selected` the best of the rounds so far. `parent` is the round that it was made from. `outdated` says what
+    the round was built on, where that no longer exists.
     """
 
     number: int
@@ -72,8 +76,16 @@ class RoundData:
     lines: list[Evaluation] = field(default_factory=list)
     log: list[dict[str, float]] = field(default_factory=list)
     benchmarks: list[BenchmarkRow] = field(default_factory=list)
+    num_deciding: int = 0
+    selected: SelectedRound | None = None
+    before: int | None = None
     outdated: str | None = None
     people: dict[str, Figure] = field(default_factory=dict)
+
+    @property
+    def parent(self) -> int:
+        """The round whose checkpoint this one was made from."""
+        return max(self.number - 1, 0) if self.before is None else self.before
 
     def counts(self, stage: str) -> JSON:
         """The counts of a stage; none where it has not begun."""
@@ -120,6 +132,17 @@ class RunData:
     def evaluated(self) -> list[RoundData]:
         """The rounds that were evaluated."""
         return [data for data in self.rounds if data.evaluated]
+
+    @property
+    def selected(self) -> SelectedRound | None:
+        """The round that held-out questions have chosen, by the last evaluation; None where nothing was to choose."""
+        return self.evaluated[-1].selected if self.evaluated else None
+
+    @property
+    def result(self) -> int | None:
+        """The round that the run results in so far: the last evaluated one, or the one that was chosen."""
+        chosen = self.selected
+        return chosen.round if chosen is not None else self.evaluated[-1].number if self.evaluated else None
 
     @property
     def complete(self) -> list[RoundData]:
@@ -256,12 +279,18 @@ def _loose_yaml(text: str) -> JSON:
 def _read_round(this: Round, problems: list[str]) -> RoundData:
     data = RoundData(this.number, this)
     data.stages = _read_stages(this, problems)
-    data.metrics = _read_metrics(this.evaluation, problems)
+    apart = _read_metrics(data, problems)
     for where, line in _lines(this.evaluation_lines):
         try:
-            data.lines.append(parse_line(line, Evaluation, where))
+            answered = parse_line(line, Evaluation, where)
         except UserError as error:
             problems.append(str(error))
+            continue
+        if answered.id not in apart:
+            data.lines.append(answered)
+    run = RunDir(this.path.parent)
+    with contextlib.suppress(UserError):  # a damaged manifest, which is a problem already
+        data.selected, data.before = selected_by(run, this.number), parent_of(run, this.number)
     data.log = _read_log(this, problems)
     try:
         data.people = people_figures(RunDir(this.path.parent), this.number)
@@ -325,14 +354,18 @@ def _finished_questions(this: Round, stage: str) -> int | None:
     return sum(part.read_bytes().count(b"\n") for part in parts)
 
 
-def _read_metrics(path: Path, problems: list[str]) -> dict[str, Interval]:
+def _read_metrics(data: RoundData, problems: list[str]) -> set[str]:
+    """Read what was measured; gives the ids of the questions that decide."""
+    path = data.folder.evaluation
     if not path.is_file():
-        return {}
+        return set()
     try:
-        return read_summary(path).metrics
+        summary = read_summary(path)
     except UserError as error:
         problems.append(str(error))
-        return {}
+        return set()
+    data.metrics, data.num_deciding = summary.metrics, len(summary.deciding_questions)
+    return summary.deciding_questions
 
 
 def _read_log(this: Round, problems: list[str]) -> list[dict[str, float]]:

@@ -38,9 +38,11 @@ def judge(run: RunData, changes: History, control: RunData | None, critics: Mapp
     texts = [diagnosis.text for diagnosis in diagnoses]
     if name is None or moved is None:
         return Verdict("neutral", *(_nothing_measured(run) if name is None else _one_round(run, name)), diagnoses=texts)
-    title, waiting = _title(moved), _waiting(run)
+    title, waiting, chosen = _title(moved), _waiting(run), _chosen(run)
     if waiting and not moved.too_few:
         title = title.replace(":", " so far:", 1)
+    if run.result == 0:
+        title = "No round was chosen: the run results in the first policy."
     if diagnoses:
         title = f"{title[:-1]}; {diagnoses[0].short}."
     warnings = [f"Round {data.number} {data.outdated}." for data in run.trained if data.outdated is not None]
@@ -52,8 +54,10 @@ def judge(run: RunData, changes: History, control: RunData | None, critics: Mapp
         for less in looks_less(run, changes)
     ]
     few = f"Below {MIN_QUESTIONS} held-out questions nothing is called better or worse." if moved.too_few else ""
-    detail = " ".join(filter(None, [_detail(moved), few, waiting]))
-    return Verdict(moved.state, title, detail, warnings, _control(name, moved, control), texts)
+    detail = " ".join(filter(None, [_detail(moved), few, chosen, waiting]))
+    return Verdict(
+        moved.state if run.result else "neutral", title, detail, warnings, _control(name, moved, control), texts
+    )
 
 
 def _waiting(run: RunData) -> str:
@@ -62,6 +66,15 @@ def _waiting(run: RunData) -> str:
     if asked is None or last >= asked:
         return ""
     return f"Of {asked:.0f} rounds {last} {'is' if last == 1 else 'are'} evaluated."
+
+
+def _chosen(run: RunData) -> str:
+    """Which round the verdict is on and why, and that other questions chose it; empty where none did."""
+    chosen, apart = run.selected, run.evaluated[-1].num_deciding
+    if not apart:
+        return ""
+    others = f"None of the {apart} questions that decide (gates, stopping, selection) is among these numbers."
+    return others if chosen is None else f"Chosen: {chosen.why}. {others}"
 
 
 def _nothing_measured(run: RunData) -> tuple[str, str]:

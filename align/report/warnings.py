@@ -59,7 +59,7 @@ def find_warnings(
         found += [*_training(data), *_critic(data.number, critics.get(data.number, {})), *_losses(data)]
     found += [warning for data in run.rounds for warning in _fallbacks(run, data)]
     found += [warning for data in run.rounds for warning in _unfinished(data)]
-    found += [*_outdated(run), *_not_pushed(run), *others]
+    found += [*_small_parts(run), *_outdated(run), *_not_pushed(run), *others]
     return sorted(_by_title(found), key=lambda item: not item.serious)
 
 
@@ -214,6 +214,22 @@ def _fallbacks(run: RunData, data: RoundData) -> Iterator[RunWarning]:
                 "Results are the same; it takes longer, since every question is encoded again for every response.",
                 data.number,
             )
+
+
+def _small_parts(run: RunData) -> Iterator[RunWarning]:
+    counts = run.evaluated[-1].counts("evaluate") if run.evaluated else {}
+    parts = {
+        "decide": number(counts.get("deciding_questions")),
+        "are reported": number(counts.get("reported_questions")),
+    }
+    small = [f"{count:.0f} held-out questions {what}" for what, count in parts.items() if count and count < MIN_COUNT]
+    if small:
+        yield RunWarning(
+            "Too few held-out questions in a part",
+            f"{' and '.join(small)}: below {MIN_COUNT} a difference is mostly chance.",
+            "Gates on so few do not hold, stop_if_worse never stops, and the best round may be any. More held-out "
+            "questions help, or another evaluate.decision_share.",
+        )
 
 
 def _outdated(run: RunData) -> Iterator[RunWarning]:

@@ -68,29 +68,27 @@ class RunDir:
         ]
         return [self.round(number) for number in sorted(numbers)]
 
-    def policy(self, number: int, first_policy: str) -> str:
-        """The checkpoint that a round starts from: the first policy, or the complete checkpoint of the round before."""
-        if number < 1:
-            raise UserError(f"there is no round {number}", fix="rounds count from 1")
-        if number == 1:
+    def checkpoint(self, number: int, first_policy: str) -> str:
+        """The complete checkpoint of a round; of round 0 the first policy."""
+        if number == 0:
             return first_policy
-        before = self.round(number - 1)
-        before.need("dpo", f"round {number} starts from it", f"align dpo --round {number - 1}")
-        return str(before.checkpoint)
+        this = self.round(number)
+        this.need("dpo", "its checkpoint is asked for", f"align dpo --round {number}")
+        return str(this.checkpoint)
 
-    def policy_hash(self, number: int, policy: str) -> str:
-        """The content hash of a round's `policy`, which is what the round before has trained.
+    def trained_hash(self, number: int, checkpoint: str) -> str:
+        """The content hash of a round's `checkpoint` (round 0: of the first policy).
 
         Raises:
-            UserError: a file of that checkpoint has changed since.
+            UserError: a file of it has changed since the round trained it.
         """
-        found = checkpoint_hash(policy)
-        trained = self.round(number - 1).manifest.stage("dpo") if number > 1 else None
+        found = checkpoint_hash(checkpoint)
+        trained = self.round(number).manifest.stage("dpo") if number else None
         if trained is not None and trained.outputs.get("checkpoint", found) != found:
             raise UserError(
-                f"the checkpoint is not the one that round {number - 1} has trained: a file of it has changed",
-                where=policy,
-                fix=f"restore it from a copy, or train it again: align dpo --round {number - 1} --redo",
+                f"the checkpoint is not the one that round {number} has trained: a file of it has changed",
+                where=checkpoint,
+                fix=f"restore it from a copy, or train it again: align dpo --round {number} --redo",
             )
         return found
 
@@ -191,6 +189,11 @@ class Round:
     def image_log_probs(self) -> Path:
         """Log-probabilities of its answers to these questions under their own images and the others."""
         return self.path / "log-probs-images.jsonl"
+
+    @property
+    def comparisons(self) -> Path:
+        """What the critic prefers of the greedy held-out responses: this round's, the first policy's, the parent's."""
+        return self.path / "comparisons.jsonl"
 
     @property
     def benchmarks(self) -> Path:

@@ -22,13 +22,26 @@ from align.run.hashes import content_hash, text_hash
 PACKAGES = ("valley-align", "torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "datasets")
 
 
+class SelectedRound(BaseModel):
+    """The round that held-out questions chose among those so far, 0 for the first policy; and why, in a sentence.
+
+    `checkpoint` is its content hash, `by` the setting that it was chosen by (evaluate.select_metric).
+    """
+
+    round: int
+    checkpoint: str
+    by: str
+    why: str
+
+
 class StageEntry(BaseModel):
     """What the manifest says of one stage.
 
     `settings` and `inputs` (name to content hash) are those it was begun with; `outputs` are the files it wrote, by
     name, with their hashes; `counts` what was kept and dropped by reason; `notes` what it fell back to; `cost` what all
     attempts in all processes took (`align.monitoring.cost`), `seconds` of it the main process's; `refused` why it did
-    not continue; `image_root` the folder of the images it looked at, for the report. A stage may add facts of its own.
+    not continue; `image_root` the folder of the images it looked at, for the report; `selected` which of the rounds so
+    far an evaluation chose (`evaluate.select: best`). A stage may add facts of its own.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -48,6 +61,7 @@ class StageEntry(BaseModel):
     outputs: dict[str, str] = Field(default_factory=dict)
     notes: dict[str, Any] = Field(default_factory=dict)
     image_root: str | None = None
+    selected: SelectedRound | None = None
 
     @property
     def complete(self) -> bool:
@@ -182,6 +196,14 @@ class Manifest:
             "counts": counts,
         }
         self._put(name, entry.model_copy(update=facts | more))
+
+    def amend(self, name: str, *, outputs: Iterable[Path] = (), **facts: Any) -> None:
+        """Change what a complete stage says of itself, and of files that it has written anew."""
+        entry = self.stage(name)
+        assert entry is not None, f"stage {name} is amended before it began"
+        assert entry.complete, f"stage {name} is amended before it is complete"
+        written = {path.name: content_hash(path) for path in outputs}
+        self._put(name, entry.model_copy(update=facts | {"outputs": entry.outputs | written}))
 
     def reopen(self, names: Iterable[str]) -> None:
         """Say that stages which are complete go on: what they have finished is compared with what they are to do."""

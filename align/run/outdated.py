@@ -16,21 +16,23 @@ from align.run.manifest import StageEntry
 def outdated_rounds(rounds: Iterable[Round]) -> dict[int, str]:
     """By round, in order: what it was built on, as the end of a sentence; empty where every round has its parent.
 
-    All rounds after the first such one are outdated too. A damaged manifest is passed over: reading it says so.
+    All rounds after the first such one are outdated too, unless they start from an earlier one
+    (`evaluate.select: best`). A damaged manifest is passed over: reading it says so.
     """
     found: dict[int, str] = {}
-    before: dict[str, StageEntry] | None = None
-    for this in sorted(rounds, key=lambda this: this.number):
-        stages = _stages(this)
-        if this.number < 2 or not stages:
-            before = stages
+    known = {this.number: _stages(this) for this in rounds}
+    for number in sorted(known):
+        stages, before = known[number], known.get(number - 1)
+        if number < 2 or not stages:
             continue
-        parent = this.number - 1
+        selected = before["evaluate"].selected if before and "evaluate" in before else None
+        chosen = selected is not None and selected.checkpoint == policy_hash(stages)
+        parent = selected.round if selected is not None and chosen else number - 1
+        trained = known.get(parent)
         if parent in found:
-            found[this.number] = f"is built on round {parent}, which itself {found[parent]}"
-        elif before is not None and not _is_parent(before.get("dpo"), stages):
-            found[this.number] = f"is built on a checkpoint of round {parent} that no longer exists"
-        before = stages
+            found[number] = f"is built on round {parent}, which itself {found[parent]}"
+        elif parent and trained is not None and not _is_parent(trained.get("dpo"), stages):
+            found[number] = f"is built on a checkpoint of round {parent} that no longer exists"
     return found
 
 

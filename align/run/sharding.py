@@ -155,14 +155,20 @@ def batches(things: Sequence[ThingT], size: int) -> Iterator[list[ThingT]]:
 
 
 def finish(
-    manifest: Manifest, stage: str, *, outputs: Iterable[Path], counts: dict[str, Any], notes: dict[str, str]
+    manifest: Manifest,
+    stage: str,
+    *,
+    outputs: Iterable[Path],
+    counts: dict[str, Any],
+    notes: dict[str, str],
+    **facts: Any,
 ) -> None:
     """Mark the stage complete, on the main process, and let no process continue before it is."""
     save_cost()
     barrier()
     if is_main_process():
         outputs = list(outputs)
-        manifest.finish(stage, outputs=outputs, counts=counts, notes=notes)
+        manifest.finish(stage, outputs=outputs, counts=counts, notes=notes, **facts)
         for path in outputs:
             PartialFile(path, BaseModel).discard()
     barrier()

@@ -95,6 +95,7 @@ TABLE = (
             "log-probs-first.jsonl",
             "other-image-answers.jsonl",
             "log-probs-images.jsonl",
+            "comparisons.jsonl",
         ),
         leaves=("evaluation.left-out.jsonl",),
         first_policy=True,

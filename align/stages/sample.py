@@ -24,6 +24,7 @@ from align.records import Question, Response, Samples
 from align.run.folder import Round, RunDir
 from align.run.hashes import content_hash, text_hash
 from align.run.image_hashes import changed_images, forget_left_out, record_images
+from align.run.parents import starts_from
 from align.run.resumable import PartialFile, drop_changed
 from align.run.sharding import OnRecord, begin, finish, map_resumable
 from align.sources import count_by_source, questions_of_round
@@ -31,7 +32,7 @@ from align.stages.until_pair import can_make_pair, further_samples
 from reward.judgement import Judgement
 
 if TYPE_CHECKING:
-    from align.engines.base import SampleResult
+    from align.engines.base import Engine, SampleResult
 
 STAGE = "sample"
 
@@ -45,7 +46,8 @@ def run_sample(config: Config, number: int) -> None:
     """
     run = RunDir(config.run_dir)
     this = run.round(number)
-    policy = run.policy(number, config.policy)
+    parent = starts_from(config, run, number)
+    policy = run.checkpoint(parent, config.policy)
     check_settings(config)
     questions = questions_of_round(config, number)
     images = question_images(config)
@@ -56,7 +58,7 @@ def run_sample(config: Config, number: int) -> None:
     if not begun:
         check_images(questions, images)
     files = _question_files(config)
-    inputs = files | {"policy": run.policy_hash(number, policy)} | served_as(config.sample.servers, number - 1)
+    inputs = files | {"policy": run.trained_hash(parent, policy)} | served_as(config.sample.servers, parent)
     if not begin(
         this.manifest,
         STAGE,
@@ -71,9 +73,20 @@ def run_sample(config: Config, number: int) -> None:
         _forget_changed(this, images, questions)
         record_images(this.image_hashes, images, questions, anew=True)
 
+    def open_engine() -> Engine:
+        return open_policy(
+            config,
+            policy,
+            config.sample.servers,
+            made_in_round=parent,
+            open_image=images.open,
+            engine=config.sample.engine,
+            logs=this.server_logs / STAGE,
+        )
+
     def work(todo: list[Question], on_record: OnRecord) -> dict[str, str]:
         readable = readable_questions(todo, images, lambda id_, fault: on_record(fault.left_out(id_)))
-        return _sample(config, policy, readable, images, number, on_record) if readable else {}
+        return _sample(config, open_engine(), readable, number, on_record) if readable else {}
 
     done = map_resumable(this.samples, Samples, questions, work, label=f"round {number}: sample")
     if is_main_process():
@@ -139,20 +152,9 @@ def question_seed(seed: int, number: int, question_id: str) -> int:
     return int(text_hash(str(seed), str(number), question_id)[:15], 16)
 
 
-def _sample(
-    config: Config, policy: str, todo: list[Question], images: ImageStore, number: int, on_record: OnRecord
-) -> dict[str, str]:
+def _sample(config: Config, engine: Engine, todo: list[Question], number: int, on_record: OnRecord) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
 
-    engine = open_policy(
-        config,
-        policy,
-        config.sample.servers,
-        made_in_round=number - 1,
-        open_image=images.open,
-        engine=config.sample.engine,
-        logs=RunDir(config.run_dir).round(number).server_logs / STAGE,
-    )
     requests = [
         SampleRequest(
             id=question.id,

@@ -27,6 +27,7 @@ from align.report.warnings import find_warnings
 from align.run.folder import Round, RunDir
 from align.run.manifest import StageEntry
 from align.run.outdated import outdated_rounds
+from align.run.parents import selected_by
 from align.run.stages import STAGES, stage_named, stages_of
 from align.status.stage_progress import LockHolder, StageProgress, parts, stall_warnings
 
@@ -48,7 +49,7 @@ class StageStatus:
 @dataclass(frozen=True)
 class RunStatus:
     """`working` says which process is at work, empty where none is; `next_command` what resumes it,
-    None while one is."""
+    None while one is; `selected` which round is the best so far, and why, where the run chooses one."""
 
     path: Path
     stages: list[StageStatus]
@@ -56,12 +57,14 @@ class RunStatus:
     working: str
     complete: bool
     next_command: str | None
+    selected: str = ""
 
     @property
     def text(self) -> str:
         """What a person reads, one line per stage."""
         lines = [f"{self.path}: {self.working or ('complete' if self.complete else 'nothing is running')}"]
         lines += [f"  round {s.round}  {s.stage:<8}  {s.state:<8}  {s.detail}".rstrip() for s in self.stages]
+        lines += [f"  best so far: {self.selected}"] if self.selected else []
         return "\n".join([*lines, *(f"WARNING: {warning}" for warning in self.warnings)])
 
 
@@ -101,7 +104,16 @@ class RunMonitor:
         warnings += self._known_warnings(rounds, stages)
         complete = _is_complete(self.path, rounds)
         command = None if working else self._next(rounds, complete)
-        return RunStatus(self.path, stages, warnings, working, complete and not working, command)
+        return RunStatus(
+            self.path, stages, warnings, working, complete and not working, command, self._selected(rounds)
+        )
+
+    @staticmethod
+    def _selected(rounds: list[Round]) -> str:
+        """What the last evaluation has chosen."""
+        run = RunDir(rounds[0].path.parent)
+        chosen = [found for this in rounds if (found := selected_by(run, this.number)) is not None]
+        return chosen[-1].why if chosen else ""
 
     @staticmethod
     def _next(rounds: list[Round], complete: bool) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from align.config import Config, build_config, dump_config
-from align.evaluation.evaluate import measure
+from align.evaluation.measure import measure
 from align.records import Evaluated, Evaluation, Pair, Question, Response, Samples, write_jsonl
 from align.run.folder import Round, RunDir
 from align.stages.critic_metrics import critic_figures

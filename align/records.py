@@ -250,13 +250,14 @@ def _content_parts(text: str) -> list[dict[str, Any]]:
 
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 MEND_LINE = "correct that line, or take it out of the file"
 _SEAL = re.compile(r', "crc": "([0-9a-f]{8})"\}\s*$')
 
 
 def to_line(record: BaseModel) -> str:
     """One line of JSON that any file takes: a lone surrogate, which UTF-8 has no bytes for, stays as `\\ud83d`."""
-    line = json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False)
+    line = _ENCODER.encode(record.model_dump(exclude_defaults=True))
     return line if line.isascii() else _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 

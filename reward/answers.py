@@ -64,8 +64,9 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    text = _LATEX_TEXT.sub(r"\1", text)
-    text = _LATEX_FRACTION.sub(r"\1/\2", text)
+    if "\\" in text:
+        text = _LATEX_TEXT.sub(r"\1", text)
+        text = _LATEX_FRACTION.sub(r"\1/\2", text)
     return text.replace("\\%", "%").replace("**", "").replace("$", " ").strip()
 
 
@@ -206,7 +207,10 @@ def options_of(question: str) -> dict[str, str]:
     >>> options_of("What is it?\\nA. a cat\\nB. a dog"), options_of("Which? (A) red (B) dark blue")
     ({'A': 'a cat', 'B': 'a dog'}, {'A': 'red', 'B': 'dark blue'})
     """
-    options = {letter: text.strip() for letter, text in _OPTION_LINE.findall(unicodedata.normalize("NFKC", question))}
+    question = unicodedata.normalize("NFKC", question)
+    if "A" not in question:
+        return {}
+    options = {letter: text.strip() for letter, text in _OPTION_LINE.findall(question)}
     return options if len(options) > 1 and "A" in options else {}
 
 
@@ -250,7 +254,12 @@ def same_words(one: str, other: str) -> bool:
     >>> same_words("The red car.", "red car"), same_words("a", "b")
     (True, False)
     """
-    return _ARTICLE.sub("", normalise(one)) == _ARTICLE.sub("", normalise(other))
+    return _bare(one) == _bare(other)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _bare(text: str) -> str:
+    return _ARTICLE.sub("", normalise(text))
 
 
 _YES = re.compile(r"\b(?:yes|yeah|yep|true|correct)\b", re.IGNORECASE)

@@ -166,7 +166,7 @@ def _check(counts: ImportCounts, store: PictureStore) -> None:
             f"no {counts.make} came of {counts.rows} rows, read as {' and '.join(set(counts.formats.values()))}: "
             f"{reasons or 'the source is empty'}",
             where=str(store.root),
-            fix="check --format and --image-root",
+            fix="save it as UTF-8" if "not UTF-8 text" in counts.dropped else "check --format and --image-root",
         )
     if store.stayed and store.written:
         raise UserError(

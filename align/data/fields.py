@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 from align.data.entry import BadRow
@@ -80,7 +81,7 @@ class Fields:
             value = value[0]
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # a whole number in a column with gaps, as pandas writes it
-        if value is None or isinstance(value, (str, int, float, bool)):
+        if value is None or isinstance(value, (str, int, float, bool, Decimal)):
             return None if value is None else str(value)
         raise BadRow(f"{role} is no text", f"found {type(value).__name__}")
 

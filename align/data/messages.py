@@ -230,8 +230,10 @@ def _image_of(part: dict[str, Any], name: str) -> Any:
     >>> _image_of({"type": "image_url", "image_url": {"url": "a.png"}, "text": None}, "messages")
     'a.png'
     """
-    keys = ("image", "image_url", "url", "path", "base64", "bytes", "data")
+    keys = ("image", "image_url", "url", "path", "base64", "bytes", "data", "source")
     image = next((part[key] for key in keys if not is_missing(part.get(key))), None)
     if image is None and part.get("type") is None:
         raise BadRow(f"a part of {name} is no text and no image", repr(part)[:80])
-    return image["url"] if isinstance(image, dict) and "url" in image else image
+    if isinstance(image, dict):
+        return next((image[key] for key in ("url", "data") if not is_missing(image.get(key))), image)
+    return image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from align.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PARQUET_BATCH = 16
+_MISSING = ("nan", "NaN", "<NA>")
 
 
 def file_rows(path: Path) -> Iterator[Row]:
@@ -76,12 +78,16 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
         try:
+            twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+            if twice:
+                raise UserError(f"two columns are called {twice[0]!r}", where=str(path), fix="rename one of them")
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
                     yield Row(where, BadRow("not as many cells as columns"))
                 else:
-                    yield Row(where, dict(row))
+                    # As pandas writes a missing value; the word alone is no text of a question or an answer.
+                    yield Row(where, {name: None if cell in _MISSING else cell for name, cell in row.items()})
         except UnicodeDecodeError as error:
             raise not_utf8(path, error.start) from None
         except csv.Error as error:

@@ -34,7 +34,7 @@ from align.errors import UserError
 from align.media.images import ImageStore
 from align.models.limits import position_limit
 from align.models.load import check_checkpoint, load_processor, read_config
-from align.models.lora import check_tied_weights, lora_config
+from align.models.lora import check_modules_to_save, check_tied_weights, lora_config
 from align.models.meta import meta_model, with_adapter
 from align.models.modules import check_projector, freeze_parts
 from align.records import Pair
@@ -70,7 +70,9 @@ def check_trained(config: Config, policy: str) -> None:
         check_projector(trained)
     adapter = lora_config(config.dpo.lora, config.dpo.freeze)
     if adapter is not None:
-        check_tied_weights(meta_model(policy), trained)
+        plain = meta_model(policy)
+        check_modules_to_save(plain, adapter)
+        check_tied_weights(plain, trained)
     # A trainer asks for the other processes of a launch, which are joined by whoever trains.
     if world_size() == 1:
         try_trainer(config, policy, trained if adapter is None else meta_model(policy), adapter)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
@@ -10,6 +12,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANTIZE_KEY = "quantize"
+# How an adapter may begin: with nothing at all, or with a part that is taken out of the weights below it. EVA, CorDA
+# and LoRA-GA want statistics of data, LoftQ and KaSA begin near the policy, not at it.
+_BEGINNINGS = re.compile(r"true|gaussian|orthogonal|olora|pissa(_niter_\d+)?")
+_NOT_MERGED = ("alora_invocation_tokens", "layer_replication", "use_bdlora")
+_OF_A_SAVED_ADAPTER = ("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version")
 
 
 def peft_fields(lora: dict[str, Any]) -> dict[str, Any]:
@@ -38,10 +45,59 @@ def lora_config(fields: dict[str, Any] | None, freeze: list[str]) -> Any:
 
     if freeze:
         raise UserError("dpo.freeze and dpo.lora exclude each other", fix="choose dpo.lora.target_modules instead")
+    _check_fields(peft_fields(fields))
+    # Models of vision and language are none of peft's task types; an adapter without one is the same adapter.
+    own = {name: value for name, value in peft_fields(fields).items() if name != "task_type"}
     try:
-        return LoraConfig(**peft_fields(fields))
-    except (TypeError, ValueError) as error:
+        return LoraConfig(**own)
+    except Exception as error:  # peft checks its fields as it comes upon them
         raise UserError(f"dpo.lora: {error}", fix="see the fields of peft's LoraConfig") from None
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Refuse what peft takes and what could then not be trained, merged or compared with the reference."""
+    problem = None
+    begins, task = fields.get("init_lora_weights", True), fields.get("task_type")
+    objects = [name for name in fields if name.endswith("_config") and fields[name] not in (None, {})]
+    alpha = fields.get("lora_alpha", 8)
+    if begins is False:
+        problem = "init_lora_weights: false begins with a random change of the policy, which is then not the reference"
+    elif isinstance(begins, str) and not _BEGINNINGS.fullmatch(begins.lower()):
+        problem = (
+            f"init_lora_weights: {begins!r} is none of the beginnings that need no data and leave the policy as it is"
+            " (true, gaussian, orthogonal, olora, pissa, pissa_niter_N)"
+        )
+    elif task not in (None, "CAUSAL_LM"):
+        problem = f"task_type: expected CAUSAL_LM or nothing, found {task!r}"
+    elif fields.get("inference_mode"):
+        problem = "inference_mode: nothing would be trained"
+    elif not isinstance(alpha, int | float) or isinstance(alpha, bool) or alpha <= 0:
+        problem = f"lora_alpha: expected a number above 0, found {alpha!r}: nothing would be changed by the adapter"
+    elif objects:
+        problem = f"{objects[0]} takes an object of peft's own, which a configuration file cannot hold"
+    elif found := [name for name in _NOT_MERGED if fields.get(name)]:
+        problem = f"{found[0]}: such an adapter cannot be merged into a checkpoint of its parent's form"
+    elif found := [name for name in _OF_A_SAVED_ADAPTER if fields.get(name) not in (None, "LORA")]:
+        problem = f"{found[0]} belongs to an adapter that was saved, not to one that is to be trained"
+    if problem is not None:
+        raise UserError(f"dpo.lora: {problem}", fix="change it, or leave it out")
+
+
+def check_modules_to_save(model: PreTrainedModel, adapter: Any) -> None:
+    """Refuse names of modules to be trained as a whole that the model does not have: peft passes them over.
+
+    Raises:
+        UserError: no module's name ends with one of `modules_to_save`.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    for wanted in adapter.modules_to_save or ():
+        if not any(name.endswith(wanted) for name in modules):
+            parts = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+            near = get_close_matches(wanted.rpartition(".")[2], parts, 1)
+            raise UserError(
+                f"dpo.lora.modules_to_save: no module of this model is called {wanted!r}",
+                fix=f"did you mean {near[0]!r}?" if near else "take it out",
+            )
 
 
 def check_tied_weights(model: PreTrainedModel, adapted: Any) -> None:
@@ -61,12 +117,15 @@ def check_tied_weights(model: PreTrainedModel, adapted: Any) -> None:
         "vocabulary projection": (type(head), type(adapted.get_output_embeddings())),
     }
     changed = [name for name, (plain, found) in kinds.items() if plain is not found]
+    if not changed and adapted.get_input_embeddings().weight is not adapted.get_output_embeddings().weight:
+        # One of the two lies in a module that is trained as a whole, in a copy of its own.
+        changed = list(kinds)
     if changed:
         raise UserError(
             f"dpo.lora changes the {' and the '.join(changed)}, which this model ties to each other: the saved "
             "checkpoint could not hold what was trained",
             fix=(
-                "take embed_tokens and lm_head out of dpo.lora.target_modules and modules_to_save, or train without"
-                " lora"
+                "take embed_tokens, lm_head and what holds them out of dpo.lora.target_modules, modules_to_save and"
+                " trainable_token_indices, or train without lora"
             ),
         )

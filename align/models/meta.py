@@ -54,8 +54,8 @@ def with_adapter(model: PreTrainedModel, config: Any) -> Any:
             # peft asks transformers for gradient checkpointing by its old name.
             warnings.simplefilter("ignore", FutureWarning)
             return get_peft_model(model, plain).get_base_model()
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # a pattern that is none, a kind of bias that peft does not know, and the like
         raise UserError(
-            f"dpo.lora: {str(error).splitlines()[0]}",
+            f"dpo.lora: {(str(error) or type(error).__name__).splitlines()[0]}",
             fix="set dpo.lora.target_modules, e.g. [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
         ) from None

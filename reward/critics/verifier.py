@@ -189,7 +189,6 @@ _ONLY_SEPARATORS = re.compile(r"^(?:[\s,;、，；.。]|and|和|与)*$", re.IGNO
 _UNIT = re.compile(r"^\s*[^\W\d_]*\s*[.。]?\s*$")
 
 
-@lru_cache(maxsize=1024)
 def answer_kind(reference: str, question: str = "") -> str:
     """The kind that a reference answer looks like; `contains` is never guessed.
 
@@ -198,11 +197,21 @@ def answer_kind(reference: str, question: str = "") -> str:
     >>> answer_kind("a dog", "What? A. a cat B. a dog"), answer_kind("二十只")
     ('choice', 'number')
     """
+    kind, options = _kind_by_itself(reference), answers.options_of(question)
+    if options and kind not in ("boxes", "choice"):
+        text = answers.final_answer(reference)
+        if _LETTER_AND_TEXT.match(text) or _is_option(text, options):
+            return "choice"
+    return kind
+
+
+@lru_cache(maxsize=1024)
+def _kind_by_itself(reference: str) -> str:
+    """What a reference answer looks like where the question lists no options."""
     text = answers.final_answer(reference)
     if answers.boxes(text) and not re.search(r"\w", re.sub(r"</?\w+>", "", answers.without_boxes(text))):
         return "boxes"
-    options = answers.options_of(question)
-    if _ONE_LETTER.match(text) or (options and (_LETTER_AND_TEXT.match(text) or _is_option(text, options))):
+    if _ONE_LETTER.match(text):
         return "choice"
     if _JUST_YES_NO.match(text):
         return "yes_no"

@@ -310,3 +310,26 @@ def test_import_json_keeps_the_reader_and_the_columns(tmp_path):
     assert kept["formats"] == {str(tmp_path / "rows.jsonl"): "plain"}
     assert kept["columns"] == {"question": {"question": 1}, "image": {"images": 1}}
     assert kept["unused"] == {"note": 1}
+
+
+def test_a_table_that_names_a_column_twice_is_refused_and_its_missing_values_are_none(tmp_path):
+    save_pictures(tmp_path, 3)
+    table = tmp_path / "rows.csv"
+    table.write_text("question,image,question\nWhy?,0.png,What?\n")
+    with pytest.raises(UserError, match="two columns are called 'question'"):
+        imported(table, tmp_path / "out")
+    table.write_text("question,image,answer\nWhy?,0.png,nan\nWho?,1.png,NaN\nWhat?,2.png,None\n")
+    found = lines(imported(table, tmp_path / "out").path)
+    assert [line.get("answer") for line in found] == [None, None, "None"]
+    table.write_bytes("question,image\nWas für ein Bild?,0.png\n".encode("latin-1"))
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        imported(table, tmp_path / "out")
+
+
+def test_an_image_that_stands_in_a_source_is_taken(tmp_path):
+    data = base64.b64encode(png(0)).decode()
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    row = {"messages": [user([part(type="image", source=source), part(type="text", text="What is this?")])]}
+    (found,), _ = read(tmp_path, [row])
+    assert len(found["images"]) == 1
+    assert found["question"] == "<image>What is this?"

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.dpo import save
+from align.dpo.check import check_trained
 from align.dpo.train import run_dpo
 from align.errors import UserError
 from align.models.load import load_model
@@ -98,6 +99,67 @@ def test_an_adapter_that_would_untie_weights_is_refused_before_training(tmp_path
     with pytest.raises(UserError, match="which this model ties to each other"):
         run_dpo(config, 1)
     assert not (round_1(config).path / "manifest.json").exists()
+
+
+Q = {"target_modules": ["q_proj"]}
+REFUSED = {
+    "which this model ties to each other": [
+        Q | {"modules_to_save": ["language_model"]},
+        Q | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        Q | {"trainable_token_indices": [1, 2]},
+        Q | {"trainable_token_indices": {"embed_tokens": [1]}},
+        {"target_modules": r".*embed_tokens"},
+        {"target_parameters": ["lm_head.weight"]},
+        {"target_parameters": ["embed_tokens.weight"]},
+    ],
+    r"no module of this model is called 'lm_heads'; did you mean 'lm_head'": [Q | {"modules_to_save": ["lm_heads"]}],
+    "no module of this model is called 'model.lm_head'": [Q | {"modules_to_save": ["model.lm_head"]}],
+    "random change of the policy": [Q | {"init_lora_weights": False}],
+    "need no data": [Q | {"init_lora_weights": name} for name in ("eva", "corda", "lora_ga", "loftq", "pisa")],
+    "cannot be merged": [Q | {"alora_invocation_tokens": [1]}, Q | {"layer_replication": [[0, 2], [1, 2]]}],
+    "object of peft's own": [Q | {f"{name}_config": {"a": 1}} for name in ("arrow", "kasa", "eva", "runtime")],
+    "nothing would be (trained|changed)": [Q | {"inference_mode": True}, Q | {"lora_alpha": 0}],
+    "adapter that was saved": [Q | {"base_model_name_or_path": "Qwen/Qwen2-VL-2B"}, Q | {"peft_type": "IA3"}],
+    "expected CAUSAL_LM or nothing": [Q | {"task_type": "SEQ_CLS"}],
+    "dpo.lora: missing \\)": [{"target_modules": "(("}],
+    "bias: some": [Q | {"bias": "some"}],
+    "not found in the base model": [{"target_modules": "nothing"}, Q | {"layers_to_transform": [99]}],
+    "dpo.lora": [Q | {"r": number} for number in (0, -1, 2.5, "8")] + [Q | {"lora_dropout": 2.0}],
+}
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """The folder of a run whose policy's vocabulary projection is its embeddings."""
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_models.save_llava_onevision(folder / "policy")
+    tie(folder / "policy")
+    return folder
+
+
+@pytest.mark.parametrize(("message", "lora"), [(message, lora) for message in REFUSED for lora in REFUSED[message]])
+def test_an_adapter_that_could_not_be_trained_or_saved_is_refused_by_the_check(tied, message, lora):
+    config = make_run(tied, dpo={"lora": {"r": 2} | lora})
+    with pytest.raises(UserError, match=message):
+        check_trained(config, str(config.policy))
+
+
+ADMITTED = [
+    {"target_modules": "all-linear", "use_dora": True, "bias": "all"},
+    {"target_modules": r".*language_model.*\.(q|v)_proj", "modules_to_save": ["multi_modal_projector"]},
+    {"target_modules": ["model.language_model.layers.0.self_attn.q_proj"], "task_type": "CAUSAL_LM", "lora_bias": True},
+    {"target_parameters": ["mlp.gate_proj.weight"], "init_lora_weights": "gaussian"},
+    Q | {"init_lora_weights": "pissa_niter_4", "use_rslora": True, "modules_to_save": ["vision_tower"]},
+]
+
+
+@pytest.mark.parametrize("lora", ADMITTED)
+def test_an_adapter_that_is_admitted_is_saved_as_it_was_trained(tied, lora):
+    config = make_run(tied, num_pairs=2, name=f"run-{ADMITTED.index(lora)}", dpo={"num_train_epochs": 1, "gradient_accumulation_steps": 1, "lora": {"r": 2} | lora})  # fmt: skip
+    check_trained(config, str(config.policy))
+    run_dpo(config, 1)
+    assert round_1(config).manifest.complete("dpo")
+    assert not any("lm_head" in name for name in weights(round_1(config).checkpoint))
 
 
 def test_a_tied_model_is_saved_tied(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from align.cli import main
+from tests.forks import FORKS, begin
 from tests.patience import PATIENCE_S
 from tests.tiny_models import random_image, save_llava_onevision
 
@@ -66,7 +66,7 @@ class Command:
         self._written = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._written.name, name) for name in ("out", "err"))
         variables = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-        self._process = _FORKS.Process(
+        self._process = FORKS.Process(
             target=_run, args=(arguments, folder, variables, self._out, self._err, limit_bytes)
         )
         self._process.start()
@@ -100,18 +100,11 @@ def align(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> s
     return Command(folder, *arguments, env=env).end()
 
 
-# The process that others are forked from has imported what commands need.
-_FORKS = multiprocessing.get_context("forkserver")
-_STAGES = ["align.stages.sample", "align.stages.score", "align.dpo.stage", "align.evaluation.evaluate", "align.report"]
-_FORKS.set_forkserver_preload(["tests.tiny_models", "align.loop", "align.check", "align.plan", "trl", "peft", *_STAGES])
-
-
 def _run(
     arguments: tuple[str, ...], folder: Path, variables: dict[str, str], out: Path, err: Path, limit_bytes: int | None
 ) -> None:
     """What the process does: its output goes to files, its end is that of the command line."""
-    for path, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    begin(out, err)
     if limit_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     os.chdir(folder)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from typing import get_args
 
@@ -82,8 +81,6 @@ def _strategies() -> Iterator[str]:
             yield f"  {strategy}: available"
         except UserError as error:
             yield f"  {strategy}: {error.message}"
-    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-        yield "  no C++ compiler was found, which DeepSpeed needs at its first use"
 
 
 def _extras() -> Iterator[str]:

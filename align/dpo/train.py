@@ -28,6 +28,7 @@ from align.dpo.sharding.strategies import (
     chosen_strategy,
     process_group_backend,
     process_state,
+    without_compiled_collectives,
 )
 from align.dpo.stage import STAGE, DpoStage
 from align.errors import UserError, is_out_of_memory
@@ -60,6 +61,7 @@ def run_dpo(config: Config, number: int) -> None:
     strategy = chosen_strategy(config, device)
     quantization(config.dpo.lora, device, strategy)
     check_trained(config, policy)
+    without_compiled_collectives(strategy, device)
     backend = process_group_backend(strategy, device)
     if backend is not None:
         torch.cuda.set_device(device)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import gc
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from align.config import Config, load_config
-from align.distributed.launch import launch_command
 from align.loop import run_stage
-from tests.patience import PATIENCE_S
+from tests.forks import in_two_processes
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {
@@ -34,14 +32,15 @@ def add_run(folder: Path, name: str, *, dpo: dict[str, Any] | None = None, **fie
     return config
 
 
-def train_in_two_processes(folder: Path, names: list[str], timeout: float = PATIENCE_S) -> None:
-    """Train the named runs, one after the other, in one launch of two processes."""
-    config = load_config(folder / f"{names[0]}.yaml", ["launch.num_processes=2"])
-    command = launch_command(config.launch, [str(folder / f"{name}.yaml") for name in names])
-    command[command.index("align.cli")] = "tests.distributed.worker"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+def train_in_two_processes(folder: Path, names: list[str]) -> None:
+    """Train round 1 of the named runs, one after the other, in one launch of two processes."""
+    in_two_processes(_train, [folder / f"{name}.yaml" for name in names], TORCH_EXTENSIONS_DIR=str(folder / "compiled"))
+
+
+def _train(paths: list[Path]) -> None:
+    for path in paths:
+        run_stage(load_config(path), "dpo", 1)
+        gc.collect()
 
 
 def run_alone(config: Config) -> None:

@@ -63,16 +63,18 @@ def run_of(folder: Path, name: str) -> tuple[Config, Path]:
     return config, RunDir(config.run_dir).round(1).checkpoint
 
 
-def losses(checkpoint: Path) -> list[float]:
+def logged(checkpoint: Path, metric: str) -> list[float]:
     log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in log if "loss" in entry]
+    return [entry[metric] for entry in log if "loss" in entry]
 
 
 @pytest.mark.parametrize(("name", "alone"), [*((n, "alone") for n in SPREAD), *((n, "alone-lora") for n in ADAPTED)])
 def test_ten_steps_in_two_processes_equal_those_in_one(folder, name, alone):
     (_, expected), (_, found) = run_of(folder, alone), run_of(folder, name)
-    assert len(losses(expected)) == 10
-    assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
+    assert len(logged(expected, "loss")) == 10
+    assert logged(found, "loss") == pytest.approx(logged(expected, "loss"), abs=1e-5)
+    for metric in ("rewards/margins", "logps/chosen", "grad_norm"):
+        assert logged(found, metric) == pytest.approx(logged(expected, metric), abs=1e-4, rel=1e-4), metric
     before, one, two = (load_file(place / "model.safetensors") for place in (folder / "policy", expected, found))
     for tensor in before:
         if tensor.endswith("k_proj.bias"):
@@ -92,3 +94,8 @@ def test_checkpoints_have_the_original_names_and_open_with_plain_transformers(fo
     assert not report["unexpected_keys"]
     ours = load_model(checkpoint).state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_is_compiled_for_processes_on_a_cpu(folder):
+    assert (folder / "zero3.yaml").exists()
+    assert not list(folder.glob("compiled/**/*"))

@@ -1,20 +1,13 @@
-"""One of two processes of `test_processes.py`: gradients of a model that FSDP2 has sharded, written to a file.
-
-torchrun --nproc_per_node 2 tests/dpo/sharded_head.py IMAGES OUTPUT
-"""
+"""One of two processes of `test_processes.py`: gradients of a model that FSDP2 has sharded, written to a file."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from trl.trainer.utils import add_fused_lm_head
 
 from align.dpo.collator import PairCollator
@@ -41,8 +34,8 @@ def shared_model() -> torch.nn.Module:
     return model
 
 
-def main() -> None:
-    images, output = ImageStore(Path(sys.argv[1])), Path(sys.argv[2])
+def write_gradients(folder: Path, output: Path) -> None:
+    images = ImageStore(folder)
     pairs = read_jsonl(images.root / "pairs.jsonl", Pair)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -58,7 +51,3 @@ def main() -> None:
     if dist.get_rank() == 0:
         torch.save(gradients, output)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,35 +1,30 @@
 """One of the processes of `test_sharded_reference.py`: reference log-probabilities of a
-model that none of them holds whole.
-
-torchrun --nproc_per_node 2 tests/dpo/sharded_reference.py FOLDER LAYOUT
-"""
+model that none of them holds whole."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import json
-import sys
 import weakref
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from align.dpo.choose_layout import choose_layout
 from align.dpo.collator import PairCollator
 from align.dpo.reference import reference_log_probs
 from align.dpo.sharding.shards import gathered_as_needed, loading_sharded
+from align.dpo.sharding.strategies import without_compiled_collectives
 from align.media.images import ImageStore
 from align.models.load import load_model, load_processor
 from align.records import Pair, read_jsonl
 from tests.dpo.conftest import KEY, tokenized
 
 
-def main() -> None:
-    folder, layout = Path(sys.argv[1]), sys.argv[2]
+def compute_in_pieces(folder: Path, layout: str) -> None:
+    without_compiled_collectives("zero3", torch.device("cpu"))
     state = PartialState(cpu=True)
     processor, images = load_processor(str(folder / "policy")), ImageStore(folder)
     pairs = tokenized(read_jsonl(folder / "pairs.jsonl", Pair), processor, images)
@@ -56,7 +51,3 @@ def main() -> None:
     dtypes = sorted({str(parameter.dtype) for parameter in half.parameters()})
     found = {"held": held, "proof": proof, "freed": all(piece() is None for piece in shards), "dtypes": dtypes}
     (folder / f"{layout}-{state.process_index}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

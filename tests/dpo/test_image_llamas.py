@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,9 @@ from align.records import write_jsonl
 from align.run.folder import RunDir
 from tests.dpo.conftest import compute, make_args, make_pairs, tokenized, train_ours, train_trl
 from tests.dpo.test_equals_trl import assert_same_curve
-from tests.dpo.test_processes import ROOT, write_config
 from tests.dpo.test_train import history, make_run, round_1, weights
+from tests.forks import in_two_processes
 from tests.models import test_valley1 as valley1
-from tests.patience import PATIENCE_S
 from tests.tiny_models import random_image
 
 GOLDENS = Path(__file__).parents[1] / "golden"
@@ -130,17 +126,11 @@ def test_three_steps_under_zero3_are_those_of_one_process(tmp_path, family):
     pairs = make_pairs(tmp_path / "images", 6, num_images=(1, 0, 1, 1))
     write_jsonl(round_1(alone).pairs, pairs)
     run_dpo(alone, 1)
-    together = make_run(tmp_path, name="together", dpo=dpo | {"gradient_accumulation_steps": 1}, **fields)
-    write_jsonl(round_1(together).pairs, pairs)
-    command = [sys.executable, "-m", "align.cli", "dpo", "--config", str(write_config(tmp_path, together))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, "--num-processes", "2", "--strategy", "zero3"],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        timeout=PATIENCE_S,
+    together = make_run(
+        tmp_path, name="together", dpo=dpo | {"gradient_accumulation_steps": 1}, launch={"strategy": "zero3"}, **fields
     )
+    write_jsonl(round_1(together).pairs, pairs)
+    in_two_processes(run_dpo, together, 1)
     for a, b in zip(history(round_1(alone).checkpoint), history(round_1(together).checkpoint), strict=True):
         for metric in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
             assert a[metric] == pytest.approx(b[metric], abs=1e-4, rel=1e-4), f"{metric} at step {a['step']}"

@@ -1,4 +1,4 @@
-"""The same training in one process and in two, however the model is sharded over them."""
+"""The same training in one process and in two."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from align.dpo.train import run_dpo
 from align.media.images import ImageStore
 from align.records import write_jsonl
 from tests.dpo.conftest import make_pairs
-from tests.dpo.sharded_head import mean_loss, shared_model
+from tests.dpo.sharded_head import mean_loss, shared_model, write_gradients
 from tests.dpo.test_train import history, make_run, round_1, weights
+from tests.forks import in_two_processes
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +31,8 @@ def write_config(folder: Path, config: Config) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_two_processes_train_as_one(tmp_path, strategy):
-    if strategy != "ddp":
-        pytest.importorskip("deepspeed")
+def test_two_processes_that_the_command_starts_train_as_one(tmp_path):
+    """Other strategies: tests/distributed."""
     alone = make_run(tmp_path, name="alone", dpo={"num_train_epochs": 1})
     # Two pairs per step with images and without: the processes take different ways through the model.
     pairs = make_pairs(tmp_path / "images", 6, num_images=(1, 0, 2, 1))
@@ -43,7 +42,7 @@ def test_two_processes_train_as_one(tmp_path, strategy):
     write_jsonl(round_1(together).pairs, pairs)
     command = [sys.executable, "-m", "align.cli", "dpo", "--config", str(write_config(tmp_path, together))]
     subprocess.run(
-        [*command, "--num-processes", "2", "--strategy", strategy],
+        [*command, "--num-processes", "2"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
@@ -67,13 +66,7 @@ def test_gradients_of_a_model_sharded_by_fsdp2_are_those_of_one_process(tmp_path
     pairs = make_pairs(images.root, 4)
     write_jsonl(images.root / "pairs.jsonl", pairs)
     output = tmp_path / "gradients.pt"
-    script = Path(__file__).with_name("sharded_head.py")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, images.root, output],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=PATIENCE_S,
-    )
+    in_two_processes(write_gradients, images.root, output)
     sharded = torch.load(output, weights_only=True)
     model = shared_model()
     mean_loss(model, pairs, images).backward()

@@ -4,10 +4,6 @@ sharded over two processes (ZeRO-3)."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,8 @@ from align.media.images import ImageStore
 from align.records import write_jsonl
 from tests import tiny_models
 from tests.dpo.conftest import KEY, compute, make_pairs
-from tests.patience import PATIENCE_S
+from tests.dpo.sharded_reference import compute_in_pieces
+from tests.forks import in_two_processes
 
 
 @pytest.mark.slow
@@ -31,13 +28,7 @@ def test_a_model_that_no_process_holds_gives_the_reference_of_an_unsharded_one(t
     # Seven questions and batches of two: one process has a batch less, and some batches have no image.
     pairs = make_pairs(tmp_path, 7, num_images=(1, 0, 0, 2))
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    script = Path(__file__).with_name("sharded_reference.py")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, tmp_path, layout],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=PATIENCE_S,
-    )
+    in_two_processes(compute_in_pieces, tmp_path, layout)
     collator = PairCollator(processor, ImageStore(tmp_path), layout, always_images=True)
     whole = compute(tmp_path / "whole.safetensors", pairs, collator, lambda: model)
     sharded = read_reference(tmp_path / f"{layout}.safetensors", KEY)

@@ -12,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from align.models.valley_eagle import ValleyEagleConfig, ValleyQwen2ForCausalLM
 from align.models.valley_eagle.modeling import PROJECTORS
+from tests.forks import in_two_processes
 from tests.models import tiny_valley
 
 TENSORS = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -274,9 +275,9 @@ def test_an_attention_function_of_ones_own_reaches_the_decoder_only():
         assert model.config.vision_config._attn_implementation == "sdpa"
 
 
-def _train_step(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _train_step(folder):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     model = torch.nn.parallel.DistributedDataParallel(tiny_valley.model().train())
     processor = tiny_valley.processor()
     inputs = inputs_for(processor, [image()] if rank == 0 else [])
@@ -289,7 +290,7 @@ def _train_step(rank, folder):
 
 
 def test_a_rank_without_images_keeps_step_with_one_that_has_some(tmp_path):
-    torch.multiprocessing.spawn(_train_step, (tmp_path,), nprocs=2)
+    in_two_processes(_train_step, tmp_path)
     norms = [float((tmp_path / f"{rank}.txt").read_text()) for rank in range(2)]
     assert norms[0] == norms[1] > 0
 

@@ -132,6 +132,19 @@ def process_state(fields: dict[str, Any]) -> PartialState:
         return PartialState(backend=fields.get("ddp_backend"), timeout=timeout)
 
 
+def without_compiled_collectives(strategy: str, device: torch.device) -> None:
+    """Keep DeepSpeed on a CPU with gloo, instead of collectives in shared memory that it compiles at its first use.
+
+    That takes a C++ compiler and half a minute, again whenever another environment was used meanwhile, and a kill
+    within it leaves a lock behind, for whose release every later run waits without end.
+    """
+    by_deepspeed = strategy in ("zero2", "zero3") or _is_set("ACCELERATE_USE_DEEPSPEED")
+    if device.type == "cpu" and by_deepspeed:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 @contextlib.contextmanager
 def unsharded_models() -> Iterator[None]:
     """Within the context models are loaded unsharded, whatever accelerate was configured for."""

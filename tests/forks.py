@@ -1,0 +1,56 @@
+"""Processes forked from one that has imported what commands need, which is what takes a process of its own so long."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.patience import PATIENCE_S
+
+FORKS = multiprocessing.get_context("forkserver")
+_STAGES = ["align.stages.sample", "align.stages.score", "align.dpo.stage", "align.evaluation.evaluate", "align.report"]
+FORKS.set_forkserver_preload(["tests.tiny_models", "align.loop", "align.check", "align.plan", "trl", "peft", *_STAGES])
+
+
+def begin(out: Path, err: Path) -> None:
+    """Let files take what this process and its libraries print, and the collector leave alone what was there before."""
+    gc.freeze()
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+
+
+def in_two_processes(function: Callable[..., None], *arguments: Any, **environment: str) -> None:
+    """Call a function of a module in both processes of a launch, as torchrun would start them."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        common |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} | environment
+        ranks = []
+        for rank in ("0", "1"):
+            variables = common | {"RANK": rank, "LOCAL_RANK": rank}
+            said = Path(folder, rank)
+            ranks.append((FORKS.Process(target=_rank, args=(function, arguments, variables, said)), said))
+        free.close()
+        for process, _ in ranks:
+            process.start()
+        try:
+            for process, _ in ranks:
+                process.join(PATIENCE_S)
+            assert [process.exitcode for process, _ in ranks] == [0, 0], "\n\n".join(
+                said.read_text()[-6000:] for _, said in ranks
+            )
+        finally:
+            for process, _ in ranks:
+                process.kill()
+
+
+def _rank(function: Callable[..., None], arguments: tuple[Any, ...], variables: dict[str, str], said: Path) -> None:
+    begin(said, said)
+    os.environ.update(variables)
+    function(*arguments)

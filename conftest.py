@@ -1,7 +1,16 @@
-"""Modules of the plugin subclass vLLM's classes: their doctests are collected where vLLM is installed."""
+"""What holds for all tests.
+
+Modules of the plugin subclass vLLM's classes: their doctests are collected where vLLM is installed.
+"""
 
 import importlib.util
 from pathlib import Path
+
+import hypothesis
+
+# No example has a deadline of its own: a busy machine is no fault.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 PLUGIN = Path(__file__).parent / "align" / "engines" / "vllm"
 WITHOUT_VLLM = ("__init__.py", "chat_template.py")

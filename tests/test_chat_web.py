@@ -64,7 +64,7 @@ class Served:
         """Ends it as Ctrl-C does; what it said on standard error."""
         self.process.send_signal(signal.SIGINT)
         try:
-            self.process.wait(60)
+            self.process.wait(PATIENCE_S)
         finally:
             self.process.kill()
         return self.errors.read_text()

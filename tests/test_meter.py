@@ -15,6 +15,8 @@ from align.run.folder import RunDir
 
 
 def test_what_was_spent_before_an_interruption_counts(tmp_path):
+    began = time.monotonic()
+
     def interrupted():
         with cost_counter(tmp_path, "sample"):
             count_tokens(read=100, written=7)
@@ -28,7 +30,7 @@ def test_what_was_spent_before_an_interruption_counts(tmp_path):
         time.sleep(0.02)
         found = cost_of(tmp_path, "sample")
     assert (found["tokens_read"], found["tokens_written"]) == (120, 7)
-    assert 0.068 <= found["seconds"] < 5.0
+    assert 0.068 <= found["seconds"] <= time.monotonic() - began + 0.01  # rounded
     assert (found["device"], found["num_processes"], found["gpu_seconds"]) == ("cpu", 1, 0.0)
 
 
@@ -56,7 +58,7 @@ def test_gpu_seconds_and_tokens_are_added_over_processes_and_the_time_is_the_mai
 def test_a_killed_process_has_left_its_last_beat(tmp_path):
     code = (
         "import time, sys; from pathlib import Path; from align.monitoring import cost as meter; meter.EVERY_S = 0.02\n"
-        "with meter.cost_counter(Path(sys.argv[1]), 'score'): meter.count_tokens(read=3); time.sleep(60)"
+        "with meter.cost_counter(Path(sys.argv[1]), 'score'): meter.count_tokens(read=3); time.sleep(3600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     path = tmp_path / ".spent-score-0.json"

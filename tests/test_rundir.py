@@ -11,6 +11,7 @@ from align.run.hashes import content_hash
 from align.run.manifest import Manifest
 from align.run.parents import starts_from
 from align.run.resumable import PartialFile
+from tests.patience import PATIENCE_S
 
 
 def question(number):
@@ -97,7 +98,7 @@ def test_a_round_needs_the_one_before(tmp_path):
 def _hold(path, ready, release):
     with RunDir(path).round(1).lock():
         ready.set()
-        release.wait(20)
+        release.wait(PATIENCE_S)
 
 
 def test_a_second_process_is_refused_with_the_holder_named(tmp_path):
@@ -105,7 +106,7 @@ def test_a_second_process_is_refused_with_the_holder_named(tmp_path):
     ready, release = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(tmp_path, ready, release))
     process.start()
-    assert ready.wait(30)
+    assert ready.wait(PATIENCE_S)
     with pytest.raises(UserError, match=f"in use by process {process.pid} on "), RunDir(tmp_path).round(1).lock():
         pass
     release.set()

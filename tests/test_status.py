@@ -112,7 +112,13 @@ def held(this, pid, host):
     (this.path / ".holder.json").write_text(json.dumps(note))
 
 
-def test_silence_and_standstill_are_told(this):
+@pytest.fixture
+def stopped_clock(monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+
+
+def test_silence_and_standstill_are_told(this, stopped_clock):
     held(this, 4711, "elsewhere")
     beat(this, 0, own=3, moved=400)
     beat(this, 1, own=5, moved=500)

@@ -44,7 +44,7 @@ def test_flat_pictures_hash_alike_and_are_told_apart_by_colour():
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_near_pairs_finds_what_a_plain_double_loop_finds(seed, flips):
     generator = np.random.default_rng(seed)
     bits = generator.integers(0, 256, size=(5, 16), dtype=np.uint8)

@@ -36,7 +36,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-9, 9**20) | st.text
 
 
 @given(st.lists(st.dictionaries(st.text(), JSON, max_size=3), max_size=4), st.integers(1, 9), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_array_reads_as_json_reads_it(tmp_path_factory, rows, chunk, ascii_only):
     path = tmp_path_factory.mktemp("arrays") / "a.json"
     text = json.dumps(rows, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")

@@ -54,7 +54,7 @@ def killed() -> None:
 def wait() -> None:
     """Until it is interrupted."""
     print("waiting", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 
 
 if __name__ == "__main__":

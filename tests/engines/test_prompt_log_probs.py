@@ -13,6 +13,7 @@ from align.errors import UserError
 from align.models.load import load_processor
 from tests.engines.prompt_reader import prompt_read
 from tests.engines.stub_server import MODEL, Reply, StubServer, completion, is_probe
+from tests.patience import PATIENCE_S
 from tests.tiny_models import random_image, save_llava_onevision
 
 IMAGE = {"type": "image"}
@@ -58,7 +59,7 @@ def weighing(processor):
 
 
 def engine_on(server, checkpoint, **changes):
-    settings = ServerSettings(backoff_s=0.01, timeout_s=30.0, compare_prompts=False, **changes)
+    settings = ServerSettings(backoff_s=0.01, timeout_s=PATIENCE_S, compare_prompts=False, **changes)
     named = [Server(url=server.url, model=MODEL)]
     return open_servers(named, checkpoint and str(checkpoint), settings, open_image=lambda image: image)
 

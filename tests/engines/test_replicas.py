@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import httpx
@@ -14,14 +13,14 @@ import pytest
 
 from align.engines.server.replicas import Launch, Replicas
 from align.errors import UserError
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 
 # Answers `/v1/models` with its process id, has a child that outlives signals, and dies where asked to.
 SERVER = """
 import http.server, json, os, signal, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"],
+child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(7200)"],
                          start_new_session=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -46,7 +45,7 @@ def replicas(folder, count=1, *words, **changes):
         "model": "m",
         "logs": folder / "servers" / "sample",
         "max_restarts": 1,
-        "start_timeout_s": 120,
+        "start_timeout_s": PATIENCE_S,
         "stop_s": 1,
     }
     return Replicas([launch(*words)] * count, **{**settings, **changes})
@@ -54,13 +53,6 @@ def replicas(folder, count=1, *words, **changes):
 
 def look(server):
     return httpx.get(f"{server.url}/v1/models", timeout=PATIENCE_S, trust_env=False).json()["data"][0]
-
-
-def until(holds, limit_s=PATIENCE_S):
-    deadline = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def runs(pid):
@@ -103,12 +95,12 @@ def test_a_server_that_dies_is_restarted_at_its_address_as_often_as_it_may(tmp_p
             except httpx.HTTPError:
                 return False
 
-        until(is_back)
+        wait_until(is_back)
         assert not runs(first["child"]), "what a dead server leaves behind would hold its GPU"
         assert not started.ended(server.url)
         second = look(server)
         die(server)
-        until(lambda: started.ended(f"{server.url}/v1"))
+        wait_until(lambda: started.ended(f"{server.url}/v1"))
         assert not runs(second["child"])
     assert "ended with code 3; 0 restarts left" in (tmp_path / "servers" / "sample-0.log").read_text()
 
@@ -117,7 +109,7 @@ def test_a_command_that_fails_is_reported_with_the_end_of_its_log(tmp_path):
     broken = Launch(lambda port: [sys.executable, "-c", "raise SystemExit('no such model')"], {})
     with (
         pytest.raises(UserError, match="no such model"),
-        Replicas([broken], model="m", logs=tmp_path / "score", max_restarts=3, start_timeout_s=120),
+        Replicas([broken], model="m", logs=tmp_path / "score", max_restarts=3, start_timeout_s=PATIENCE_S),
     ):
         raise AssertionError("it does not start")
     assert (tmp_path / "score-0.log").read_text().count("starting:") == 1, "it would fail again"
@@ -125,7 +117,7 @@ def test_a_command_that_fails_is_reported_with_the_end_of_its_log(tmp_path):
 
 def test_a_server_that_never_answers_is_given_up_and_stopped(tmp_path):
     before = set(psutil.Process().children(recursive=True))
-    mute = Launch(lambda port: [sys.executable, "-c", f"import time; time.sleep(600); {port}"], {})
+    mute = Launch(lambda port: [sys.executable, "-c", f"import time; time.sleep(7200); {port}"], {})
     started = Replicas([mute], model="m", logs=tmp_path / "score", max_restarts=0, start_timeout_s=1, stop_s=5)
     with pytest.raises(UserError, match="does not answer after 1 s"):
         started.__enter__()
@@ -141,7 +133,7 @@ from pathlib import Path
 from tests.engines.test_replicas import look, replicas
 with replicas(Path(sys.argv[1]), 2) as started:
     print(*(one[name] for one in map(look, started.servers) for name in ("pid", "child")), flush=True)
-    time.sleep(600)
+    time.sleep(7200)
 """
 
 
@@ -156,7 +148,7 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, number):
     assert len(supervisors) == 2
     os.kill(loop.pid, number)
     loop.wait()
-    until(lambda: not any(map(runs, [*pids, *supervisors])))
+    wait_until(lambda: not any(map(runs, [*pids, *supervisors])))
 
 
 def test_a_server_dies_with_its_supervisor(tmp_path):
@@ -168,5 +160,5 @@ def test_a_server_dies_with_its_supervisor(tmp_path):
         seen = look(started.servers[0])
         (supervisor,) = set(psutil.Process().children()) - before
         supervisor.kill()
-        until(lambda: not runs(seen["pid"]))
+        wait_until(lambda: not runs(seen["pid"]))
         os.kill(seen["child"], signal.SIGKILL)

@@ -25,7 +25,7 @@ from tests.engines.stub_server import KEY, MODEL, Reply, StubServer, completion,
 from tests.patience import PATIENCE_S
 
 SETTINGS = SamplingSettings(temperature=1.0, max_new_tokens=16)
-FAST = ServerSettings(backoff_s=0.01, cooldown_s=0.05, timeout_s=5.0, concurrency=4)
+FAST = ServerSettings(backoff_s=0.01, cooldown_s=0.05, timeout_s=PATIENCE_S, concurrency=4)
 
 
 @pytest.fixture
@@ -274,7 +274,9 @@ def test_a_server_that_breaks_for_good_in_the_middle_ends_the_run(serve):
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_no_more_requests_are_in_flight_than_allowed(serve, concurrency):
-    server = serve(service_s=0.02)
+    # Nobody is answered before so many are there.
+    together = threading.Barrier(concurrency)
+    server = serve(behave=lambda body, count: together.wait(PATIENCE_S) and None)
     collect(engine_on(server, concurrency=concurrency), [ask_for(n) for n in range(12)], SETTINGS)
     assert server.most_in_flight == concurrency
 
@@ -289,12 +291,15 @@ def test_results_do_not_depend_on_concurrency_or_the_number_of_endpoints(serve):
 def test_the_work_of_a_dying_endpoint_goes_to_the_other(serve, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="align")
     monkeypatch.setattr(logging.getLogger("align"), "propagate", True)
-    dying, well = serve(service_s=0.01), serve(service_s=0.01)
+    # The other leaves work for it until it is gone.
+    gone = threading.Event()
+    dying, well = serve(), serve(behave=lambda body, count: gone.wait(PATIENCE_S) and None)
 
     def die(body, count):
         if count == 6:
             dying.http.dead = True
             threading.Thread(target=dying.stop).start()
+            gone.set()
 
     dying.behave = die
     requests = [ask_for(number) for number in range(40)]
@@ -306,8 +311,16 @@ def test_the_work_of_a_dying_endpoint_goes_to_the_other(serve, monkeypatch, capl
 
 
 def test_an_endpoint_comes_back_when_it_answers_a_check(serve):
-    well = serve(service_s=0.02)
-    failing = serve(behave=lambda body, count: Reply("", 500) if count <= 4 else None, service_s=0.02)
+    # The other leaves work for it until it is back.
+    back = threading.Event()
+    well = serve(behave=lambda body, count: back.wait(PATIENCE_S) and None)
+
+    def fail_at_first(body, count):
+        if count > 10:
+            back.set()
+        return Reply("", 500) if count <= 4 else None
+
+    failing = serve(behave=fail_at_first)
     found = collect(engine_on(failing, well), [ask_for(number) for number in range(80)], SETTINGS)
     assert len(found) == 80
     assert failing.num_requests > 10
@@ -335,7 +348,7 @@ def test_a_server_that_starts_slowly_is_waited_for(serve):
     port = reserved.port
     reserved.stop()
     threading.Timer(0.5, lambda: serve(port=port)).start()
-    engine = engine_on(f"http://127.0.0.1:{port}", wait_s=10.0)
+    engine = engine_on(f"http://127.0.0.1:{port}", wait_s=PATIENCE_S)
     assert collect(engine, [ask_for(1)], SETTINGS)["q1"].texts == expected(ask_for(1))
 
 

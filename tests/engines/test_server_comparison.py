@@ -13,9 +13,10 @@ from align.models.load import load_processor
 from reward.judge_model import BranchedPrompt
 from tests.engines.conftest import collect
 from tests.engines.stub_server import MODEL, StubServer, completion, is_probe
+from tests.patience import PATIENCE_S
 from tests.tiny_models import random_image, save_llava_onevision
 
-FAST = ServerSettings(backoff_s=0.01, cooldown_s=0.05, timeout_s=30.0, concurrency=4)
+FAST = ServerSettings(backoff_s=0.01, cooldown_s=0.05, timeout_s=PATIENCE_S, concurrency=4)
 IMAGE = {"type": "image"}
 
 

@@ -73,7 +73,7 @@ def path_of(row: list[Segment], index: int) -> list[int]:
     return [*([] if parent is None else path_of(row, parent)), index]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trees())
 def test_what_a_token_sees_is_its_path_from_the_prompt_to_itself(tree: tuple[int, list[Segment]]):
     prompt, row = tree

@@ -191,7 +191,7 @@ def questions(draw):
     return rewards, texts, {index: why for index, why in excluded.items() if index < len(rewards)}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(questions(), any_settings)
 def test_no_pair_has_a_chosen_reward_at_or_below_the_rejected_one(question, pair_settings):
     rewards, texts, excluded = question
@@ -201,7 +201,7 @@ def test_no_pair_has_a_chosen_reward_at_or_below_the_rejected_one(question, pair
         assert not {pair.chosen, pair.rejected} & set(excluded)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(questions(), any_settings)
 def test_the_counts_add_up(question, pair_settings):
     rewards, texts, excluded = question
@@ -212,7 +212,7 @@ def test_the_counts_add_up(question, pair_settings):
     assert all(count > 0 for count in (*found.dropped_pairs.values(), *found.dropped_responses.values()))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(questions(), any_settings, st.sampled_from([0.25, 2.0, 16.0]))
 def test_scaling_rewards_and_margin_together_changes_no_pair(question, pair_settings, factor):
     rewards, texts, excluded = question
@@ -228,7 +228,7 @@ def test_scaling_rewards_and_margin_together_changes_no_pair(question, pair_sett
     assert found.dropped_pairs == plain.dropped_pairs
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.permutations([8.0, 4.0, 1.0, -3.0, -9.0]), any_settings)
 def test_pairs_follow_the_responses_whatever_their_order(rewards, pair_settings):
     # With no two rewards equal and lengths out of play, the same rewards must meet, wherever they stand.
@@ -239,7 +239,7 @@ def test_pairs_follow_the_responses_whatever_their_order(rewards, pair_settings)
     assert {(p.margin, rewards[p.chosen]) for p in choose_pairs(rewards, texts, pair_settings).pairs} == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), max_size=30), st.sampled_from([0.0, 0.05, 0.3]))
 def test_balanced_lengths_are_within_the_limit_and_no_pair_is_dropped_in_vain(lengths, limit):
     kept = balance_lengths(lengths, limit=limit)

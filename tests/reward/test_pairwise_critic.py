@@ -180,7 +180,7 @@ def test_an_asker_with_the_wrong_number_of_answers_is_a_bug_not_a_verdict():
         PairwiseCritic(judge_model=FunctionModel(row=lambda turn: [0.0])).judge([ITEM])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.permutations(range(5)), st.booleans(), st.sampled_from(["win_minus_loss", "bradley_terry"]))
 def test_swapping_the_candidates_permutes_the_rewards(order, soft, reward):
     critic = PairwiseCritic(
@@ -268,7 +268,7 @@ def test_tournaments_find_the_best_and_knockout_the_worst(num, pairing):
     assert judge_model.num_branches <= most[pairing]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 12), st.sampled_from(["swiss", "knockout"]), st.integers(0, 5))
 def test_no_game_is_played_twice_and_every_tournament_ends(num, pairing, seed):
     draw = np.random.default_rng(seed)

@@ -128,7 +128,7 @@ def to_verdicts(rows: list[tuple[int, int, str, float]], names: list[int]) -> li
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(outcomes, st.permutations(range(5)), st.booleans())
 def test_renaming_the_responses_permutes_the_rewards(rows, names, soft):
     plain, renamed = to_verdicts(rows, list(range(5))), to_verdicts(rows, list(names))
@@ -137,7 +137,7 @@ def test_renaming_the_responses_permutes_the_rewards(rows, names, soft):
         assert [after[names[i]] for i in range(5)] == pytest.approx(before, abs=1e-7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(outcomes, st.booleans())
 def test_what_one_wins_another_loses(rows, soft):
     verdicts = to_verdicts(rows, list(range(5)))
@@ -145,7 +145,7 @@ def test_what_one_wins_another_loses(rows, soft):
     assert sum(bradley_terry(5, verdicts, soft=soft).strengths) == pytest.approx(0.0, abs=1e-7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(outcomes, st.booleans())
 def test_showing_the_mirror_image_of_every_comparison_changes_no_reward(rows, soft):
     verdicts = to_verdicts(rows, list(range(5)))

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from align.cli import main
-from tests.forks import FORKS, begin
+from tests.forks import FORKS, begin, in_two_processes
 from tests.patience import PATIENCE_S
 from tests.tiny_models import random_image, save_llava_onevision
 
@@ -100,6 +100,11 @@ def align(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> s
     return Command(folder, *arguments, env=env).end()
 
 
+def align_in_two_processes(folder: Path, *arguments: str) -> None:
+    """Run a command in both processes of a launch; it must succeed."""
+    in_two_processes(_main, folder, arguments)
+
+
 def _run(
     arguments: tuple[str, ...], folder: Path, variables: dict[str, str], out: Path, err: Path, limit_bytes: int | None
 ) -> None:
@@ -107,8 +112,12 @@ def _run(
     begin(out, err)
     if limit_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-    os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
+    _main(folder, arguments)
+
+
+def _main(folder: Path, arguments: tuple[str, ...]) -> None:
+    os.chdir(folder)
     sys.argv = ["align", *arguments]
     main()

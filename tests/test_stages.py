@@ -8,7 +8,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from tests.stage_runs import Command, align, make_project, write_lines
+from tests.stage_runs import Command, align, align_in_two_processes, make_project, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,7 @@ def test_a_finished_run_does_nothing_again(project):
 
 def test_two_processes_give_the_same_samples_scores_and_evaluation_as_one(project, fresh):
     for stage in ("sample", "score", "evaluate"):
-        result = align(fresh, stage, "--num-processes", "2")
-        assert result.returncode == 0, result.stderr
+        align_in_two_processes(fresh, stage)
     round_1 = [f"round-1/{name}" for name in ("samples.jsonl", "scores.jsonl", "pairs.jsonl")]
     for name in (*round_1, "round-0/evaluation.jsonl", "round-0/evaluation.json"):
         mine, theirs = (folder / "runs/run" / name for folder in (fresh, project))
@@ -83,8 +82,7 @@ def test_two_processes_give_the_same_samples_scores_and_evaluation_as_one(projec
 
 def test_two_processes_find_the_same_distance_from_the_first_policy_as_one_and_both_count_their_cost(project, tmp_path):
     folder = shutil.copytree(project, tmp_path / "project")
-    result = align(folder, "evaluate", "--round", "1", "--redo", "--num-processes", "2")
-    assert result.returncode == 0, result.stderr
+    align_in_two_processes(folder, "evaluate", "--round", "1", "--redo")
     mine, theirs = (here / "runs/run/round-1" for here in (folder, project))
     for name in ("log-probs-own.jsonl", "log-probs-first.jsonl"):
         for one, other in zip(lines(mine / name), lines(theirs / name), strict=True):

@@ -5,7 +5,7 @@
 A tiny run is kept at several moments: while sampling and scoring are unfinished, between the stages, in the middle of a
 training, and when all is done. Each edit takes one file of one of them and cuts, empties, reorders, doubles, mixes up
 or
-overwrites it; then the same command goes on. Every message is obeyed as a person would: the command that it names is
+overwrites it; then the same command resumes. Every message is obeyed as a person would: the command that it names is
 run, the file that it names is put back. At the end the run must hold together (`check_consistent`), and equal the
 undamaged one where the damaged file is none that people may edit.
 """

@@ -56,7 +56,7 @@ def check_gates(this: Round, gates: Mapping[str, float]) -> None:
             f"round {this.number} does not pass its gates: " + "; ".join(failed),
             where=str(this.evaluation),
             fix="the checkpoint and its numbers are kept. Train it otherwise (align dpo --round "
-            f"{this.number} --redo), or go on with it by changing evaluate.gates",
+            f"{this.number} --redo), or accept it by changing evaluate.gates",
         )
 
 

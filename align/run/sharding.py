@@ -132,7 +132,7 @@ def _say(record: LeftOut, in_a_row: int) -> None:
         raise UserError(
             f"nothing but questions that cannot be used, {in_a_row} of them one after the other; "
             f"the last: {record.message}",
-            fix="mend what it says, then run the same command again: what was finished is kept",
+            fix="correct what it names and run the same command again: what was finished is kept",
         )
 
 

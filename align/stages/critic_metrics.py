@@ -82,7 +82,7 @@ def check_gates(this: Round, gates: dict[str, float]) -> None:
             where=str(this.scores),
             fix=(
                 f"the scores are kept. {_to_label(this, failed)}Use another critic or prompt (align score --round "
-                f"{this.number} --redo), or go on with these by changing critic.gates (align pairs --round "
+                f"{this.number} --redo), or accept these by changing critic.gates (align pairs --round "
                 f"{this.number} --set critic.gates={{}})"
             ),
         )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
 from align.errors import UserError
@@ -219,8 +219,10 @@ class Pair(Record):
     prompt: list[dict[str, Any]]
     chosen: list[dict[str, Any]]
     rejected: list[dict[str, Any]]
-    margin: float | None = None
-    rewards: dict[str, float] = Field(default_factory=dict, description="of the chosen and of the rejected response")
+    margin: FiniteFloat | None = None
+    rewards: dict[str, FiniteFloat] = Field(
+        default_factory=dict, description="of the chosen and of the rejected response"
+    )
     question_id: str | None = None
     responses: dict[str, int] = Field(default_factory=dict, description="indices of chosen and rejected in samples")
     meta: dict[str, Any] = Field(default_factory=dict)
@@ -251,6 +253,8 @@ def _content_parts(text: str) -> list[dict[str, Any]]:
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
+# More bad lines than this, and more than half of the file: nobody corrects them one by one.
+MANY = 3
 MEND_LINE = "correct that line, or take it out of the file"
 _SEAL = re.compile(r', "crc": "([0-9a-f]{8})"\}\s*$')
 
@@ -332,7 +336,27 @@ def iter_jsonl(path: Path, kind: type[RecordT]) -> Iterator[RecordT]:
         except UserError as error:
             if error.fix is not None:
                 raise
+            bad, total = _count_bad(path, kind)
+            if bad > MANY and 2 * bad > total:
+                fix = (
+                    f"{bad} of {total} lines cannot be read: another file stands in its place; put it back from a copy"
+                )
+                raise UserError(error.message, where=error.where, fix=fix) from None
             raise UserError(error.message, where=error.where, fix=MEND_LINE) from None
+
+
+def _count_bad(path: Path, kind: type[BaseModel]) -> tuple[int, int]:
+    """How many lines of a file are no records, and how many there are."""
+    bad = total = 0
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for line in file:
+            total += bool(line.strip())
+            try:
+                if line.strip():
+                    parse_line(line, kind, "")
+            except UserError:
+                bad += 1
+    return bad, total
 
 
 def _first_undecodable(path: Path) -> int:

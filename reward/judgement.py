@@ -19,7 +19,8 @@ class Item:
     """One question with its images and the responses to be judged.
 
     `images` are opaque handles (paths, pictures, keys): critics hand them through and never open them. `answer` is
-    the reference answer, where there is one, and `answer_kind` how answers are compared (None: found by itself).
+    the reference answer, where there is one, and `answer_kind` how answers are compared (None: found by itself). `key`
+    stands for these very responses, as `Judgement.judged` does; None where nobody compares.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Item:
     responses: tuple[str, ...]
     answer: str | None = None
     answer_kind: str | None = None
+    key: str | None = None
 
 
 class Verdict(BaseModel):

@@ -42,7 +42,7 @@ class PairChoice(NamedTuple):
 class PairSettings(BaseModel):
     """From rewards to preference pairs: which responses of a question, and which pairs of the round."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, defer_build=True, allow_inf_nan=False)
 
     strategy: Literal["best_worst", "topk_bottomk", "all_above_margin", "closest_above_margin", "correct_incorrect"] = (
         Field("best_worst", description="which responses of a question become a pair")

@@ -155,3 +155,26 @@ def test_a_persons_own_configuration_is_never_written_over(tmp_path):
     RunDir(config.run_dir).write_config_once(dump_config(config))
     RunDir(config.run_dir).write_config_once(dump_config(load_config(path, ["name=own", "seed=7"])))
     assert load_config(config.run_dir / "align.yaml").seed == 7
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "sample: {temperature: .inf}",
+        "sample: {temperature: 1.0e400}",
+        "sample: {top_p: .nan}",
+        "pairs: {min_margin: .inf}",
+        "critic: {gates: {min_consistency: .nan}}",
+        "dpo: {projector_learning_rate_multiplier: .inf}",
+        "questions: [{file: q.jsonl, weight: .inf}]",
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(tmp_path, given):
+    text = MINIMAL if not given.startswith("questions") else "policy: ./p\n"
+    with pytest.raises(UserError, match=r"finite|greater than|less than"):
+        load_config(write(tmp_path, text + given + "\n"))
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="name: String should have at most 100 characters"):
+        load_config(write(tmp_path, MINIMAL + f"name: {'x' * 300}\n"))

@@ -95,7 +95,9 @@ def test_scores_of_other_questions_leave_no_pair_and_say_so(tmp_path):
     write_scored(tmp_path, 1, samples, [score.rewards for score in scores])
     this = RunDir(tmp_path / "runs/run").round(1)
     this.scores.write_text(this.scores.read_text().replace('"q', '"other'))
-    with pytest.raises(UserError, match=r"no pair is left of 12 questions: no line in the scores \(12\)"):
+    with pytest.raises(
+        UserError, match=r"no line in the scores \(12\); judge the samples again: align score --round 1 --redo$"
+    ):
         run_pairs(config_of(tmp_path, critic={"kind": "random"}), 1)
 
 

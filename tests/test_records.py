@@ -155,3 +155,14 @@ def test_what_json_cannot_read_is_one_message(value, says, tmp_path):
 def test_the_old_name_of_absent_objects_is_told_the_new_one():
     with pytest.raises(UserError, match=r"unknown key 'absent' \(did you mean 'absent_objects'"):
         parse_line('{"id": "q", "question": "What?", "absent": ["dog"]}', Question, "q.jsonl:1")
+
+
+def test_a_file_that_is_another_one_is_told_at_once_and_not_line_by_line(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    good = '{"id": "q", "question": "What?"}\n'
+    path.write_text('{\n"stages": {},\n"checksum": "x"\n}\n' + good)
+    with pytest.raises(UserError, match=r"samples\.jsonl:1: .*4 of 5 lines cannot be read.*put it back from a copy"):
+        list(iter_jsonl(path, Question))
+    path.write_text("{\n" + good * 5 + "{\n" * 4)
+    with pytest.raises(UserError, match="correct that line, or take it out of the file"):
+        list(iter_jsonl(path, Question))

@@ -5,12 +5,12 @@ import pytest
 
 from align.config import build_config
 from align.errors import UserError
-from align.records import Question
+from align.records import Question, Response, Samples
 from align.run.folder import RunDir
 from align.run.hashes import content_hash
 from align.run.manifest import Manifest
 from align.run.parents import starts_from
-from align.run.resumable import PartialFile
+from align.run.resumable import PartialFile, drop_changed
 from tests.patience import PATIENCE_S
 
 
@@ -125,3 +125,25 @@ def test_the_content_hash_of_a_checkpoint_ignores_cards_and_names(tmp_path):
     assert content_hash(tmp_path / "a") == content_hash(tmp_path / "b")
     (tmp_path / "b" / "model.safetensors").write_bytes(b"other")
     assert content_hash(tmp_path / "a") != content_hash(tmp_path / "b")
+
+
+def test_what_is_finished_stays_finished_whatever_its_text_holds(tmp_path):
+    # U+2028 and U+0085 end a line for Python's splitlines; NaN is not equal to itself.
+    asked = [
+        Question(id="q0", question="What\u2028is\u0085it?"),
+        Question(id="q1", question="Why?", meta={"score": float("nan")}),
+    ]
+    done = [
+        Samples(id=one.id, question=one, responses=[Response(text="A\u2029b", num_tokens=1)], seed=0) for one in asked
+    ]
+    final = tmp_path / "samples.jsonl"
+    part = PartialFile(final, Samples)
+    for line in done:
+        part.append(line)
+    part.finish(["q0", "q1"])
+    part.reopen()
+    assert set(part.read()) == {"q0", "q1"}
+    assert drop_changed(part, asked, []) == set()
+    assert [line.responses for line in part.finish(["q0", "q1"])] == [line.responses for line in done]
+    part.reopen()
+    assert drop_changed(part, [asked[0], asked[1].model_copy(update={"question": "Who?"})], []) == {"q1"}

@@ -19,7 +19,7 @@ from reward.pairs import PairSettings
 
 class Section(BaseModel):
     # Built when first needed: `align --help` needs none of them.
-    model_config = ConfigDict(extra="forbid", validate_default=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, defer_build=True, allow_inf_nan=False)
 
 
 class Server(Section):
@@ -232,7 +232,7 @@ class ImagePreference(Section):
 class DpoSettings(BaseModel):
     """Stage 3: training. Besides these, every field of TRL's DPOConfig may stand here (learning_rate, beta, ...)."""
 
-    model_config = ConfigDict(extra="allow", validate_default=True, defer_build=True)
+    model_config = ConfigDict(extra="allow", validate_default=True, defer_build=True, allow_inf_nan=False)
 
     reference: Literal["round-start", "initial", "live"] = Field(
         "round-start",
@@ -459,7 +459,9 @@ Questions = Annotated[
 class Config(Section):
     """The whole of align.yaml."""
 
-    name: str = Field("run", pattern=r"^[\w.-]*\w[\w.-]*$", description="the run's name; its folder is run_root/name")
+    name: str = Field(
+        "run", pattern=r"^[\w.-]*\w[\w.-]*$", max_length=100, description="the run's name; its folder is run_root/name"
+    )
     run_root: Path = Field(Path("runs"), description="where runs are kept")
     policy: str = Field(..., description="checkpoint to start from: a folder or a hub id")
     pairs_file: Path | None = Field(

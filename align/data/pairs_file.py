@@ -21,8 +21,9 @@ SHOWN = 20
 def read_pairs_file(path: Path, images: ImageStore) -> tuple[list[Pair], dict[str, Any]]:
     """The usable pairs in file order, and counts as the pairs stage keeps them.
 
-    Dropped: lines that are no pair, ids that are duplicated, messages without a role or text, empty responses, prompts
-    whose image parts are not as many as the images, and pairs with an image that cannot be opened.
+    Dropped: lines that are no pair, ids that are duplicated, messages without a role or text, prompts that do not end
+    with the user's turn or whose image parts are not as many as the images, responses that are empty or anything but
+    one turn of the assistant, and pairs with an image that cannot be opened.
     """
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
@@ -65,7 +66,7 @@ def text_of(messages: list[dict[str, Any]]) -> str:
     >>> text_of([{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}])
     'A cat.'
     """
-    return "".join(part.get("text", "") for message in messages for part in _parts(message))
+    return "".join(part.get("text") or "" for message in messages for part in _parts(message))
 
 
 def _why_not(pair: Pair, seen: set[str], images: ImageStore, where: str) -> tuple[str, str] | None:
@@ -77,6 +78,14 @@ def _why_not(pair: Pair, seen: set[str], images: ImageStore, where: str) -> tupl
             "a message without a role or text",
             f"{where}: a message needs a role, and text or parts (pair {pair.id})",
         )
+    if pair.prompt[-1]["role"] != "user":
+        return "the prompt does not end with a question", f"{where}: the last turn of the prompt is not the user's"
+    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if [turn["role"] for turn in side] != ["assistant"] or any(
+            part.get("type") == "image" for part in _parts(side[0])
+        ):
+            found = f"the {name} response is not one turn of the assistant in text alone"
+            return "a response that is no answer", f"{where}: {found} (pair {pair.id})"
     wanted = sum(part.get("type") == "image" for turn in pair.prompt for part in _parts(turn))
     if wanted != len(pair.images):
         found = f"the prompt has {wanted} image parts, but there are {len(pair.images)} images"

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers.integrations import integration_utils
@@ -58,6 +58,7 @@ OWN_FIELDS = {
     "padding_free": "it has no effect in this version of TRL",
     "pad_token": "the processor's own is used",
     "use_cpu": "see model.device",
+    "use_liger_kernel": "log-probabilities come of the toolkit's own forward, which its kernels do not know",
     "save_only_model": "a training that was stopped resumes with its optimiser",
 }
 # The losses of TRL 1.16 (`DPOTrainer._compute_loss`), which names them when the first batch has been computed.
@@ -65,9 +66,12 @@ LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # The losses that read `label_smoothing`.
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 MINIMA = {
+    "dataloader_num_workers": 0,
+    "warmup_steps": 0,
     "learning_rate": 0,
     "beta": 0,
     "per_device_train_batch_size": 1,
@@ -101,9 +105,34 @@ def check_fields(settings: DpoSettings) -> None:
             near = get_close_matches(name, known, n=1)
             hint = HINTS.get(name) or (f"did you mean {near[0]!r}?" if near else "it is no field of TRL's DPOConfig")
             problems.append(f"dpo.{name}: unknown key ({hint})")
-    problems += _row_faults(settings) + evaluation_faults(settings)
+    problems += _type_faults(settings) + _row_faults(settings) + evaluation_faults(settings)
     if problems:
         raise UserError("the dpo section has faults:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _type_faults(settings: DpoSettings) -> list[str]:
+    """What is no truth value, or no finite number, where TRL's fields are one: dataclasses take what they are given."""
+    hints = get_type_hints(DPOConfig)
+    problems = []
+    for name, value in settings.trainer_fields().items():
+        kinds = {*(get_args(hints.get(name)) or (hints.get(name),))} - {type(None)}
+        if value is None or name in OWN_FIELDS or value == AUTO or not kinds or not kinds <= {bool, int, float}:
+            continue
+        if kinds == {bool}:
+            if not isinstance(value, bool):
+                problems.append(f"dpo.{name}: expected true or false, found {value!r}")
+        elif (number := _number(value)) is None or (float not in kinds and not number.is_integer()):
+            problems.append(f"dpo.{name}: expected a {'finite' if float in kinds else 'whole'} number, found {value!r}")
+    return problems
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also one as text ("1e-6" is text in YAML); None for anything else."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 # Losses that compare distributions over a batch: a pair has no share of its own in them.
@@ -225,6 +254,14 @@ def check_values(arguments: DPOConfig) -> None:
         problems.append("dpo.num_train_epochs: expected more than 0, found 0")
     if arguments.beta == 0:
         problems.append("dpo.beta: expected more than 0, found 0")
+    if arguments.save_strategy == "steps" and arguments.save_steps <= 0:
+        problems.append(f"dpo.save_steps: expected a number above 0, found {arguments.save_steps!r}")
+    if arguments.ld_alpha is not None and not 0 <= arguments.ld_alpha <= 1:
+        problems.append(f"dpo.ld_alpha: expected a number from 0 to 1, found {arguments.ld_alpha!r}")
+    if arguments.f_divergence_type not in DIVERGENCES:
+        problems.append(
+            f"dpo.f_divergence_type: {arguments.f_divergence_type!r} is none of TRL's: {', '.join(DIVERGENCES)}"
+        )
     kinds = [arguments.loss_type] if isinstance(arguments.loss_type, str) else arguments.loss_type or []
     for kind in kinds:
         if kind not in LOSSES:

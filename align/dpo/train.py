@@ -142,7 +142,11 @@ def read_pairs(this: Round) -> list[Pair]:
         )
     twice = [id_ for id_, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if twice:
-        raise UserError(f"{len(twice)} ids are duplicated, such as {twice[0]!r}", where=str(this.pairs))
+        raise UserError(
+            f"{len(twice)} ids are duplicated, such as {twice[0]!r}",
+            where=str(this.pairs),
+            fix=f"take one of the two lines out, or make the pairs again: align pairs --round {this.number} --redo",
+        )
     return pairs
 
 

@@ -103,13 +103,18 @@ def drop_changed(partial: PartialFile, questions: Iterable[Question], changed: I
     dropped: set[str] = set()
 
     def is_same(record: Any) -> bool:
-        same = record.question == now.get(record.id) and other.isdisjoint(record.question.images)
+        same = _is_asked(record.question, now.get(record.id)) and other.isdisjoint(record.question.images)
         if not same:
             dropped.add(record.id)
         return same
 
     partial.keep(is_same)
     return dropped
+
+
+def _is_asked(question: Question, now: Question | None) -> bool:
+    """Whether a question is asked like this now; as text where they differ, since NaN equals nothing."""
+    return now is not None and (question == now or to_line(question) == to_line(now))
 
 
 def _cut_torn_line(path: Path) -> None:

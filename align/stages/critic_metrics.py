@@ -13,6 +13,7 @@ from align.media.images import ImageStore
 from align.records import Samples
 from align.run.folder import Round, RunDir
 from align.run.ratings import people_figures
+from align.stages.join import judged_hash
 from reward.controls import BLANK, SHUFFLED, ControlItem, control_items
 from reward.critics.verifier import VerifierCritic
 from reward.judgement import Item, Judgement
@@ -60,6 +61,7 @@ def item_of(line: Samples) -> Item:
         responses=tuple(response.text for response in line.responses),
         answer=question.answer,
         answer_kind=question.answer_kind,
+        key=judged_hash(line),
     )
 
 

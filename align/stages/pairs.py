@@ -132,6 +132,12 @@ def _nothing_left(config: Config, this: Round, counts: dict[str, Any]) -> UserEr
             where=str(config.pairs_file),
             fix="convert your data with `align data`, and check image_root",
         )
+    if set(why) <= {NOT_IN_SCORES, CHANGED_SINCE}:
+        return UserError(
+            f"no pair is left of {counts['questions']} questions: {reasons}",
+            where=str(this.scores),
+            fix=f"judge the samples again: align score --round {this.number} --redo",
+        )
     return UserError(
         f"no pair is left of {counts['questions']} questions: {reasons}",
         where=str(this.scores),

@@ -17,6 +17,7 @@ from reward.judgement import all_unscored
 from reward.lines import read_lines
 
 NOT_IN_FILE = "the scores file has no line for the question"
+OTHER_RESPONSES = "the scores file is about other responses to the question"
 
 
 class ScoresCritic(BaseCritic):
@@ -45,4 +46,6 @@ class ScoresCritic(BaseCritic):
             return all_unscored(item, NOT_IN_FILE)
         if len(found.rewards) != len(item.responses):
             return all_unscored(item, "the scores file has rewards for another number of responses")
+        if item.key is not None and found.judged not in (None, item.key):
+            return all_unscored(item, OTHER_RESPONSES)
         return found

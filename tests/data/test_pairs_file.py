@@ -47,6 +47,15 @@ BAD = [
         pair("video", images=(), parts=0) | {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
         "a message without a role or text",
     ),
+    (
+        pair("seen") | {"chosen": [{"role": "assistant", "content": [{"type": "image", "text": None}]}]},
+        "a response that is no answer",
+    ),
+    (pair("asked") | {"rejected": [{"role": "user", "content": "no"}]}, "a response that is no answer"),
+    (
+        pair("answered", images=()) | {"prompt": [{"role": "assistant", "content": "Hm"}]},
+        "the prompt does not end with a question",
+    ),
 ]
 
 
@@ -60,6 +69,14 @@ def test_bad_lines_are_counted_and_the_rest_goes_on(tmp_path, caplog):
         assert counts["dropped_pairs"][reason] == sum(why == reason for _, why in BAD)
     places = [message for message in caplog.messages if f"{path}:" in message]
     assert [int(message.split(f"{path}:")[1].split(":")[0]) for message in places] == list(range(2, 2 + len(BAD)))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), "big"])
+def test_a_margin_that_is_no_number_is_no_pair(tmp_path, number):
+    lines = [pair("a", images=(), parts=0) | {"margin": number}, pair("b", images=(), parts=0)]
+    pairs, counts = read_pairs_file(write_jsonl(tmp_path / "pairs.jsonl", lines), ImageStore(tmp_path))
+    assert [one.id for one in pairs] == ["b"]
+    assert counts["dropped_pairs"] == {"no valid pair": 1}
 
 
 def test_a_line_that_is_not_utf8_is_left_out_and_a_byte_order_mark_is_no_fault(tmp_path):

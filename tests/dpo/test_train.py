@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 from transformers import LlavaOnevisionForConditionalGeneration, TrainerCallback
 from trl import DPOConfig
 
-from align.config import Config, build_config
+from align.config import Config, DpoSettings, build_config
 from align.dpo.choose_layout import choose_layout
 from align.dpo.collator import PairCollator
+from align.dpo.settings import RECIPE, check_fields, training_arguments
 from align.dpo.stage import DpoStage
 from align.dpo.train import run_dpo
 from align.dpo.trainer_checkpoints import last_checkpoint
@@ -221,6 +223,35 @@ def test_a_pair_that_the_template_refuses_is_dropped_and_counted(tmp_path):
 def test_settings_that_cannot_work_are_refused(tmp_path, dpo, message):
     with pytest.raises(UserError, match=message):
         run_dpo(make_run(tmp_path, dpo=dpo), 1)
+
+
+WRONG = {
+    "expected true or false": [{"disable_dropout": "no"}, {"gradient_checkpointing": "maybe"}, {"torch_compile": 1}],
+    "expected a finite number": [
+        {"learning_rate": math.inf}, {"learning_rate": "five"}, {"num_train_epochs": math.inf}, {"beta": math.nan},
+        {"warmup_steps": True}, {"neftune_noise_alpha": [5]}, {"weight_decay": "10%"}, {"max_grad_norm": math.nan},
+    ],
+    "expected a whole number": [{"max_steps": 1.5}, {"dataloader_num_workers": "two"}, {"max_steps": math.inf}],
+    "expected a number of at least": [{"dataloader_num_workers": -1}, {"max_grad_norm": -1}, {"weight_decay": -0.1}],
+    "expected a number above 0": [{"save_steps": 0}, {"save_steps": -5}],
+    "expected a number from 0 to 1": [{"ld_alpha": 5}, {"ld_alpha": -0.1}],
+    "none of TRL's: reverse_kl": [{"f_divergence_type": "kl"}],
+    "cannot be set": [{"use_liger_kernel": True}, {"push_to_hub": True}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "dpo"), [(message, dpo) for message, cases in WRONG.items() for dpo in cases])
+def test_a_value_of_the_wrong_kind_is_refused_before_anything_is_opened(tmp_path, message, dpo):
+    def look() -> None:
+        check_fields(DpoSettings(**dpo))
+        training_arguments(RECIPE | dpo | {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}, dpo)
+
+    with pytest.raises(UserError, match=message):
+        look()
+
+
+def test_numbers_may_be_written_as_text_and_whole_ones_as_floats(tmp_path):
+    check_fields(DpoSettings(learning_rate="1e-6", max_steps=1e3, gradient_checkpointing="auto", bf16=None))
 
 
 def test_pairs_that_cannot_be_used_are_refused(tmp_path):

@@ -376,3 +376,23 @@ def test_the_length_critic_needs_nothing():
     assert isinstance(make_critic("length"), LengthCritic)
     with pytest.raises(RewardError, match="no setting"):
         make_critic("length", {"unit": "words"})
+
+
+def test_finished_scores_of_other_responses_are_none_of_these(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    lines = [
+        {"id": "same", "rewards": [1, 0], "judged": "abc"},
+        {"id": "edited", "rewards": [1, 0], "judged": "old"},
+        {"id": "by hand", "rewards": [1, 0]},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    items = [Item(line["id"], "What?", (), ("a", "b"), key="abc") for line in lines]
+    for critic in (
+        make_critic("scores", {"file": str(path)}),
+        make_critic("panel", {"critics": {"one": {"kind": "scores", "file": str(path)}, "two": {"kind": "length"}}}),
+    ):
+        found = {judgement.id: judgement.rewards[0] for judgement in critic.judge(items)}
+        assert found["same"] is not None
+        assert found["by hand"] is not None
+    judged = make_critic("scores", {"file": str(path)}).judge(items)[1]
+    assert set(judged.unscored.values()) == {"the scores file is about other responses to the question"}

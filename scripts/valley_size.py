@@ -29,7 +29,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 def build_valley(size: str, device: str, dtype: torch.dtype, num_layers: int | None = None) -> tuple[Any, Any]:
     """The model, its vision towers frozen as in Valley2-DPO's recipe, and its processor; with fewer layers of the
-    language model where `num_layers` says so."""
+    language model and of both towers where `num_layers` says so."""
     processor = load_processor(GOLDEN, max_pixels=MAX_PIXELS)
     if size == "valley-eagle-tiny":
         config = ValleyEagleConfig.from_dict(read_config(GOLDEN), name_or_path=str(GOLDEN))
@@ -37,6 +37,7 @@ def build_valley(size: str, device: str, dtype: torch.dtype, num_layers: int | N
         config = ValleyEagleConfig(image_token_id=processor.image_token_id)
     if num_layers is not None:
         config.num_hidden_layers, config.layer_types = num_layers, config.layer_types[:num_layers]
+        config.vision_config.num_hidden_layers = config.eagle_vision_config.depth = num_layers
     config._attn_implementation = "sdpa"
     accelerator.avoid_cudnn_attention()
     before = torch.get_default_dtype()

@@ -142,6 +142,10 @@ def shared_prefix_attention(
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type != "cpu" and _computes_in_float32(query):
+        # A GPU has one kernel for float32 that holds no queries times keys, and it takes no grouped ones.
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return scaled_dot_product_attention(
         query,
         key,
@@ -151,3 +155,8 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
+
+
+def _computes_in_float32(query: Tensor) -> bool:
+    kind = query.device.type
+    return (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype) == torch.float32

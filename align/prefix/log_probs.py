@@ -181,13 +181,13 @@ def _path_stats(
 ) -> TokenStats:
     """Statistics in the shape of `layout`, zero for tokens that are not read from these paths."""
     device = layout.input_ids.device
+    segments, token_ids = layout.segment.tolist(), layout.input_ids.tolist()
     columns = [
-        [i for i, s in enumerate(segment) if s in set(path)]
-        for segment, (path, _) in zip(layout.segment.tolist(), paths, strict=True)
+        [i for i, s in enumerate(segment) if s in set(path)] for segment, (path, _) in zip(segments, paths, strict=True)
     ]
     single = Layout.build(
         layout.prompt_mask.cpu(),
-        [[Segment(layout.input_ids[b, c].tolist())] for b, c in enumerate(columns)],
+        [[Segment([ids[i] for i in column])] for ids, column in zip(token_ids, columns, strict=True)],
         pad_token_id=0,
     ).to(device)
     inputs = padded_left(row_inputs(model, prompt_inputs, single, packed=True), left_padding)
@@ -198,10 +198,10 @@ def _path_stats(
     predicted_at = (lengths + offsets - 1).clamp(max=hidden.shape[1] - 1)
     hidden = hidden.gather(1, predicted_at[:, :, None].expand(-1, -1, hidden.shape[-1]))
     stats = hidden_to_stats(model, hidden, single, outputs, temperature)
-    chosen = torch.zeros_like(layout.is_token)
-    taken = torch.zeros_like(single.is_token)
+    chosen = torch.zeros(layout.input_ids.shape, dtype=torch.bool)
+    taken = torch.zeros(single.input_ids.shape, dtype=torch.bool)
     for b, (column, (_, read)) in enumerate(zip(columns, paths, strict=True)):
-        wanted = torch.tensor([int(layout.segment[b, i]) in read for i in column], dtype=torch.bool, device=device)
+        wanted = torch.tensor([segments[b][i] in read for i in column], dtype=torch.bool)
         chosen[b, column] = wanted
         taken[b, : len(column)] = wanted
-    return stats.select(taken).scatter(chosen)
+    return stats.select(taken.to(device)).scatter(chosen.to(device))

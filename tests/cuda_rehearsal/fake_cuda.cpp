@@ -67,6 +67,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {
     static at::Generator generator = at::detail::createCPUGenerator();
     return generator;
   }
+  at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
 };
 REGISTER_CUDA_HOOKS(CUDAHooks)
 }  // namespace at

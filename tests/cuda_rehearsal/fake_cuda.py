@@ -136,6 +136,9 @@ def _answer_as_an_h100() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    memory = {"get_memory_info": (TOTAL_BYTES, TOTAL_BYTES), "memory_reserved": 0, "memory_allocated": 0}
+    for name, answer in memory.items():
+        setattr(torch.accelerator, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.Stream = torch.cuda.Event = Stream  # type: ignore[misc,assignment]
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *_: Stream()  # type: ignore[assignment,return-value]
     torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[misc,assignment]

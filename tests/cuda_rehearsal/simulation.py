@@ -64,8 +64,8 @@ def place() -> str:
 
 @dataclass
 class Log:
-    """What happened: `waits` by place, `attention` by kernel and shapes, `shapes` of floating-point results (with more
-    than a hundred thousand numbers) by operation and place."""
+    """What happened: `waits` by place, `attention` by kernel and shapes, `shapes` of new floating-point tensors
+    (with more than a hundred thousand numbers) by operation and place."""
 
     waits: Counter[str] = field(default_factory=Counter)
     attention: Counter[tuple[Any, ...]] = field(default_factory=Counter)
@@ -82,14 +82,16 @@ class Memory:
         self._holders_at = 0
         self.holders: Counter[str] = Counter()
 
-    def note(self, tensor: Tensor) -> None:
+    def note(self, tensor: Tensor) -> bool:
+        """Whether the tensor has a storage of its own, that was not there before."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
-            return
+            return False
         self._sizes[key] = (0, place() if storage.nbytes() > 2**22 else "small")
         self._references[key] = weakref.ref(storage, lambda _: self._gone(key))
         self.resize(storage)
+        return True
 
     def resize(self, storage: torch.UntypedStorage) -> None:
         """Count a storage with the size that it has now: FSDP2 empties those of gathered weights and fills them again."""
@@ -142,6 +144,8 @@ class Simulation(TorchDispatchMode):
             return func(*args, **kwargs)  # DTensor works out shapes for itself
         target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
         fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+        if func is aten._pin_memory.default:
+            return args[0].clone()  # memory that a copy to a device need not wait for
         if not fake and target != "cuda":
             return func(*args, **kwargs)
         self.operations += 1
@@ -240,8 +244,7 @@ class Simulation(TorchDispatchMode):
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, FakeTensor) and leaf.device.type == "cuda"]
         for tensor in made:
-            self.memory.note(tensor)
-            if tensor.numel() > 100_000 and not is_plain(tensor.dtype):
+            if self.memory.note(tensor) and tensor.numel() > 100_000 and not is_plain(tensor.dtype):
                 self.log.shapes[tuple(tensor.shape), str(func), place()] += 1
         if any(is_plain(tensor.dtype) for tensor in made):
             _give_contents(func, args, kwargs, out)

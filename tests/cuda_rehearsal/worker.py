@@ -5,6 +5,7 @@ echo '[["train", {"family": "qwen2_vl"}]]' | python -m tests.cuda_rehearsal.work
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -21,7 +22,10 @@ def main() -> None:
     for name, options in json.load(sys.stdin):
         started = time.process_time()
         try:
-            found = scenario(name)(**options)
+            run = scenario(name)
+            # Modules are here to stay: looking through them again at every collection takes a second each time.
+            gc.freeze()
+            found = run(**options)
         except Exception:
             found = {"error": traceback.format_exc()}
         found["seconds"] = round(time.process_time() - started, 1)
@@ -32,6 +36,10 @@ def scenario(name: str):
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if name == "answer":
+        from tests.cuda_rehearsal.answering import answer
+
+        return answer
     if name == "train":
         from tests.cuda_rehearsal.training import train
 

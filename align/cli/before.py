@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -175,11 +176,16 @@ def selftest(
     way to the same numbers. What was measured is what `align plan` counts with from then on.
     """
     from align.selftest.checks import Selftest, temporary_folder
-    from align.selftest.report import run_checks, summary
+    from align.selftest.report import log_of, run_checks, summary
+
+    def running(name: str) -> None:
+        if sys.stdout.isatty():
+            typer.echo(f"  ...     {name}\r", nl=False)
 
     with nothing_to_resume(), temporary_folder() as folder:
         checks = Selftest(Path(folder)).checks(only or ())
-        outcomes = run_checks(checks, out, lambda outcome: say(outcome.line(), next_command=None))
+        typer.echo(f"{len(checks)} checks, minutes in all; what they print: {log_of(out)}")
+        outcomes = run_checks(checks, out, lambda outcome: say(outcome.line(), next_command=None), running)
     failed = [outcome.name for outcome in outcomes if outcome.verdict == "failed"]
     if failed:
         raise UserError(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import align
 from align.errors import UserError
 from align.files import make_folder, write_text
+from align.selftest.output import end_of, output_to
 
 Verdict = Literal["passed", "failed", "left out"]
 MARKS: dict[str, str] = {"passed": "ok", "failed": "FAILED", "left out": "-"}
@@ -40,7 +41,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one check went; `traceback` is empty unless something raised that was not expected."""
+    """How one check went; `traceback` is empty unless something raised that was not expected, `output` (the end of what
+    was printed) unless it failed."""
 
     name: str
     verdict: Verdict
@@ -48,6 +50,7 @@ class Outcome:
     seconds: float
     numbers: dict[str, Any] = field(default_factory=dict)
     traceback: str = ""
+    output: str = ""
 
     def line(self) -> str:
         """For the screen.
@@ -61,8 +64,15 @@ class Outcome:
 Check = Callable[[], Finding]
 
 
-def run_checks(checks: Mapping[str, Check], out: Path, on_outcome: Callable[[Outcome], None]) -> list[Outcome]:
+def run_checks(
+    checks: Mapping[str, Check],
+    out: Path,
+    on_outcome: Callable[[Outcome], None],
+    on_start: Callable[[str], None] = lambda name: None,
+) -> list[Outcome]:
     """Run checks in their order. After each, `out` holds all that is known; `complete` says whether it is all of it.
+
+    What they print stands in a file beside it, with the ending `.log`.
 
     Raises:
         UserError: the file cannot be written.
@@ -70,18 +80,28 @@ def run_checks(checks: Mapping[str, Check], out: Path, on_outcome: Callable[[Out
     make_folder(out.parent)
     outcomes: list[Outcome] = []
     _save(out, outcomes, complete=not checks)
+    log = log_of(out)
+    write_text(log, "")
     for name, check in checks.items():
-        outcomes.append(_run(name, check))
+        on_start(name)
+        outcomes.append(_run(name, check, log))
         _save(out, outcomes, complete=len(outcomes) == len(checks))
         on_outcome(outcomes[-1])
     return outcomes
 
 
-def _run(name: str, check: Check) -> Outcome:
+def log_of(out: Path) -> Path:
+    """Where stands what the checks print."""
+    return out.with_suffix(".log")
+
+
+def _run(name: str, check: Check, log: Path) -> Outcome:
     started, trace, numbers = time.perf_counter(), "", {}
     verdict: Verdict = "failed"
+    begin = log.stat().st_size
     try:
-        found = check()
+        with output_to(log):
+            found = check()
         verdict, text, numbers = "passed", found.text, found.numbers
     except LeftOut as reason:
         verdict, text = "left out", str(reason)
@@ -91,7 +111,9 @@ def _run(name: str, check: Check) -> Outcome:
         text = str(error)
     except Exception as error:
         text, trace = f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc()
-    return Outcome(name, verdict, text, round(time.perf_counter() - started, 2), numbers, trace)
+    seconds = round(time.perf_counter() - started, 2)
+    output = end_of(log, begin) if verdict == "failed" else ""
+    return Outcome(name, verdict, text, seconds, numbers, trace, output)
 
 
 def _save(out: Path, outcomes: list[Outcome], *, complete: bool) -> None:

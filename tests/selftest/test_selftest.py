@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,6 +58,30 @@ def test_what_is_not_there_is_left_out_with_the_reason(selftest, tmp_path):
     assert outcome.text in ("vLLM is not installed", "no GPU is there for vLLM")
     with pytest.raises(UserError, match="did you mean kernels"):
         selftest.checks(["kernel"])
+
+
+def test_what_a_check_and_its_processes_print_is_kept_off_the_screen_and_in_the_json_where_it_failed(tmp_path, capfd):
+    def loud():
+        print("said here")
+        subprocess.run([sys.executable, "-c", "import os; os.write(2, b'said elsewhere')"], check=True)
+
+    def good():
+        loud()
+        return Finding("fine")
+
+    def wrong():
+        loud()
+        raise Wrong("it is not")
+
+    out = tmp_path / "out.json"
+    good_one, wrong_one = run_checks({"good": good, "wrong": wrong}, out, lambda outcome: print(outcome.line()))
+    assert good_one.output == ""
+    assert "said here" in wrong_one.output
+    assert "said elsewhere" in wrong_one.output
+    assert (tmp_path / "out.log").read_text().count("said elsewhere") == 2
+    shown = capfd.readouterr()
+    assert "said" not in shown.out + shown.err
+    assert "fine" in shown.out
 
 
 def stopped():

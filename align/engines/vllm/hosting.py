@@ -164,7 +164,8 @@ def gpu_groups(gpus: Sequence[str], per_replica: int, num_replicas: int | None) 
         raise UserError(
             f"{count or 1} replicas of {per_replica} GPUs need {(count or 1) * per_replica}, this process has"
             f" {len(gpus)}",
-            fix="lower vllm.num_replicas or vllm.tensor_parallel_size",
+            fix="lower vllm.num_replicas or vllm.tensor_parallel_size, or launch one process per machine, which has all"
+            " of its GPUs",
         )
     return [list(gpus[index * per_replica : (index + 1) * per_replica]) for index in range(count)]
 

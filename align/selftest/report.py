@@ -72,7 +72,7 @@ def run_checks(
 ) -> list[Outcome]:
     """Run checks in their order. After each, `out` holds all that is known; `complete` says whether it is all of it.
 
-    What they print stands in a file beside it, with the ending `.log`.
+    What they print stands in a file beside it (`log_of`).
 
     Raises:
         UserError: the file cannot be written.
@@ -92,7 +92,7 @@ def run_checks(
 
 def log_of(out: Path) -> Path:
     """Where stands what the checks print."""
-    return out.with_suffix(".log")
+    return out.with_name(f"{out.stem}-output.log")
 
 
 def _run(name: str, check: Check, log: Path) -> Outcome:

@@ -78,7 +78,7 @@ def test_what_a_check_and_its_processes_print_is_kept_off_the_screen_and_in_the_
     assert good_one.output == ""
     assert "said here" in wrong_one.output
     assert "said elsewhere" in wrong_one.output
-    assert (tmp_path / "out.log").read_text().count("said elsewhere") == 2
+    assert (tmp_path / "out-output.log").read_text().count("said elsewhere") == 2
     shown = capfd.readouterr()
     assert "said" not in shown.out + shown.err
     assert "fine" in shown.out

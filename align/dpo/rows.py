@@ -175,25 +175,32 @@ def make_batches(
 
 
 class RowBatches(Sampler[list[int]]):
-    """The batches of an epoch in order: the largest first, so that memory runs out at once or never, the others drawn.
+    """The batches of an epoch in order: the two largest first, so that memory runs out at once or never; others drawn.
+
+    The second largest begins the first step of the optimiser, the largest the second step: only then the optimiser has
+    its state, and nothing later takes more. Where there is one step, the largest begins it.
 
     The order depends on `seed` and on the epoch that `epoch` gives, and not on how many processes share it: process r
-    of n takes every nth batch from the rth on.
+    of n takes every nth batch from the rth on. `per_step`: batches of a step, of all processes together.
     """
 
-    def __init__(self, batches: Sequence[RowBatch], seed: int, epoch: Callable[[], int]) -> None:
+    def __init__(self, batches: Sequence[RowBatch], seed: int, epoch: Callable[[], int], per_step: int = 1) -> None:
         self.batches = sorted(batches, key=lambda batch: batch.tokens, reverse=True)
         self.seed = seed
         self.epoch = epoch
+        self.per_step = per_step
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rest = [batch.pairs for batch in self.batches[1:]]
-        random.Random(f"{self.seed}/{self.epoch()}").shuffle(rest)
-        yield self.batches[0].pairs
-        yield from rest
+        first = 2 if len(self.batches) > self.per_step else 1
+        order = [batch.pairs for batch in self.batches[first:]]
+        random.Random(f"{self.seed}/{self.epoch()}").shuffle(order)
+        order.insert(0, self.batches[first - 1].pairs)
+        if first == 2:
+            order.insert(self.per_step, self.batches[0].pairs)
+        yield from order
 
 
 def _row_size(pairs: Sequence[TokenizedPair], grouping: Grouping) -> RowSize:

@@ -162,6 +162,8 @@ def _row_faults(settings: DpoSettings) -> list[str]:
             "distributions over a batch"
         )
     if settings.image_preference is not None:
+        if settings.image_preference.weight == settings.image_preference.anchor == 0:
+            problems.append("dpo.image_preference has no effect: weight and anchor are 0")
         if settings.reference == "live":
             problems.append(
                 "dpo.image_preference needs cached reference log-probabilities: set dpo.reference: round-start"
@@ -248,7 +250,8 @@ def check_values(arguments: DPOConfig) -> None:
     problems = []
     for name, least in MINIMA.items():
         value = getattr(arguments, name)
-        if not isinstance(value, int | float) or not value >= least:
+        endless = name != "max_grad_norm" and value == math.inf
+        if not isinstance(value, int | float) or not value >= least or endless:
             problems.append(f"dpo.{name}: expected a number of at least {least}, found {value!r}")
     if isinstance(arguments.num_train_epochs, int | float) and arguments.num_train_epochs == 0 >= arguments.max_steps:
         problems.append("dpo.num_train_epochs: expected more than 0, found 0")

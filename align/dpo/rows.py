@@ -160,7 +160,7 @@ def make_batches(
     rows = [RowBatch(group, 1, _row_size([pairs[index] for index in group], grouping), copies) for group in groups]
     random.Random(f"{seed}/rows").shuffle(rows)
     if max_tokens is not None:
-        _check_budget(rows, pairs, max_tokens)
+        _check_budget(rows, pairs, max_tokens, grouping)
         rows.sort(key=lambda row: (row.size.tokens, row.size.prompt), reverse=True)
     batches: list[RowBatch] = []
     for row in rows:
@@ -213,7 +213,9 @@ def _distinct(pairs: Sequence[TokenizedPair]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)))
 
 
-def _check_budget(rows: Sequence[RowBatch], pairs: Sequence[TokenizedPair], max_tokens: int) -> None:
+def _check_budget(
+    rows: Sequence[RowBatch], pairs: Sequence[TokenizedPair], max_tokens: int, grouping: Grouping
+) -> None:
     too_long = sorted((row for row in rows if row.tokens > max_tokens), key=lambda row: -row.tokens)
     if not too_long:
         return
@@ -223,6 +225,6 @@ def _check_budget(rows: Sequence[RowBatch], pairs: Sequence[TokenizedPair], max_
         f"{len(too_long)} of {len(rows)} rows have more tokens than dpo.tokens_per_batch, {max_tokens}:\n"
         + "\n".join([*lines[:SHOWN_ROWS], *more])
         + "\n",
-        fix=f"set dpo.tokens_per_batch to at least {too_long[0].tokens}, or dpo.rows: pair, "
-        "or lower pairs.max_per_question",
+        fix=f"set dpo.tokens_per_batch to at least {too_long[0].tokens}"
+        + (", or dpo.rows: pair, or lower pairs.max_per_question" if grouping == "question" else ""),
     )

@@ -250,8 +250,7 @@ def check_values(arguments: DPOConfig) -> None:
     problems = []
     for name, least in MINIMA.items():
         value = getattr(arguments, name)
-        endless = name != "max_grad_norm" and value == math.inf
-        if not isinstance(value, int | float) or not value >= least or endless:
+        if not isinstance(value, int | float) or not value >= least:
             problems.append(f"dpo.{name}: expected a number of at least {least}, found {value!r}")
     if isinstance(arguments.num_train_epochs, int | float) and arguments.num_train_epochs == 0 >= arguments.max_steps:
         problems.append("dpo.num_train_epochs: expected more than 0, found 0")

@@ -2,13 +2,13 @@
 
     python scripts/build_demo.py --work build/demo --threads 2
     python scripts/build_demo.py --work build/rehearsal --rehearse
-    python scripts/build_demo.py --work build/even --even
+    python scripts/build_demo.py --work build/fair --fair
 
 The stages of what is shipped took 84 minutes together, one by one on a shared machine (`align/demo/build_log.txt`).
 Finished stages are kept in the work folder and skipped; delete a stage's file to train it again. What every stage
-reports is kept beside the checkpoints. A rehearsal goes through every stage with a hundredth of the steps. `--even`
-trains the package's critic further, on pairs of two wrong responses too; it is not what is shipped
-(docs/benchmarks.md, "Where the demo's critic contradicts itself"). Both leave the package alone.
+reports is kept beside the checkpoints. A rehearsal goes through every stage with a hundredth of the steps. `--fair`
+trains the package's critic further, with a prompt that lets it say that neither response is right; it is not what is
+shipped (docs/benchmarks.md, "Where the demo's critic contradicts itself"). Both leave the package alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 from demo_build.comparisons import Mix, listen
-from demo_build.critic import teach_critic
+from demo_build.critic import VERDICTS_ONLY, Aims, teach_critic
 from demo_build.export import export, open_weights
 from demo_build.instruct import ASKED_LATE, VERDICT_WEIGHT, Course, Log, ask, score, teach, teach_looking
 from demo_build.model import make_model
@@ -50,10 +50,7 @@ OTHER_FAULTS = {"list": 0.5, "count": 0.3, "largest": 0.5, "has": 0.85, "describ
 
 @dataclass(frozen=True)
 class CriticStage:
-    """A stage of the critic: from which stage's weights, how it is taught, and to whose answers it listens.
-
-    `both_orders` weighs that the verdict must not depend on the order (`verdict_loss`).
-    """
+    """A stage of the critic: from which stage's weights, how it is taught, and to whose answers it listens."""
 
     name: str
     start: str
@@ -61,7 +58,8 @@ class CriticStage:
     mix: Mix
     heard: tuple[str, ...]
     num_heard: int
-    both_orders: float = 0.0
+    aims: Aims = VERDICTS_ONLY
+    prompt: Path = CRITIC_PROMPT
 
 
 #: First to compare at all, then what is learned last.
@@ -83,15 +81,17 @@ CRITIC_STAGES = (
         600,
     ),
 )
-#: What the shipped critic never compared: all that policies really say, wrong beside wrong, the same in both orders.
-EVEN = CriticStage(
-    "critic-even",
+#: What the shipped critic never learned: to say of two wrong responses, as policies give them, that neither is right,
+#: and the same in both orders.
+FAIR = CriticStage(
+    "critic-fair",
     "critic-late",
-    Course(num_steps=600, rate=3e-4, tower_rate=0.0, seed=23, batch_size=14, num_warmup=30),
-    Mix(("list", "count", "largest", "largest", "describe"), lookup_share=0.15, bank_share=0.7, sharpness=20.0),
+    Course(num_steps=700, rate=5e-4, tower_rate=1e-4, seed=31, batch_size=8, num_warmup=30),
+    Mix(("list", "count", "largest", "describe"), lookup_share=0.15, bank_share=0.7, neither=0.8, elsewhere=0.8),
     ("policy", "critic-late"),
     3000,
-    both_orders=0.5,
+    Aims(both_orders=1.0, right=0.5, noise=0.3),
+    Path(__file__).parent / "demo_build" / "fair_prompt.md",
 )
 REHEARSED = 0.01
 
@@ -120,12 +120,13 @@ class Build:
             self.stage(stage.name, partial(self.train_critic, stage=stage))
         self.finish()
 
-    def train_even(self) -> None:
-        """Only the last stage, on what the shipped package holds."""
-        for name, folder in (("policy", POLICY), (EVEN.start, CRITIC)):
+    def train_fair(self) -> None:
+        """Only the last stage, on what the shipped package holds; its prompt is written beside its critic."""
+        for name, folder in (("policy", POLICY), (FAIR.start, CRITIC)):
             torch.save(load_model(folder, dtype=torch.float32).state_dict(), self.file(name))
-        self.stage(EVEN.name, partial(self.train_critic, stage=EVEN))
-        export(self.file(EVEN.name), self.package / CRITIC.name, self.tokenizer, self.log_of("export"))
+        self.stage(FAIR.name, partial(self.train_critic, stage=FAIR))
+        export(self.file(FAIR.name), self.package / CRITIC.name, self.tokenizer, self.log_of("export"))
+        shutil.copy(FAIR.prompt, self.package / CRITIC_PROMPT.name)
 
     def few(self, number: int, least: int = 2) -> int:
         return max(least, round(number * self.share))
@@ -199,13 +200,13 @@ class Build:
         teach_critic(
             model,
             self.maker,
-            CRITIC_PROMPT,
+            stage.prompt,
             self.short(stage.course),
             log,
             mix=stage.mix,
             bank=bank,
             held_out=held_out,
-            both_orders=stage.both_orders,
+            aims=stage.aims,
         )
         torch.save(model.state_dict(), out)
 
@@ -227,7 +228,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="begin anew: delete the work folder first")
     parser.add_argument("--rehearse", action="store_true", help="a hundredth of the steps; the package stays as it is")
-    parser.add_argument("--even", action="store_true", help="train the package's critic further, for a try")
+    parser.add_argument("--fair", action="store_true", help="train the package's critic further, for a try")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -235,9 +236,9 @@ def main() -> None:
         shutil.rmtree(options.work, ignore_errors=True)
     started = time.monotonic()
     share = REHEARSED if options.rehearse else 1.0
-    package = options.work / "package" if options.rehearse or options.even else POLICY.parent
+    package = options.work / "package" if options.rehearse or options.fair else POLICY.parent
     build = Build(options.work, share=share, package=package)
-    build.train_even() if options.even else build.run()
+    build.train_fair() if options.fair else build.run()
     print(f"took {time.monotonic() - started:.0f} s", flush=True)
 
 

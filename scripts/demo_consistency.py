@@ -4,7 +4,8 @@
     python scripts/demo_consistency.py build/demo-run/runs/critic --rounds 1 2
 
 *right* is a pair of a right and a wrong response, *unequal* two wrong ones of which one is nearer to the answer,
-*equal* two that are equally wrong. Prints markdown for docs/benchmarks.md.
+*equal* two that are equally wrong. *Leans alike* forgets ties: whether both orders give the higher probability to the
+same response, by however little. Prints markdown for docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from demo_build.comparisons import quality
@@ -21,10 +23,17 @@ from align.demo.questions import PHRASINGS, Task
 from align.records import Question, Samples, read_jsonl
 from align.run.folder import RunDir
 from reward.judgement import Judgement
-from reward.ranking import both_orders
+from reward.ranking import both_orders, score_of
 
-#: Same verdict, prefers its first place (-1 to 1), and orders the two as their quality does.
-Compared = tuple[float, float, float]
+
+class Compared(NamedTuple):
+    """A pair in both orders: each 0 or 1, but the place it prefers, -1 (second) to 1, and ties, which are a share."""
+
+    same: float
+    leans_alike: float
+    first_place: float
+    ties: float
+    ordered_by_quality: float
 
 
 def task_of(question: Question) -> Task:
@@ -49,9 +58,14 @@ def compare(run: Path, number: int) -> dict[str, list[Compared]]:
         for forth, back in both_orders([judgement.verdicts]):
             one, other = (quality(task, line.responses[at].text) for at in (forth.first, forth.second))
             kind = "equal" if one == other else "right" if 1.0 in (one, other) else "unequal"
-            leans = (forth.p_first - forth.p_second) - (back.p_first - back.p_second)
-            first = (np.sign(forth.p_first - forth.p_second) + np.sign(back.p_first - back.p_second)) / 2
-            row = (float(forth.winner == back.winner), float(first), float(leans * (one - other) > 0))
+            leans = score_of(forth, soft=True), score_of(back, soft=True)
+            row = Compared(
+                same=float(forth.winner == back.winner),
+                leans_alike=float(np.sign(leans[0]) == -np.sign(leans[1])),
+                first_place=(score_of(forth) + score_of(back)) / 2,
+                ties=((forth.winner is None) + (back.winner is None)) / 2,
+                ordered_by_quality=float((leans[0] - leans[1]) * (one - other) > 0),
+            )
             for name in (kind, "all"):
                 found[name].append(row)
     return found
@@ -62,16 +76,18 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--rounds", type=int, nargs="+", default=[1])
     options = parser.parse_args()
-    print("| round | pairs | number | same verdict in both orders | position bias | ordered by quality |")
-    print("|---|---|---|---|---|---|")
+    heads = ("same verdict in both orders", "ties", "leans alike", "position bias", "ordered by quality")
+    print(f"| round | pairs | number | {' | '.join(heads)} |")
+    print("|---|---|---|---|---|---|---|---|")
     for number in options.rounds:
         found = compare(options.run, number)
         for kind in ("right", "unequal", "equal", "all"):
             if not found[kind]:
                 continue
-            same, bias, right = np.mean(found[kind], axis=0)
-            ordered = f"{right:.3f}" if kind in ("right", "unequal") else ""
-            print(f"| {number} | {kind} | {len(found[kind])} | {same:.3f} | {bias:+.3f} | {ordered} |")
+            mean = Compared(*np.mean(found[kind], axis=0))
+            ordered = f"{mean.ordered_by_quality:.3f}" if kind in ("right", "unequal") else ""
+            cells = f"{mean.same:.3f} | {mean.ties:.3f} | {mean.leans_alike:.3f} | {mean.first_place:+.3f} | {ordered}"
+            print(f"| {number} | {kind} | {len(found[kind])} | {cells} |")
 
 
 if __name__ == "__main__":

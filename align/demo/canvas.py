@@ -8,6 +8,7 @@ Left out on purpose: questions about the pictures (`questions.py`).
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -70,15 +71,17 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     return np.clip(data.images * 16.0, 0, 255).astype(np.uint8), data.target.astype(np.int64)
 
 
-def draw(rng: random.Random, part: str) -> Canvas:
-    """A canvas of one to four digits of `part`; equal states of `rng` give equal pixels."""
+def draw(rng: random.Random, part: str, digits: Sequence[int] | None = None) -> Canvas:
+    """A canvas of one to four digits of `part`, or of these `digits`; equal states of `rng` give equal pixels."""
     first, past_last = PARTS[part]
     scans, labels = _scans()
-    num_digits = rng.randint(1, MAX_DIGITS)
+    num_digits = rng.randint(1, MAX_DIGITS) if digits is None else len(digits)
     ink = np.zeros((CANVAS_PX, CANVAS_PX), dtype=np.float32)
     placed = []
-    for x_px in _centres(rng, num_digits):
+    for at, x_px in enumerate(_centres(rng, num_digits)):
         index = rng.randrange(first, past_last)
+        while digits is not None and labels[index] != digits[at]:
+            index = rng.randrange(first, past_last)
         size_px = rng.randint(MIN_SIZE_PX, MAX_SIZE_PX)
         y_px = rng.uniform(size_px / 2, CANVAS_PX - size_px / 2)
         _paste(ink, scans[index], size_px, rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES), (x_px, y_px))

@@ -1,15 +1,15 @@
 """What a critic is taught to compare: pictures and responses in, training rows out, every pair in both orders.
 
-Right answers, the policy's habits, misreadings, and what real policies said about training pictures. How sure a verdict
+Right answers, the policy's habits, misreadings, and what real policies said about training pictures. What a verdict
 ought to be follows from the responses alone, so it is the same in both orders.
 """
 
 from __future__ import annotations
 
-import math
 import random
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from align.demo.canvas import draw
+from align.demo.canvas import MAX_DIGITS, draw
 from align.demo.questions import NUMBER_WORDS, Task, hallucinates, is_exact, make_task, named_digits, say
 from demo_build.instruct import Log, ask, faulty_answer
 from demo_build.model import respond
@@ -28,6 +28,10 @@ from reward.prompt import Prompt
 NUM_PAIRS = 4
 NUM_LOOKUPS = 5
 READ_ALONG = ("list", "describe")
+#: Of the critic's prompt, in the order of a verdict.
+OPTIONS = ("first", "second", "tie")
+#: To think of digits of which a response is right: there may be none.
+MOST_TRIES = 50
 
 
 @dataclass(frozen=True)
@@ -35,26 +39,31 @@ class Mix:
     """What a critic is taught with.
 
     `compared`: tasks to draw from where responses are made up. `lookup_share`, `bank_share`: shares of training
-    pictures that are asked after several digits, and that come from what real policies said. `sharpness`: log-odds of
-    the better response per point of quality; infinite: any difference is certain, and equals are left out.
+    pictures that are asked after several digits, and that come from what real policies said. `neither`: how sure a
+    critic ought to be that neither of two wrong responses is right where one is nearer to the answer, which gets the
+    rest; without it the nearer one is certain, and equals are left out. `elsewhere`: how often what policies said is
+    put under another picture (`said_elsewhere`).
     """
 
     compared: tuple[str, ...]
     lookup_share: float
     bank_share: float
-    sharpness: float = math.inf
+    neither: float | None = None
+    elsewhere: float = 0.0
 
-    def p_first(self, better: float) -> float | None:
-        """How sure a verdict ought to be that the first response is the better, by `better` points of quality.
+    def verdict(self, one: float, other: float) -> tuple[float, float, float] | None:
+        """How sure to be of the first, of the second and of neither, by the qualities of the two responses.
 
-        >>> Mix((), 0, 0).p_first(-0.1), Mix((), 0, 0).p_first(0)
-        (0.0, None)
-        >>> round(Mix((), 0, 0, sharpness=10).p_first(0.1), 3), Mix((), 0, 0, sharpness=10).p_first(0)
-        (0.731, 0.5)
+        >>> Mix((), 0, 0).verdict(0.3, 0.5), Mix((), 0, 0).verdict(0.5, 0.5)
+        ((0.0, 1.0, 0.0), None)
+        >>> mix = Mix((), 0, 0, neither=0.75)
+        >>> mix.verdict(1.0, 0.5), mix.verdict(0.3, 0.5), mix.verdict(0.5, 0.5)
+        ((1.0, 0.0, 0.0), (0.0, 0.25, 0.75), (0.0, 0.0, 1.0))
         """
-        if math.isinf(self.sharpness):
-            return float(better > 0) if better else None
-        return 1 / (1 + math.exp(-self.sharpness * better))
+        if one == other:
+            return None if self.neither is None else (0.0, 0.0, 1.0)
+        tied = 0.0 if self.neither is None or 1.0 in (one, other) else self.neither
+        return (1 - tied, 0.0, tied) if one > other else (0.0, 1 - tied, tied)
 
 
 def misread(task: Task, rng: random.Random) -> str:
@@ -129,6 +138,23 @@ def listen(models: Sequence[Any], maker: RowMaker, num: int, seed: int, log: Log
     return [Said(pixel, task.digits, task, tuple(sorted(found))) for pixel, task, found in kept if len(found) > 1]
 
 
+def said_elsewhere(said: Said, rng: random.Random) -> Said:
+    """The same responses under a fresh picture of which another one of them, right or wrong before, is right.
+
+    Policies have habits: of what they say, the shorter list is mostly the right one. With both pictures the words
+    alone do not tell which response is right, and a critic must look.
+    """
+    text = rng.choice(said.responses)
+    for _ in range(MOST_TRIES):
+        digits = [rng.randrange(10) for _ in range(rng.randint(1, MAX_DIGITS))]
+        if said.task.kind in READ_ALONG:
+            digits = [int(word) for word in re.findall(r"\d", text)]
+        task = replace(said.task, digits=tuple(digits))
+        if 1 <= len(digits) <= MAX_DIGITS and is_exact(task, text):
+            return Said(draw(rng, "train", digits).pixels, task.digits, task, said.responses)
+    return said
+
+
 class Comparisons(IterableDataset):
     """An endless stream of training rows, fixed by its seed; a share of the pictures comes from `bank`."""
 
@@ -149,6 +175,8 @@ class Comparisons(IterableDataset):
         kind = rng.random()
         if self.bank and kind < self.mix.bank_share:
             said = rng.choice(self.bank)
+            if rng.random() < self.mix.elsewhere:
+                said = said_elsewhere(said, rng)
             pixels, digits = said.pixels, list(said.digits)
             pairs = list(combinations(said.responses, 2))
             for pair in rng.sample(pairs, min(len(pairs), NUM_PAIRS)):
@@ -178,20 +206,23 @@ class Comparisons(IterableDataset):
 
     def _compare(self, task: Task, one: str, other: str) -> list[Branch]:
         """The comparison in both orders, one after the other; nothing where there is nothing to be learned."""
-        p_first = self.mix.p_first(quality(task, one) - quality(task, other))
-        if p_first is None or one == other:
+        verdict = self.mix.verdict(quality(task, one), quality(task, other))
+        if verdict is None or one == other:
             return []
-        return [self._branch(task, (one, other), p_first), self._branch(task, (other, one), 1 - p_first)]
+        first, second, neither = verdict
+        return [self._branch(task, (one, other), verdict), self._branch(task, (other, one), (second, first, neither))]
 
-    def _branch(self, task: Task, responses: tuple[str, str], p_first: float) -> Branch:
+    def _branch(self, task: Task, responses: tuple[str, str], verdict: tuple[float, float, float]) -> Branch:
         """The critic's prompt and its verdict; the right response inside the prompt is learned too."""
         asked = self.prompt.fill((), task.question, [responses])
         ids, learned = self.maker.encode(asked.head), [False] * len(self.maker.encode(asked.head))
+        right = []
         for piece, response in zip(asked.branches[0], responses, strict=True):
             tokens = self.maker.encode(piece)
             num_read = len(self.maker.encode(response)) if is_exact(task, response) else 0
+            right.append((len(ids) + len(self.maker.encode(response)), is_exact(task, response)))
             ids, learned = ids + tokens, learned + [True] * num_read + [False] * (len(tokens) - num_read)
-        verdict = "first" if p_first >= 0.5 else "second"
-        end = self.maker.branch([asked.tail], self.prompt.options[verdict], closed=False)
+        likely = OPTIONS[verdict.index(max(verdict))]
+        end = self.maker.branch([asked.tail], self.prompt.options[likely], closed=False)
         assert end.learned.count(True) == 1, "a verdict is one token"
-        return Branch((*ids, *end.ids), (*learned, *end.learned), p_first)
+        return Branch((*ids, *end.ids), (*learned, *end.learned), verdict, tuple(right))

@@ -8,6 +8,7 @@ so nothing in its make says that places must not matter; what says it is the los
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from align.demo.data import CRITIC_OPTIONS
-from demo_build.comparisons import Comparisons, Mix, Said
+from demo_build.comparisons import OPTIONS, Comparisons, Mix, Said
 from demo_build.instruct import Course, Log, optimizer_for
 from demo_build.model import hidden_states
 from demo_build.rows import TURN, Branch, RowMaker, Rows
@@ -31,9 +32,6 @@ from reward.reliability import measure
 #: What a token of a right response weighs in the loss beside a verdict. Reading inside the very prompt matters: a model
 #: that expects the right words there is surprised by wrong ones, and comparing is then a small step.
 READING_WEIGHT = 0.2
-OPTIONS = ("first", "second")
-#: How sure a verdict is to be between two equally good responses, of which the critic may prefer either.
-LEANING = 0.85
 SHOWN = {
     "agreement_with_reference": "right",
     "consistency": "consistent",
@@ -43,41 +41,66 @@ SHOWN = {
 }
 
 
-def verdict_loss(log_probs: torch.Tensor, p_first: torch.Tensor, both_orders: float) -> torch.Tensor:
+@dataclass(frozen=True)
+class Aims:
+    """What a critic is taught beside verdicts and reading.
+
+    `both_orders` weighs that a verdict must not depend on the order (`verdict_loss`), `right` that the critic must know
+    of each response by itself, one layer before the verdict, whether it is right. `noise` blurs its sight
+    (`hidden_states`), so that it learns to be of one mind about digits that are hard to read.
+    """
+
+    both_orders: float = 0.0
+    right: float = 0.0
+    noise: float = 0.0
+
+
+VERDICTS_ONLY = Aims()
+
+
+def verdict_loss(log_probs: torch.Tensor, wanted: torch.Tensor, both_orders: float) -> torch.Tensor:
     """`(n,)` losses of verdicts that come in couples, the same pair of responses in one order and in the other.
 
-    `log_probs (n, 2)` of "first" and "second", `p_first (n,)` what the first ought to have: cross-entropy. Where that
-    is a half, any verdict will do that does not depend on the order: what both orders together lean to is what each
-    is taught. On top `both_orders` times the square of what a couple prefers its first place by.
+    `log_probs (n, 3)` of "first", "second" and neither, `wanted (n, 3)` what they ought to be: cross-entropy. On top
+    `both_orders` times the squared distance of what a couple says of its two responses and of neither. `(n, 2)` each
+    where neither is not offered.
 
-    >>> loss = verdict_loss(torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log(), torch.tensor([1.0, 0.0]), 1.0)
+    >>> probs = torch.tensor([[0.9, 0.0999, 0.0001], [0.0999, 0.9, 0.0001]])
+    >>> loss = verdict_loss(probs.log(), torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]), 1.0)
     >>> [round(value, 3) for value in loss.tolist()]
     [0.105, 0.105]
     """
-    odds = log_probs[:, 0] - log_probs[:, 1]
-    leans = torch.where(odds[0::2] > odds[1::2], LEANING, 1 - LEANING)
-    p_first = torch.where(p_first == 0.5, torch.stack([leans, 1 - leans], 1).flatten(), p_first)
-    prefers_first = torch.tanh(odds / 2)
-    place = (prefers_first[0::2] + prefers_first[1::2]).square().repeat_interleave(2)
-    return -(p_first * log_probs[:, 0] + (1 - p_first) * log_probs[:, 1]) + both_orders * place
+    found = log_probs.exp()
+    exchanged = [1, 0, 2][: found.shape[1]]
+    apart = (found[0::2] - found[1::2, exchanged]).square().sum(1).repeat_interleave(2)
+    return -(wanted * log_probs).sum(1) + both_orders * apart
 
 
 def loss_of_comparisons(
-    model: Any, maker: RowMaker, prompt: Prompt, rows: Rows, *, both_orders: float, look: bool
+    model: Any, knows_right: nn.Module, maker: RowMaker, prompt: Prompt, rows: Rows, *, aims: Aims, look: bool
 ) -> torch.Tensor:
-    """Mean loss of verdicts and of reading, the latter at `READING_WEIGHT` (its "Yes" and "No" at 1)."""
-    hidden = hidden_states(model, rows, look=look)[:, :-1]
-    target, p_first = rows.labels[:, 1:], rows.p_first[:, 1:]
-    is_verdict = ~p_first.isnan()
+    """Mean loss of verdicts and of reading, the latter at `READING_WEIGHT` (its "Yes" and "No" at 1).
+
+    `knows_right` reads from the states before the last layer whether a response is right.
+    """
+    halfway: list[torch.Tensor] = []
+    hidden = hidden_states(model, rows, look=look, noise=aims.noise, halfway=halfway)[:, :-1]
+    target, wanted = rows.labels[:, 1:], rows.verdict[:, 1:]
+    is_verdict = ~wanted[..., 0].isnan()
     is_read = (target >= 0) & ~is_verdict
-    options = [maker.encode(prompt.options[name])[0] for name in OPTIONS]
+    options = [maker.encode(prompt.options[name])[0] for name in OPTIONS if name in prompt.options]
     log_probs = model.lm_head(hidden[is_verdict]).float().log_softmax(-1)[:, options]
-    verdicts = verdict_loss(log_probs, p_first[is_verdict], both_orders)
+    verdicts = verdict_loss(log_probs, wanted[is_verdict][:, : len(options)], aims.both_orders)
     words = target[is_read]
     read = nn.functional.cross_entropy(model.lm_head(hidden[is_read]).float(), words, reduction="none")
     carries_all = torch.isin(words, torch.tensor([maker.encode(word)[0] for word in ("Yes", "No")]))
     weights = torch.where(carries_all, 1.0, READING_WEIGHT)
-    return (verdicts.sum() + (read * weights).sum()) / (len(verdicts) + weights.sum())
+    loss = (verdicts.sum() + (read * weights).sum()) / (len(verdicts) + weights.sum())
+    if aims.right:
+        said = ~rows.right.isnan()
+        logits = knows_right(halfway[0][said])[:, 0]
+        loss = loss + aims.right * nn.functional.binary_cross_entropy_with_logits(logits, rows.right[said])
+    return loss
 
 
 class TrainedJudge:
@@ -135,7 +158,7 @@ def figures(model: Any, maker: RowMaker, prompt: Path, said: Sequence[Said]) -> 
 
 
 def teach_critic(
-    model: nn.Module,
+    model: Any,
     maker: RowMaker,
     prompt_path: Path,
     course: Course,
@@ -144,20 +167,20 @@ def teach_critic(
     mix: Mix,
     bank: Sequence[Said],
     held_out: Sequence[Said],
-    both_orders: float = 0.0,
+    aims: Aims = VERDICTS_ONLY,
     after: Any = lambda step: None,
     every: int = 100,
 ) -> None:
     """Train in place, with a look at held-out pairs every `every` steps."""
     prompt = load_prompt(prompt_path, "pairwise")
-    optimizer, schedule = optimizer_for(model, course)
+    knows_right = nn.Linear(model.config.hidden_size, 1)
+    optimizer, schedule = optimizer_for(nn.ModuleList([model, knows_right]), course)
     lessons = Comparisons(maker, prompt, course.batch_size, course.seed, mix=mix, bank=bank)
     stream = iter(DataLoader(lessons, batch_size=None, num_workers=1, collate_fn=_same))
     model.train()
     for step in range(1, course.num_steps + 1):
-        loss = loss_of_comparisons(
-            model, maker, prompt, next(stream), both_orders=both_orders, look=course.tower_rate > 0
-        )
+        look = course.tower_rate > 0
+        loss = loss_of_comparisons(model, knows_right, maker, prompt, next(stream), aims=aims, look=look)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

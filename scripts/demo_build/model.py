@@ -61,19 +61,32 @@ def image_features(model: ValleyQwen2ForCausalLM, pixels: np.ndarray) -> torch.T
     return features
 
 
-def hidden_states(model: ValleyQwen2ForCausalLM, rows: Rows, *, look: bool = True) -> torch.Tensor:
+def hidden_states(
+    model: ValleyQwen2ForCausalLM,
+    rows: Rows,
+    *,
+    look: bool = True,
+    noise: float = 0.0,
+    halfway: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
     """`(B, L, D)`, what the language model's head reads; without `look` no gradient goes to encoders and projector.
 
     The shared part goes through the layers once, and the branches as a batch behind its keys and values: of the square
-    of a packed row, most would be masked.
+    of a packed row, most would be masked. `noise` blurs what is seen, each picture by up to so many standard deviations
+    of its tokens. To `halfway` is added what the branches are before the last layer, `(B, L, D)`.
     """
     with torch.set_grad_enabled(look and torch.is_grad_enabled()):
         features = image_features(model, rows.pixels)
+    if noise:
+        strength = noise * torch.rand(len(features), 1, 1) * features.detach().std()
+        features = features + strength * torch.randn_like(features)
     num_shared = int((rows.branch[0] == 0).sum())
     shared = model.model(input_ids=rows.ids[:, :num_shared], image_features=features.flatten(0, 1), use_cache=True)
     owner, columns, real = _branches(rows, num_shared)
     past = shared.past_key_values
     past.batch_select_indices(owner)
+    passed: list[torch.Tensor] = []
+    hook = model.model.layers[-1].register_forward_pre_hook(lambda _, args: passed.append(args[0]))
     behind = model.model(
         input_ids=rows.ids[owner[:, None], columns],
         position_ids=rows.positions[owner[:, None], columns],
@@ -81,9 +94,14 @@ def hidden_states(model: ValleyQwen2ForCausalLM, rows: Rows, *, look: bool = Tru
         past_key_values=past,
         use_cache=True,
     ).last_hidden_state
+    hook.remove()
+    places = owner[:, None].expand_as(columns)[real], columns[real]
     hidden = behind.new_zeros(*rows.ids.shape, behind.shape[-1])
+    if halfway is not None:
+        halfway.append(hidden.clone())
+        halfway[-1][places] = passed[0][real]
     hidden[:, :num_shared] = shared.last_hidden_state
-    hidden[owner[:, None].expand_as(columns)[real], columns[real]] = behind[real]
+    hidden[places] = behind[real]
     return hidden
 
 

@@ -26,20 +26,22 @@ END = "<|im_end|>"
 class Branch:
     """Token ids behind the picture, and which of them are learned.
 
-    `p_first` is set where the last token is a verdict: how sure it ought to be that the first response is the better.
+    `verdict` is set where the last token is one: how sure it ought to be of "first", of "second", and of neither.
+    `right` says by places in `ids` whether the response that ends before them is the right one.
     """
 
     ids: tuple[int, ...]
     learned: tuple[bool, ...]
-    p_first: float | None = None
+    verdict: tuple[float, float, float] | None = None
+    right: tuple[tuple[int, bool], ...] = ()
 
 
 @dataclass
 class Rows:
     """`pixels (B, 112, 112) uint8`, `ids`, `positions`, `labels` `(B, L) int64`, `branch (B, L) int64`.
 
-    `branch` is 0 on the shared part, n on the n-th text, -1 on padding. `p_first (B, L) float32` is a branch's on its
-    verdict and NaN elsewhere.
+    `branch` is 0 on the shared part, n on the n-th text, -1 on padding. `verdict (B, L, 3)` and `right (B, L)` float32
+    are a branch's where it has them and NaN elsewhere.
     """
 
     pixels: np.ndarray
@@ -47,7 +49,8 @@ class Rows:
     positions: torch.Tensor
     labels: torch.Tensor
     branch: torch.Tensor
-    p_first: torch.Tensor
+    verdict: torch.Tensor
+    right: torch.Tensor
 
 
 class RowMaker:
@@ -82,7 +85,7 @@ class RowMaker:
         shape = (len(branches), length)
         ids, labels = np.full(shape, self.pad), np.full(shape, IGNORED)
         positions, owner = np.zeros(shape, dtype=np.int64), np.full(shape, -1)
-        p_first = np.full(shape, np.nan, dtype=np.float32)
+        verdict, right = (np.full(size, np.nan, dtype=np.float32) for size in ((*shape, 3), shape))
         for b, row in enumerate(branches):
             at = len(self.shared)
             ids[b, :at], positions[b, :at], owner[b, :at] = self.shared, np.arange(at), 0
@@ -91,8 +94,10 @@ class RowMaker:
                 ids[b, here], owner[b, here] = branch.ids, number
                 labels[b, here] = np.where(branch.learned, branch.ids, IGNORED)
                 positions[b, here] = len(self.shared) + np.arange(len(branch.ids))
+                for place, is_right in branch.right:
+                    right[b, at + place] = is_right
                 at += len(branch.ids)
-                if branch.p_first is not None:
-                    p_first[b, at - 1] = branch.p_first
+                if branch.verdict is not None:
+                    verdict[b, at - 1] = branch.verdict
         tensors = (torch.from_numpy(array.astype(np.int64)) for array in (ids, positions, labels, owner))
-        return Rows(pixels, *tensors, torch.from_numpy(p_first))
+        return Rows(pixels, *tensors, torch.from_numpy(verdict), torch.from_numpy(right))

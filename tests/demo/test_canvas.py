@@ -40,3 +40,7 @@ def test_a_digit_is_brighter_than_the_ground_where_it_stands():
         around = canvas.pixels[max(0, y - 12) : y + 12, max(0, x - 12) : x + 12]
         assert around.max() > 180
     assert np.median(canvas.pixels) < 60
+
+
+def test_a_picture_can_show_digits_that_were_asked_for():
+    assert draw(random.Random(2), "train", (3, 3, 0)).digits == [3, 3, 0]

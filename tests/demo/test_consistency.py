@@ -8,7 +8,7 @@ from align.run.folder import RunDir
 from reward.judgement import Judgement, Verdict
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from demo_consistency import compare
+from demo_consistency import Compared, compare
 
 RIGHT, ONE_MORE, ANOTHER, TWO_MORE = "3 and 7", "3, 7 and 1", "3, 7 and 9", "3, 7, 1 and 9"
 
@@ -37,12 +37,16 @@ def test_pairs_are_told_apart_by_whether_one_is_right_and_both_orders_are_held_a
         *verdicts(0, 1, 0.9, 0.2),  # right above wrong, in both orders
         *verdicts(1, 2, 0.2, 0.3),  # equally wrong: each time the second place
         *verdicts(1, 3, 0.8, 0.9),  # the nearer one only where it is shown first, and less surely than the other
+        *(v.model_copy(update={"winner": None}) for v in verdicts(2, 3, 0.6, 0.3)),  # a tie that leans to the nearer
     ]
     write_jsonl(this.scores, [Judgement(id="q", rewards=[1.0, 0.0, 0.0, 0.0], verdicts=said)])
 
     found = compare(tmp_path, 1)
 
-    assert found["right"] == [(1.0, 0.0, 1.0)]
-    assert found["equal"] == [(0.0, -1.0, 0.0)]
-    assert found["unequal"] == [(0.0, 1.0, 0.0)]
-    assert len(found["all"]) == 3
+    assert found["right"] == [Compared(1.0, 1.0, first_place=0.0, ties=0.0, ordered_by_quality=1.0)]
+    assert found["equal"] == [Compared(0.0, 0.0, first_place=-1.0, ties=0.0, ordered_by_quality=0.0)]
+    assert found["unequal"] == [
+        Compared(0.0, 0.0, first_place=1.0, ties=0.0, ordered_by_quality=0.0),
+        Compared(1.0, 1.0, first_place=0.0, ties=1.0, ordered_by_quality=1.0),
+    ]
+    assert len(found["all"]) == 4

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from align.demo.data import CRITIC_PROMPT
-from align.demo.questions import Task
+from align.demo.questions import Task, is_exact
 from reward.prompt import load_prompt
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from demo_build.comparisons import Comparisons, Mix, Said
+import demo_build
+from demo_build.comparisons import Comparisons, Mix, Said, said_elsewhere
 from demo_build.critic import verdict_loss
 from demo_build.model import hidden_states, image_features, make_config
 from demo_build.rows import RowMaker, Rows
@@ -21,8 +22,11 @@ from demo_build.words import build_tokenizer
 
 pytest.importorskip("sklearn")
 
+FAIR_PROMPT = Path(demo_build.__file__).parent / "fair_prompt.md"
+
 TASK = Task("list", 0, (3, 7))
 RIGHT, WRONG, AS_WRONG = "The digits are 3 and 7.", "The digits are 3, 7 and 1.", "The digits are 3, 7 and 9."
+WORSE = "The digits are 3, 7, 1 and 9."
 
 
 @pytest.fixture(scope="module")
@@ -33,52 +37,88 @@ def maker() -> RowMaker:
 def rows_of(maker: RowMaker, mix: Mix, *said: str, batch_size: int = 4) -> Rows:
     pixels = np.zeros((112, 112), dtype=np.uint8)
     bank = [Said(pixels, TASK.digits, TASK, said)] if said else []
-    prompt = load_prompt(CRITIC_PROMPT, "pairwise")
+    prompt = load_prompt(CRITIC_PROMPT if mix.neither is None else FAIR_PROMPT, "pairwise")
     return next(iter(Comparisons(maker, prompt, batch_size, 0, mix=mix, bank=bank)))
 
 
-def verdicts_of(maker: RowMaker, rows: Rows) -> list[tuple[str, str, float]]:
-    """(first, second, p_first) of every comparison, in the order of the rows."""
+def verdicts_of(maker: RowMaker, rows: Rows) -> list[tuple[str, str, list[float]]]:
+    """(first, second, what the verdict ought to be) of every comparison, in the order of the rows."""
     found = []
-    for b, at in (~rows.p_first.isnan()).nonzero().tolist():
+    for b, at in (~rows.verdict[..., 0].isnan()).nonzero().tolist():
         text = maker.tokenizer.decode(rows.ids[b, rows.branch[b] == rows.branch[b, at]])
         first, second = (text.split(f"{place}: [")[1].split("]")[0] for place in ("First", "Second"))
-        found.append((first, second, float(rows.p_first[b, at])))
+        found.append((first, second, rows.verdict[b, at].tolist()))
     return found
 
 
-@pytest.mark.parametrize("mix", [Mix(("count", "largest"), 0.5, 0.0), Mix(("list",), 0.0, 1.0, sharpness=10.0)])
+@pytest.mark.parametrize("mix", [Mix(("count", "largest"), 0.5, 0.0), Mix(("list",), 0.0, 1.0, neither=0.75)])
 def test_every_pair_is_taught_in_both_orders_and_as_surely(maker, mix):
     verdicts = verdicts_of(maker, rows_of(maker, mix, RIGHT, WRONG, AS_WRONG))
     assert len(verdicts) > 20
-    for (first, second, p_first), (other_first, other_second, other_p) in zip(
-        verdicts[0::2], verdicts[1::2], strict=True
-    ):
+    for (first, second, forth), (other_first, other_second, back) in zip(verdicts[0::2], verdicts[1::2], strict=True):
         assert (first, second) == (other_second, other_first)
-        assert p_first == pytest.approx(1 - other_p)
+        assert forth == [back[1], back[0], back[2]]
 
 
-def test_of_two_equally_wrong_responses_neither_is_better(maker):
-    verdicts = verdicts_of(maker, rows_of(maker, Mix(("list",), 0.0, 1.0, sharpness=10.0), RIGHT, WRONG, AS_WRONG))
-    by_pair = {(first, second): p_first for first, second, p_first in verdicts}
-    assert by_pair[WRONG, AS_WRONG] == by_pair[AS_WRONG, WRONG] == 0.5
-    assert by_pair[RIGHT, WRONG] > 0.95
+def test_of_two_wrong_responses_neither_is_right_and_the_nearer_one_gets_the_rest(maker):
+    mix = Mix(("list",), 0.0, 1.0, neither=0.75)
+    rows = rows_of(maker, mix, RIGHT, WRONG, AS_WRONG, WORSE, batch_size=12)
+    by_pair = {(first, second): verdict for first, second, verdict in verdicts_of(maker, rows)}
+    assert by_pair[WRONG, AS_WRONG] == by_pair[AS_WRONG, WRONG] == [0.0, 0.0, 1.0]
+    assert by_pair[WRONG, WORSE] == [0.25, 0.0, 0.75]
+    assert by_pair[RIGHT, WRONG] == [1.0, 0.0, 0.0]
+
+
+def test_after_each_response_it_is_taught_whether_that_one_is_right(maker):
+    rows = rows_of(maker, Mix(("list",), 0.0, 1.0, neither=0.75), RIGHT, WRONG, batch_size=1)
+    found = []
+    for b, at in (~rows.right.isnan()).nonzero().tolist():
+        here = rows.ids[b, : at + 1][rows.branch[b, : at + 1] == rows.branch[b, at]]
+        text = maker.tokenizer.decode(here)
+        assert text.endswith("]")
+        found.append((text.rsplit("[", 1)[1][:-1] in (RIGHT, "I see 3 and 7."), bool(rows.right[b, at])))
+    assert found[:4] == [(True, True), (False, False), (False, False), (True, True)]
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (TASK, (RIGHT, WRONG, AS_WRONG)),
+        (Task("describe", 1, (3, 7)), ("I see two digits: 3 and 7.", "I see three digits: 3, 7 and 1.")),
+        (Task("count", 0, (3, 7)), ("There are two digits.", "There are three digits.")),
+        (Task("largest", 1, (3, 7)), ("It is 7.", "It is 3.")),
+        (Task("has", 0, (3, 7), asked=4), ("Yes, there is a 4.", "No, there is no 4.")),
+    ],
+)
+def test_under_another_picture_each_response_is_right_sometimes(task, said):
+    rng = random.Random(0)
+    found = [
+        said_elsewhere(Said(np.zeros((112, 112), dtype=np.uint8), task.digits, task, said), rng) for _ in range(12)
+    ]
+    right = [[text for text in line.responses if is_exact(line.task, text)] for line in found]
+    assert all(len(texts) == 1 for texts in right)
+    assert {texts[0] for texts in right} == set(said)
+    assert all(line.pixels.any() and line.digits == line.task.digits for line in found)
+
+
+def test_a_response_that_no_picture_makes_right_stays_where_it_was_said():
+    said = Said(np.zeros((112, 112), dtype=np.uint8), TASK.digits, TASK, ("The digits are 3, 7, 1, 4 and 9.",))
+    assert said_elsewhere(said, random.Random(0)) is said
 
 
 def test_a_hard_mix_leaves_out_pairs_that_nobody_could_judge(maker):
     verdicts = verdicts_of(maker, rows_of(maker, Mix(("count",), 0.0, 1.0), WRONG, AS_WRONG))
     assert not [verdict for verdict in verdicts if set(verdict[:2]) == {WRONG, AS_WRONG}]
-    assert {p_first for *_, p_first in verdicts} == {0.0, 1.0}
+    assert {tuple(verdict) for *_, verdict in verdicts} == {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0)}
 
 
 def test_the_loss_of_two_orders_that_agree_is_their_cross_entropy_and_a_place_that_is_preferred_costs():
-    p = torch.tensor([0.9, 0.1])
-    agrees = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
-    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
-    assert verdict_loss(agrees, p, both_orders=5.0).tolist() == pytest.approx([entropy] * 2)
-    prefers_first = torch.tensor([[0.9, 0.1], [0.9, 0.1]]).log()
-    plain, with_order = (verdict_loss(prefers_first, p, both_orders=weight) for weight in (0.0, 1.0))
-    assert (with_order - plain).tolist() == pytest.approx([1.6**2] * 2)
+    wanted = torch.tensor([[0.7, 0.1, 0.2], [0.1, 0.7, 0.2]])
+    entropy = float(-(wanted[0] * wanted[0].log()).sum())
+    assert verdict_loss(wanted.log(), wanted, both_orders=5.0).tolist() == pytest.approx([entropy] * 2)
+    prefers_first = torch.tensor([[0.7, 0.1, 0.2], [0.7, 0.1, 0.2]]).log()
+    plain, with_order = (verdict_loss(prefers_first, wanted, both_orders=weight) for weight in (0.0, 1.0))
+    assert (with_order - plain).tolist() == pytest.approx([2 * 0.6**2] * 2)
 
 
 def test_branches_behind_shared_keys_read_as_the_packed_row_does(maker):

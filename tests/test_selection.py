@@ -250,8 +250,9 @@ def test_parts_that_are_too_small_are_said_and_decide_nothing(tmp_path):
 
 
 def test_settings_that_cannot_choose_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"evaluate.select: best needs held-out questions to choose by"):
-        build_config({"policy": "p", "questions": "q.jsonl", "evaluate": {"select": "best"}}, base=tmp_path)
+    for alone in ({"select": "best"}, {"stop_if_worse": True}, {"gates": {"max_hallucination": 0.1}}):
+        with pytest.raises(UserError, match=r"needs held-out questions to decide by \(evaluate.questions\)"):
+            build_config({"policy": "p", "questions": "q.jsonl", "evaluate": alone}, base=tmp_path)
     with pytest.raises(UserError, match=r"evaluate.patience: needs evaluate.select: best"):
         config_of(tmp_path, patience=1)
     config = config_of(tmp_path, select="best", select_metric="hallucination")

@@ -8,13 +8,14 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from tests.stage_runs import Command, align, align_in_two_processes, make_project, write_lines
+from tests.stage_runs import SETTINGS, Command, align, align_in_two_processes, make_project, write_lines
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A project whose two rounds have been run with one command."""
-    folder = make_project(tmp_path_factory.mktemp("project"))
+    """A project whose two rounds have been run with one command; no response is complete, so all get further ones."""
+    further = {"until_pair": True, "max_responses": 5, "further_temperature": 1.4}
+    folder = make_project(tmp_path_factory.mktemp("project"), sample=SETTINGS["sample"] | further)
     result = align(folder, "run")
     assert result.returncode == 0, result.stderr
     return folder
@@ -78,6 +79,12 @@ def test_two_processes_give_the_same_samples_scores_and_evaluation_as_one(projec
     for name in (*round_1, "round-0/evaluation.jsonl", "round-0/evaluation.json"):
         mine, theirs = (folder / "runs/run" / name for folder in (fresh, project))
         assert mine.read_text() == theirs.read_text(), name
+    counts, alone = (
+        json.loads((folder / "runs/run/round-1/manifest.json").read_text())["stages"]["sample"]["counts"]
+        for folder in (fresh, project)
+    )
+    assert counts == alone
+    assert counts["further_responses"] > 0
 
 
 def test_two_processes_find_the_same_distance_from_the_first_policy_as_one_and_both_count_their_cost(project, tmp_path):

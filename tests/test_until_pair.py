@@ -81,6 +81,18 @@ def test_a_round_without_further_responses_is_what_it_was_before_there_were_any(
     assert "until_pair" not in manifest["stages"]["sample"]["settings"]["sample"]
 
 
+def test_further_responses_are_drawn_at_their_own_temperature_and_the_first_ones_are_not(project, tmp_path):
+    folder = shutil.copytree(project, tmp_path / "project", ignore=shutil.ignore_patterns("runs"))
+    # So low that every further response is the likeliest one.
+    run_sample(load_config(folder / "align.yaml", [*SETTINGS[:-1], "sample.further_temperature=0.001"]), 1)
+    cold, warm = ({line["id"]: line["responses"] for line in samples_of(where)} for where in (folder, project))
+    for id_, responses in cold.items():
+        assert responses[:2] == warm[id_][:2]
+        assert len({response["text"] for response in responses[2:]}) <= 1
+    assert any(len({response["text"] for response in responses[2:]}) > 1 for responses in warm.values())
+    assert counts_of(folder)["questions_without_two_different"] > counts_of(project)["questions_without_two_different"]
+
+
 def test_nothing_further_to_draw_is_refused(project):
     config = load_config(project / "align.yaml", ["sample.until_pair=true", "sample.max_responses=5"])
     with pytest.raises(UserError, match=r"max_responses \(5\) is not above num_responses \(5\)"):

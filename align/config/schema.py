@@ -365,12 +365,12 @@ class EvaluateSettings(Section):
         description="endpoints that serve the first policy, for the KL where `servers` are named; empty: no KL then",
     )
 
-    @field_validator("select")
+    @field_validator("select", "stop_if_worse", "gates")
     @classmethod
-    def _can_choose(cls, select: str, info: ValidationInfo) -> str:
-        if select == "best" and info.data.get("questions", Path()) is None:
-            raise ValueError("best needs held-out questions to choose by (evaluate.questions)")
-        return select
+    def _has_questions(cls, decides: Any, info: ValidationInfo) -> Any:
+        if decides and decides != "last" and info.data.get("questions", Path()) is None:
+            raise ValueError("needs held-out questions to decide by (evaluate.questions)")
+        return decides
 
     @field_validator("patience")
     @classmethod

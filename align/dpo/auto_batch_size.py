@@ -18,6 +18,10 @@ from align.errors import UserError
 from align.files import make_folder, write_text
 from align.log import log
 
+SMALLER_ROWS = (
+    "set dpo.gradient_checkpointing=true, shard the model (--strategy zero3), train an adapter (dpo.lora), "
+    "freeze parts (dpo.freeze), or let images have fewer tokens (model.processor)"
+)
 FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -45,15 +49,12 @@ def remember_smaller_batch(trainer_folder: Path, fields: dict[str, Any], tokens_
         return
     if tokens_per_batch is not None:
         raise UserError(
-            f"out of memory with dpo.tokens_per_batch: {tokens_per_batch}",
-            fix="lower it; the largest batch comes first",
+            f"out of memory with dpo.tokens_per_batch: {tokens_per_batch}; the largest batches come first, so that "
+            "what fits in the first two steps fits to the end",
+            fix=f"lower it, down to the longest row; with that {SMALLER_ROWS}",
         )
     if before == 1:
-        raise UserError(
-            "out of memory with a single row at a time",
-            fix="set dpo.gradient_checkpointing=true, shard the model (--strategy zero3), train an adapter (dpo.lora), "
-            "freeze parts (dpo.freeze), or let images have fewer tokens (model.processor)",
-        )
+        raise UserError("out of memory with a single row at a time", fix=SMALLER_ROWS)
     now = before // 2 if before % 2 == 0 else 1
     steps = accumulated * (before // now)
     _note(trainer_folder, now, steps, checkpointing=bool(fields[checkpointing_field()]))

@@ -160,7 +160,7 @@ def make_batches(
     rows = [RowBatch(group, 1, _row_size([pairs[index] for index in group], grouping), copies) for group in groups]
     random.Random(f"{seed}/rows").shuffle(rows)
     if max_tokens is not None:
-        _check_budget(rows, pairs, max_tokens)
+        _check_budget(rows, pairs, max_tokens, grouping)
         rows.sort(key=lambda row: (row.size.tokens, row.size.prompt), reverse=True)
     batches: list[RowBatch] = []
     for row in rows:
@@ -175,25 +175,32 @@ def make_batches(
 
 
 class RowBatches(Sampler[list[int]]):
-    """The batches of an epoch in order: the largest first, so that memory runs out at once or never, the others drawn.
+    """The batches of an epoch in order: the two largest first, so that memory runs out at once or never; others drawn.
+
+    The second largest begins the first step of the optimiser, the largest the second step: only then the optimiser has
+    its state, and nothing later takes more. Where there is one step, the largest begins it.
 
     The order depends on `seed` and on the epoch that `epoch` gives, and not on how many processes share it: process r
-    of n takes every nth batch from the rth on.
+    of n takes every nth batch from the rth on. `per_step`: batches of a step, of all processes together.
     """
 
-    def __init__(self, batches: Sequence[RowBatch], seed: int, epoch: Callable[[], int]) -> None:
+    def __init__(self, batches: Sequence[RowBatch], seed: int, epoch: Callable[[], int], per_step: int = 1) -> None:
         self.batches = sorted(batches, key=lambda batch: batch.tokens, reverse=True)
         self.seed = seed
         self.epoch = epoch
+        self.per_step = per_step
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rest = [batch.pairs for batch in self.batches[1:]]
-        random.Random(f"{self.seed}/{self.epoch()}").shuffle(rest)
-        yield self.batches[0].pairs
-        yield from rest
+        first = 2 if len(self.batches) > self.per_step else 1
+        order = [batch.pairs for batch in self.batches[first:]]
+        random.Random(f"{self.seed}/{self.epoch()}").shuffle(order)
+        order.insert(0, self.batches[first - 1].pairs)
+        if first == 2:
+            order.insert(self.per_step, self.batches[0].pairs)
+        yield from order
 
 
 def _row_size(pairs: Sequence[TokenizedPair], grouping: Grouping) -> RowSize:
@@ -206,7 +213,9 @@ def _distinct(pairs: Sequence[TokenizedPair]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)))
 
 
-def _check_budget(rows: Sequence[RowBatch], pairs: Sequence[TokenizedPair], max_tokens: int) -> None:
+def _check_budget(
+    rows: Sequence[RowBatch], pairs: Sequence[TokenizedPair], max_tokens: int, grouping: Grouping
+) -> None:
     too_long = sorted((row for row in rows if row.tokens > max_tokens), key=lambda row: -row.tokens)
     if not too_long:
         return
@@ -216,6 +225,6 @@ def _check_budget(rows: Sequence[RowBatch], pairs: Sequence[TokenizedPair], max_
         f"{len(too_long)} of {len(rows)} rows have more tokens than dpo.tokens_per_batch, {max_tokens}:\n"
         + "\n".join([*lines[:SHOWN_ROWS], *more])
         + "\n",
-        fix=f"set dpo.tokens_per_batch to at least {too_long[0].tokens}, or dpo.rows: pair, "
-        "or lower pairs.max_per_question",
+        fix=f"set dpo.tokens_per_batch to at least {too_long[0].tokens}"
+        + (", or dpo.rows: pair, or lower pairs.max_per_question" if grouping == "question" else ""),
     )

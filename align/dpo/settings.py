@@ -162,6 +162,8 @@ def _row_faults(settings: DpoSettings) -> list[str]:
             "distributions over a batch"
         )
     if settings.image_preference is not None:
+        if settings.image_preference.weight == settings.image_preference.anchor == 0:
+            problems.append("dpo.image_preference has no effect: weight and anchor are 0")
         if settings.reference == "live":
             problems.append(
                 "dpo.image_preference needs cached reference log-probabilities: set dpo.reference: round-start"

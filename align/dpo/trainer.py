@@ -15,6 +15,7 @@ Losses, metrics and the training loop are TRL's and transformers'; `_compute_los
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -110,8 +111,10 @@ class PairTrainer(DPOTrainer):
         self.image_preference = image_preference
         # Turns the sum of a micro-batch's weights into its share of a step.
         self._weight_scale: float | torch.Tensor | None = None
+        # Whether the micro-batch is one that counts nothing: see `_silence_repeated`.
+        self._counts_nothing = False
         if batches is not None and self.accelerator.num_processes > 1:
-            self.accelerator.gather = gather_uneven(self.accelerator.gather)
+            self.accelerator.gather = gather_uneven(self.accelerator.gather, lambda: self._counts_nothing)
         self._pairs_of_step: list[int] = []
         self._first_to_check = starts_at_reference
         self._total_train_tokens = 0
@@ -150,9 +153,10 @@ class PairTrainer(DPOTrainer):
         if self.batches is None:
             return super().get_train_dataloader()
         args = self.args
+        per_step = args.gradient_accumulation_steps * self.accelerator.num_processes
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=RowBatches(self.batches, args.seed, lambda: int(self.state.epoch or 0)),
+            batch_sampler=RowBatches(self.batches, args.seed, lambda: int(self.state.epoch or 0), per_step),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -166,6 +170,7 @@ class PairTrainer(DPOTrainer):
     ) -> tuple[list[Any], Any]:
         """The micro-batches of a step; what all their pairs weigh, in all processes, is noted for `compute_loss`."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._silence_repeated(batches)
         if batches and WEIGHT_COLUMN in batches[0]:
             total = torch.stack([batch[WEIGHT_COLUMN].sum() for batch in batches]).sum().to(device)
             total = self.accelerator.reduce(total, "sum")
@@ -173,19 +178,36 @@ class PairTrainer(DPOTrainer):
             self._weight_scale = len(batches) * self.accelerator.num_processes / total
         return batches, num_items
 
+    def _silence_repeated(self, batches: list[dict[str, Any]]) -> None:
+        """Let a batch count nothing that accelerate has repeated, so that all processes have equally many in an epoch.
+
+        Without that, pairs of the first batches would count twice, and which ones would depend on the processes.
+        """
+        processes = self.accelerator.num_processes
+        if self.batches is None or processes == 1:
+            return
+        in_epoch = math.ceil(len(self.batches) / processes)
+        accumulated = self.args.gradient_accumulation_steps
+        start = self.state.global_step % math.ceil(in_epoch / accumulated) * accumulated
+        for place, batch in enumerate(batches, start=start):
+            if place * processes + self.accelerator.process_index >= len(self.batches):
+                batch[WEIGHT_COLUMN] = torch.zeros_like(batch[WEIGHT_COLUMN])
+
     def _weighted(self, loss: torch.Tensor, output: Any, weights: torch.Tensor) -> torch.Tensor:
         """The loss of a micro-batch as its share of the step's weighted mean.
 
         TRL's loss is the plain mean over the pairs. Where they weigh differently, the gradient that reaches the
         responses of a pair is scaled; the loss that is logged then counts pairs of one micro-batch alike.
         """
+        total = weights.sum()
+        if not total:
+            return loss * 0.0
         relative = weights / weights.mean()
         if output.log_probs.requires_grad and not bool((relative == 1).all()):
             output.log_probs.register_hook(lambda gradient: gradient * relative.repeat(2)[:, None])
             corrupted = getattr(output, "corrupted_logps", None)
             if corrupted is not None:
                 corrupted.register_hook(lambda gradient: gradient * relative)
-        total = weights.sum()
         return loss * total * (1 / total if self._weight_scale is None else self._weight_scale)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -208,6 +230,7 @@ class PairTrainer(DPOTrainer):
         pairs = inputs.pop("pair_index").tolist()
         self._pairs_of_step += pairs if self.model.training else []
         weights = inputs.pop(WEIGHT_COLUMN, None)
+        self._counts_nothing = weights is not None and not weights.any()
         ref_corrupted = inputs.pop(CORRUPTED_REFERENCE, None)
         forward = RecordedForward(model)
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
@@ -384,12 +407,16 @@ class PairTrainer(DPOTrainer):
             )
 
 
-def gather_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """accelerate's `gather`, also for tensors (n, ...) whose n differs between processes, as TRL's per pair do here."""
+def gather_uneven(gather: Callable[[Any], Any], nothing: Callable[[], bool]) -> Callable[[Any], Any]:
+    """accelerate's `gather`, also for tensors (n, ...) whose n differs between processes, as TRL's per pair do here.
+
+    `nothing` says that those of this process are left out.
+    """
 
     def gathered(values: Any) -> Any:
         if not isinstance(values, torch.Tensor) or values.ndim == 0:
             return gather(values)
+        values = values[:0] if nothing() else values
         counts = gather(torch.tensor([len(values)], device=values.device)).tolist()
         missing = values.new_zeros(max(counts) - len(values), *values.shape[1:])
         parts = gather(torch.cat((values, missing))).split(max(counts))

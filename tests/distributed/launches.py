@@ -23,8 +23,12 @@ TRAINING = {
 
 
 def add_run(folder: Path, name: str, *, dpo: dict[str, Any] | None = None, **fields: Any) -> Config:
-    """A run of one round in folder/runs/NAME, configured in folder/NAME.yaml, whose pairs have been read."""
-    data = {"name": name, "rounds": 1, "image_root": "images", "dpo": TRAINING | (dpo or {})}
+    """A run of one round in folder/runs/NAME, configured in folder/NAME.yaml, whose pairs have been read.
+
+    What is None in `dpo` is not set.
+    """
+    training = {key: value for key, value in (TRAINING | (dpo or {})).items() if value is not None}
+    data = {"name": name, "rounds": 1, "image_root": "images", "dpo": training}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(data | fields))
     config = load_config(path)

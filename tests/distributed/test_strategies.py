@@ -19,6 +19,7 @@ from align.run.folder import RunDir
 from tests import tiny_models
 from tests.distributed.launches import add_run, run_alone, train_in_two_processes
 from tests.dpo.conftest import make_pairs
+from tests.dpo.test_rows import ORDERS, pairs_of_questions
 
 pytest.importorskip("deepspeed")
 
@@ -32,6 +33,21 @@ SPREAD: dict[str, dict[str, Any]] = {
     "ddp-checkpointing": {"dpo": {"gradient_checkpointing": True}},
     "zero3-plain": {"launch": {"strategy": "zero3"}, "shared_prefix": "off"},
     "zero3-live": {"launch": {"strategy": "zero3"}, "dpo": {"reference": "live"}},
+}
+# Rows of questions: five of them, or an odd number of batches, so that one process repeats one, which counts nothing.
+QUESTIONS = {"rows": "question", "tokens_per_batch": 250, "per_device_train_batch_size": None}
+PICTURES = {"image_preference": {"corruption": "crop"}, "rows": "question", "pair_weight": "question"}
+ROWS: dict[str, dict[str, Any]] = {
+    "rows": QUESTIONS,
+    "pictures": PICTURES | LORA,
+    "live": QUESTIONS | LORA | {"reference": "live"},
+}
+SPREAD_ROWS = {
+    "ddp-rows": "rows",
+    "zero2-pictures": "pictures",
+    "zero3-pictures": "pictures",
+    "zero2-live": "live",
+    "zero3-rows-live": "live",
 }
 ADAPTED = {"zero2-lora": {"launch": {"strategy": "zero2"}}, "zero3-lora": {"launch": {"strategy": "zero3"}}}
 
@@ -50,11 +66,19 @@ def folder(tmp_path_factory):
     write_jsonl(folder / "pairs.jsonl", make_pairs(folder / "images", 20, (1, 0, 2, 0)))
     run_alone(add_run(folder, "alone", dpo={"per_device_train_batch_size": 2}, **common(folder)))
     run_alone(add_run(folder, "alone-lora", dpo={"per_device_train_batch_size": 2} | LORA, **common(folder)))
+    orders = [*ORDERS, *ORDERS[:2]]
+    write_jsonl(folder / "questions.jsonl", pairs_of_questions(folder / "images", orders))
+    of_questions = common(folder) | {"pairs_file": "questions.jsonl"}
+    for name, dpo in ROWS.items():
+        run_alone(add_run(folder, f"alone-{name}", dpo=dpo | {"gradient_accumulation_steps": 2}, **of_questions))
+    for name, kind in SPREAD_ROWS.items():
+        launch = {"strategy": name.split("-")[0]}
+        add_run(folder, name, dpo=ROWS[kind], launch=launch, **of_questions)
     for name, fields in SPREAD.items():
         add_run(folder, name, **common(folder), **fields)
     for name, fields in ADAPTED.items():
         add_run(folder, name, dpo=LORA, **common(folder), **fields)
-    train_in_two_processes(folder, [*SPREAD, *ADAPTED])
+    train_in_two_processes(folder, [*SPREAD, *ADAPTED, *SPREAD_ROWS])
     return folder
 
 
@@ -75,6 +99,20 @@ def test_ten_steps_in_two_processes_equal_those_in_one(folder, name, alone):
     assert logged(found, "loss") == pytest.approx(logged(expected, "loss"), abs=1e-5)
     for metric in ("rewards/margins", "logps/chosen", "grad_norm"):
         assert logged(found, metric) == pytest.approx(logged(expected, metric), abs=1e-4, rel=1e-4), metric
+    check_weights(folder, expected, found)
+
+
+@pytest.mark.parametrize(("name", "kind"), SPREAD_ROWS.items())
+def test_rows_of_questions_and_corrupted_pictures_train_in_two_processes_as_in_one(folder, name, kind):
+    (_, expected), (_, found) = run_of(folder, f"alone-{kind}"), run_of(folder, name)
+    assert len(logged(expected, "loss")) >= 2
+    for metric in ("loss", "grad_norm"):
+        assert logged(found, metric) == pytest.approx(logged(expected, metric), abs=1e-4, rel=1e-3), metric
+    check_weights(folder, expected, found)
+
+
+def check_weights(folder: Path, expected: Path, found: Path) -> None:
+    """Two checkpoints differ by little of what training has moved."""
     before, one, two = (load_file(place / "model.safetensors") for place in (folder / "policy", expected, found))
     for tensor in before:
         if tensor.endswith("k_proj.bias"):

@@ -196,5 +196,10 @@ def test_what_it_cannot_go_with_is_refused(tmp_path):
         check_fields(config(dpo={"ld_alpha": 0.5}).dpo)
     with pytest.raises(UserError, match=r"dpo.image_preference needs shared prompts"):
         training_fields(config(shared_prefix="off"), tmp_path, torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match=r"has no effect: weight and anchor are 0"):
+        check_fields(config(dpo={"image_preference": {"weight": 0, "anchor": 0}}).dpo)
+    for endless in ({"weight": math.inf}, {"delta": math.nan}):
+        with pytest.raises(UserError, match=r"dpo.image_preference.*: Input should be a finite number"):
+            config(dpo={"image_preference": endless})
     with pytest.raises(UserError, match=r"dpo.image_preference.corruptoin: unknown key"):
         config(dpo={"image_preference": {"corruptoin": "crop"}})

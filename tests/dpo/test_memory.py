@@ -71,3 +71,13 @@ def test_a_single_pair_that_does_not_fit_ends_with_advice(tmp_path, monkeypatch)
     make_small(monkeypatch, 0)
     with pytest.raises(UserError, match=r"out of memory with a single row.*zero3"):
         run_dpo(config, 1)
+
+
+def test_a_budget_of_tokens_that_does_not_fit_is_not_changed_in_secret_and_ends_with_advice(tmp_path, monkeypatch):
+    config = make_run(tmp_path, dpo={"rows": "question", "tokens_per_batch": 250})
+    make_small(monkeypatch, 0)
+    with pytest.raises(
+        UserError, match=r"out of memory with dpo.tokens_per_batch: 250.*lower it, down to the longest row.*zero3"
+    ):
+        run_dpo(config, 1)
+    assert not (round_1(config).trainer / "batch.json").exists()

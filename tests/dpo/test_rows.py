@@ -171,14 +171,17 @@ def test_a_row_above_the_budget_is_refused_by_name():
         make_batches([sized(0, 10, 3), sized(1, 70, 10)], "pair", num_rows=1, max_tokens=60, seed=0)
 
 
-def test_the_largest_batch_comes_first_and_the_order_knows_epochs_but_not_processes():
+def test_the_largest_batches_come_first_and_the_order_knows_epochs_but_not_processes():
     pairs = [sized(n, 10 + 17 * n % 50, 3) for n in range(24)]
     batches = make_batches(pairs, "pair", num_rows=2, max_tokens=None, seed=4)
     largest = max(batches, key=lambda batch: batch.tokens).pairs
-    epochs = [list(RowBatches(batches, 4, lambda e=epoch: e)) for epoch in (0, 0, 1)]
+    second = sorted(batches, key=lambda batch: batch.tokens)[-2].pairs
+    epochs = [list(RowBatches(batches, 4, lambda e=epoch: e, per_step=3)) for epoch in (0, 0, 1)]
     assert epochs[0] == epochs[1] != epochs[2]
-    assert all(epoch[0] == largest for epoch in epochs)
-    shares = [list(BatchSamplerShard(RowBatches(batches, 4, lambda: 0), 2, rank)) for rank in range(2)]
+    assert all((epoch[0], epoch[3]) == (second, largest) for epoch in epochs), "the optimiser has its state in step 2"
+    assert all(sorted(index for batch in epoch for index in batch) == list(range(24)) for epoch in epochs)
+    assert next(iter(RowBatches(batches, 4, lambda: 0, per_step=12))) == largest, "there is one step"
+    shares = [list(BatchSamplerShard(RowBatches(batches, 4, lambda: 0, per_step=3), 2, rank)) for rank in range(2)]
     assert [batch for both in zip(*shares, strict=True) for batch in both] == epochs[0]
 
 

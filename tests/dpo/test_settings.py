@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ def config_with(folder, **dpo):
 def test_every_field_of_trl_can_be_set_but_our_own(tmp_path):
     ours = {"max_length", "report_to"}
     fields = {field.name for field in dataclasses.fields(DPOConfig) if field.init} - OWN_FIELDS.keys() - ours
-    check_fields(config_with(tmp_path, **dict.fromkeys(fields, 1)).dpo)
+    hints = get_type_hints(DPOConfig)
+    flags = {name for name in fields if {bool, type(None)} >= {*(get_args(hints[name]) or [hints[name]])}}
+    check_fields(config_with(tmp_path, **(dict.fromkeys(fields, 1) | dict.fromkeys(flags, True))).dpo)
     assert len(fields) > 100
 
 

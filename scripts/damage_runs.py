@@ -103,7 +103,7 @@ def make_moments(project: Path, folder: Path, *, training: bool = True) -> tuple
     if training:
         run_stage(config, "evaluate", 0)
         _stop_training(config)
-        keep("training", ALL[1:4], 1)
+        keep("training", ALL[:4], 1)
         run_stage(config, "dpo", 1)
         run_stage(config, "evaluate", 1)
         keep("complete", ALL, 6)

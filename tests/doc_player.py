@@ -91,6 +91,7 @@ NOT_RUN = {
     r"python scripts/demo_consistency\.py": "its flags are read; tests/demo/test_consistency.py runs it on a round of one question",
     r"python scripts/build_demo\.py": "an hour and more; its flags are read",
     r"python scripts/fault_test\.py": "its flags are read; tests/test_crashes.py runs it with a kill a stage",
+    r"python scripts/(damage_runs|fuzz_images)\.py": "minutes; tests/test_damaged_runs.py and test_pictures.py run them short",
     r"python scripts/check_plan\.py": "its flags are read; tests/test_plan.py runs its cases",
 }
 # Scripts that are run, and what makes them small.

@@ -118,10 +118,14 @@ def test_lower_bounds_are_what_the_oldest_set_has():
 
 def test_the_page_names_the_versions_of_the_locks():
     page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
-    oldest, tested = versions_in("oldest.txt"), versions_in("dev.txt")
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \| ([\d.]+|–) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    oldest, beside_vllm, tested = (versions_in(name) for name in ("oldest.txt", "vllm.txt", "dev.txt"))
     assert len(rows) >= 6
-    assert rows == [(name, str(oldest[name]), str(tested[name])) for name, _, _ in rows]
+    assert [row[:4] for row in rows] == [
+        (name, str(oldest[name]), str(beside_vllm.get(name, "–")), str(tested[name])) for name, *_ in rows
+    ]
+    admitted = {canonicalize_name(each.name): each.specifier for each in own_requirements()}
+    assert [(name, newest) for name, *_, newest in rows if not admitted[name].contains(newest)] == []
 
 
 def test_the_lock_has_no_libraries_of_one_build_of_torch():

@@ -332,8 +332,10 @@ def test_experts_are_trained_without_shared_prompts_and_sampled_with_them():
         dense, _ = tiny_vlms.qwen3_vl()
     config = Config(policy="none", questions="q.jsonl")
     in_training, elsewhere, notes = sharing(config, model)
-    assert (in_training, elsewhere) == (False, True)
-    assert "load-balancing" in notes[0]
+    # In transformers 5.17 the text part of this family has no load-balancing loss.
+    balanced = hasattr(model.config.get_text_config(), "output_router_logits")
+    assert (in_training, elsewhere) == (not balanced, True)
+    assert ["load-balancing" in note for note in notes] == [True] * balanced
     assert sharing(config, dense) == (True, True, [])
     assert sharing(Config(policy="none", questions="q.jsonl", shared_prefix="off"), dense) == (False, False, [])
 

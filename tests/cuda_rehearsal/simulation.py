@@ -313,11 +313,17 @@ def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     return self
 
 
+def _address(tensor: Any) -> int:
+    """`Tensor.data_ptr`, one per storage: accelerate knows parameters by it when it hands sharded ones to an optimiser."""
+    return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+
 @contextmanager
 def simulated() -> Iterator[Simulation]:
     """Within the context there is a CUDA device."""
     simulation = Simulation()
     lift, apply, to_list = torch._C._only_lift_cpu_tensors(), nn.Module._apply, FakeTensor.tolist
+    data_ptr = FakeTensor.data_ptr
     resize = torch.UntypedStorage.resize_
 
     def counted_resize(storage: torch.UntypedStorage, size: int) -> Any:
@@ -328,11 +334,13 @@ def simulated() -> Iterator[Simulation]:
     torch._C._set_only_lift_cpu_tensors(True)
     nn.Module._apply = _apply  # type: ignore[method-assign,assignment]
     FakeTensor.tolist = lambda tensor: simulation.to_list(tensor)  # type: ignore[method-assign]
+    FakeTensor.data_ptr = _address  # type: ignore[method-assign]
     torch.UntypedStorage.resize_ = counted_resize  # type: ignore[method-assign]
     try:
         with simulation, ListsOfScalars(), attention_as_on_cuda(simulation):
             yield simulation
     finally:
         nn.Module._apply, FakeTensor.tolist = apply, to_list  # type: ignore[method-assign]
+        FakeTensor.data_ptr = data_ptr  # type: ignore[method-assign]
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
         torch._C._set_only_lift_cpu_tensors(lift)

@@ -66,6 +66,10 @@ def test_frozen_towers_are_not_gone_through_backward(steps, name):
     assert steps[name]["frozen_with_gradients"] == []
 
 
+def test_the_optimiser_has_every_trained_weight_in_shards_too(steps):
+    assert steps["fsdp2"]["optimised"] == steps["fsdp2"]["trained"] > 0
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_loss_is_computed_from_float32_whatever_shards_the_model(steps, name):
     assert steps[name]["output_dtypes"] == ["torch.float32"]

@@ -127,19 +127,25 @@ class Steps(TrainerCallback):
         self.simulation = simulation
         self.measured: dict[str, Any] = {}
         self.peak_before_optimizer = 0
+        self.trained = self.optimised = 0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         gc.collect()
         self.simulation.reset()
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
         self.peak_before_optimizer = self.simulation.memory.peak
+        given = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.optimised = sum(p.numel() for p in given)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         memory = self.simulation.memory
         self.measured = {
             "peak": memory.peak,
             "peak_before_optimizer": self.peak_before_optimizer,
+            "trained": self.trained,
+            "optimised": self.optimised,
             "holders": memory.holders.most_common(12),
             "flops": dict(self.simulation.flops),
             "operations": self.simulation.operations,

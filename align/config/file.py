@@ -131,7 +131,9 @@ def _section_lines(model: type[BaseModel], values: dict[str, Any], indent: int) 
             lines += ["", f"{pad}# {(section.__doc__ or '').strip().splitlines()[0]}", f"{pad}{key}:"]
             lines += _section_lines(section, values.get(key, {}), indent + 1)
             continue
-        value = values.get(key, "" if field.is_required() else field.get_default(call_default_factory=True))
+        value = values.get(
+            key, "" if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
+        )
         lines += [f"{pad}# {field.description}{_choices(section)}", f"{pad}{key}: {_scalar(value)}"]
     extra = {key: value for key, value in values.items() if key not in model.model_fields}
     lines += [f"{pad}{key}: {_scalar(value)}" for key, value in extra.items()]

@@ -91,13 +91,8 @@ def run_sample(config: Config, number: int) -> None:
     done = map_resumable(this.samples, Samples, questions, work, label=f"round {number}: sample")
     if is_main_process():
         forget_left_out(this.image_hashes, images, questions, {line.id for line in done.left_out})
-    finish(
-        this.manifest,
-        STAGE,
-        outputs=[this.samples],
-        counts=_counts(done.records, config.sample) | done.counts,
-        notes=done.notes,
-    )
+    counts = _counts(done.records, config.sample) | done.counts
+    finish(this.manifest, STAGE, outputs=[this.samples], counts=counts, notes=done.notes)
 
 
 def _forget_changed(this: Round, images: ImageStore, questions: list[Question]) -> None:

@@ -25,8 +25,8 @@ def begin(out: Path, err: Path) -> None:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
 
-def in_two_processes(function: Callable[..., None], *arguments: Any, **environment: str) -> None:
-    """Call a function of a module in both processes of a launch, as torchrun would start them."""
+def in_two_processes(function: Callable[..., None], *arguments: Any, **environment: str) -> str:
+    """Call a function of a module in both processes of a launch, as torchrun would start them; what the first said."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -45,6 +45,7 @@ def in_two_processes(function: Callable[..., None], *arguments: Any, **environme
             assert [process.exitcode for process, _ in ranks] == [0, 0], "\n\n".join(
                 said.read_text()[-6000:] for _, said in ranks
             )
+            return ranks[0][1].read_text()
         finally:
             for process, _ in ranks:
                 process.kill()

@@ -100,9 +100,9 @@ def align(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> s
     return Command(folder, *arguments, env=env).end()
 
 
-def align_in_two_processes(folder: Path, *arguments: str) -> None:
-    """Run a command in both processes of a launch; it must succeed."""
-    in_two_processes(_main, folder, arguments)
+def align_in_two_processes(folder: Path, *arguments: str, **environment: str) -> str:
+    """Run a command in both processes of a launch; it must succeed. What the first process said."""
+    return in_two_processes(_main, folder, arguments, **environment)
 
 
 def _run(

@@ -116,14 +116,6 @@ def test_two_processes_told_to_stop_save_their_step_and_go_on_to_the_same_end(fo
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
 
 
-def test_a_fault_in_one_of_two_processes_is_one_message_and_exit_code_2(folder):
-    code, output = run(folder, "dpo", "--config", "run.yaml", "-n", "2", "--set", "dpo.learning_rat=1")
-    assert code == 2, output
-    assert "Traceback" not in output
-    assert output.count("error:") == 1
-    assert "did you mean 'learning_rate'" in output
-
-
 def test_a_lost_image_costs_its_questions_and_sigterm_none(tmp_path):
     folder = make_project(tmp_path / "project")
     questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]

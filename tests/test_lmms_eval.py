@@ -26,7 +26,7 @@ from align.run.folder import RunDir
 from tests.lmms_tasks import CHOICES, Stock, write_tasks
 from tests.patience import PATIENCE_S
 from tests.report.fake_run import FakeRun
-from tests.stage_runs import align
+from tests.stage_runs import align, align_in_two_processes
 from tests.test_video import greys, write_video
 from tests.tiny_models import random_image
 
@@ -50,9 +50,8 @@ def documents(folder):
 def summary(folder, documents):
     """Three tasks by two processes, in lmms-eval's own evaluator."""
     tasks = ["--lmms-eval", "shown,chosen,told", "--lmms-eval-tasks", "tasks"]
-    done = align(folder, "evaluate", *tasks, "--checkpoint", str(POLICY), "--num-processes", "2", env=OFFLINE)
-    assert done.returncode == 0, done.stderr
-    assert "shown: 6 of 6 requests were asked otherwise than the task says" in " ".join(done.stdout.split())
+    said = align_in_two_processes(folder, "evaluate", *tasks, "--checkpoint", str(POLICY), **OFFLINE)
+    assert "shown: 6 of 6 requests were asked otherwise than the task says" in " ".join(said.split())
     return json.loads((folder / "policy.lmms-eval.json").read_text())
 
 

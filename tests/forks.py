@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from align.engines.server.replicas import free_port
 from tests.patience import PATIENCE_S
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -27,16 +27,14 @@ def begin(out: Path, err: Path) -> None:
 
 def in_two_processes(function: Callable[..., None], *arguments: Any, **environment: str) -> str:
     """Call a function of a module in both processes of a launch, as torchrun would start them; what the first said."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    with tempfile.TemporaryDirectory() as folder:
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
         common |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} | environment
         ranks = []
         for rank in ("0", "1"):
             variables = common | {"RANK": rank, "LOCAL_RANK": rank}
             said = Path(folder, rank)
             ranks.append((FORKS.Process(target=_rank, args=(function, arguments, variables, said)), said))
-        free.close()
         for process, _ in ranks:
             process.start()
         try:

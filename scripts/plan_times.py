@@ -132,16 +132,17 @@ class Bench:
 
     # The stages as they run.
 
-    def sample(self, samples: int, temperature: float = 1.0) -> None:
-        settings = SamplingSettings(temperature=temperature, top_p=0.9, max_new_tokens=self.timed.response)
+    def sample(self, samples: int, *, greedy_first: bool = False) -> None:
+        settings = SamplingSettings(
+            temperature=1.0, top_p=0.9, max_new_tokens=self.timed.response, greedy_first=greedy_first
+        )
         self.engine.sample(self.requests(samples), settings, lambda result: None)
 
     def score(self) -> None:
         make_critic("pairwise", {}, judge_model=self.engine).judge(self.items())
 
     def evaluate(self) -> None:
-        self.sample(1, temperature=0.0)
-        self.sample(2)
+        self.sample(2, greedy_first=True)
 
     def reference(self) -> None:
         path = self.folder / "reference.safetensors"

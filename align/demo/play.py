@@ -23,7 +23,8 @@ CONTROL_SHARE = 0.5
 def play_demo(folder: Path, *, rounds: int, seed: int, control: bool) -> None:
     """Write the demo's data into `folder` (once), run it, run the control, and write the report.
 
-    The control is the same run with random preferences and half of the questions per round.
+    The control is the same run with random preferences and half of the questions per round, evaluated by its answers
+    alone.
     """
     started = time.monotonic()
     path = folder / CONFIG_NAME
@@ -37,7 +38,7 @@ def play_demo(folder: Path, *, rounds: int, seed: int, control: bool) -> None:
     if control:
         fewer = max(50, int((config.sample.questions_per_round or NUM_QUESTIONS) * CONTROL_SHARE))
         overrides += ["name=random", "critic.kind=random", "critic.options="]
-        overrides += [f"sample.questions_per_round={fewer}"]
+        overrides += [f"sample.questions_per_round={fewer}", "evaluate.kl=false", "evaluate.image_dependence=0"]
         log.info("the control: random preferences, %d questions per round", fewer)
         control_config = load_config(path, overrides)
         run_rounds(control_config, report=False)

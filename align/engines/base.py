@@ -19,13 +19,18 @@ OnUnusable = Callable[[str, UnusableRecord], None]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How responses are drawn: temperature 0 is greedy, top_k 0 keeps all tokens, top_p 1.0 keeps all probability."""
+    """How responses are drawn: temperature 0 is greedy, top_k 0 keeps all tokens, top_p 1.0 keeps all probability.
+
+    `greedy_first`: before its samples, which are the same without it, every question gets its greedy response, behind
+    the same prompt.
+    """
 
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    greedy_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """The responses of a request: texts without special tokens, their lengths in tokens (the end token counted), and
-    whether each ended by itself ("stop") or was cut at max_new_tokens ("length").
+    """The responses of a request, a greedy one that was asked for before the others: texts without special tokens,
+    their lengths in tokens (the end token counted), and whether each ended by itself ("stop") or was cut at
+    max_new_tokens ("length").
 
     `token_ids` are the tokens as they were drawn (a text may be cut into others); empty where a server drew them."""
 

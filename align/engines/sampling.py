@@ -48,14 +48,16 @@ def choose(
 ) -> Tensor:
     """Tokens `(N,)` int64 from fp32 logits `(N, V)` and `(N,)` numbers in [0, 1); greedy at temperature 0.
 
-    `temperatures` `(N,)` fp32, above 0, take the place of that of the settings. The order is that of generate:
+    `temperatures` `(N,)` fp32 take the place of one of the settings that is above 0. The order is that of generate:
     temperature, then top-k, then top-p of what is left. Of top-p, the tokens are kept before which, in falling order,
     less than `top_p` of the probability stands; so at least one is.
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
     assert uniform is not None
-    scores = logits / (settings.temperature if temperatures is None else temperatures[:, None])
+    scores = logits / settings.temperature
+    if temperatures is not None:
+        scores = logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
     ids = None
     if 0 < settings.top_k < scores.shape[-1]:
         scores, ids = scores.topk(settings.top_k, dim=-1)
@@ -65,7 +67,8 @@ def choose(
     # A uniform number just below 1 may round up to the whole mass: stay on the last token that has any.
     last = (mass < mass[:, -1:]).sum(dim=-1, keepdim=True)
     picked = torch.searchsorted(mass, uniform.to(mass)[:, None] * mass[:, -1:], right=True).minimum(last)
-    return (picked if ids is None else ids.gather(1, picked))[:, 0]
+    tokens = (picked if ids is None else ids.gather(1, picked))[:, 0]
+    return tokens if temperatures is None else torch.where(temperatures > 0, tokens, logits.argmax(dim=-1))
 
 
 def _nucleus(scores: Tensor, ids: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
@@ -103,7 +106,8 @@ class SeededSampler:
     """Samples tokens by each branch's own numbers; knows what a branch has said, where repetition is penalised.
 
     A question is begun under a number of its own, its ticket, that may be used again once the question is finished.
-    Samples that are drawn after a question's first ones have `further_temperature`, where it is given.
+    Samples that are drawn after a question's first ones have `further_temperature`, where it is given. A greedy
+    response comes first, as the sample of index -1.
     """
 
     def __init__(
@@ -112,18 +116,20 @@ class SeededSampler:
         self.settings = settings
         self.device = device
         self.further_temperature = further_temperature
-        self._temperatures = torch.zeros(0, device=device)
+        self.first = -1 if settings.greedy_first else 0
+        self._has_one_temperature = further_temperature is None and not settings.greedy_first
+        self._temperatures = torch.zeros(0, 0, device=device)
         self._numbers = torch.zeros(0, 0, settings.max_new_tokens, dtype=torch.float64, device=device)
         self._prompt_ids: dict[int, Tensor] = {}
         self._seen: Tensor | None = None
 
     def begin(self, tickets: Sequence[int], seeds: Sequence[int], num_samples: int, inputs: dict[str, Tensor]) -> None:
         """Begin questions with prompts `input_ids` and `attention_mask` `(n, P)`,
-        each with samples 0 to `num_samples`."""
+        each with samples 0 to `num_samples` and the greedy response before them that was asked for."""
         for ticket, ids, mask in zip(tickets, inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
             # Padding counts as the first token: it must not be taken for something that was said.
             self._prompt_ids[ticket] = torch.where(mask, ids, ids[0])
-        self.draw(tickets, seeds, 0, num_samples)
+        self.draw(tickets, seeds, self.first, num_samples - self.first)
 
     def draw(self, tickets: Sequence[int], seeds: Sequence[int], first: int, num_samples: int) -> None:
         """Let the branches of begun questions be the samples `first` to `first + num_samples`."""
@@ -134,12 +140,21 @@ class SeededSampler:
             self._numbers = old.new_zeros(size)
             self._numbers[: old.shape[0], : old.shape[1]] = old
         self._numbers[list(tickets), :num_samples] = numbers
-        if self.further_temperature is not None:
-            padding = size[0] - len(self._temperatures)
-            self._temperatures = torch.nn.functional.pad(self._temperatures, (0, padding))
-            self._temperatures[list(tickets)] = self.further_temperature if first else self.settings.temperature
+        if not self._has_one_temperature:
+            before = self._temperatures
+            self._temperatures = before.new_zeros(size[:2])
+            self._temperatures[: before.shape[0], : before.shape[1]] = before
+            self._temperatures[list(tickets), :num_samples] = self._temperatures_of(first, num_samples)
         if self._seen is not None:
             self._see_prompts(tickets)
+
+    def _temperatures_of(self, first: int, num_samples: int) -> Tensor:
+        """Those of the samples `first` to `first + num_samples`."""
+        sampled = self.settings.temperature
+        if first > 0 and self.further_temperature is not None:
+            sampled = self.further_temperature
+        greedy = min(max(-first, 0), num_samples)
+        return torch.tensor([0.0] * greedy + [sampled] * (num_samples - greedy), device=self.device)
 
     def __call__(self, logits: Tensor, question: Tensor, branch: Tensor, step: Tensor) -> Tensor:
         """Tokens `(N,)` for logits `(N, V)` of these questions and branches at these steps `(N,)`; -1 where logits are
@@ -150,7 +165,7 @@ class SeededSampler:
             assert self._seen is not None
             logits = penalise_repetition(logits, self._seen[question, branch], self.settings.repetition_penalty)
         finite = logits.amax(dim=-1).isfinite()
-        temperatures = None if self.further_temperature is None else self._temperatures[question]
+        temperatures = None if self._has_one_temperature else self._temperatures[question, branch]
         tokens = choose(logits, self.settings, self._numbers[question, branch, step], temperatures=temperatures)
         if self._seen is not None:
             self._seen[question, branch, tokens] = True

@@ -55,7 +55,12 @@ class SamplingRun:
         most = max(request.num_samples for request in batch.items)
         self._seeded.begin(tickets, [request.seed for request in batch.items], most, batch.inputs)
         width = batch.inputs["input_ids"].shape[1]
+        most = max(map(self.num_branches, batch.items))
         self.queue.sizer.saw(self.queue.kind, width, most * self.settings.max_new_tokens)
+
+    def num_branches(self, request: SampleRequest) -> int:
+        """How many responses a question begins with."""
+        return request.num_samples - self._seeded.first
 
     def num_more(self, ticket: int, tokens: list[list[int]], stopped: list[bool]) -> int:
         """How many samples more a question wants; they are the next ones of its seed."""
@@ -64,7 +69,7 @@ class SamplingRun:
         place, request, _ = self._questions[ticket]
         count = self._more(place, tokens, stopped)
         if count:
-            self._seeded.draw([ticket], [request.seed], len(tokens), count)
+            self._seeded.draw([ticket], [request.seed], self._seeded.first + len(tokens), count)
         return count
 
     def finish(self, ticket: int, tokens: list[list[int]], stopped: list[bool]) -> None:

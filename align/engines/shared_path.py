@@ -46,7 +46,7 @@ class SharedPath:
         """Answer all questions of the queue; one begins as soon as others have left room for it."""
         decoder = self._decoder(run)
         while queue or decoder.num_branches:
-            count = _room(queue, decoder)
+            count = _room(run, decoder)
             batch = queue.take(count) if count else None
             if batch is not None:
                 self._begin(batch, decoder, run)
@@ -75,7 +75,7 @@ class SharedPath:
     def _begin(self, batch: Batch[SampleRequest], decoder: Decoder, run: SamplingRun) -> list[int]:
         run.begin(decoder.free_tickets(len(batch)), batch)
         prompts = prefill(self.model, batch.inputs, decoder.cache, decoder.free_rows(len(batch)))
-        return decoder.add(Branches.behind(prompts, [request.num_samples for request in batch.items]))
+        return decoder.add(Branches.behind(prompts, list(map(run.num_branches, batch.items))))
 
     @torch.no_grad()
     def log_probs(self, batch: Batch[PromptTree]) -> list[np.ndarray]:
@@ -263,12 +263,13 @@ def _greedy(logits: Tensor, *_: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def _room(queue: SampleQueue, decoder: Decoder) -> int:
+def _room(run: SamplingRun, decoder: Decoder) -> int:
     """How many questions to begin now: several at a time, or whatever there is room for where nothing is left to do."""
+    queue, sizer = run.queue, run.queue.sizer
     if not queue:
         return 0
-    batch, held = queue.sizer.num_items(queue.kind), queue.sizer.num_held(queue.kind)
-    per_question = max(1, max(request.num_samples for request in queue.items))
+    batch, held = sizer.num_items(queue.kind), sizer.num_held(queue.kind)
+    per_question = max(1, max(map(run.num_branches, queue.items)))
     room = min(held - decoder.num_questions, batch - -(-decoder.num_branches // per_question))
     if not decoder.num_branches:
         return max(1, room)

@@ -41,7 +41,7 @@ class UnsharedPath:
             run.begin([0], batch)
             tokens: list[list[int]] = []
             stopped: list[bool] = []
-            count = batch.items[0].num_samples
+            count = run.num_branches(batch.items[0])
             while count:
                 new, ended = self._draw(batch.inputs, run, count)
                 tokens, stopped = tokens + new, stopped + ended

@@ -1,9 +1,10 @@
 """Checkpoint in, held-out numbers out: evaluation.json with intervals and evaluation.jsonl with every response.
 
-Asks every held-out question once greedily and `num_samples` times at a temperature. Round 0 is the first policy. Where
-the configured critic is a model, it also compares the greedy responses with those of the first policy and of the round
-before. How far a round has moved from the first policy is estimated on its sampled responses (align.evaluation.kl), and
-how far its answers depend on the picture by asking again with others (align.evaluation.image_dependence).
+Asks every held-out question once greedily and `num_samples` times at a temperature, behind one prompt. Round 0 is the
+first policy. Where the configured critic is a model, it also compares the greedy responses with those of the first
+policy and of the round before. How far a round has moved from the first policy is estimated on its sampled responses
+(align.evaluation.kl), and how far its answers depend on the picture by asking again with others
+(align.evaluation.image_dependence).
 """
 
 from __future__ import annotations
@@ -33,23 +34,20 @@ from align.evaluation.win_rate import compare_answers, has_judge, win_rates
 from align.log import log
 from align.media.images import ImageStore, evaluation_images
 from align.models.readable import readable_questions
-from align.models.record_faults import UnusableRecord
 from align.models.video_questions import pick_frames
-from align.records import Evaluated, Evaluation, Question, read_jsonl, read_questions, write_jsonl
+from align.records import Evaluation, Question, read_jsonl, read_questions, write_jsonl
 from align.run.folder import Round, RunDir
 from align.run.hashes import checkpoint_hash, content_hash, text_hash
 from align.run.image_hashes import changed_images, forget_left_out, record_images
 from align.run.parents import parent_of
 from align.run.resumable import PartialFile, drop_changed
-from align.run.sharding import OnRecord, StageOutput, batches, begin, finish, map_resumable
+from align.run.sharding import OnRecord, StageOutput, begin, finish, map_resumable
 from align.sources import read_all_questions
 
 if TYPE_CHECKING:
-    from align.engines.base import Engine, SampleRequest, SampleResult
+    from align.engines.base import Engine, SampleResult
 
 STAGE = "evaluate"
-# Between greedy and sampled passes, so that an interruption loses little.
-QUESTIONS_AT_A_TIME = 256
 
 
 def run_evaluate(config: Config, number: int) -> None:
@@ -282,42 +280,29 @@ def _answer(
 ) -> dict[str, str]:
     from align.engines.base import SampleRequest, SamplingSettings
 
-    def requests(some: list[Question], num_samples: int) -> list[SampleRequest]:
-        return [
-            SampleRequest(
-                id=question.id,
-                messages=question.messages(),
-                images=tuple(question.images),
-                num_samples=num_samples,
-                # The same seed in every round: rounds are compared on common random numbers.
-                seed=int(text_hash("evaluate", str(config.seed), question.id)[:15], 16),
-            )
-            for question in some
-        ]
-
     by_id = {question.id: question for question in todo}
-    greedy: dict[str, Evaluated] = {}
-    unusable: set[str] = set()
 
-    def leave_out(id_: str, fault: UnusableRecord) -> None:
-        unusable.add(id_)
-        on_record(fault.left_out(id_))
-
-    def keep_greedy(result: SampleResult) -> None:
-        (greedy[result.id],) = evaluated(result, by_id[result.id], keep_tokens="greedy" in keep)
-
-    def keep_sampled(result: SampleResult) -> None:
+    def keep_result(result: SampleResult) -> None:
         question = by_id[result.id]
-        sampled = evaluated(result, question, keep_tokens="sampled" in keep)
-        on_record(Evaluation(id=result.id, question=question, greedy=greedy[result.id], sampled=sampled))
+        keep_tokens = ["greedy" in keep, *["sampled" in keep] * (len(result.texts) - 1)]
+        greedy, *sampled = evaluated(result, question, keep_tokens=keep_tokens)
+        on_record(Evaluation(id=result.id, question=question, greedy=greedy, sampled=sampled))
 
-    longest = config.evaluate.max_new_tokens
-    settings = SamplingSettings(temperature=config.evaluate.temperature, max_new_tokens=longest)
-    for some in batches(todo, QUESTIONS_AT_A_TIME):
-        greedily = SamplingSettings(temperature=0.0, max_new_tokens=longest)
-        engine.sample(requests(some, 1), greedily, keep_greedy, on_unusable=leave_out)
-        some = [question for question in some if question.id not in unusable]
-        engine.sample(requests(some, config.evaluate.num_samples), settings, keep_sampled, on_unusable=leave_out)
+    requests = [
+        SampleRequest(
+            id=question.id,
+            messages=question.messages(),
+            images=tuple(question.images),
+            num_samples=config.evaluate.num_samples,
+            # The same seed in every round: rounds are compared on common random numbers.
+            seed=int(text_hash("evaluate", str(config.seed), question.id)[:15], 16),
+        )
+        for question in todo
+    ]
+    settings = SamplingSettings(
+        temperature=config.evaluate.temperature, max_new_tokens=config.evaluate.max_new_tokens, greedy_first=True
+    )
+    engine.sample(requests, settings, keep_result, on_unusable=lambda id_, fault: on_record(fault.left_out(id_)))
     return engine.notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from align.errors import reward_faults
@@ -13,9 +14,12 @@ if TYPE_CHECKING:
     from align.engines.base import SampleResult
 
 
-def evaluated(result: SampleResult, question: Question, *, keep_tokens: bool = False) -> list[Evaluated]:
-    """The responses, held against the question's answer and absent objects; `keep_tokens` where their ids are known."""
-    token_ids = result.token_ids if keep_tokens and result.token_ids else [()] * len(result.texts)
+def evaluated(result: SampleResult, question: Question, *, keep_tokens: Sequence[bool] = ()) -> list[Evaluated]:
+    """The responses, held against the question's answer and absent objects; with the tokens of those that
+    `keep_tokens` names, where they are known."""
+    kept = [*keep_tokens, *[False] * (len(result.texts) - len(keep_tokens))]
+    known = result.token_ids or [()] * len(result.texts)
+    token_ids = [ids if keep else () for ids, keep in zip(known, kept, strict=True)]
     return [
         Evaluated(
             text=text,

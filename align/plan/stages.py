@@ -259,14 +259,12 @@ class StagePlanner:
         )
         sizes = [meter.size(q.id, q.messages(), q.images) for q in questions]
         tokens = min(self.lengths.chosen, evaluate.max_new_tokens)
-        # A greedy pass and a sampled one, each with its own prefill.
-        cost = sampling(self.speed, sizes, 1, tokens, shared=self.shared, greedy=True)
-        cost += sampling(self.speed, sizes, evaluate.num_samples, tokens, shared=self.shared)
+        # The greedy response and the samples are behind one prompt; a server is asked for them one after the other.
+        cost = sampling(self.speed, sizes, 1 + evaluate.num_samples, tokens, shared=self.shared)
         written = round(len(sizes) * (1 + evaluate.num_samples) * tokens)
+        read = self._read(sizes) * (2 if evaluate.servers else 1)
         note = "on servers, at this speed" if evaluate.servers else ""
-        found = [
-            StageCost("evaluate", self._seconds(cost), self.config.rounds + 1, 2 * self._read(sizes), written, note)
-        ]
+        found = [StageCost("evaluate", self._seconds(cost), self.config.rounds + 1, read, written, note)]
         if self.judges and has_judge(self.config):
             share = len(sizes) / len(self.sizes)
             cost, read, written = self._judged(self._responses(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -372,6 +373,28 @@ def test_further_samples_have_a_temperature_of_their_own(onevision: tuple[Any, A
     for id_, result in found.items():
         assert result.texts == cool[id_].texts[:2] + warm[id_].texts[2 : len(result.texts)]
         assert result.texts[2:] != cool[id_].texts[2 : len(result.texts)] or len(result.texts) == 2
+
+
+@pytest.mark.parametrize("shared_prefix", ["on", "off"])
+def test_a_greedy_response_comes_before_the_same_samples_and_the_same_further_ones(
+    onevision: tuple[Any, Any], shared_prefix: str
+):
+    def asked(settings: SamplingSettings, num_samples: int, wanted: int) -> dict[str, SampleResult]:
+        found: dict[str, SampleResult] = {}
+        LocalEngine(*onevision, shared_prefix=shared_prefix, batch_size=2).sample(
+            [question(i, num_images=i % 2, num_samples=num_samples) for i in range(4)],
+            settings,
+            lambda result: found.__setitem__(result.id, result),
+            further=FurtherSamples(lambda result: wanted - len(result.texts), temperature=1.5),
+        )
+        return found
+
+    greedy, sampled = asked(GREEDY, 1, 1), asked(WARM, 2, 4)
+    both = asked(replace(WARM, greedy_first=True), 2, 5)
+    for id_, result in both.items():
+        assert result.token_ids == greedy[id_].token_ids + sampled[id_].token_ids
+        assert result.finish_reasons == greedy[id_].finish_reasons + sampled[id_].finish_reasons
+        assert result.token_ids[0] not in result.token_ids[1:]
 
 
 def test_a_sliding_window_falls_back_and_says_so():

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,15 @@ def test_further_samples_are_the_next_ones_of_the_seed_at_their_own_temperature(
         assert asked == [(100, 1.0, 3), (103, 1.5, 2), (105, 1.5, 1)]
     else:
         assert sorted(asked) == [(100 + index, 1.0 if index < 3 else 1.5, 1) for index in range(6)]
+
+
+def test_a_greedy_response_is_asked_for_before_the_samples(serve):
+    server = serve(has_n=True)
+    found = []
+    engine_on(server).sample([ask_for(1, num_samples=3)], replace(SETTINGS, greedy_first=True), found.append)
+    assert len(found[0].texts) == 4
+    assert found[0].texts[1:] == expected(ask_for(1, num_samples=3))
+    assert [(body["temperature"], body.get("n", 1)) for body in server.asked] == [(0.0, 1), (1.0, 3)]
 
 
 @pytest.mark.parametrize("given", [1, 2, 5])

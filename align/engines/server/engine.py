@@ -113,12 +113,16 @@ class ServerEngine:
                 return
             messages = chat_messages(request.messages, uris)
             try:
+                greedy = []
+                if settings.greedy_first:
+                    greedy = await self._draw(messages, request, replace(settings, temperature=0.0), range(1))
                 choices = await self._draw(messages, request, settings, range(request.num_samples))
-                while further and (count := further.wanted(_result(request.id, choices))):
+                while further and (count := further.wanted(_result(request.id, greedy + choices))):
                     warmer = (
                         settings if further.temperature is None else replace(settings, temperature=further.temperature)
                     )
                     choices += await self._draw(messages, request, warmer, range(len(choices), len(choices) + count))
+                choices = greedy + choices
             except RefusedError as error:
                 self._missed(request.id, str(error), ends_stage=on_unusable is None)
                 if on_unusable is not None:

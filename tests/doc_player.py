@@ -87,6 +87,7 @@ NOT_RUN = {
     r"python scripts/bench_score\.py": "minutes; its flags are read; tests/engines/test_benchmark_model.py runs it tiny",
     r"python scripts/harmful_runs\.py": "ten minutes; its flags are read, a small form of it is among the report's tests",
     r"python scripts/bench_until_pair\.py": "ten minutes; its flags are read",
+    r"python scripts/bench_image_preference\.py": "the better part of an hour; its flags are read",
     r"python scripts/demo_seeds\.py": "the better part of an hour; its flags are read",
     r"python scripts/demo_consistency\.py": "its flags are read; tests/demo/test_consistency.py runs it on a round of one question",
     r"python scripts/build_demo\.py": "an hour and more; its flags are read",

@@ -22,6 +22,7 @@ from align.evaluation.summary import read_summary
 from align.evaluation.table import print_table
 from align.hub.model_card import write_model_card
 from align.loop import _standing
+from align.media.images import ImageStore
 from align.records import Compared, Evaluated, Evaluation, Question, read_jsonl, write_jsonl
 from align.report import write_report
 from align.report.changes import history
@@ -51,6 +52,27 @@ def test_questions_about_one_image_stay_together_wherever_they_stand():
     assert deciding_questions(linked, 0.5) == set()
     few = deciding_questions(QUESTIONS[:4], 1e-9)
     assert len(few) == 2, "at least one image, and not all"
+
+
+def test_a_picture_decides_under_each_of_its_names_or_under_none(tmp_path):
+    images = ImageStore(tmp_path)
+    for n in range(40):
+        (tmp_path / f"{n}.png").write_bytes(b"picture %d" % n)
+        (tmp_path / f"copy of {n}.png").write_bytes(b"picture %d" % n)
+    both = [
+        Question(id=f"{name}{n}", question="?", images=[f"{name}{n}.png"])
+        for n in range(40)
+        for name in ("", "copy of ")
+    ]
+    deciding = deciding_questions(both, 0.5, images)
+    assert all((f"{n}" in deciding) == (f"copy of {n}" in deciding) for n in range(40))
+    assert 20 < len(deciding) < 60
+    with pytest.raises(UserError, match="all of them are about one image"):
+        split_of(config_of(tmp_path, select="best", image_root="."), both[:2])
+    # Whatever it is called, it decides where it decided.
+    assert deciding_questions(both[1::2], 0.5, images) == deciding & {question.id for question in both[1::2]}
+    # Those that cannot be read go by their names, as many as there are.
+    assert deciding_questions([*both, *QUESTIONS[100:]], 0.5, images) > deciding
 
 
 def config_of(folder, **evaluate):

@@ -127,9 +127,9 @@ def run(
     set_: SetOption = None,
 ) -> None:
     """All of it: every round, evaluation and the report. The same command resumes after an interruption."""
-    from align.evaluation.selection import name_of
     from align.evaluation.table import print_table
     from align.loop import run_rounds
+    from align.run.parents import name_of
     from align.status.run_status import run_status
 
     loaded = _load(config, [*(set_ or []), *([f"rounds={rounds}"] if rounds else [])])

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from align.evaluation.grading import hallucinates, is_right
-from align.evaluation.selection import name_of
 from align.evaluation.summary import EvaluationSummary, read_summary
 from align.records import Evaluated, Evaluation, read_jsonl
 from align.run.folder import Round, RunDir
-from align.run.parents import parent_of
+from align.run.parents import name_of, parent_of
 from align.statistics import paired_difference
 from reward.intervals import Interval
 from reward.reliability import MIN_COUNT

@@ -12,6 +12,7 @@ from align.evaluation.win_rate import has_judge
 from align.records import Question
 from align.run.folder import RunDir
 from align.run.manifest import SelectedRound
+from align.run.parents import name_of
 from reward.intervals import Interval
 from reward.reliability import MIN_COUNT
 
@@ -61,11 +62,6 @@ def can_measure(config: Config, questions: Sequence[Question]) -> None:
     wanted = config.evaluate.select_metric
     if not any(possible.values()) if wanted == "auto" else not possible[wanted]:
         raise _nothing_to_choose_by(wanted)
-
-
-def name_of(number: int) -> str:
-    """A round as people call it."""
-    return f"round {number}" if number else "the first policy"
 
 
 def _evaluated(run: RunDir, last: int) -> dict[int, EvaluationSummary]:

@@ -7,13 +7,14 @@ questions are set apart for it, and what is reported comes from the others.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from align.config import Config
 from align.errors import UserError
-from align.media.images import file_of
+from align.media.images import ImageStore, evaluation_images, file_of
 from align.records import Question
 from reward.reliability import MIN_COUNT
 
@@ -29,7 +30,7 @@ def split_of(config: Config, questions: Sequence[Question]) -> set[str] | None:
     """
     if not config.evaluate.decides:
         return None
-    found = deciding_questions(questions, config.evaluate.decision_share)
+    found = deciding_questions(questions, config.evaluate.decision_share, evaluation_images(config))
     if not found:
         raise UserError(
             "the held-out questions cannot be split into those that decide and those that are reported: "
@@ -40,23 +41,25 @@ def split_of(config: Config, questions: Sequence[Question]) -> set[str] | None:
     return found
 
 
-def deciding_questions(questions: Sequence[Question], share: float) -> set[str]:
+def deciding_questions(questions: Sequence[Question], share: float, images: ImageStore | None = None) -> set[str]:
     """About `share` of the questions, at least one; none where they cannot be taken apart.
 
-    Questions about the same image or video stay together. Which part they are in is drawn from the name of the image
-    (without one, from the question's id) alone, so that it is the same in every round and run, in whatever order they
-    come and whatever the seed.
+    Questions about the same image or video stay together, under whatever names it goes. Which part they are in is drawn
+    from the contents of its file (of one that `images` cannot read, or of a folder of frames, from its name; without
+    any, from the question's id) alone, so that it is the same in every round and run, in whatever order they come and
+    whatever the seed.
 
     >>> questions = [Question(id=f"q{n}", question="?", images=[f"{n // 2}.png"]) for n in range(8)]
     >>> sorted(deciding_questions(questions, 0.5)), deciding_questions(questions[:2], 0.5)
     (['q0', 'q1', 'q4', 'q5', 'q6', 'q7'], set())
     """
-    groups = _groups(questions)
-    drawn = sorted((_draw(min(names)), names) for names in {id(names): names for names in groups.values()}.values())
+    shown = {question.id: _shown(question, images) for question in questions}
+    groups = _groups(shown.values())
+    drawn = sorted((_draw(min(group)), group) for group in {id(group): group for group in groups.values()}.values())
     # At least one of each, where there are two.
     count = min(max(1, sum(number < share for number, _ in drawn)), len(drawn) - 1)
-    deciding = {name for _, names in drawn[: max(count, 0)] for name in names}
-    return {question.id for question in questions if deciding.intersection(_names(question))}
+    deciding = {picture for _, group in drawn[: max(count, 0)] for picture in group}
+    return {id_ for id_, pictures in shown.items() if deciding.intersection(pictures)}
 
 
 def part_notes(num_deciding: int, num_reported: int) -> dict[str, str]:
@@ -66,22 +69,30 @@ def part_notes(num_deciding: int, num_reported: int) -> dict[str, str]:
     return {PARTS: text + (f"; {small} are too few (below {MIN_COUNT})" if small < MIN_COUNT else "")}
 
 
-def _groups(questions: Sequence[Question]) -> dict[str, set[str]]:
-    """By name of an image all names of images that questions hold together, directly or through others."""
+def _groups(shown: Iterable[Sequence[str]]) -> dict[str, set[str]]:
+    """By picture all pictures that questions hold together, directly or through others."""
     groups: dict[str, set[str]] = {}
-    for question in questions:
-        names = set(_names(question))
-        for name in list(names):
-            names |= groups.get(name, set())
-        groups |= dict.fromkeys(names, names)
+    for pictures in shown:
+        group = set(pictures)
+        for picture in pictures:
+            group |= groups.get(picture, set())
+        groups |= dict.fromkeys(group, group)
     return groups
 
 
-def _names(question: Question) -> list[str]:
-    shown = [*map(file_of, question.images), *([question.video] if question.video else [])]
-    return [os.path.normpath(name) for name in shown] or [f"question {question.id}"]
+def _shown(question: Question, images: ImageStore | None) -> list[str]:
+    """What stands for each picture or video of a question: the hash of its file, or its name."""
+    files = [*map(file_of, question.images), *([question.video] if question.video else [])]
+    return [_identity(file, images) for file in files] or [f"question {question.id}"]
 
 
-def _draw(name: str) -> float:
+def _identity(file: str, images: ImageStore | None) -> str:
+    if images is not None:
+        with contextlib.suppress(UserError, OSError):
+            return images.sha256(file)
+    return os.path.normpath(file)
+
+
+def _draw(picture: str) -> float:
     """A number from 0 to 1."""
-    return int(hashlib.sha256(f"decides\n{name}".encode()).hexdigest()[:12], 16) / 16**12
+    return int(hashlib.sha256(f"decides\n{picture}".encode()).hexdigest()[:12], 16) / 16**12

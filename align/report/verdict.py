@@ -11,6 +11,7 @@ from align.report.diagnosis import find_diagnoses
 from align.report.looking import looks_less
 from align.report.metrics import metric
 from align.report.read import RunData, number
+from align.run.parents import name_of
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def _detail(moved: Change) -> str:
         else "responses"
     )
     return (
-        f"{moved.metric.show_change(moved.difference.mean)} {moved.metric.unit} from {_round(moved.first_round)} "
-        f"to {_round(moved.last_round)}; the 95 % interval is {moved.span} "
+        f"{moved.metric.show_change(moved.difference.mean)} {moved.metric.unit} from {name_of(moved.first_round)} "
+        f"to {name_of(moved.last_round)}; the 95 % interval is {moved.span} "
         f"({moved.difference.count} held-out questions, {which}, {how})."
     ).replace("95 %", "95\u00a0%")
 
@@ -154,7 +155,7 @@ def _detail(moved: Change) -> str:
 def _warning(step: Change) -> str:
     size = step.metric.show_change(step.difference.mean)
     return (
-        f"Round {step.last_round} is worse than {_round(step.first_round)}: {step.metric.label.lower()} "
+        f"Round {step.last_round} is worse than {name_of(step.first_round)}: {step.metric.label.lower()} "
         f"{step.metric.show(step.first)} to {step.metric.show(step.last)} ({size} {step.metric.unit}, "
         f"interval {step.span})."
     )
@@ -172,7 +173,3 @@ def _control(name: str, moved: Change, control: RunData | None) -> str | None:
     )
     apart = moved.difference.low > beside.difference.high or moved.difference.high < beside.difference.low
     return text + ("; the two intervals do not touch." if apart else "; the two intervals overlap.")
-
-
-def _round(number: int) -> str:
-    return "the first policy" if number == 0 else f"round {number}"

@@ -13,6 +13,11 @@ from align.run.manifest import SelectedRound
 from align.run.outdated import policy_hash
 
 
+def name_of(number: int) -> str:
+    """A round as people call it."""
+    return f"round {number}" if number else "the first policy"
+
+
 def starts_from(config: Config, run: RunDir, number: int) -> int:
     """The round whose checkpoint round `number` is to start from.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.engines.server.replicas import free_port
+from align.distributed.ports import free_port
 from tests.patience import PATIENCE_S
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": BASE | {"media", "prefix"},
     "data": BASE | {"media", "monitoring"},
     "tracking": BASE | {"evaluation", "run"},
-    "engines": BASE | {"models", "monitoring", "prefix", "run"},
+    "engines": BASE | {"distributed", "models", "monitoring", "prefix", "run"},
     # The stages, and what looks at them.
     "stages": BASE | {"data", "distributed", "engines", "media", "models", "monitoring", "run"},
     "dpo": BASE | {"distributed", "engines", "media", "models", "monitoring", "prefix", "run", "tracking"},

@@ -18,6 +18,7 @@ from align.monitoring.heartbeat import clear_heartbeats, current, heartbeat
 from align.monitoring.memory import memory_usage
 from align.monitoring.progress import progress
 from align.run.folder import RunDir
+from align.run.server_addresses import publish, withdraw
 from align.status.run_status import RunMonitor, find_run, run_status
 from tests.patience import PATIENCE_S
 from tests.stage_runs import Command, align, make_project, write_lines
@@ -76,6 +77,22 @@ def test_what_a_process_does_is_shown_while_it_does_it_and_kept_when_it_fails(th
     assert (stage.state, stage.detail) == ("stopped", "12 of 40 (30 %)")
     clear_heartbeats(this.path)
     assert run_status(this.path.parent).stages[0].detail == "12 questions finished"
+
+
+def test_servers_are_shown_with_their_machine_while_the_stage_that_started_them_is_at_work(this, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("time.time", lambda: 1e9)
+        publish(this.server_logs / "evaluate.json", "killed", ["http://127.0.0.1:1"])
+    with this.lock():
+        publish(this.server_logs / "sample.json", "checkpoint-1", ["http://127.0.0.1:5001", "http://127.0.0.1:5002"])
+        shown = f"checkpoint-1 on {socket.gethostname()}: http://127.0.0.1:5001, http://127.0.0.1:5002"
+        status = run_status(this.path.parent)
+        assert status.servers == (shown,)
+        assert f"  serving {shown}" in status.text.splitlines()
+        withdraw(this.server_logs / "sample.json")
+        assert run_status(this.path.parent).servers == ()
+        publish(this.server_logs / "sample.json", "checkpoint-1", ["http://127.0.0.1:5001"])
+    assert run_status(this.path.parent).servers == ()
 
 
 def test_processes_are_added_up(this):

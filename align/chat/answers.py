@@ -26,6 +26,8 @@ from align.errors import UserError
 from align.media.images import ImageStore
 from align.media.video import frame_sampler_of, read_frames
 
+# A person waits: what a run would sit out is reported soon.
+IMPATIENT: dict[str, Any] = {"max_attempts": 4, "cooldown_s": 2.0}
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm")
 
 
@@ -70,7 +72,7 @@ class Chat:
         self._busy = threading.Lock()
         if is_url(checkpoint):
             servers = [_server(checkpoint, api_key_env)]
-            served = open_servers(servers, None, ServerSettings(), open_image=_as_it_is)
+            served = open_servers(servers, None, ServerSettings(**IMPATIENT), open_image=_as_it_is)
             self.engine: LocalEngine | ServerEngine = served
             self.model = served.fleet.endpoints[0].model
         else:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import NoReturn
 import yaml
 
 from align.config import CONFIG_NAME, Config, LaunchSettings, dump_config
+from align.distributed.ports import free_port
 from align.distributed.ranks import EXIT_RESTART
 from align.distributed.worker_errors import (
     FOLDER,
@@ -144,7 +144,7 @@ def launch_command(launch: LaunchSettings, arguments: list[str]) -> list[str]:
         flags += ["--machine_rank", str(launch.machine_rank), "--main_process_ip", launch.main_process_ip]
         flags += ["--main_process_port", str(launch.main_process_port or 29500)]
     else:
-        flags += ["--main_process_port", str(launch.main_process_port or _free_port())]
+        flags += ["--main_process_port", str(launch.main_process_port or free_port())]
     return [sys.executable, "-m", "align.distributed.launch", *flags, "--module", "align.cli", *arguments]
 
 
@@ -209,12 +209,6 @@ def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[_Stop]:
 def _environment(faults: str) -> dict[str, str]:
     # For a scheduler that signals every process: the launcher then waits so long before it kills.
     return os.environ | {FOLDER: faults, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_TIMEOUT_S)}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _accelerate_launch(arguments: list[str]) -> None:

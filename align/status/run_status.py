@@ -49,7 +49,8 @@ class StageStatus:
 @dataclass(frozen=True)
 class RunStatus:
     """`working` says which process is at work, empty where none is; `next_command` what resumes it,
-    None while one is; `selected` which round is the best so far, and why, where the run chooses one."""
+    None while one is; `selected` which round is the best so far, and why, where the run chooses one; `servers` where
+    those answer that the stage at work has started."""
 
     path: Path
     stages: list[StageStatus]
@@ -58,12 +59,14 @@ class RunStatus:
     complete: bool
     next_command: str | None
     selected: str = ""
+    servers: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """What a person reads, one line per stage."""
         lines = [f"{self.path}: {self.working or ('complete' if self.complete else 'nothing is running')}"]
         lines += [f"  round {s.round}  {s.stage:<8}  {s.state:<8}  {s.detail}".rstrip() for s in self.stages]
+        lines += [f"  serving {text}" for text in self.servers]
         lines += [f"  best so far: {self.selected}"] if self.selected else []
         return "\n".join([*lines, *(f"WARNING: {warning}" for warning in self.warnings)])
 
@@ -94,8 +97,10 @@ class RunMonitor:
         stages: list[StageStatus] = []
         warnings: list[str] = []
         working = ""
+        servers: tuple[str, ...] = ()
         for this in rounds:
             at_work = LockHolder.of(this)
+            servers = tuple(one.text for one in at_work.servers) if at_work.alive else servers
             working = working or (at_work.text if at_work.alive else "")
             entries = this.manifest.begun()
             for name in STAGES:
@@ -105,7 +110,7 @@ class RunMonitor:
         complete = _is_complete(self.path, rounds)
         command = None if working else self._next(rounds, complete)
         return RunStatus(
-            self.path, stages, warnings, working, complete and not working, command, self._selected(rounds)
+            self.path, stages, warnings, working, complete and not working, command, self._selected(rounds), servers
         )
 
     @staticmethod

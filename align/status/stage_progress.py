@@ -19,6 +19,7 @@ from align.files import read_sealed
 from align.monitoring.format import duration, rate, size
 from align.monitoring.progress import figure_texts
 from align.run.folder import Round
+from align.run.server_addresses import ServerAddresses, published
 
 # A process writes every two seconds; after so long without a sign it is gone, or its machine is.
 SILENT_S = 60.0
@@ -30,14 +31,15 @@ FIRST_STEP_S = 900.0
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who holds a round, as it says itself, and whether it is still there;
-    `heartbeats` are what its processes wrote last."""
+    """Who holds a round, as it says itself, and whether it is still there; `heartbeats` are what its processes wrote
+    last, `servers` those that they have started."""
 
     stage: str | None
     alive: bool
     text: str
     since: str
     heartbeats: list[dict[str, Any]]
+    servers: tuple[ServerAddresses, ...] = ()
 
     @classmethod
     def of(cls, this: Round) -> LockHolder:
@@ -51,8 +53,10 @@ class LockHolder:
         stage = main["stage"] if main else None
         if holder is None:
             return cls(stage, False, "", "", heartbeats)
-        # A heartbeat of an earlier holder, which was killed, says nothing of this one.
-        heartbeats = [heartbeat for heartbeat in heartbeats if heartbeat["alive"] >= _timestamp(holder["since"]) - 1]
+        # What an earlier holder has left, which was killed, says nothing of this one.
+        since = _timestamp(holder["since"]) - 1
+        heartbeats = [heartbeat for heartbeat in heartbeats if heartbeat["alive"] >= since]
+        servers = tuple(one for one in published(this.server_logs) if one.since >= since)
         if heartbeats:
             stage = heartbeats[0]["stage"]
         elif stage is None:
@@ -65,9 +69,8 @@ class LockHolder:
             f"round {this.number} {stage or ''} is running ({count}process {holder['pid']} on {holder['host']}, for"
             f" {age})"
         )
-        return cls(
-            stage, _is_alive(holder, heartbeats), text.replace("  ", " "), f"since {holder['since']}", heartbeats
-        )
+        alive = _is_alive(holder, heartbeats)
+        return cls(stage, alive, text.replace("  ", " "), f"since {holder['since']}", heartbeats, servers)
 
 
 def _is_alive(holder: dict[str, Any], heartbeats: list[dict[str, Any]]) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 from align.engines.server.replicas import Launch, Replicas
 from align.errors import UserError
+from align.run.server_addresses import published
 from tests.patience import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -65,9 +66,12 @@ def test_servers_answer_on_ports_of_their_own_and_are_gone_afterwards(tmp_path):
         assert len({server.url for server in started.servers}) == 2
         assert all(server.url.startswith("http://127.0.0.1:") for server in started.servers)
         assert [one["given"] for one in seen] == ["yes", "yes"]
+        (addresses,) = published(tmp_path / "servers")
+        assert (addresses.model, addresses.urls) == ("m", [server.url for server in started.servers])
         pids = [one[name] for one in seen for name in ("pid", "child")]
         assert all(map(runs, pids))
     assert not any(map(runs, pids))
+    assert published(tmp_path / "servers") == []
     assert "serving" in (tmp_path / "servers" / "sample-1.log").read_text()
 
 

@@ -83,18 +83,3 @@ def test_greedy_responses_equal_the_local_engine(kind, tmp_path):
     found = [list(answer.outputs[0].token_ids) for answer in answers]
     assert found == local_responses(folder, questions)
     assert len({tuple(tokens) for tokens in found}) > len(QUESTIONS), "images should matter to the answers"
-
-
-def test_a_text_that_spells_an_images_mark_is_refused(tmp_path):
-    folder = tiny_valley.folder(tmp_path / "policy", **WIDE, eagle_vision_config=EAGLE)
-    question = [{"role": "user", "content": "what is <|image_pad|> this"}]
-    with (
-        opened(folder, max_model_len=2048, max_num_batched_tokens=4096) as llm,
-        pytest.raises(ValueError, match="found 2"),
-    ):
-        llm.chat(
-            with_images(question, [picture(60, 50, 0)]),
-            chat_template=chat_template(load_processor(folder)),
-            chat_template_content_format="openai",
-            use_tqdm=False,
-        )

@@ -1,27 +1,19 @@
 """Samples, every kind of critic, conversations and given responses on one vLLM server: what the local engine says."""
 
 import math
-import sys
 
 import pytest
 
-from align.config import ModelSettings, ServerSettings, VllmSettings, build_config
+from align.config import build_config
 from align.engines.base import GivenResponses, SampleRequest, SamplingSettings
-from align.engines.open import open_engine, open_servers
-from align.engines.server.replicas import LOCAL_HOST, Launch, Replicas
-from align.engines.vllm.command import Served, serve_arguments
-from align.engines.vllm.hosting import PROGRAM
 from align.errors import UserError
 from align.loop import run_stage
 from reward.critics import Item, make_critic
-from tests.patience import PATIENCE_S
 from tests.stage_runs import write_lines
 from tests.tiny_models import random_image
-from tests.vllm.byte_eagle import VOCABULARY, save_byte_eagle
 
 pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed")
 
-WRITES = {"a": 3.0, "b": 3.0} | dict.fromkeys("0123456789", 1.5)
 PROMPTS = {
     "pairwise": "kind: pairwise\noptions: {first: a, second: b}\n---\n[{question}] a: [{first}] b: [{second}] a or b?\n",
     "written": "kind: pairwise\noptions: {first: '9', second: '1'}\n---\n[{question}] 9: [{first}] 1: [{second}] 9 or 1?\n",
@@ -34,45 +26,11 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(judge_folder):
     """A checkpoint that writes letters and digits, and prompts that ask for them."""
-    folder = tmp_path_factory.mktemp("judges")
-    save_byte_eagle(folder / "model", writes=WRITES)
     for name, text in PROMPTS.items():
-        (folder / f"{name}.md").write_text("---\n" + text)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def engines(folder):
-    """The local engine, and one on a server that is started once for all tests here."""
-    checkpoint = str(folder / "model")
-    settings = VllmSettings(max_model_len=2048, arguments=["--enforce-eager", "--distributed-executor-backend", "uni"])
-    served = Served(checkpoint, "judge", "float32", {}, top_logprobs=VOCABULARY)
-    arguments = serve_arguments(served, settings, folder / "servers")
-
-    def command(port):
-        return [sys.executable, *PROGRAM, *arguments, "--host", LOCAL_HOST, "--port", str(port)]
-
-    # vLLM with processes of its own, as where it is used.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
-        replicas = Replicas(
-            [Launch(command, {})],
-            model="judge",
-            logs=folder / "servers" / "judge",
-            max_restarts=0,
-            start_timeout_s=PATIENCE_S,
-        )
-        with replicas:
-            yield (
-                open_engine(checkpoint, ModelSettings(), open_image=_opened),
-                open_servers(replicas.servers, checkpoint, ServerSettings(top_logprobs=VOCABULARY), open_image=_opened),
-            )
-
-
-def _opened(image):
-    return image
+        (judge_folder / f"{name}.md").write_text("---\n" + text)
+    return judge_folder
 
 
 def test_a_stage_samples_what_it_does_on_the_local_engine(engines, folder, tmp_path):
@@ -195,7 +153,7 @@ def test_a_conversation_is_answered_as_on_the_local_engine(engines):
 def test_given_responses_are_weighed_as_on_the_local_engine(engines, temperature):
     """The last one is half a character, which no text can bring back."""
     local, served = engines
-    messages, images = conversation()
+    messages, images = [{"role": "user", "content": [{"type": "image"}]}], (random_image(0, 60, 60),)
     tokenizer = local.prompter.tokenizer
     texts = (tokenizer.encode(text, add_special_tokens=False) for text in ("a1 b", "A cup.", "7", "\u00e9"))
     token_ids = [(*tokens, tokenizer.eos_token_id) for tokens in texts]

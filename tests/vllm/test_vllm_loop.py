@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -18,8 +16,10 @@ from align.config import ModelSettings
 from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.open import open_engine
 from align.records import Evaluation, read_jsonl
-from tests.patience import PATIENCE_S
-from tests.stage_runs import SETTINGS, write_lines
+from align.run.folder import RunDir
+from align.status.stage_progress import LockHolder
+from tests.patience import PATIENCE_S, wait_until
+from tests.stage_runs import SETTINGS, Command, write_lines
 from tests.tiny_models import random_image
 from tests.vllm.byte_eagle import VOCABULARY, save_byte_eagle
 
@@ -27,6 +27,7 @@ pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed")
 
 # More are a matter of patience: ALIGN_VLLM_KILLS=10.
 NUM_KILLS = int(os.environ.get("ALIGN_VLLM_KILLS", "1"))
+STAGES = ("sample", "score", "pairs", "dpo")
 LONGEST = 6
 PROMPT = """---
 kind: pairwise
@@ -85,12 +86,8 @@ EVALUATED = (
 
 
 def start(folder, *arguments):
-    # vLLM with processes of its own, as where it is used.
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    with (folder / "output.log").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "align.cli", "run", *arguments], cwd=folder, env=environment, stdout=log, stderr=log
-        )
+    """`align run`, and vLLM with processes of its own, as where it is used."""
+    return Command(folder, "run", *arguments, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
 
 
 def processes_of(folder):
@@ -106,22 +103,14 @@ def processes_of(folder):
     return found
 
 
-def wait_until_gone(folder):
-    deadline = time.monotonic() + PATIENCE_S
-    while processes_of(folder):
-        assert time.monotonic() < deadline, processes_of(folder)
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(project):
-    """A run with evaluation, and how long its stages but the evaluations took, in seconds."""
+    """A run with evaluation."""
     folder = project.with_name("undisturbed")
     shutil.copytree(project, folder)
-    done = start(folder, *EVALUATED)
-    assert done.wait(PATIENCE_S) == 0, (folder / "output.log").read_text()[-3000:]
-    stages = [entry for number in (1, 2) for name, entry in stages_of(folder, number).items() if name != "evaluate"]
-    return folder, sum(entry["seconds"] for entry in stages)
+    ended = start(folder, *EVALUATED).end()
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
 
 
 def stages_of(folder, number):
@@ -144,7 +133,7 @@ def local_greedy(policy, questions, images):
 
 
 def test_a_run_starts_and_stops_vllm_for_every_stage_and_says_so(undisturbed):
-    folder, _ = undisturbed
+    folder = undisturbed
     assert processes_of(folder) == []
     for number in (1, 2):
         stages = stages_of(folder, number)
@@ -158,7 +147,7 @@ def test_a_run_starts_and_stops_vllm_for_every_stage_and_says_so(undisturbed):
 
 
 def test_every_rounds_answers_at_temperature_0_are_the_local_engines(undisturbed):
-    folder, _ = undisturbed
+    folder = undisturbed
     images = {f"images/{index}.png": random_image(index, 120 + 20 * index, 90) for index in range(2)}
     everything = []
     for number in (0, 1, 2):
@@ -170,29 +159,63 @@ def test_every_rounds_answers_at_temperature_0_are_the_local_engines(undisturbed
     assert everything[0] != everything[2], "two rounds should change something"
 
 
+def moments(folder, count, seed=0):
+    """Of a finished run: (round, stage, seconds into it) in their order.
+
+    Every other one is drawn from the time of all stages together; the others from a stage that is drawn before, so that
+    short ones have their turn: starting vLLM takes nearly all of the time of such a small run.
+    """
+    drawn = random.Random(seed)
+    stages = [(number, name, stages_of(folder, number)[name]["seconds"]) for number in (1, 2) for name in STAGES]
+    found = []
+    for index in range(count):
+        weights = [seconds if index % 2 else 1.0 for _, _, seconds in stages]
+        (which,) = drawn.choices(range(len(stages)), weights)
+        found.append((which, drawn.uniform(0, stages[which][2])))
+    return [(*stages[which][:2], seconds) for which, seconds in sorted(found)]
+
+
+def at_work(folder):
+    """The round and the stage that a process works on now, or the last that there is a trace of."""
+    for this in reversed(RunDir(folder / "runs/run").rounds()):
+        if (stage := LockHolder.of(this).stage) is not None:
+            return this.number, stage
+    return None
+
+
+def kill_within(folder, number, stage, seconds):
+    """Run on, and kill the run so long after the stage has begun (or after the start, where it had begun before).
+
+    Returns what was killed, or None where the run has ended before.
+    """
+    process = start(folder)
+    manifest = RunDir(folder / "runs/run").round(number).manifest
+    wait_until(lambda: process.poll() is not None or manifest.stage(stage) is not None)
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+    alive, began = len(processes_of(folder)), time.monotonic()
+    ended = process.end()
+    assert ended.returncode in (0, -signal.SIGKILL), ended.stderr[-3000:]
+    wait_until(lambda: not processes_of(folder))
+    if ended.returncode == 0:
+        return None
+    return f"{at_work(folder)}: {alive} processes, gone after {time.monotonic() - began:.1f} s"
+
+
 def test_a_run_that_is_killed_at_random_moments_leaves_no_process_and_ends_equal(project, undisturbed):
-    whole, seconds = undisturbed
-    moments = random.Random(0)
-    kills = runs = 0
-    while kills < NUM_KILLS:
-        runs += 1
-        folder = project.with_name(f"killed-{runs}")
-        shutil.copytree(project, folder)
-        while kills < NUM_KILLS:
-            # Within the time of one stage or so, which the next one goes on from.
-            process = start(folder)
-            try:
-                process.wait(moments.uniform(0, seconds / 4))
-                break
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-            wait_until_gone(folder)
-        process = start(folder)
-        assert process.wait(PATIENCE_S) == 0, (folder / "output.log").read_text()[-3000:]
-        assert processes_of(folder) == []
-        assert_equal(whole, folder)
+    """One run that is killed again and again, and goes on each time with the same command."""
+    folder = project.with_name("killed")
+    shutil.copytree(project, folder)
+    killed = [kill_within(folder, *moment) for moment in moments(undisturbed, NUM_KILLS)]
+    print(*killed, sep="\n")
+    assert any(killed)
+    ended = start(folder).end()
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert processes_of(folder) == []
+    assert_equal(undisturbed, folder)
 
 
 def assert_equal(whole, folder):

@@ -1,7 +1,7 @@
 """Command lines of servers in, running servers on free local ports out: started, waited for, stopped.
 
 Each has a supervisor of its own (`supervisor.py`), which restarts it a bounded number of times and ends it with this
-process, however that ends. What a server prints stands in a log file of its own.
+process, however that ends. What a server prints stands in a log file of its own; where they answer, in a file beside.
 Any server with OpenAI's interface will do.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,9 +18,11 @@ from pathlib import Path
 from types import TracebackType
 
 from align.config import Server
+from align.distributed.ports import free_port
 from align.errors import UserError
 from align.log import log
 from align.monitoring.format import duration
+from align.run.server_addresses import publish, withdraw
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 LOCAL_HOST = "127.0.0.1"
@@ -55,8 +56,9 @@ class _Replica:
 class Replicas:
     """Servers of one model; a context in which they run.
 
-    `logs`: files without their endings, one per launch. `model`: the name that they serve. `max_restarts`: of each.
-    `start_timeout_s`: how long all of them may take to answer. `stop_s`: how long each may take to stop by itself.
+    `logs`: files without their endings, one per launch, and one with the addresses of all. `model`: the name that they
+    serve. `max_restarts`: of each. `start_timeout_s`: how long all of them may take to answer. `stop_s`: how long each
+    may take to stop by itself.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Replicas:
             for index, launch in enumerate(self.launches):
                 self._replicas.append(self._start(index, launch))
             self._wait()
+            publish(self._addresses, self.model, [replica.url for replica in self._replicas])
         except BaseException:
             self.stop()
             raise
@@ -88,6 +91,10 @@ class Replicas:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    @property
+    def _addresses(self) -> Path:
+        return self.logs.with_name(f"{self.logs.name}.json")
 
     @property
     def servers(self) -> list[Server]:
@@ -100,6 +107,7 @@ class Replicas:
 
     def stop(self) -> None:
         """End all servers and wait until they and all that they started are gone."""
+        withdraw(self._addresses)
         for replica in self._replicas:
             assert replica.process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -154,13 +162,6 @@ def _tell(replica: _Replica) -> None:
     with contextlib.suppress(BrokenPipeError):
         replica.process.stdin.write(b"a")
         replica.process.stdin.flush()
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((LOCAL_HOST, 0))
-        return probe.getsockname()[1]
 
 
 def _answers(url: str) -> bool:

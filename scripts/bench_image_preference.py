@@ -65,14 +65,19 @@ def configure(home: Path, seed: int, name: str, settings: Sequence[str]) -> Conf
     return load_config(home / "align.yaml", [f"name={'-'.join(words)}", f"seed={seed}", *PLAIN, *settings])
 
 
-def sample_once(home: Path, seed: int, sizes: list[str], *, questions: int, held_out: int) -> Config:
-    """The run whose samples all share; it evaluates the first policy, too."""
+def need(config: Config, stage: str, number: int) -> Round:
+    """The round, in which the stage is complete; for `pairs`, the responses are judged first."""
+    this = RunDir(config.run_dir).round(number)
+    if not this.manifest.complete(stage):
+        run_stage(config, "score" if stage == "pairs" else stage, number)
+    return this
+
+
+def sample(home: Path, seed: int, sizes: list[str], *, questions: int, held_out: int) -> Round:
+    """The round whose samples all share."""
     if not (home / "align.yaml").exists():
         write_demo(home, num_questions=questions, num_eval=held_out, seed=seed)
-    config = configure(home, seed, FIRST, sizes)
-    run_stage(config, "evaluate", 0)
-    run_stage(config, "sample", 1)
-    return config
+    return need(configure(home, seed, FIRST, sizes), "sample", 1)
 
 
 def judge(home: Path, seed: int, critic: str, sizes: list[str], samples: Round) -> Round:
@@ -81,19 +86,17 @@ def judge(home: Path, seed: int, critic: str, sizes: list[str], samples: Round) 
     this = RunDir(config.run_dir).round(1)
     if not this.samples.exists():
         this.path.mkdir(parents=True, exist_ok=True)
-        for name in (this.manifest.path.name, samples.image_hashes.name, this.samples.name):
-            shutil.copy(samples.path / name, this.path)
-    run_stage(config, "score", 1)
-    return this
+        for path in (samples.manifest_path, samples.image_hashes, samples.samples):
+            shutil.copy(path, this.path)
+    return need(config, "pairs", 1)
 
 
 def train(home: Path, seed: int, name: str, arm: str, sizes: list[str], judged: Round) -> Outcome:
     """What an arm made of these pairs."""
     pairs_file = f"pairs_file={judged.pairs.resolve()}"
     config = configure(home, seed, name, [pairs_file, *sizes, *ARMS[arm]])
-    run_stage(config, "dpo", 1)
-    run_stage(config, "evaluate", 1)
-    this = RunDir(config.run_dir).round(1)
+    need(config, "dpo", 1)
+    this = need(config, "evaluate", 1)
     counts, spent = judged.manifest.stages()["pairs"].counts, this.manifest.stages()["dpo"].cost["cpu_seconds"]
     right = counts["figures"].get("pairs_agree_with_reference")
     rightly = f"of {right['count']} with a right and a wrong response, {right['value']:.0%} prefer the right one; "
@@ -169,20 +172,22 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--held-out", type=int, default=500)
     options = parser.parse_args()
-    found: dict[tuple[str, str], dict[int, Outcome]] = {("", FIRST): {}}
+    found: dict[tuple[str, str], dict[int, Outcome]] = {}
     sizes = [f"sample.questions_per_round={options.questions}", f"evaluate.image_dependence={options.held_out}"]
     for seed in options.seeds:
         home = options.folder / f"seed-{seed}"
-        samples = sample_once(home, seed, sizes, questions=options.questions, held_out=options.held_out)
-        run = RunDir(samples.run_dir)
-        found["", FIRST][seed] = Outcome(held_out_values(run.round(0)))
+        samples = sample(home, seed, sizes, questions=options.questions, held_out=options.held_out)
         for critic in options.critics:
-            judged = judge(home, seed, critic, sizes, run.round(1))
+            judged = judge(home, seed, critic, sizes, samples)
             for arm in options.arms:
                 one = train(home, seed, f"{critic} {arm}", arm, sizes, judged)
                 found.setdefault((critic, arm), {})[seed] = one
                 print(f"seed {seed}, {critic}, {arm}: {one.note}", flush=True)
-    print(table(found))
+    first = {
+        seed: need(configure(options.folder / f"seed-{seed}", seed, FIRST, sizes), "evaluate", 0)
+        for seed in options.seeds
+    }
+    print(table({("", FIRST): {seed: Outcome(held_out_values(this)) for seed, this in first.items()}} | found))
 
 
 if __name__ == "__main__":

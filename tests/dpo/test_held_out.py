@@ -93,7 +93,7 @@ def test_a_training_that_overfits_ends_keeps_its_best_state_and_resumes_to_the_s
 
 
 def test_the_last_state_is_kept_unless_the_best_is_asked_for_and_the_last_step_is_looked_at(tmp_path):
-    config, _ = overfitting_run(tmp_path, "last", eval_steps=2, num_train_epochs=1, max_steps=3, rows="question")
+    config, _ = overfitting_run(tmp_path, "last", eval_steps=0.5, num_train_epochs=1, max_steps=3, rows="question")
     run_dpo(config, 1)
     assert [entry["step"] for entry in looks(config)] == [2, 3]
     kept = round_1(config).manifest.stage("dpo").notes["kept"]

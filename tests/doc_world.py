@@ -94,7 +94,7 @@ def copy_of(world: Path, folder: Path) -> Path:
     """A fresh copy; the checkpoints, which nothing writes to, are linked."""
     folder.mkdir(parents=True)
     for path in world.iterdir():
-        if path.name in ("path", "scripts"):
+        if path.name in ("path", "scripts") or path.is_symlink():
             (folder / path.name).symlink_to(path.resolve())
         elif path.is_dir():
             shutil.copytree(path, folder / path.name, symlinks=True)

@@ -27,6 +27,8 @@ from tests.dpo.conftest import make_pairs
 from tests.patience import PATIENCE_S
 from tests.stage_runs import SETTINGS, Command, align_in_two_processes, make_project, write_lines
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -97,7 +99,8 @@ def test_a_loss_that_is_no_number_names_the_pairs_and_keeps_the_state_before(fol
     assert (state / "model.safetensors").is_file()
 
 
-def test_two_processes_told_to_stop_save_their_step_and_go_on_to_the_same_end(folder):
+def test_two_processes_told_to_stop_save_their_step_and_go_on_to_the_end_of_one_process(folder):
+    """The command starts them, as torchrun would; other strategies: tests/distributed."""
     whole = shutil.copytree(folder, folder.with_name("whole"))
     assert run(whole, "dpo", "--config", "run.yaml")[0] == 0
     arguments = ("dpo", "--config", "run.yaml", "-n", "2", "--set", "dpo.per_device_train_batch_size=1")

@@ -1,4 +1,4 @@
-"""Three rounds of every family of ours through the real command, on the tiny random weights of its golden."""
+"""Two rounds of every family of ours through the real command, on the tiny random weights of its golden."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ COMPANIONS = (".json", ".safetensors", ".txt", ".model", ".jinja")
 CONFIG = {
     "policy": "./policy",
     "questions": "questions.jsonl",
-    "rounds": 3,
+    "rounds": 2,
     "sample": {"num_responses": 2, "max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "batch_size": 2},
     "pairs": {"keep_truncated": True},
     "dpo": {
@@ -72,11 +72,11 @@ def make_project(golden, folder):
 
 
 @pytest.mark.parametrize("golden", SETTINGS)
-def test_three_rounds_give_a_checkpoint_in_the_form_of_the_first(golden, tmp_path):
+def test_two_rounds_give_a_checkpoint_in_the_form_of_the_first(golden, tmp_path):
     make_project(golden, tmp_path)
     result = CliRunner().invoke(app, ["run", "--config", str(tmp_path / "align.yaml")], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    rounds = [tmp_path / "runs" / "run" / f"round-{number}" for number in (1, 2, 3)]
+    rounds = [tmp_path / "runs" / "run" / f"round-{number}" for number in (1, 2)]
     for folder in rounds:
         stages = json.loads((folder / "manifest.json").read_text())["stages"]
         for stage in ("sample", "score", "dpo"):
@@ -86,8 +86,8 @@ def test_three_rounds_give_a_checkpoint_in_the_form_of_the_first(golden, tmp_pat
     assert {name: info.shape for name, info in tensor_table(policy).items()} == {
         name: info.shape for name, info in tensor_table(last).items()
     }
-    first, third = load_file(policy / "model.safetensors"), load_file(last / "model.safetensors")
-    assert any(not torch.equal(first[name], third[name]) for name in first)
+    first, trained = load_file(policy / "model.safetensors"), load_file(last / "model.safetensors")
+    assert any(not torch.equal(first[name], trained[name]) for name in first)
     before, after = read_config(policy), read_config(last)
     assert {key: after.get(key) for key in before} == before
     assert type(load_model(last)) is FAMILIES[before["architectures"][0]].model

@@ -29,6 +29,8 @@ PLACEHOLDERS |= {r"\bCHECKPOINT\b": "runs/run/round-3/checkpoint", r"\bOWNER/NAM
 WITHOUT_RUN = ("data.md", "installing.md", "migrating.md", "recipes.md", "scaling.md", "serving.md")
 WITHOUT_CONFIG = ("data.md", "recipes.md")
 APART = ("recipes.md", "scaling.md", "serving.md")
+# What the README's `make demo` left there is found by that of another page.
+WITH_THE_DEMO = ("recipes.md",)
 # Its runs are those of the demo, whose images it also looks for `elsewhere`.
 IN_THE_DEMO = ("reports/README.md",)
 # Run by test_worked_examples.py, in a copy of the repository that has what the page adds.
@@ -108,6 +110,9 @@ def test_the_commands_of_a_page_run(page, world, finished, player, tmp_path):
         (folder / "elsewhere").symlink_to(folder)
         if name_of(page) in WITHOUT_RUN and name_of(page) not in WITHOUT_CONFIG:
             shutil.copy(finished[0] / "align.yaml", folder)
+        if name_of(page) in WITH_THE_DEMO:
+            demo = shutil.copytree(finished[0] / "demo-run", tmp_path / "demo-run")
+            (folder / "demo-run").symlink_to(demo)
         faults = faults_of(page, player, folder, apart=name_of(page) in APART)
     assert not faults, "\n\n".join(faults)
 

@@ -19,14 +19,16 @@ from align.run.folder import RunDir
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow
 
-QUESTIONS, HELD_OUT = 320, 48
+QUESTIONS, HELD_OUT = 192, 40
 WITHOUT_MODEL = ["critic.model=", "critic.prompt=", "critic.options="]
 
 
 def config_of(folder: Path, name: str, kind: str) -> Config:
     """One round with a learning rate of four times the demo's, so that what is learned shows on few questions."""
     sizes = [f"sample.questions_per_round={QUESTIONS}", "rounds=1", "dpo.learning_rate=4e-4", "dpo.warmup_steps=0"]
-    return load_config(folder / "align.yaml", [f"name={name}", f"critic.kind={kind}", *WITHOUT_MODEL, *sizes])
+    answers_alone = ["evaluate.kl=false", "evaluate.image_dependence=0"]
+    changes = [f"name={name}", f"critic.kind={kind}", *WITHOUT_MODEL, *sizes, *answers_alone]
+    return load_config(folder / "align.yaml", changes)
 
 
 @pytest.fixture(scope="module")

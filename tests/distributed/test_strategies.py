@@ -22,6 +22,7 @@ from tests.dpo.conftest import make_pairs
 from tests.dpo.test_rows import ORDERS, pairs_of_questions
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
 
 LORA = {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
 # What is different from the training in one process, which has twice as many pairs on its device.

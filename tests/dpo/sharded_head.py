@@ -1,4 +1,4 @@
-"""One of two processes of `test_processes.py`: gradients and steps of a model that FSDP2 has sharded, in a file."""
+"""One of two processes of `test_fsdp2.py`: gradients and steps of a model that FSDP2 has sharded, in a file."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@
 The model is a Valley-Eagle with random weights, written into a folder that both sides open: vLLM as a stage starts it
 (plugin, chat template, one replica), spoken to over HTTP with images as PNG; the local engine in this process. Both get
 the same questions and settings; their random numbers differ, so responses per second are counted with their tokens.
-Every repeat asks about new images, which no cache has seen. The seconds until vLLM answers are printed too. With
-`--clock cpu` seconds are processor time, of the servers as well, which other work on the machine disturbs little; on a
-GPU they say nothing.
+Every repeat asks about new images, which no cache has seen. The seconds until vLLM answers are printed too, and how
+many questions it answers in as many: what starting it for a stage costs. With `--clock cpu` seconds are processor time,
+of the servers as well, which other work on the machine disturbs little; on a GPU they say nothing.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def main() -> None:
         print(
             f"{where(options.device)}, {options.threads} threads, {options.clock} seconds, torch {torch.__version__}, "
             f"vLLM {vllm_version()}; "
-            f"{size_of(local)}; vLLM answered after {start_s:.0f} s",
+            f"{size_of(local)}; vLLM answered after {start_s:.0f} s of the {options.clock} clock",
             flush=True,
         )
         rows = []
@@ -117,6 +117,8 @@ def main() -> None:
             rows.append(measure(local, engine, shape, settings, options.repeats, clock=options.clock))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))
+    worth = start_s * statistics.median(rows[0].vllm.questions_per_s)
+    print(f"a start of vLLM takes as long as {worth:.0f} questions of the first row")
     if options.json is not None:
         found = {"size": options.size, "device": options.device, "new_tokens": options.new_tokens, "start_s": start_s}
         options.json.write_text(json.dumps(found | {"rows": [asdict(row) for row in rows]}, indent=2))
@@ -181,17 +183,18 @@ def questions(shape: Shape, repeat: int) -> list[SampleRequest]:
 
 @contextlib.contextmanager
 def served(folder: Path, options: argparse.Namespace, dtype: str, concurrency: int) -> Iterator[tuple[Any, float]]:
-    """An engine on vLLM as a stage starts it, and the seconds until it answered."""
+    """An engine on vLLM as a stage starts it, and the seconds of the chosen clock until it answered."""
     settings = VllmSettings(
         max_model_len=4096,
         gpu_memory_utilization=options.gpu_memory_utilization,
         arguments=[f"--{word}" for word in options.vllm],
     )
     what = Served(str(folder), NAME, dtype, {"max_pixels": MAX_PIXELS}, top_logprobs=5, max_images=1)
-    began = time.perf_counter()
+    now = CLOCKS[options.clock][1]
+    began = now()
     try:
         replicas = host(what, settings, options.folder / "servers" / "vllm")
-        took = time.perf_counter() - began
+        took = now() - began
         yield (
             open_servers(
                 replicas.servers,

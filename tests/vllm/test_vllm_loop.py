@@ -159,7 +159,7 @@ def test_every_rounds_answers_at_temperature_0_are_the_local_engines(undisturbed
     assert everything[0] != everything[2], "two rounds should change something"
 
 
-def moments(folder, count, seed=0):
+def moments(folder, count, seed=1):
     """Of a finished run: (round, stage, seconds into it) in their order.
 
     Every other one is drawn from the time of all stages together; the others from a stage that is drawn before, so that

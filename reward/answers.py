@@ -94,6 +94,8 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), start=2)}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
 _WORD = "|".join((*_WORDS, *_SCALES))
+# As a pattern: the words of numbers up to a hundred.
+SMALL_NUMBER_WORDS = "|".join((*_WORDS, "hundred"))
 _ENGLISH = re.compile(rf"\b(?:{_WORD})(?:(?:[\s-]+(?:and\s+)?)(?:{_WORD}))*\b", re.IGNORECASE)
 _CHINESE_DIGITS = {
     "零": 0,

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from reward.answers import chinese_number, english_number
+from reward.answers import SMALL_NUMBER_WORDS, chinese_number, english_number
 
 RANGE = "the critic gave a range or a bound instead of a rating"
 SEVERAL = "the critic gave several different ratings"
@@ -100,11 +100,7 @@ _RANGE_AFTER = re.compile(
     re.IGNORECASE,
 )
 _BETWEEN = re.compile(rf"between\s*{_SPAN}|介于|\d{_UNIT}(?:\s*(?:~|–|—|至|到)\s*|\s*-\s*|\s+to\s+)\d", re.IGNORECASE)
-_ENGLISH_WORDS = (
-    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
-    "|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred"
-)
-_NUMERAL = rf"(?:{_ENGLISH_WORDS})(?:[\s-]+(?:{_ENGLISH_WORDS}))*\b"
+_NUMERAL = rf"(?:{SMALL_NUMBER_WORDS})(?:[\s-]+(?:{SMALL_NUMBER_WORDS}))*\b"
 _IN_WORDS = re.compile(rf"\b(?:a\s+)?{_NUMERAL}", re.IGNORECASE)
 _STARS = re.compile(r"\**\s*-?\s*(?:stars?\b|颗?星)", re.IGNORECASE)
 # "Response 2: 85": a number that says which, not how good. What was taken away is no rating either.
@@ -120,7 +116,7 @@ _DEDUCTED = re.compile(
 _MIXED = re.compile(r"(?<![\d./])(\d+)\s*(?:([¼½¾⅓⅔])|\s([1-3])/([2-4])(?![\d/]))")
 _SCALE_WORD = re.compile(
     rf"(?:(?<=out of )|(?<=scale of )|(?<=scale from )|(?<=to )){_NUMERAL}"
-    rf"|\b{_NUMERAL}(?=[\s-]*point\b|\s+to\s+(?:{_ENGLISH_WORDS})\b)",
+    rf"|\b{_NUMERAL}(?=[\s-]*point\b|\s+to\s+(?:{SMALL_NUMBER_WORDS})\b)",
     re.IGNORECASE,
 )
 _CHINESE = "[零〇一二两三四五六七八九十百]"
@@ -169,7 +165,7 @@ def _in_digits(text: str) -> tuple[str, bool]:
         # A rating stands at the beginning or the end; a judge that loops writes a lot in between.
         text = f"{text[:LONGEST_END]} ... {text[-LONGEST_END:]}"
     text = text.replace("−", "-").replace("．", ".")
-    text = re.sub(rf"(?:负|\bminus\s+)(?=\d|(?:{_ENGLISH_WORDS})\b)", "-", text, flags=re.I)
+    text = re.sub(rf"(?:负|\bminus\s+)(?=\d|(?:{SMALL_NUMBER_WORDS})\b)", "-", text, flags=re.I)
     text = re.sub(r"([(\[]\s*[01])\s*[,;]\s*(?=\d+\s*[)\]])", r"\1-", text)
     text = re.sub(r"(?<=\d)\s*\.{2,3}\s*(?=\d)", "-", text)
     text = _LABEL.sub(" ", text)

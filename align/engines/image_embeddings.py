@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel
+
+# By this name also where torchvision is missing: transformers 5.17 gives a stand-in that asks for it under the short one.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from align.config import ModelSettings
 from align.errors import UserError

@@ -19,6 +19,7 @@ def folders(tmp_path_factory):
 
 def surroundings(monkeypatch, *, version, device, gpus=("0",)):
     monkeypatch.setattr(hosting, "vllm_version", lambda: version)
+    monkeypatch.setattr(hosting, "is_cpu_build", lambda: False)
     monkeypatch.setattr(hosting.accelerator, "kind", lambda: device)
     monkeypatch.setattr(hosting, "visible_gpus", lambda: list(gpus))
 

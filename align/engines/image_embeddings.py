@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel
 
-# By this name also where torchvision is missing: transformers 5.17 gives a stand-in that asks for it under the short one.
+# By this name also without torchvision: under the short one transformers 5.17 has a stand-in that asks for it.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from align.config import ModelSettings

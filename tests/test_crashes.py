@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from align.stages.critic_inputs import critic_settings
 from tests import tiny_models
 from tests.distributed.launches import ROOT, add_run
 from tests.dpo.conftest import make_pairs
+from tests.forks import FORKS, begin
 from tests.patience import PATIENCE_S
 from tests.stage_runs import SETTINGS, Command, align_in_two_processes, make_project, write_lines
 
@@ -180,13 +180,15 @@ def test_where_the_members_of_a_panel_lie_is_no_setting(tmp_path):
 
 def test_every_stage_may_be_killed_at_any_moment(tmp_path):
     """A kill a stage; `scripts/fault_test.py` alone does many."""
-    done = subprocess.run(
-        [sys.executable, "scripts/fault_test.py", "--kills", "1", "--seed", "1", "--folder", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("| equal |") == 5
+    said = tmp_path / "said.txt"
+    script = FORKS.Process(target=run_fault_test, args=(tmp_path / "run", said))
+    script.start()
+    script.join(PATIENCE_S)
+    assert script.exitcode == 0, said.read_text()
+    assert said.read_text().count("| equal |") == 5
+
+
+def run_fault_test(folder: Path, said: Path) -> None:
+    begin(said, said)
+    sys.argv = ["scripts/fault_test.py", "--kills", "1", "--seed", "1", "--folder", str(folder)]
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")

@@ -22,9 +22,9 @@ FILES = ("pyproject.toml", "README.md", "CONTRIBUTING.md")
 
 
 def copy_repository(root: Path, target: Path) -> Path:
-    """The code, the tests and the pages of a working tree."""
+    """The code, the tests and the pages of a working tree; what Python has compiled of them as well."""
     for name in CODE:
-        shutil.copytree(root / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(root / name, target / name)
     for name in FILES:
         shutil.copy(root / name, target / name)
     return target

@@ -16,7 +16,9 @@ COMPILE = $(UV) pip compile --quiet --config-file locks/uv.toml --custom-compile
 demo: $(VENV)/.demo
 	$(BIN)/align demo --folder demo-run
 
-test: lint types tests
+# Types are checked beside the first tests, which wait for other processes now and then.
+test: lint
+	$(MAKE) --jobs 2 types tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -225,6 +225,9 @@ def training_arguments(fields: dict[str, Any], given: dict[str, Any] | None = No
         arguments = DPOConfig(**fields)
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"TRL refuses the dpo section: {error}") from None
+    if arguments.device.type == "cpu":
+        # Of several processes each has "cpu:0", a place that torch.load, which transformers 5.17 asks, does not know.
+        vars(arguments)["_setup_devices"] = torch.device("cpu")
     check_values(arguments)
     check_effects(arguments, given or {})
     return arguments

@@ -125,8 +125,10 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
     standing_gradients = gradient_total if how.accumulates else 0
     activations = activation_bytes(shape, batch, how)
     in_layer = _layer_bytes(shape, batch, how)
-    head_gradient = shape.embedding_weights * size if shape.head_trained else 0
-    at_head = max(_head_bytes(shape, batch, how) + head_gradient, in_layer)
+    sharded = how.strategy == "fsdp2"
+    head_gradient = shape.embedding_weights * (how.compute_bytes if sharded else size) if shape.head_trained else 0
+    at_head = _head_bytes(shape, batch, how) + head_gradient
+    at_head = at_head if sharded else max(at_head, in_layer)
     begin = activations + at_head + standing_gradients + _cast_bytes(shape, how)
     # The dense gradient of the embeddings is made beside what is there, and then added.
     embedding_copy = shape.embedding_weights * size if shape.embeddings_trained and how.accumulates else 0
@@ -141,6 +143,13 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
     if how.strategy == "ddp":
         # Gradients are exchanged in buckets, which are a second copy of them.
         gradients += gradient_total if how.num_processes > 1 else 0
+    elif how.strategy == "fsdp2":
+        activations = activation_bytes(shape, batch, how)
+        weights = weight_bytes(shape, how) // how.num_processes * (2 if how.second_model else 1)
+        optimiser //= how.num_processes
+        gradients, activations, working = _fsdp2_peak(
+            shape, how, activation_bytes(shape, batch, how), at_head, in_layer
+        )
     else:
         # Gradients are in shards as soon as they are there, and casts are gathered layer by layer: the head decides.
         activations = activation_bytes(shape, batch, how)
@@ -182,15 +191,42 @@ def _divided(shape: ModelShape, how: How, working: int) -> tuple[int, int, int, 
         buckets = min(2 * 500_000_000, shape.trained) * how.compute_bytes
         return own_copy + second, shape.trained * 4 // ranks + buckets, states // ranks, working
     gathered = shape.largest_layer * 2 + 2 * shape.embedding_weights
-    if how.strategy == "zero3":
-        live = min(max(gathered, 0), ZERO3_LIVE, shape.weights) * how.compute_bytes
-        return (own_copy + second) // ranks, shape.trained * 4 // ranks, states // ranks, working + live
-    stored = how.weight_bytes
-    live = min(gathered, shape.weights) * how.compute_bytes + shape.largest_layer * stored
-    whole = weight_bytes(shape, how) // ranks
-    trained = shape.trained * how.trained_bytes(shape) // ranks
-    states = round(shape.trained * state_bytes(how.optimizer, how.trained_bytes(shape))) // ranks
-    return whole * (2 if how.second_model else 1), trained, states, working + live
+    live = min(gathered, ZERO3_LIVE, shape.weights) * how.compute_bytes
+    return (own_copy + second) // ranks, shape.trained * 4 // ranks, states // ranks, working + live
+
+
+def _fsdp2_peak(shape: ModelShape, how: How, activations: int, at_head: int, in_layer: int) -> tuple[int, int, int]:
+    """Gradients, activations and working memory of FSDP2 at its peak, at the beginning of forward or in backward.
+
+    What is gathered is copied, and the first copies stay until the embeddings' are made. In backward a layer is
+    gathered, in `compute_bytes`, while the one before it in that order still is; the head from the end of forward until
+    its gradient is there; what is no layer, embeddings or head (vision towers, the projector) all the time. A group's
+    gradients are copied to fp32 to be exchanged, and wait so until the next group's are there.
+    """
+    size, layer, embeddings = how.compute_bytes, shape.largest_layer, shape.embedding_weights
+    share = how.trained_bytes(shape) / how.num_processes
+    shards = round(shape.trained * share)
+    standing = shards if how.accumulates else 0
+    in_groups = shape.text.num_layers * layer + embeddings * (1 if shape.tied else 2)
+    always = max(shape.weights - in_groups - (shape.trained if shape.adapter else 0), 0) * size
+    always += (always + embeddings * size if how.second_model else 0) + (embeddings * size if shape.tied else 0)
+    head = embeddings if shape.head_trained else 0
+    # Tied to the embeddings, the head's gradient stays as it is until theirs is there.
+    waiting, of_head = (head * size, 0) if shape.tied else (head * 4, round(head * share))
+    trained = shape.text.trained and not shape.adapter
+    # While a layer still has all that it kept, the only gradient is that of its last matrix.
+    of_layer = 2 * layer * size + in_layer + (round(shape.text.inner * shape.text.hidden) * size if trained else 0)
+    of_embeddings = embeddings * (size + 4) if shape.embeddings_trained else 0
+    first_layer = of_layer + (layer * 4 if trained else 0)
+    moments = [
+        (standing, 0, always + 2 * embeddings * size),
+        (standing, activations, at_head + (layer + (0 if shape.tied else embeddings)) * size),
+        (max(standing, of_head), activations, layer * size + head * size + waiting),
+        (max(standing, of_head), activations, of_layer + waiting),
+        (shards, activations // max(shape.text.num_layers, 1), max(of_embeddings, first_layer)),
+    ]
+    gradients, kept, working = max(moments, key=sum)
+    return gradients, kept, working + always
 
 
 def least_recomputation(shape: ModelShape, batch: StepBatch, how: How, usable_bytes: int) -> How:

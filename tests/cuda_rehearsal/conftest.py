@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ Scenario = tuple[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def rehearse() -> Callable[[Sequence[Scenario]], list[dict[str, Any]]]:
-    """Runs scenarios one after the other; what each found, or its `error`."""
+def rehearse(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[Sequence[Scenario]], list[dict[str, Any]]]]:
+    """Runs scenarios one after the other, all in one process; what each found, or its `error`."""
     if compiler() is None:
         pytest.skip("a rehearsal of CUDA needs a C++ compiler")
     if not (torch_folder() / "include").is_dir():
@@ -30,19 +32,33 @@ def rehearse() -> Callable[[Sequence[Scenario]], list[dict[str, Any]]]:
     if torch.version.cuda is not None:
         pytest.skip("a rehearsal of CUDA needs a build of torch without CUDA")
     compile_guard()
-
-    def run(scenarios: Sequence[Scenario]) -> list[dict[str, Any]]:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        worker = subprocess.run(
+    said = tmp_path_factory.mktemp("rehearsal") / "said.txt"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with (
+        said.open("w") as errors,
+        subprocess.Popen(
             [sys.executable, "-m", "tests.cuda_rehearsal.worker"],
-            input=json.dumps(list(scenarios)),
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
             text=True,
             env=environment,
             cwd=ROOT,
-        )
-        found = [json.loads(line) for line in worker.stdout.splitlines()]
-        assert len(found) == len(scenarios), f"the rehearsal ended too soon:\n{worker.stderr[-4000:]}"
-        return found
+        ) as worker,
+    ):
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        asked, answered = worker.stdin, worker.stdout
 
-    return run
+        def run(scenarios: Sequence[Scenario]) -> list[dict[str, Any]]:
+            found = []
+            for scenario in scenarios:
+                asked.write(json.dumps(scenario) + "\n")
+                asked.flush()
+                line = answered.readline()
+                assert line, f"the rehearsal ended too soon:\n{said.read_text()[-4000:]}"
+                found.append(json.loads(line))
+            return found
+
+        yield run
+        asked.close()

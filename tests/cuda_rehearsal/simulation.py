@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -45,6 +44,7 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 # Masks and ids have fewer numbers; what has more (states of an optimiser in 8 bits) is read by nobody.
 MAX_CONTENTS = 2**20
 UNINITIALISED = ("empty_like", "new_empty", "new_empty_strided")
+OWN_TYPES = {FakeTensor, nn.Parameter, Tensor}
 
 
 def place() -> str:
@@ -131,19 +131,25 @@ class Simulation(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.operations = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would go through the wrapper of its compiler at every operation, and nothing is compiled
+
     def reset(self) -> None:
         """Begin to count anew."""
         self.log, self.flops, self.operations = Log(), Counter(), 0
         self.memory.reset_peak()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(not issubclass(kind, FakeTensor | nn.Parameter) and kind is not Tensor for kind in types):
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].device  # more than half of all that is dispatched, and no operation of a device
+        if any(kind not in OWN_TYPES for kind in types):
             return NotImplemented  # a DTensor comes back with what it holds
         kwargs = kwargs or {}
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
             return func(*args, **kwargs)  # DTensor works out shapes for itself
         target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
-        fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+        fake = FakeTensor in types
         if func is aten._pin_memory.default:
             return args[0].clone()  # memory that a copy to a device need not wait for
         if not fake and target != "cuda":
@@ -172,7 +178,7 @@ class Simulation(TorchDispatchMode):
             args = (args[0], self._indices(args[1]), *args[2:])
         if func is aten.copy_.default and not isinstance(args[1], FakeTensor) and args[1].ndim:
             args = (args[0], self._to_device(args[1], {}), *args[2:])
-        out = func(*args, **kwargs)
+        out = self.fakes.dispatch(func, types, args, kwargs)
         self._count(func, args, kwargs, out)
         self._note(func, args, kwargs, out)
         return out
@@ -242,7 +248,8 @@ class Simulation(TorchDispatchMode):
         self.flops["backward" if backward else "forward"] += flops
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, FakeTensor) and leaf.device.type == "cuda"]
+        outputs = (out,) if isinstance(out, Tensor) else tree_leaves(out)
+        made = [leaf for leaf in outputs if isinstance(leaf, FakeTensor) and leaf.device.type == "cuda"]
         for tensor in made:
             if self.memory.note(tensor) and tensor.numel() > 100_000 and not is_plain(tensor.dtype):
                 self.log.shapes[tuple(tensor.shape), str(func), place()] += 1
@@ -250,13 +257,14 @@ class Simulation(TorchDispatchMode):
             _give_contents(func, args, kwargs, out)
 
 
-class ListsOfScalars(TorchFunctionMode):
+def from_list(make: Any) -> Any:
     """`torch.tensor([scalar on the device, ...])` waits for every scalar, in C++ where no dispatch mode sees it."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor):
-            args = (tree_map_only(FakeTensor, lambda scalar: scalar.item(), args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+    def made(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        known = data if isinstance(data, Tensor) else tree_map_only(FakeTensor, lambda scalar: scalar.item(), data)
+        return make(known, *args, **kwargs)
+
+    return made
 
 
 def is_plain(dtype: torch.dtype) -> bool:
@@ -325,6 +333,7 @@ def simulated() -> Iterator[Simulation]:
     lift, apply, to_list = torch._C._only_lift_cpu_tensors(), nn.Module._apply, FakeTensor.tolist
     data_ptr = FakeTensor.data_ptr
     resize = torch.UntypedStorage.resize_
+    from_lists = torch.tensor, torch.as_tensor
 
     def counted_resize(storage: torch.UntypedStorage, size: int) -> Any:
         found = resize(storage, size)
@@ -336,11 +345,13 @@ def simulated() -> Iterator[Simulation]:
     FakeTensor.tolist = lambda tensor: simulation.to_list(tensor)  # type: ignore[method-assign]
     FakeTensor.data_ptr = _address  # type: ignore[method-assign]
     torch.UntypedStorage.resize_ = counted_resize  # type: ignore[method-assign]
+    torch.tensor, torch.as_tensor = map(from_list, from_lists)
     try:
-        with simulation, ListsOfScalars(), attention_as_on_cuda(simulation):
+        with simulation, attention_as_on_cuda(simulation):
             yield simulation
     finally:
         nn.Module._apply, FakeTensor.tolist = apply, to_list  # type: ignore[method-assign]
         FakeTensor.data_ptr = data_ptr  # type: ignore[method-assign]
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        torch.tensor, torch.as_tensor = from_lists
         torch._C._set_only_lift_cpu_tensors(lift)

@@ -14,11 +14,9 @@ ONE_STEP = {"steps": 1}
 VALLEY = "valley_eagle_tiny"
 VARIANTS = {
     "separate rows": {"layout": "plain"},
-    "without checkpointing": {"checkpointing": False},
-    "an adapter": {"lora": True},
+    "an adapter, nothing recomputed": {"lora": True, "checkpointing": False},
     "an adapter, its base as the reference": {"lora": True, "live": True},
-    "a reference beside it": {"live": True},
-    "bf16 weights": {"dtype": "bfloat16"},
+    "bf16 weights, a reference beside it": {"dtype": "bfloat16", "live": True},
     "everything trained": {"freeze": []},
     "fsdp2": {"strategy": "fsdp2", "num_processes": 8, "steps": 2},
     "fsdp2, an adapter": {"strategy": "fsdp2", "num_processes": 8, "lora": True},

@@ -1,6 +1,6 @@
-"""Scenarios as JSON on standard input, what they found as JSON lines on standard output: one process for many of them.
+"""A scenario a line of JSON on standard input, what it found a line on standard output: one process for many of them.
 
-echo '[["train", {"family": "qwen2_vl"}]]' | python -m tests.cuda_rehearsal.worker
+echo '["train", {"family": "qwen2_vl"}]' | python -m tests.cuda_rehearsal.worker
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def main() -> None:
     _leave_out_triton()
     results, sys.stdout = sys.stdout, sys.stderr
     warnings.simplefilter("ignore")
-    for name, options in json.load(sys.stdin):
+    for line in iter(sys.stdin.readline, ""):
+        name, options = json.loads(line)
         started = time.process_time()
         try:
             run = scenario(name)

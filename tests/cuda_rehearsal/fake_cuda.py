@@ -142,6 +142,10 @@ def _answer_as_an_h100() -> None:
     torch.cuda.Stream = torch.cuda.Event = Stream  # type: ignore[misc,assignment]
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *_: Stream()  # type: ignore[assignment,return-value]
     torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[misc,assignment]
+    # DeepSpeed marks ranges for a profiler, and notes which stream still reads what it frees.
+    for name in ("range_push", "range_pop"):
+        setattr(torch.cuda.nvtx, name, lambda *_: None)
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     torch.cuda.get_rng_state = lambda *_: torch.empty(0, dtype=torch.uint8)
     fake_tensor.init_gpu_context = lambda *_, **__: None
     fake_tensor.FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[method-assign]

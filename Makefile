@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Tests run side by side; each process computes on one thread.
-WORKERS ?= 2
+# Tests run side by side, each process on one thread; one more than two cores, since some wait for others.
+WORKERS ?= 3
 # What the tests want installed, and the file that pins all of it.
 EXTRAS := demo report servers deepspeed low-bit video sentencepiece web wandb mlflow lmms-eval lmms-eval-core docs dev
 LOCK := locks/dev.txt
+# Versions of what a CUDA build of torch brings, where pip takes one: for the torch of the locks above.
+CUDA := -c locks/cuda.txt
 UV = $(BIN)/uv
 COMPILE = $(UV) pip compile --quiet --config-file locks/uv.toml --custom-compile-command 'make lock'
 
@@ -42,16 +44,16 @@ dist: $(VENV)/.dev
 
 # The suite with the oldest and with the newest of everything that pyproject.toml admits, each in an environment of its own.
 test-oldest:
-	$(MAKE) tests VENV=.venv-oldest LOCK=locks/oldest.txt PYTEST="-m 'not locked'"
+	$(MAKE) tests VENV=.venv-oldest LOCK=locks/oldest.txt CUDA= PYTEST="-m 'not locked'"
 
 test-newest: $(VENV)/.dev
 	mkdir -p build
 	$(COMPILE) --upgrade --python $(BIN)/python pyproject.toml $(EXTRAS:%=--extra %) -o build/newest.txt
-	$(MAKE) tests VENV=.venv-newest LOCK=build/newest.txt PYTEST="-m 'not locked'"
+	$(MAKE) tests VENV=.venv-newest LOCK=build/newest.txt CUDA= PYTEST="-m 'not locked'"
 
 # The plugin and the engine against vLLM itself, with the transformers that vLLM wants.
 test-vllm:
-	$(MAKE) .venv-vllm/.dev VENV=.venv-vllm LOCK=locks/vllm.txt
+	$(MAKE) .venv-vllm/.dev VENV=.venv-vllm LOCK=locks/vllm.txt CUDA=
 	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest tests/vllm
 
 # All packages to the newest versions that pyproject.toml and locks/held.txt admit, for every Python and system.
@@ -59,14 +61,15 @@ lock: $(VENV)/.dev
 	$(COMPILE) --upgrade --universal -c locks/held.txt --overrides locks/overrides.txt pyproject.toml $(EXTRAS:%=--extra %) -o locks/dev.txt
 	$(COMPILE) --upgrade --universal -c locks/dev.txt --overrides locks/overrides.txt pyproject.toml --extra demo -o locks/demo.txt
 	$(COMPILE) --upgrade --universal -c locks/dev.txt locks/install.in -o locks/install.txt
+	$(UV) pip compile --quiet --no-config --custom-compile-command 'make lock' --upgrade --universal -c locks/dev.txt -c locks/install.txt locks/cuda.in -o locks/cuda.txt
 	$(COMPILE) --upgrade --python-version 3.11 --resolution lowest-direct pyproject.toml $(EXTRAS:%=--extra %) -o locks/oldest.txt
 	$(COMPILE) --upgrade --python-version 3.11 --overrides locks/vllm-overrides.txt pyproject.toml --extra servers --extra sentencepiece locks/vllm.in -o locks/vllm.txt
 
 # torch before the rest and alone with what its build requires: CUDA's libraries on most systems, nothing for a CPU build.
-$(VENV)/.torch: locks/install.txt $(LOCK)
+$(VENV)/.torch: locks/install.txt locks/cuda.txt $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -r locks/install.txt
-	$(PIP) install --quiet -c $(LOCK) torch
+	$(PIP) install --quiet -c $(LOCK) $(CUDA) torch
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch locks/demo.txt pyproject.toml

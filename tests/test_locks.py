@@ -53,7 +53,7 @@ def installed() -> dict[str, metadata.Distribution]:
 
 
 def brought_by_torch(found: dict[str, metadata.Distribution]) -> Iterator[str]:
-    """What torch's own metadata pins exactly, and what that pins in turn: the libraries of its CUDA builds."""
+    """What torch's own metadata pins exactly, and what that pins in turn: most libraries of its CUDA builds."""
     waiting = ["torch"]
     while waiting:
         for text in found[waiting.pop()].requires or ():
@@ -78,7 +78,7 @@ def test_everything_installed_is_in_the_lock():
     found = installed()
     of_torch = set(brought_by_torch(found))
     ours = {name: Version(each.version) for name, each in found.items() if name not in of_torch | {OURS}}
-    strays = not_as_locked(ours, versions_in("dev.txt") | versions_in("install.txt"))
+    strays = not_as_locked(ours, versions_in("cuda.txt") | versions_in("dev.txt") | versions_in("install.txt"))
     assert not strays, f"{strays}; `make clean`, or `make lock` if pyproject.toml wants them"
 
 

@@ -121,7 +121,7 @@ def read_generation(wanted: dict[str, Any]) -> tuple[SamplingSettings, tuple[str
     """A task's generation_kwargs as settings, texts that end the answer, and what is not followed.
 
     >>> read_generation({"max_new_tokens": 16, "temperature": 0, "top_p": 0, "num_beams": 1, "until": ["\\n\\n", "Q:"]})
-    (SamplingSettings(temperature=0.0, max_new_tokens=16, top_p=1.0, top_k=0, repetition_penalty=1.0), ('Q:',), None)
+    (SamplingSettings(temperature=0.0, max_new_tokens=16, ...), ('Q:',), None)
     >>> read_generation({"temperature": 0.2, "num_beams": 5, "image_aspect_ratio": "pad"})[2]
     'not followed: image_aspect_ratio, num_beams'
     """

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Tests run side by side; each process computes on one thread. A third on two cores was no faster.
+# Tests run side by side; each process computes on one thread.
 WORKERS ?= 2
 # What the tests want installed, and the file that pins all of it.
 EXTRAS := demo report servers deepspeed low-bit video sentencepiece web wandb mlflow lmms-eval lmms-eval-core docs dev

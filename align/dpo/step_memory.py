@@ -123,7 +123,7 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
     size = how.trained_bytes(shape)
     gradient_total = shape.trained * size
     standing_gradients = gradient_total if how.accumulates else 0
-    activations = activation_bytes(shape, batch, how)
+    activations = all_activations = activation_bytes(shape, batch, how)
     in_layer = _layer_bytes(shape, batch, how)
     sharded = how.strategy == "fsdp2"
     head_gradient = shape.embedding_weights * (how.compute_bytes if sharded else size) if shape.head_trained else 0
@@ -144,15 +144,12 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
         # Gradients are exchanged in buckets, which are a second copy of them.
         gradients += gradient_total if how.num_processes > 1 else 0
     elif how.strategy == "fsdp2":
-        activations = activation_bytes(shape, batch, how)
         weights = weight_bytes(shape, how) // how.num_processes * (2 if how.second_model else 1)
         optimiser //= how.num_processes
-        gradients, activations, working = _fsdp2_peak(
-            shape, how, activation_bytes(shape, batch, how), at_head, in_layer
-        )
+        gradients, activations, working = _fsdp2_peak(shape, how, all_activations, at_head, in_layer)
     else:
         # Gradients are in shards as soon as they are there, and casts are gathered layer by layer: the head decides.
-        activations = activation_bytes(shape, batch, how)
+        activations = all_activations
         weights, gradients, optimiser, working = _divided(shape, how, at_head)
     return Memory(weights, gradients, optimiser, activations, working, _batch_bytes(batch, how))
 

@@ -102,6 +102,16 @@ def not_finite() -> UserError:
     )
 
 
+def _with_room(old: Tensor, num_tickets: int, num_branches: int) -> Tensor:
+    """A tensor `(tickets, branches, ...)` with at least so many of both; what is new is 0."""
+    size = (max(num_tickets, old.shape[0]), max(num_branches, old.shape[1]), *old.shape[2:])
+    if old.shape == size:
+        return old
+    new = old.new_zeros(size)
+    new[: old.shape[0], : old.shape[1]] = old
+    return new
+
+
 class SeededSampler:
     """Samples tokens by each branch's own numbers; knows what a branch has said, where repetition is penalised.
 
@@ -123,27 +133,21 @@ class SeededSampler:
         self._prompt_ids: dict[int, Tensor] = {}
         self._seen: Tensor | None = None
 
-    def begin(self, tickets: Sequence[int], seeds: Sequence[int], num_samples: int, inputs: dict[str, Tensor]) -> None:
-        """Begin questions with prompts `input_ids` and `attention_mask` `(n, P)`,
-        each with samples 0 to `num_samples` and the greedy response before them that was asked for."""
+    def begin(self, tickets: Sequence[int], seeds: Sequence[int], num_branches: int, inputs: dict[str, Tensor]) -> None:
+        """Begin questions with prompts `input_ids` and `attention_mask` `(n, P)`, each with so many branches: the
+        greedy response, where it was asked for, and samples from 0 on."""
         for ticket, ids, mask in zip(tickets, inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
             # Padding counts as the first token: it must not be taken for something that was said.
             self._prompt_ids[ticket] = torch.where(mask, ids, ids[0])
-        self.draw(tickets, seeds, self.first, num_samples - self.first)
+        self.draw(tickets, seeds, self.first, num_branches)
 
     def draw(self, tickets: Sequence[int], seeds: Sequence[int], first: int, num_samples: int) -> None:
         """Let the branches of begun questions be the samples `first` to `first + num_samples`."""
         numbers = uniforms(seeds, num_samples, self.settings.max_new_tokens, first=first).to(self.device)
-        old = self._numbers
-        size = (max(max(tickets) + 1, old.shape[0]), max(num_samples, old.shape[1]), old.shape[2])
-        if old.shape != size:
-            self._numbers = old.new_zeros(size)
-            self._numbers[: old.shape[0], : old.shape[1]] = old
+        self._numbers = _with_room(self._numbers, max(tickets) + 1, num_samples)
         self._numbers[list(tickets), :num_samples] = numbers
         if not self._has_one_temperature:
-            before = self._temperatures
-            self._temperatures = before.new_zeros(size[:2])
-            self._temperatures[: before.shape[0], : before.shape[1]] = before
+            self._temperatures = _with_room(self._temperatures, max(tickets) + 1, num_samples)
             self._temperatures[list(tickets), :num_samples] = self._temperatures_of(first, num_samples)
         if self._seen is not None:
             self._see_prompts(tickets)

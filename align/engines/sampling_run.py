@@ -52,10 +52,9 @@ class SamplingRun:
         self._questions |= dict(
             zip(tickets, zip(batch.places, batch.items, batch.num_prompt_tokens, strict=True), strict=True)
         )
-        most = max(request.num_samples for request in batch.items)
+        most = max(map(self.num_branches, batch.items))
         self._seeded.begin(tickets, [request.seed for request in batch.items], most, batch.inputs)
         width = batch.inputs["input_ids"].shape[1]
-        most = max(map(self.num_branches, batch.items))
         self.queue.sizer.saw(self.queue.kind, width, most * self.settings.max_new_tokens)
 
     def num_branches(self, request: SampleRequest) -> int:

@@ -89,11 +89,16 @@ def _text_flops(model: Any, prompt: int, response: int) -> float:
     """Forward of the language model over `[prompt | response | response]` and of the head over the responses."""
     config = model.config
     layers = _weights(model, lambda name: ".layers." in name and "vision" not in name)
+    # Of the last layer only keys and values are made of the prompt, but for its last token.
+    unread = (layers / config.num_hidden_layers) * (prompt - 1)
+    unread -= (
+        _weights(model, lambda name: ".layers.0.self_attn.k_proj" in name and "vision" not in name) * 2 * (prompt - 1)
+    )
     # Keys that a query sees: on average half of its own sequence, and the prompt where it stands behind one.
     seen = prompt * prompt / 2 + 2 * response * (prompt + response / 2)
     attention = 4 * config.num_hidden_layers * config.hidden_size * seen
     head = 2 * config.vocab_size * config.hidden_size * 2 * response
-    return 2 * layers * (prompt + 2 * response) + attention + head
+    return 2 * (layers * (prompt + 2 * response) - unread) + attention + head
 
 
 def _image_flops(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, float]:

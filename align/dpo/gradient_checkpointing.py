@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from align.prefix.rows import decoder_layers
+
 
 def checkpoint_what_is_needed(model: PreTrainedModel, kept_layers: int = 0) -> None:
     """From now on checkpointing spares frozen towers and the last `kept_layers` layers of the language model.
@@ -29,13 +31,6 @@ def checkpoint_what_is_needed(model: PreTrainedModel, kept_layers: int = 0) -> N
             layer.gradient_checkpointing = False
 
     model.enable_input_require_grads = types.MethodType(choose, model)
-
-
-def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The language model's layers that can be checkpointed, in order."""
-    lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
-    layers = max(lists, key=len, default=nn.ModuleList())
-    return [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
 
 
 def _start_gradients_where_trained(model: PreTrainedModel) -> None:

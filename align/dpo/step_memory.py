@@ -82,13 +82,13 @@ class How:
 
     @property
     def casts(self) -> bool:
-        """Whether weights are cast to compute with them."""
-        return self.compute_bytes < self.weight_bytes
+        """Whether weights are cast to compute with them; where they are spread, what is gathered is narrow already."""
+        return self.compute_bytes < self.weight_bytes and self.strategy == "ddp"
 
     @property
     def stream_bytes(self) -> int:
         """Of a number in the residual stream: autocast leaves it as the weights are."""
-        return max(self.compute_bytes, self.weight_bytes)
+        return self.weight_bytes if self.casts else self.compute_bytes
 
     def trained_bytes(self, shape: ModelShape) -> int:
         """Of a trained weight and its gradient: adapters are fp32, on four bits bf16."""
@@ -126,7 +126,8 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
     activations = all_activations = activation_bytes(shape, batch, how)
     in_layer = _layer_bytes(shape, batch, how)
     sharded = how.strategy == "fsdp2"
-    head_gradient = shape.embedding_weights * (how.compute_bytes if sharded else size) if shape.head_trained else 0
+    head_gradient = shape.embedding_weights * (size if how.strategy == "ddp" else how.compute_bytes)
+    head_gradient *= shape.head_trained
     at_head = _head_bytes(shape, batch, how) + head_gradient
     at_head = at_head if sharded else max(at_head, in_layer)
     begin = activations + at_head + standing_gradients + _cast_bytes(shape, how)
@@ -146,7 +147,8 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
     elif how.strategy == "fsdp2":
         weights = weight_bytes(shape, how) // how.num_processes * (2 if how.second_model else 1)
         optimiser //= how.num_processes
-        gradients, activations, working = _fsdp2_peak(shape, how, all_activations, at_head, in_layer)
+        spared = _unread_inner(shape, batch, how) + (_unread_bytes(shape, batch, how) if how.checkpointing else 0)
+        gradients, activations, working = _fsdp2_peak(shape, how, all_activations, at_head, in_layer, in_layer - spared)
     else:
         # Gradients are in shards as soon as they are there, and casts are gathered layer by layer: the head decides.
         activations = all_activations
@@ -183,16 +185,19 @@ def _divided(shape: ModelShape, how: How, working: int) -> tuple[int, int, int, 
     master = shape.trained * (4 if how.compute_bytes < 4 else 0)
     states = round(shape.trained * state_bytes(how.optimizer, 4)) + master
     second = own_copy if how.second_model else 0
+    # Gradients are reduced in buckets of 5e8 numbers, under zero2 two of them at a time (overlap_comm).
+    bucket = min(500_000_000 * (2 if how.strategy == "zero2" else 1), shape.trained) * how.compute_bytes
+    gradients = shape.trained * 4 // ranks + bucket
     if how.strategy == "zero2":
-        # Gradients are reduced in buckets of 5e8 numbers, two of them at a time (overlap_comm).
-        buckets = min(2 * 500_000_000, shape.trained) * how.compute_bytes
-        return own_copy + second, shape.trained * 4 // ranks + buckets, states // ranks, working
+        return own_copy + second, gradients, states // ranks, working
     gathered = shape.largest_layer * 2 + 2 * shape.embedding_weights
     live = min(gathered, ZERO3_LIVE, shape.weights) * how.compute_bytes
-    return (own_copy + second) // ranks, shape.trained * 4 // ranks, states // ranks, working + live
+    return (own_copy + second) // ranks, gradients, states // ranks, working + live
 
 
-def _fsdp2_peak(shape: ModelShape, how: How, activations: int, at_head: int, in_layer: int) -> tuple[int, int, int]:
+def _fsdp2_peak(
+    shape: ModelShape, how: How, activations: int, at_head: int, in_layer: int, in_last: int
+) -> tuple[int, int, int]:
     """Gradients, activations and working memory of FSDP2 at its peak, at the beginning of forward or in backward.
 
     What is gathered is copied, and the first copies stay until the embeddings' are made. In backward a layer is
@@ -212,15 +217,17 @@ def _fsdp2_peak(shape: ModelShape, how: How, activations: int, at_head: int, in_
     waiting, of_head = (head * size, 0) if shape.tied else (head * 4, round(head * share))
     trained = shape.text.trained and not shape.adapter
     # While a layer still has all that it kept, the only gradient is that of its last matrix.
-    of_layer = 2 * layer * size + in_layer + (round(shape.text.inner * shape.text.hidden) * size if trained else 0)
+    matrices = 2 * layer * size + (round(shape.text.inner * shape.text.hidden) * size if trained else 0)
     of_embeddings = embeddings * (size + 4) if shape.embeddings_trained else 0
-    first_layer = of_layer + (layer * 4 if trained else 0)
+    of_layer = matrices + in_layer + (layer * 4 if trained else 0)
+    of_one = activations // max(shape.text.num_layers, 1)
     moments = [
         (standing, 0, always + 2 * embeddings * size),
-        (standing, activations, at_head + (layer + (0 if shape.tied else embeddings)) * size),
+        (standing, activations, at_head + (0 if shape.tied else embeddings) * size),
         (max(standing, of_head), activations, layer * size + head * size + waiting),
-        (max(standing, of_head), activations, of_layer + waiting),
-        (shards, activations // max(shape.text.num_layers, 1), max(of_embeddings, first_layer)),
+        (max(standing, of_head), activations, matrices + in_last + waiting),
+        (max(standing, of_head), activations - of_one, of_layer),
+        (shards, of_one, max(of_embeddings, of_layer)),
     ]
     gradients, kept, working = max(moments, key=sum)
     return gradients, kept, working + always
@@ -254,6 +261,8 @@ def activation_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:
             kept = min(how.kept_layers, kept) if stack is shape.text else 0
         total += (stack.num_layers - kept) * stack.hidden * count * how.stream_bytes
         total += kept * _kept_by_layer(shape, stack, batch, how)
+        if stack is shape.text and kept:
+            total -= _unread_bytes(shape, batch, how)
     return int(total + _mask_bytes(shape, batch, how))
 
 
@@ -294,6 +303,22 @@ def _kept_by_layer(shape: ModelShape, stack: Stack, batch: StepBatch, how: How) 
     # Under autocast the mask's numbers are cast in every layer.
     cast = _mask_bytes(shape, batch, how) if how.casts else 0
     return int(kept_bytes(stack, how, shared_share=share) * text_tokens(batch, how)) + cast
+
+
+def _unread_inner(shape: ModelShape, batch: StepBatch, how: How) -> int:
+    """Bytes of the inner width that the last layer does not compute, where nobody reads it: at the prompts' tokens."""
+    if not how.shared or shape.text.experts:
+        return 0
+    arrays = 3 if shape.text.gated else 1
+    return round(batch.num_rows * (batch.prompt_tokens - 1) * arrays * shape.text.inner * how.compute_bytes)
+
+
+def _unread_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:
+    """What the last layer keeps less than another one (`align.prefix.last_layer`): the inner width, and its inputs."""
+    inner, text = _unread_inner(shape, batch, how), shape.text
+    if not inner or text.kept.inputs <= text.inner:
+        return inner
+    return inner + round(batch.num_rows * (batch.prompt_tokens - 1) * (text.inner + text.hidden) * how.compute_bytes)
 
 
 def _mask_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:

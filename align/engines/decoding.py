@@ -51,16 +51,16 @@ def prefill(model: PreTrainedModel, inputs: dict[str, Any], cache: RowCache, row
     width = mask.shape[1]
     cache.reserve(max(rows) + 1, width)
     cache.placement = PromptPlacement(to_device(rows, mask.device), width)
-    with active_layout(AttentionPlan(width, None)) as plan:
+    last = (mask.sum(dim=1) - 1)[:, None]
+    with active_layout(AttentionPlan(width, None, last)) as plan:
         output = backbone_of(model)(
             **{**inputs, "position_ids": positions}, past_key_values=cache, use_cache=True, return_dict=True
         )
     require_every_layer(model, plan.num_calls)
     hidden = output.last_hidden_state
-    last = (mask.sum(dim=1) - 1).to(hidden.device)
     at = torch.arange(len(mask), device=hidden.device)
     num_axes = len(positions) if positions.ndim == 3 else None
-    return Prompts(list(rows), mask, next_position, num_axes, hidden[at, last])
+    return Prompts(list(rows), mask, next_position, num_axes, hidden[at, last[:, 0].to(hidden.device)])
 
 
 @dataclass(frozen=True)

@@ -123,21 +123,28 @@ class Speed:
         tokens: float,
         scores: float,
         *,
+        unread: float = 0.0,
         keys_read: float = 0.0,
         calls: float = 1,
         way: Pass = FORWARD,
     ) -> Cost:
         """All layers once over so many tokens in so many calls; `scores`: pairs of query and key, in all;
-        `keys_read`: tokens whose keys and values are read from a cache."""
-        flops = 2 * stack.active_weights * tokens
-        reading = calls * touched_weights(stack, tokens / calls) * self.number_bytes
-        moved = tokens * passes_of(stack)
+        `unread`: of the tokens, those for which the last layer makes only keys and values
+        (`align.prefix.last_layer`); `keys_read`: tokens whose keys and values are read from a cache."""
+        reading = self._moving(calls * touched_weights(stack, tokens / calls) * self.number_bytes)
         keys = self._moving(keys_read * 2 * stack.key * self.number_bytes)
         attention = max(self._computing(4 * stack.query * scores) / ATTENTION_SHARE, keys)
-        products = max(self._computing(flops), self._moving(reading))
-        work = way.products * products + way.attention * attention + way.arrays * self._numbers(moved)
+
+        def one(flops: float, moved: float) -> float:
+            products = max(self._computing(flops), reading)
+            return way.products * products + way.attention * attention + way.arrays * self._numbers(moved)
+
+        flops, moved = 2 * stack.active_weights * tokens, tokens * passes_of(stack)
+        unread = 0.0 if stack.experts else unread
+        spared = 2 * (stack.active_weights - 2 * stack.hidden * stack.key) * unread
+        last = one(flops - spared, moved - unread * ACTIVATION_PASSES * stack.inner)
         start = way.start * calls * self.machine.layer_us * 1e-6
-        return Cost(stack.num_layers * work, stack.num_layers * start)
+        return Cost((stack.num_layers - 1) * one(flops, moved) + last, stack.num_layers * start)
 
     def head(self, tokens: float, passes: float, *, products: float = 1, calls: float = 1) -> Cost:
         """The vocabulary's projection for so many tokens, and what is done with its fp32 results."""

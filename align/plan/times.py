@@ -74,7 +74,7 @@ def reading(speed: Speed, sizes: Sequence[PromptSize], batch: float = 1, *, more
     for size in sizes:
         tokens = size.tokens + more_tokens
         total += seeing(speed, size, calls)
-        total += speed.layers(speed.shape.text, tokens, tokens * tokens / 2, calls=calls)
+        total += speed.layers(speed.shape.text, tokens, tokens * tokens / 2, unread=tokens - 1, calls=calls)
     return total
 
 
@@ -139,12 +139,12 @@ def judging(
             scores = prompt * prompt / 2 + segment_scores(
                 prompt, branched.segment_tokens, branched.groups, branched.group_tokens
             )
-            repeats = 1
+            repeats, unread = 1, prompt - 1
         else:
             each, repeats = prompt + branched.segment_tokens / branched.branches, branched.branches
-            tokens, scores = each * repeats, repeats * each * each
+            tokens, scores, unread = each * repeats, repeats * each * each, 0
         total += seeing(speed, size, 1 / batch).times(repeats)
-        total += speed.layers(speed.shape.text, tokens, scores, calls=repeats / batch)
+        total += speed.layers(speed.shape.text, tokens, scores, unread=unread, calls=repeats / batch)
         total += speed.head(branched.read_tokens or branched.branches, LOG_PROB_PASSES, calls=1 / batch)
         if branched.new_tokens:
             behind = prompt + branched.segment_tokens
@@ -165,14 +165,14 @@ def through_layers(speed: Speed, sizes: Sequence[PromptSize], training: Training
     responses = training.chosen + training.rejected
     for size in sizes:
         if training.shared:
-            tokens = size.tokens + responses
+            tokens, unread = size.tokens + responses, size.tokens - 1
             scores = size.tokens * size.tokens / 2 + segment_scores(
                 size.tokens, responses, training.branches, responses / training.branches
             )
         else:
             row = size.tokens + max(training.chosen, training.rejected)
-            tokens, scores = 2 * row, 2 * row * row
-        total += speed.layers(speed.shape.text, tokens, scores, calls=1 / training.rows, way=way)
+            tokens, scores, unread = 2 * row, 2 * row * row, 0
+        total += speed.layers(speed.shape.text, tokens, scores, unread=unread, calls=1 / training.rows, way=way)
     return total.times(training.pairs)
 
 

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
+from align.prefix.last_layer import compute_everywhere, compute_where_read
 from align.prefix.layout import Layout
 from align.prefix.plans import AttentionPlan, plan_of
 
@@ -67,6 +68,7 @@ def use_shared_prefix(model: PreTrainedModel) -> None:
             raise PrefixUnsupported(f"the language model uses {config._attn_implementation} attention")
         # Set on this config alone; the property's setter would also reach the configs of other towers.
         config._attn_implementation_internal = NAME
+    compute_where_read(model)
 
 
 def stop_shared_prefix(model: PreTrainedModel) -> None:
@@ -75,6 +77,7 @@ def stop_shared_prefix(model: PreTrainedModel) -> None:
     for config in _decoder_configs(model):
         if config._attn_implementation == NAME:
             config._attn_implementation_internal = "sdpa"
+    compute_everywhere(model)
 
 
 def _decoder_configs(model: PreTrainedModel) -> list[Any]:

@@ -129,6 +129,13 @@ class Layout:
         """`(B,)` int64, real tokens of every prompt."""
         return self.prompt_mask.sum(dim=1)
 
+    @property
+    def read_at(self) -> Tensor:
+        """`(B, 1 + S)` int64: the last real token of the prompt and all behind it, the only places that predict any."""
+        width, length = self.prompt_mask.shape[1], self.input_ids.shape[1]
+        segments = torch.arange(width, width + length, device=self.prompt_mask.device).expand(len(self.input_ids), -1)
+        return torch.cat([self.prompt_lengths[:, None] - 1, segments], dim=1)
+
     def mask(self) -> Tensor:
         """`(B, 1, S, P + S)` bool: what a segment token may see. Padding sees the prompt, so that no row is empty."""
         prompt = self.prompt_mask[:, None, :].expand(-1, self.segment.shape[1], -1)

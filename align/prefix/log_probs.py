@@ -65,17 +65,12 @@ def _logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
-def row_hidden_states(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Tensor:
-    """`(B, P + S, H)`: hidden states of the whole rows, from one pass."""
+def segment_hidden_states(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Tensor:
+    """`(B, S, H)`: for every segment token the hidden state that predicts it, from one pass over the whole rows."""
     with active_layout(layout) as plan:
         output = backbone_of(model)(**row_inputs(model, prompt_inputs, layout), use_cache=False, return_dict=True)
     require_every_layer(model, plan.num_calls)
-    return output.last_hidden_state
-
-
-def segment_hidden_states(model: PreTrainedModel, prompt_inputs: Mapping[str, Any], layout: Layout) -> Tensor:
-    """`(B, S, H)`: for every segment token the hidden state that predicts it."""
-    hidden = row_hidden_states(model, prompt_inputs, layout)
+    hidden = output.last_hidden_state
     return hidden.gather(1, layout.predicted_at[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 

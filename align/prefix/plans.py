@@ -21,12 +21,14 @@ class AttentionPlan:
 
     `prompt_width` P: the first P queries are prompt tokens, causal among themselves; 0 where the prompt's keys
     come from a cache. `mask` `(B, 1, Q, K)` bool: what the remaining Q queries see of all K keys; None without such
-    queries. `num_calls` counts the layers that asked, so that a model with other than attention layers is noticed.
+    queries. `read_at` `(B, R)` int64: the places of the row whose last hidden state is read, each once; None for all.
+    `num_calls` counts the layers that asked, so that a model with other than attention layers is noticed.
     """
 
-    def __init__(self, prompt_width: int, mask: Tensor | None) -> None:
+    def __init__(self, prompt_width: int, mask: Tensor | None, read_at: Tensor | None = None) -> None:
         self.prompt_width = prompt_width
         self.mask = mask
+        self.read_at = read_at
         self.num_keys = prompt_width if mask is None else mask.shape[3]
         self.num_queries = prompt_width + (0 if mask is None else mask.shape[2])
         self.num_calls = 0
@@ -95,7 +97,8 @@ class GroupedPlan(AttentionPlan):
         rows = torch.arange(batch, device=groups.device)[:, None, None]
         own = visibility_mask(layout.ancestors, segment[rows, index], depth[rows, index])
         prompt = layout.prompt_mask[:, None, None].expand(-1, num_groups, width, -1)
-        super().__init__(layout.prompt_mask.shape[1], torch.cat([prompt, own], dim=3).flatten(0, 1)[:, None])
+        mask = torch.cat([prompt, own], dim=3).flatten(0, 1)[:, None]
+        super().__init__(layout.prompt_mask.shape[1], mask, layout.read_at)
         self.index = index.clamp(max=length - 1)
         self.num_keys = self.num_queries = self.prompt_width + length
 
@@ -151,13 +154,13 @@ def plan_of(layout: Layout) -> AttentionPlan:
     """The plan for whole rows `[prompt | segments]` in one forward, whichever way computes fewer scores."""
     prompt, length = layout.prompt_mask.shape[1], layout.input_ids.shape[1]
     if length == 0:
-        return AttentionPlan(prompt, None)
+        return AttentionPlan(prompt, None, layout.read_at)
     groups = _top_segment(layout)
     num_groups = int(groups.max()) + 1
     width = max(int((groups == group).sum(dim=1).max()) for group in range(num_groups))
     if length * (prompt + length) > GROUPING_PAYS * num_groups * width * (prompt + width):
         return GroupedPlan(layout)
-    return AttentionPlan(prompt, layout.mask())
+    return AttentionPlan(prompt, layout.mask(), layout.read_at)
 
 
 def _top_segment(layout: Layout) -> Tensor:

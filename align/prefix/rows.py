@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align.prefix.layout import Layout
 
@@ -27,6 +28,13 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The part of the model that gives hidden states, images and all, without the vocabulary projection."""
     inner = unwrap(model)
     return getattr(inner, inner.base_model_prefix)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The language model's layers that can be checkpointed, in order."""
+    lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
+    layers = max(lists, key=len, default=nn.ModuleList())
+    return [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
 
 
 def row_inputs(

@@ -20,6 +20,8 @@ VARIANTS = {
     "everything trained": {"freeze": []},
     "fsdp2": {"strategy": "fsdp2", "num_processes": 8, "steps": 2},
     "fsdp2, an adapter": {"strategy": "fsdp2", "num_processes": 8, "lora": True},
+    "zero2": {"strategy": "zero2", "num_processes": 8, "dtype": "bfloat16"},
+    "zero3": {"strategy": "zero3", "num_processes": 8, "dtype": "bfloat16"},
 }
 SCENARIOS = {
     **{name: {"family": name, "layout": "plain" if name in SEPARATE else "shared"} for name in FAMILIES},
@@ -40,6 +42,12 @@ WAITS = {
     "transformers/models/",
     "transformers/vision_utils.py:",
     "transformers/utils/import_utils.py:torch_compilable_check",
+    # Whether the gradients are finite and what their norm is, and under ZeRO-3 the lengths that others send.
+    "accelerate/utils/deepspeed.py:get_global_grad_norm",
+    "deepspeed/runtime/utils.py:is_invalid_grad_norm",
+    "deepspeed/runtime/zero/stage_1_and_2.py:has_overflow",
+    "deepspeed/runtime/zero/utils.py:assert_lst_len_same_as_other_ranks",
+    "deepspeed/runtime/zero/utils.py:get_lst_from_rank0",
     # Metrics.
     "transformers/trainer.py:_run_epoch",
     "trl/trainer/dpo_trainer.py:_compute_loss",

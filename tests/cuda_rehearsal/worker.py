@@ -11,6 +11,9 @@ import sys
 import time
 import traceback
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
 
 
 def main() -> None:
@@ -20,18 +23,38 @@ def main() -> None:
     _leave_out_triton()
     results, sys.stdout = sys.stdout, sys.stderr
     warnings.simplefilter("ignore")
+    # Forked before anything here has gone backward: autograd's threads do not outlive a fork.
+    forking = ProcessPoolExecutor(1, mp_context=get_context("fork"))
+    forking.submit(scenario, "train").result()
     for line in iter(sys.stdin.readline, ""):
         name, options = json.loads(line)
-        started = time.process_time()
-        try:
-            run = scenario(name)
-            # Modules are here to stay: looking through them again at every collection takes a second each time.
-            gc.freeze()
-            found = run(**options)
-        except Exception:
-            found = {"error": traceback.format_exc()}
-        found["seconds"] = round(time.process_time() - started, 1)
-        print(json.dumps(found, default=str), file=results, flush=True)
+        if options.get("strategy", "").startswith("zero"):
+            answer = forking.submit(in_a_fork, name, options).result()
+        else:
+            answer = answered(name, options)
+        print(answer, file=results, flush=True)
+
+
+def answered(name: str, options: dict[str, Any]) -> str:
+    """What the scenario found, or its error, with the seconds that it took."""
+    started = time.process_time()
+    try:
+        run = scenario(name)
+        # Modules are here to stay: looking through them again at every collection takes a second each time.
+        gc.freeze()
+        found = run(**options)
+    except Exception:
+        found = {"error": traceback.format_exc()}
+    found["seconds"] = round(time.process_time() - started, 1)
+    return json.dumps(found, default=str)
+
+
+def in_a_fork(name: str, options: dict[str, Any]) -> str:
+    """The same in a process that ends with it: DeepSpeed keeps its groups and its settings as long as one lives."""
+    import deepspeed  # noqa: F401, here and not in every fork anew
+
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as fork:
+        return fork.submit(answered, name, options).result()
 
 
 def _leave_out_triton() -> None:

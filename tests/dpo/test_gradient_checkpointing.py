@@ -9,13 +9,13 @@ from peft import LoraConfig
 from align.config import Config
 from align.dpo.auto_batch_size import remember_smaller_batch, with_batch_that_fits
 from align.dpo.collator import PairCollator, pair_dataset
-from align.dpo.gradient_checkpointing import decoder_layers
 from align.dpo.settings import checkpointing_field
 from align.dpo.step_memory import GIB, USABLE, How, StepBatch, least_recomputation, training_memory
 from align.dpo.trainer import PairTrainer
 from align.media.images import ImageStore
 from align.models.modules import freeze_parts
 from align.models.shapes import model_shape
+from align.prefix.rows import decoder_layers
 from scripts.valley_size import build_valley
 from tests import tiny_models, tiny_vlms
 from tests.dpo.conftest import make_args, make_pairs, tokenized

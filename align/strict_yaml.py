@@ -52,10 +52,10 @@ def parse_yaml(text: str) -> Any:
 def _refuse_aliases_within_anchors(text: str) -> None:
     """With those a file of a few lines can stand for more than any memory holds, or for itself."""
     inside: list[bool] = []
-    event: Any
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent) and any(inside):
-            raise yaml.composer.ComposerError(None, None, "an alias inside of an anchored value", event.start_mark)
+            where: Any = event.start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias inside of an anchored value", where)
         if isinstance(event, yaml.CollectionStartEvent):
             inside.append(event.anchor is not None)
         elif isinstance(event, yaml.CollectionEndEvent):

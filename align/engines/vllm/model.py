@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsLoRA, SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.module_mapping import MultiModelKeys
-from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.utils import WeightsMapper, init_vllm_registered_model, maybe_prefix
 
 from align.engines.vllm.narrow_heads import NarrowHeads
 from align.models.families import FAMILIES, Family
@@ -33,6 +33,13 @@ class VisualModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
+    # By these vLLM finds the layers that an adapter was trained on; without them it serves the base and says nothing.
+    hf_to_vllm_mapper: ClassVar = WeightsMapper(
+        orig_to_new_prefix={
+            "lm_head.": "language_model.lm_head.",
+            **{f"model.{part}.": f"language_model.model.{part}." for part in TEXT_PARTS[:3]},
+        }
+    )
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()

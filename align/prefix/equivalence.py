@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from align.errors import is_out_of_memory
 from align.prefix.attention import PrefixUnsupported, use_shared_prefix
+from align.prefix.encode_once import images_encoded_once
 from align.prefix.full_precision import HALF, can_compute_in_float32, computes_in, in_float32
 from align.prefix.layout import Layout
 from align.prefix.log_probs import forward_segments, unshared_segments
@@ -126,13 +127,14 @@ def _compare(
         return unshared_segments(model, prompt_inputs, layout, left_padding=left_padding).log_probs[real].cpu()
 
     real = layout.is_token
-    ours = shared_path(layout) if shared is None else shared[real.cpu()].cpu()
-    unshared = unshared_path()
-    with rounded_otherwise(model):
-        noise = Difference.between(unshared_path(PADDING), unshared)
+    with images_encoded_once(model):
+        ours = shared_path(layout) if shared is None else shared[real.cpu()].cpu()
+        unshared = unshared_path()
+        with rounded_otherwise(model):
+            noise = Difference.between(unshared_path(PADDING), unshared)
+        wrong = {name: Difference.between(shared_path(rows), unshared) for name, rows in wrong_layouts(layout).items()}
     allowed = _allowed(noise, unshared)
     difference = Difference.between(ours, unshared)
-    wrong = {name: Difference.between(shared_path(rows), unshared) for name, rows in wrong_layouts(layout).items()}
     passing = [name for name, found in wrong.items() if found.within(allowed)]
     agree = difference.within(allowed)
     measured = f"on {len(ours)} tokens ({difference}; allowed, from the noise of the unshared path: {allowed})"

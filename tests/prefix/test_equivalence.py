@@ -14,6 +14,7 @@ from align.prefix.equivalence import check_equivalence
 from align.prefix.full_precision import in_float32
 from align.prefix.layout import Layout, Segment
 from align.prefix.log_probs import forward_segments
+from align.prefix.rows import backbone_of
 from tests.prefix.prefix_models import SUPPORTED, gemma3_sliding, make, mamba
 
 
@@ -29,6 +30,19 @@ def test_supported_families_are_equivalent(family: str):
     assert found.exact, found.reason
     assert found.difference.largest <= 1e-5
     assert set(found.wrong) == {"positions shifted by one", "siblings that see one another"}
+
+
+@pytest.mark.parametrize("family", [name for name in SUPPORTED if name not in ("qwen2", "llama")])
+def test_images_are_encoded_once_for_all_that_is_compared_and_anew_afterwards(family: str):
+    model, inputs = make(SUPPORTED[family])
+    backbone, calls = backbone_of(model), []
+    towers = [module for name, module in backbone.named_modules() if name.endswith(("vision_tower", "visual"))]
+    for tower in towers:
+        tower.register_forward_hook(lambda tower, *_: calls.append(tower))
+    for _ in range(2):
+        calls.clear()
+        assert check_equivalence(model, inputs, layout_for(inputs)).exact
+        assert 0 < len(calls) == len(set(calls))
 
 
 @pytest.mark.parametrize(("build", "reason"), [(gemma3_sliding, "sliding"), (mamba, "layers")])

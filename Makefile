@@ -13,7 +13,7 @@ CUDA := -c locks/cuda.txt
 UV = $(BIN)/uv
 COMPILE = $(UV) pip compile --quiet --config-file locks/uv.toml --custom-compile-command 'make lock'
 
-.PHONY: demo test lint types tests test-oldest test-newest test-vllm docs dist lock clean
+.PHONY: demo test lint types tests test-cuda test-oldest test-newest test-vllm docs dist lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/align demo --folder demo-run
@@ -32,7 +32,11 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/cuda_rehearsal $(PYTEST)
+
+# What would run on a GPU, rehearsed on tensors that only seem to be there.
+test-cuda: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile tests/cuda_rehearsal
 
 # The pages and the reference, in build/site.
 docs: $(VENV)/.dev

@@ -194,7 +194,7 @@ class StagePlanner:
                 written += len(judge.sizes) * branched.branches * branched.new_tokens
             if judge.scorer.scored:
                 longer = self.lengths.chosen
-                cost += reading(judge.speed, judge.sizes, more_tokens=longer).times(judge.scorer.scored)
+                cost += reading(judge.speed, judge.sizes, more_tokens=longer, shared=False).times(judge.scorer.scored)
                 read += round(judge.scorer.scored * sum(s.tokens + longer for s in judge.sizes))
         return cost, read, written
 

@@ -67,14 +67,20 @@ class Training:
     branches: float = 2
 
 
-def reading(speed: Speed, sizes: Sequence[PromptSize], batch: float = 1, *, more_tokens: float = 0) -> Cost:
-    """Every question encoded once: towers, projector, and the language model over the prompt."""
+def reading(
+    speed: Speed, sizes: Sequence[PromptSize], batch: float = 1, *, more_tokens: float = 0, shared: bool = True
+) -> Cost:
+    """Every question encoded once: towers, projector, and the language model over the prompt.
+
+    `shared`: of its last layer only what predicts a response is computed.
+    """
     calls = 1 / batch
     total = Cost()
     for size in sizes:
         tokens = size.tokens + more_tokens
         total += seeing(speed, size, calls)
-        total += speed.layers(speed.shape.text, tokens, tokens * tokens / 2, unread=tokens - 1, calls=calls)
+        unread = tokens - 1 if shared else 0
+        total += speed.layers(speed.shape.text, tokens, tokens * tokens / 2, unread=unread, calls=calls)
     return total
 
 
@@ -98,7 +104,7 @@ def sampling(
     passes = GREEDY_PASSES if greedy else NUCLEUS_PASSES
     if not shared:
         written = speed.writing(branches, 1, prompt, tokens, passes)
-        return reading(speed, sizes).times(branches, 1) + written.times(len(sizes))
+        return reading(speed, sizes, shared=False).times(branches, 1) + written.times(len(sizes))
     first = min(FIRST_BATCH, len(sizes))
     rest = len(sizes) - first
     total = speed.writing(first, branches, prompt, tokens, passes)

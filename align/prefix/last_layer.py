@@ -52,11 +52,12 @@ def compute_everywhere(model: PreTrainedModel) -> None:
 
 
 class _Places:
-    """The hooks of one layer; `at` `(B, R)` is where its present call is read, None for everywhere."""
+    """The hooks of one layer; `at` `(B, R)` is where its present call is read, None for everywhere; `length` T is that
+    of the row whose places the part at work has taken, None where it is given something else than rows."""
 
     def __init__(self) -> None:
         self.at: Tensor | None = None
-        self.length = 0
+        self.length: int | None = None
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The layer begins: where it will be read."""
@@ -65,15 +66,15 @@ class _Places:
 
     def take(self, part: nn.Module, args: tuple[Tensor, ...]) -> Tensor | None:
         """`(B, T, C)` to `(B, R, C)`."""
-        if self.at is None:
+        self.length = None
+        if self.at is None or len(args) != 1 or args[0].ndim != 3:
             return None
-        (states,) = args
-        self.length = states.shape[1]
-        return states.gather(1, self._index(states))
+        self.length = args[0].shape[1]
+        return args[0].gather(1, self._index(args[0]))
 
     def put(self, part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """`(B, R, C)` to `(B, T, C)`, zero where nobody reads."""
-        if self.at is None:
+        if self.length is None:
             return None
         whole = output.new_zeros(len(output), self.length, output.shape[2])
         return whole.scatter(1, self._index(output), output)

@@ -87,3 +87,16 @@ def test_layers_of_experts_are_left_whole_and_equal():
         expected = unshared_segments(model, inputs, layout).log_probs
         use_shared_prefix(model)
         assert (forward_segments(model, inputs, layout).log_probs - expected).abs().max() <= 1e-5
+
+
+def test_a_part_that_is_given_no_rows_computes_all_that_it_is_given():
+    model, inputs = make(SUPPORTED["qwen2"])
+    inputs = {name: value[:1] for name, value in inputs.items()}
+    layout, last = layout_of(inputs), decoder_layers(model)[-1]
+    last.post_attention_layernorm.register_forward_hook(lambda _, __, output: output.squeeze(0))
+    with torch.no_grad():
+        expected = unshared_segments(model, inputs, layout).log_probs
+        use_shared_prefix(model)
+        assert (forward_segments(model, inputs, layout).log_probs - expected).abs().max() <= 1e-5
+    given = places_computed(model, inputs, layout)
+    assert given[len(decoder_layers(model)) - 1, "self_attn.o_proj"] == 1 + layout.input_ids.shape[1]

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -190,10 +190,12 @@ def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[_Stop]:
 
     def pass_on(*_: object) -> None:
         stop.requested = True
-        launcher = psutil.Process(process.pid)
-        for worker in launcher.children(recursive=True):
-            if worker.ppid() == process.pid:
-                worker.terminate()
+        # Whoever has ended by itself meanwhile need not be told.
+        with suppress(psutil.NoSuchProcess):
+            for worker in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if worker.ppid() == process.pid:
+                        worker.terminate()
 
     if threading.current_thread() is not threading.main_thread():
         # Python hands signals to the main thread only; whoever waits there deals with them.

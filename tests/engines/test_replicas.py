@@ -57,7 +57,10 @@ def look(server):
 
 
 def runs(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_servers_answer_on_ports_of_their_own_and_are_gone_afterwards(tmp_path):

@@ -106,11 +106,13 @@ NEITHER = (127, "neither run nor in the table of what is not run")
 
 
 class Player:
-    """`shell` runs scripts with these programs; `used` are the entries of the tables that were needed."""
+    """`shell` runs scripts with these programs; `used` are the entries of the tables that were needed,
+    `pages` what was played."""
 
     def __init__(self, server: StubServer, **more: Program) -> None:
         self.server = server
         self.used: set[str] = set()
+        self.pages: set[str] = set()
         self.outputs: list[Path] = []
         others = ("accelerate", "hf", "pip", "vllm")
         self.shell = Shell(

@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tests run side by side; each process computes on one thread.
 WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # What the tests want installed, and the file that pins all of it.
 EXTRAS := demo report servers deepspeed low-bit video sentencepiece web wandb mlflow lmms-eval lmms-eval-core docs dev
 LOCK := locks/dev.txt
@@ -13,7 +14,7 @@ CUDA := -c locks/cuda.txt
 UV = $(BIN)/uv
 COMPILE = $(UV) pip compile --quiet --config-file locks/uv.toml --custom-compile-command 'make lock'
 
-.PHONY: demo test lint types tests test-cuda test-oldest test-newest test-vllm docs dist lock clean
+.PHONY: demo test lint types tests test-cuda test-pages test-oldest test-newest test-vllm docs dist lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/align demo --folder demo-run
@@ -32,11 +33,15 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/cuda_rehearsal $(PYTEST)
+	$(PYTEST) --ignore=tests/cuda_rehearsal --ignore=tests/pages $(ARGUMENTS)
 
 # What would run on a GPU, rehearsed on tensors that only seem to be there.
 test-cuda: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile tests/cuda_rehearsal
+	$(PYTEST) tests/cuda_rehearsal
+
+# The pages are built, their commands and examples run.
+test-pages: $(VENV)/.dev
+	$(PYTEST) tests/pages
 
 # The pages and the reference, in build/site.
 docs: $(VENV)/.dev
@@ -48,12 +53,12 @@ dist: $(VENV)/.dev
 
 # The suite with the oldest and with the newest of everything that pyproject.toml admits, each in an environment of its own.
 test-oldest:
-	$(MAKE) tests VENV=.venv-oldest LOCK=locks/oldest.txt CUDA= PYTEST="-m 'not locked'"
+	$(MAKE) tests VENV=.venv-oldest LOCK=locks/oldest.txt CUDA= ARGUMENTS="-m 'not locked'"
 
 test-newest: $(VENV)/.dev
 	mkdir -p build
 	$(COMPILE) --upgrade --python $(BIN)/python pyproject.toml $(EXTRAS:%=--extra %) -o build/newest.txt
-	$(MAKE) tests VENV=.venv-newest LOCK=build/newest.txt CUDA= PYTEST="-m 'not locked'"
+	$(MAKE) tests VENV=.venv-newest LOCK=build/newest.txt CUDA= ARGUMENTS="-m 'not locked'"
 
 # The plugin and the engine against vLLM itself, with the transformers that vLLM wants.
 test-vllm:

@@ -68,7 +68,7 @@ LEFT_OUT = {
 }
 # What begins so is not run.
 NOT_RUN = {
-    r"make (test|docs)\b": "is what runs this; tests/test_docs.py builds the pages",
+    r"make (test|test-\w+|docs)\b": "is what runs this; tests/pages/test_docs.py builds the pages",
     r"make (dist|lock)\b": "write into the repository; tests/test_package.py builds a wheel, tests/test_locks.py holds the locks",
     r"(python -m )?pip install": "needs the network",
     r"accelerate launch": "tests/distributed launches so, with and without a configuration of accelerate's",
@@ -218,3 +218,12 @@ def _then_stop(parse: Callable[..., argparse.Namespace]) -> Callable[..., argpar
         raise FlagsReadError
 
     return parse_args
+
+
+def worker_error_of(subcommand, name, arguments):
+    """What the command line has against it; a command that is only named, without its arguments, is no fault."""
+    try:
+        subcommand.make_context(name, arguments)
+    except Exception as error:
+        return None if type(error).__name__ == "MissingParameter" else error
+    return None

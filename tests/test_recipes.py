@@ -23,8 +23,8 @@ from align.plan.text import plan_text
 from align.recipes import HERE, recipe_names, recipe_text
 from align.run.folder import RunDir
 from align.stages.pairs import run_pairs
+from tests.doc_player import worker_error_of
 from tests.stage_runs import align, make_project
-from tests.test_tour import worker_error_of
 
 NAMES = [
     "demo",

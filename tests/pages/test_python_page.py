@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def cells(kind: str) -> list[str]:

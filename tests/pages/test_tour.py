@@ -150,12 +150,3 @@ def test_the_readme_shows_the_main_way():
 def test_a_command_that_fails_is_a_fault(script, fault, player, tmp_path):
     player.shell.run(script + "\n", tmp_path)
     assert fault in "".join(player.shell.faults)
-
-
-def worker_error_of(subcommand, name, arguments):
-    """What the command line has against it; a command that is only named, without its arguments, is no fault."""
-    try:
-        subcommand.make_context(name, arguments)
-    except Exception as error:
-        return None if type(error).__name__ == "MissingParameter" else error
-    return None

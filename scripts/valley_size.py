@@ -90,10 +90,8 @@ def _text_flops(model: Any, prompt: int, response: int) -> float:
     config = model.config
     layers = _weights(model, lambda name: ".layers." in name and "vision" not in name)
     # Of the last layer only keys and values are made of the prompt, but for its last token.
-    unread = (layers / config.num_hidden_layers) * (prompt - 1)
-    unread -= (
-        _weights(model, lambda name: ".layers.0.self_attn.k_proj" in name and "vision" not in name) * 2 * (prompt - 1)
-    )
+    keys = _weights(model, lambda name: ".layers.0.self_attn.k_proj" in name and "vision" not in name)
+    unread = (layers / config.num_hidden_layers - 2 * keys) * (prompt - 1)
     # Keys that a query sees: on average half of its own sequence, and the prompt where it stands behind one.
     seen = prompt * prompt / 2 + 2 * response * (prompt + response / 2)
     attention = 4 * config.num_hidden_layers * config.hidden_size * seen

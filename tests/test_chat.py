@@ -168,6 +168,7 @@ def take_terminal():
 
 
 def test_on_a_terminal_a_question_is_answered_and_ctrl_c_ends(pictures):
+    answer = last_of(Chat(str(POLICY)).answer([Chat(str(POLICY)).ask(QUESTION, pictures[:1])], GREEDY)).texts[0]
     terminal, inner = pty.openpty()
     command = [sys.executable, "-m", "align.cli", "chat", str(POLICY), "--image", str(pictures[0])]
     process = subprocess.Popen(
@@ -180,7 +181,6 @@ def test_on_a_terminal_a_question_is_answered_and_ctrl_c_ends(pictures):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     os.close(inner)
-    answer = last_of(Chat(str(POLICY)).answer([Chat(str(POLICY)).ask(QUESTION, pictures[:1])], GREEDY)).texts[0]
     try:
         assert "/help" in "".join(read_until(terminal, "> "))
         os.write(terminal, b"/nonsense\n")

@@ -51,6 +51,11 @@ class StepBatch:
         """Tokens of both responses of a pair."""
         return self.chosen_tokens + self.rejected_tokens
 
+    @property
+    def unread_tokens(self) -> int:
+        """Of shared prompts, those of which the last layer makes only keys and values: all but the last one of each."""
+        return self.num_rows * (self.prompt_tokens - 1)
+
 
 @dataclass(frozen=True)
 class How:
@@ -310,7 +315,7 @@ def _unread_inner(shape: ModelShape, batch: StepBatch, how: How) -> int:
     if not how.shared or shape.text.experts:
         return 0
     arrays = 3 if shape.text.gated else 1
-    return round(batch.num_rows * (batch.prompt_tokens - 1) * arrays * shape.text.inner * how.compute_bytes)
+    return round(batch.unread_tokens * arrays * shape.text.inner * how.compute_bytes)
 
 
 def _unread_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:
@@ -318,7 +323,7 @@ def _unread_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:
     inner, text = _unread_inner(shape, batch, how), shape.text
     if not inner or text.kept.inputs <= text.inner:
         return inner
-    return inner + round(batch.num_rows * (batch.prompt_tokens - 1) * (text.inner + text.hidden) * how.compute_bytes)
+    return inner + round(batch.unread_tokens * (text.inner + text.hidden) * how.compute_bytes)
 
 
 def _mask_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:

@@ -25,7 +25,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     # Forked before anything here has gone backward: autograd's threads do not outlive a fork.
     forking = ProcessPoolExecutor(1, mp_context=get_context("fork"))
-    forking.submit(scenario, "train").result()
+    forking.submit(gc.collect).result()
     for line in iter(sys.stdin.readline, ""):
         name, options = json.loads(line)
         if options.get("strategy", "").startswith("zero"):
@@ -53,6 +53,7 @@ def in_a_fork(name: str, options: dict[str, Any]) -> str:
     """The same in a process that ends with it: DeepSpeed keeps its groups and its settings as long as one lives."""
     import deepspeed  # noqa: F401, here and not in every fork anew
 
+    scenario(name)
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as fork:
         return fork.submit(answered, name, options).result()
 

@@ -23,6 +23,8 @@ from align.engines.vllm.narrow_heads import NarrowHeads
 from align.models.families import FAMILIES, Family
 
 TEXT_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+# How names of the text model's weights begin; the last part has none.
+TEXT_PREFIXES = ("lm_head.", *(f"model.{part}." for part in TEXT_PARTS[:3]))
 
 
 class VisualModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
@@ -35,10 +37,7 @@ class VisualModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
     }
     # By these vLLM finds the layers that an adapter was trained on; without them it serves the base and says nothing.
     hf_to_vllm_mapper: ClassVar = WeightsMapper(
-        orig_to_new_prefix={
-            "lm_head.": "language_model.lm_head.",
-            **{f"model.{part}.": f"language_model.model.{part}." for part in TEXT_PARTS[:3]},
-        }
+        orig_to_new_prefix={prefix: f"language_model.{prefix}" for prefix in TEXT_PREFIXES}
     )
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -107,7 +106,7 @@ class VisualModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
                     targets[own].data.copy_(tensor)
                     missing.discard(own)
                     loaded.add(f"visual.{own}")
-                elif _is_text(name):
+                elif name.startswith(TEXT_PREFIXES):
                     yield from self.narrow.pad(name, tensor)
                 elif not self._is_unused(name, stored):
                     raise ValueError(f"found a tensor {name!r} that no part of {type(self).__name__} has")
@@ -145,7 +144,3 @@ def _on_disk(name: str, family: Family) -> str:
     for pattern, replacement in family.names_on_disk:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _is_text(name: str) -> bool:
-    return name.startswith(("lm_head.", *(f"model.{part}." for part in TEXT_PARTS[:3])))

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tests run side by side; each process computes on one thread.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder
 # What the tests want installed, and the file that pins all of it.
 EXTRAS := demo report servers deepspeed low-bit video sentencepiece web wandb mlflow lmms-eval lmms-eval-core docs dev
 LOCK := locks/dev.txt

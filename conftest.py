@@ -3,9 +3,13 @@
 Modules of the plugin subclass vLLM's classes: their doctests are collected where vLLM is installed.
 """
 
+import functools
 import gc
 import importlib.util
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -28,10 +32,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file go to one process; so do all files that fork (`tests/forks.py`), which import much once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path: str = super()._split_scope(nodeid)
+            return "files that fork" if _forks(config.rootpath / path) else path
+
+    return LoadFile(config, log)
+
+
+@functools.cache
+def _forks(path: Path) -> bool:
+    """Whether a file of tests has processes forked."""
+    forks = r"from tests\.forks|in_two_processes|from tests\.stage_runs import .*\b(?:align|Command)\b"
+    return re.search(forks, path.read_text(encoding="utf-8")) is not None
+
+
 def pytest_collection_finish() -> None:
+    imports = sys.modules.get("accelerate.utils.imports")
+    if imports is not None:
+        # It reads and parses a package's metadata again at every step of a training, to see whether it is there.
+        imports._is_package_available = functools.cache(imports._is_package_available)  # type: ignore[attr-defined]
+    _freeze()
+
+
+def pytest_runtest_setup() -> None:
+    if len(sys.modules) > _num_frozen + 100:
+        _freeze()
+
+
+_num_frozen = 0
+
+
+def _freeze() -> None:
     """Take what has been imported out of the garbage collector's sight.
 
     Trainers and engines collect between models, and to go through every module of every library takes half a second.
     """
+    global _num_frozen
     gc.collect()
     gc.freeze()
+    _num_frozen = len(sys.modules)

@@ -17,8 +17,9 @@ FORKS = multiprocessing.get_context("forkserver")
 _STAGES = ["align.stages.sample", "align.stages.score", "align.dpo.stage", "align.evaluation.evaluate", "align.report"]
 # What DeepSpeed imports when a training begins, which takes longer than the training of a tiny model; may be missing.
 _ZERO = ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
-_TRAINING = ["trl", "peft", *_ZERO]
-FORKS.set_forkserver_preload(["tests.tiny_models", "align.loop", "align.check", "align.plan", *_TRAINING, *_STAGES])
+_TRAINING = ["trl", "peft", "torch.utils.tensorboard", *_ZERO]
+_COMMANDS = ["align.cli", "align.loop", "align.check", "align.plan"]
+FORKS.set_forkserver_preload(["tests.tiny_models", *_COMMANDS, *_TRAINING, *_STAGES])
 
 
 def begin(out: Path, err: Path) -> None:

@@ -160,13 +160,13 @@ def test_a_line_that_cannot_be_obeyed_is_told(monkeypatch, capsys, line, message
         typed(monkeypatch, capsys, [line])
 
 
-@pytest.mark.slow
 def take_terminal():
     """In a new process: its standard input is the terminal that Ctrl-C comes from, and Ctrl-C interrupts."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_question_is_answered_and_ctrl_c_ends(pictures):
     answer = last_of(Chat(str(POLICY)).answer([Chat(str(POLICY)).ask(QUESTION, pictures[:1])], GREEDY)).texts[0]
     terminal, inner = pty.openpty()

@@ -6,12 +6,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
+from align.cli import app
 from align.config import build_config
 from align.demo.data import POLICY
 from align.errors import UserError
@@ -23,6 +23,7 @@ from align.lmms_eval.visuals import Unaskable, dialogue_of
 from align.media.video import uniform
 from align.report import write_report
 from align.run.folder import RunDir
+from tests.forks import FORKS, begin
 from tests.lmms_tasks import CHOICES, Stock, write_tasks
 from tests.patience import PATIENCE_S
 from tests.report.fake_run import FakeRun
@@ -111,30 +112,32 @@ def test_a_task_with_messages_of_its_own_is_asked_with_these(summary, folder, do
     assert [line["text"] for line in found] == [stock.says(turn, 8) for turn in turns]
 
 
-SCRIPT = """
-import json, sys
-from align.cli import app
-from align.errors import UserError
+def say_all(folder: Path, out: Path) -> None:
+    """Several commands, one after the other in this process; what came of each goes to a file."""
+    begin(folder / "said.log", folder / "said.log")
+    os.chdir(folder)
+    os.environ.update(OFFLINE)
 
-def call(*arguments):
-    try:
-        app(["evaluate", *arguments], standalone_mode=False)
+    def call(*arguments: str) -> str:
+        try:
+            app(["evaluate", "--lmms-eval", *arguments, "--lmms-eval-tasks", "tasks"], standalone_mode=False)
+        except UserError as error:
+            return str(error)
         return "done"
-    except UserError as error:
-        return str(error)
 
-own, policy = ["--lmms-eval-tasks", "tasks"], ["--checkpoint", sys.argv[1]]
-print(json.dumps({
-    "resumed": call("--lmms-eval", "shown", *own, *policy, "--out", "again.json"),
-    "finished": call("--lmms-eval", "shown", *own, *policy, "--out", "again.json"),
-    "changed": call("--lmms-eval", "shown", *own, *policy, "--out", "again.json", "--limit", "2"),
-    "of a run": call("--lmms-eval", "shown", *own, "--limit", "2"),
-    "unknown": call("--lmms-eval", "shonw", *own, *policy),
-    "rounds": call("--lmms-eval", "rounds", *own, *policy),
-    "deaf": call("--lmms-eval", "deaf", *own, *policy),
-    "lost": call("--lmms-eval", "lost", *own, *policy),
-}))
-"""
+    policy = ("--checkpoint", str(POLICY))
+    again = ("shown", *policy, "--out", "again.json")
+    said = {
+        "resumed": call(*again),
+        "finished": call(*again),
+        "changed": call(*again, "--limit", "2"),
+        "of a run": call("shown", "--limit", "2"),
+        "unknown": call("shonw", *policy),
+        "rounds": call("rounds", *policy),
+        "deaf": call("deaf", *policy),
+        "lost": call("lost", *policy),
+    }
+    out.write_text(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +153,11 @@ def said(summary, folder):
     (again / "manifest.json").write_text(json.dumps({"stages": {"shown": begun}}))
     settings = {"policy": str(POLICY), "questions": "questions.jsonl"}
     (folder / "align.yaml").write_text(json.dumps(settings))
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"} | OFFLINE
-    command = [sys.executable, "-c", SCRIPT, str(POLICY)]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=PATIENCE_S)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    process = FORKS.Process(target=say_all, args=(folder, folder / "said.json"))
+    process.start()
+    process.join(PATIENCE_S)
+    assert process.exitcode == 0, (folder / "said.log").read_text()
+    return json.loads((folder / "said.json").read_text())
 
 
 @needs_lmms_eval

@@ -5,6 +5,8 @@ Everything is built from seeds in memory, needs no file and no network, and runs
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,17 @@ def random_image(seed: int, width: int = 40, height: int = 30) -> Image.Image:
 
 def save_llava_onevision(folder: Path, seed: int = 0, **sizes: int | bool) -> Path:
     """Write a checkpoint folder of model and processor, as `load_model` and `load_processor` open it."""
-    llava_onevision(seed, **sizes).save_pretrained(folder)
-    llava_onevision_processor().save_pretrained(folder)
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in _saved(seed, **sizes).items():
+        (folder / name).write_bytes(data)
     return folder
+
+
+@functools.cache
+def _saved(seed: int, **sizes: int | bool) -> dict[str, bytes]:
+    """Every file of the folder: many tests want the same, and to make a model takes longer than to read one."""
+    with tempfile.TemporaryDirectory() as folder:
+        llava_onevision(seed, **sizes).save_pretrained(folder)
+        llava_onevision_processor().save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import UserError
-from align.models.record_faults import bounded_time, without_nulls
+from align.models.record_faults import MAX_RENDER_S, bounded_time, without_nulls
 from align.prefix.layout import Segment
 from reward.judge_model import BranchedPrompt
 
@@ -156,7 +156,7 @@ def check_prompts(processor: ProcessorMixin, where: str) -> None:
     words = {"type": "text", "text": QUESTION}
     fix = "check chat_template in the folder: it must write texts, and a placeholder for every image"
     try:
-        with bounded_time():
+        with bounded_time(MAX_RENDER_S):
             with_image, without = (
                 prompter.render([{"role": "user", "content": content}])
                 for content in ([{"type": "image"}, words], [words])

@@ -71,7 +71,7 @@ class TookTooLong(Exception):
 
 
 @contextmanager
-def bounded_time(seconds: float = MAX_RENDER_S) -> Iterator[None]:
+def bounded_time(seconds: float) -> Iterator[None]:
     """Stops Python code that is called inside after so many processor seconds of this thread.
 
     For a template that loops for ever (`range` in `range` in `range` is enough).
@@ -82,7 +82,7 @@ def bounded_time(seconds: float = MAX_RENDER_S) -> Iterator[None]:
 
     def watch(frame: FrameType, event: str, argument: Any) -> Any:
         if time.thread_time() > deadline:
-            raise TookTooLong(f"it did not end within {seconds:.0f} s")
+            raise TookTooLong(f"it did not end within {seconds:g} s")
         return watch
 
     before = sys.gettrace()

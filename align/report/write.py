@@ -176,6 +176,7 @@ def _versions(run: RunData) -> dict[str, str]:
     return found[-1] if found else {}
 
 
+@cache
 def environment() -> Environment:
     """Templates that escape everything; text is also freed of characters that no HTML file may hold."""
     found = Environment(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import platform
 import time
@@ -261,6 +262,7 @@ def _checksum(stages: Any) -> str:
     return text_hash(json.dumps(stages, sort_keys=True))[:16]
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of Python and of every package that can change a result."""
     found = {"python": platform.python_version()}

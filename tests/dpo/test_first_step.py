@@ -44,7 +44,7 @@ def test_a_reference_that_is_not_the_policy_is_found_with_every_loss(tmp_path, p
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, dict(batch))
     if name in ("sigmoid", "sigmoid_norm", "LD-DPO"):
-        assert float(loss) == pytest.approx(math.log(2), abs=1e-6)
+        assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     # Another model would find the chosen responses likelier and the others less likely, by a nat or so.
     chosen, rejected = REFERENCE_COLUMNS
     other = batch | {chosen: batch[chosen] + 1.5, rejected: batch[rejected] - 0.5}

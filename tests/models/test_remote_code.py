@@ -1,10 +1,11 @@
 """A trained folder opens where its parent opened: with the parent's own code, by its authors' call,
 under their loader."""
 
+import importlib
 import json
 import re
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from align.models.families import FAMILIES
 from align.models.load import load_model, load_processor
 from align.models.remote_code import add_code, whose_code
 from align.models.save import save_checkpoint
+from tests.forks import FORKS, begin
 from tests.models.goldens import FOLDER
 from tests.models.test_load import edit
 from tests.models.test_save import copy_of
+from tests.patience import PATIENCE_S
 
 GOLDEN = FOLDER / "valley_eagle_tiny"
 THEIRS = {"AutoModel": "modeling_valley.ValleyQwen2ForCausalLM", "AutoProcessor": "processing_valley.ValleyProcessor"}
@@ -149,14 +152,17 @@ def test_published_keywords_that_the_checkpoint_contradicts_are_refused():
 # What transformers 4.51 takes for the relative imports of a file (`get_relative_imports` in dynamic_module_utils.py).
 RELATIVE = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
 
-IMPORT_ALONE = """
-import importlib, sys
-sys.modules["align"] = None
-sys.path.insert(0, sys.argv[1])
-for line in sys.stdin.read().split():
-    package, module, name = line.split(":")
-    assert getattr(importlib.import_module(f"{package}.{module}"), name), line
-"""
+
+def import_alone(folder: Path, wanted: list[str], said: Path) -> None:
+    """In a process that has transformers, but cannot import this toolkit."""
+    begin(said, said)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "align"]:
+        del sys.modules[name]
+    sys.modules["align"] = None  # type: ignore[assignment]
+    sys.path.insert(0, str(folder))
+    for line in wanted:
+        package, module, name = line.split(":")
+        assert getattr(importlib.import_module(f"{package}.{module}"), name), line
 
 
 def test_every_file_that_is_named_brings_all_that_it_needs(tmp_path):
@@ -177,7 +183,7 @@ def test_every_file_that_is_named_brings_all_that_it_needs(tmp_path):
                 (tmp_path / package / f"{file}.py").write_text((folder / f"{file}.py").read_text())
             wanted.append(f"{package}:{module}:{name}")
     assert len(wanted) == 5 * len(FAMILIES)
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALONE, str(tmp_path)], input="\n".join(wanted), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = FORKS.Process(target=import_alone, args=(tmp_path, wanted, tmp_path / "said"))
+    process.start()
+    process.join(PATIENCE_S)
+    assert process.exitcode == 0, (tmp_path / "said").read_text()[-2000:]

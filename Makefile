@@ -9,12 +9,14 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder
 # What the tests want installed, and the file that pins all of it.
 EXTRAS := demo report servers deepspeed low-bit video sentencepiece web wandb mlflow lmms-eval lmms-eval-core docs dev
 LOCK := locks/dev.txt
+# Parts of the tests that are targets of their own.
+OTHERS := browser cuda_rehearsal pages
 # Versions of what a CUDA build of torch brings, where pip takes one: for the torch of the locks above.
 CUDA := -c locks/cuda.txt
 UV = $(BIN)/uv
 COMPILE = $(UV) pip compile --quiet --config-file locks/uv.toml --custom-compile-command 'make lock'
 
-.PHONY: demo test lint types tests test-cuda test-pages test-oldest test-newest test-vllm docs dist lock clean
+.PHONY: demo test lint types tests test-browser test-cuda test-pages test-oldest test-newest test-vllm docs dist lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/align demo --folder demo-run
@@ -33,7 +35,11 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.dev
-	$(PYTEST) --ignore=tests/cuda_rehearsal --ignore=tests/pages $(ARGUMENTS)
+	$(PYTEST) $(OTHERS:%=--ignore=tests/%) $(ARGUMENTS)
+
+# The report and the pages of `align chat` and `align label` in a real browser; says so where none is installed.
+test-browser: $(VENV)/.dev
+	$(PYTEST) -rs tests/browser
 
 # What would run on a GPU, rehearsed on tensors that only seem to be there.
 test-cuda: $(VENV)/.dev

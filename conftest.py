@@ -26,6 +26,12 @@ if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = [str(path) for path in PLUGIN.glob("*.py") if path.name not in WITHOUT_VLLM]
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """A module without examples is not imported to look for them."""
+    is_module = collection_path.suffix == ".py" and not collection_path.name.startswith(("test_", "conftest"))
+    return True if is_module and ">>>" not in collection_path.read_text(encoding="utf-8") else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no process is left alone with one at the end (`make tests`)."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
@@ -48,7 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @functools.cache
 def _forks(path: Path) -> bool:
     """Whether a file of tests has processes forked."""
-    forks = r"from tests\.forks|in_two_processes|from tests\.stage_runs import .*\b(?:align|Command)\b"
+    forks = r"from tests\.(?:forks|served)|in_two_processes|from tests\.stage_runs import .*\b(?:align|Command)\b"
     return re.search(forks, path.read_text(encoding="utf-8")) is not None
 
 

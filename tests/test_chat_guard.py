@@ -11,7 +11,7 @@ import pytest
 from align.chat.guard import Guard
 from align.demo.data import POLICY
 from tests.patience import PATIENCE_S, wait_until
-from tests.test_chat_web import Served
+from tests.served import Served
 
 OWN = "Host: 127.0.0.1\r\nConnection: close\r\n"
 
@@ -67,7 +67,7 @@ def events():
 def test_malformed_requests_print_no_traceback(tmp_path):
     pytest.importorskip("gradio")
     shutil.copytree(POLICY, tmp_path / "checkpoint")
-    served = Served(tmp_path)
+    served = Served(tmp_path, "chat", "checkpoint", "--web")
     port = int(served.url.rsplit(":", 1)[1].rstrip("/"))
 
     def status(request: bytes) -> int:
@@ -87,7 +87,7 @@ def test_malformed_requests_print_no_traceback(tmp_path):
         assert status(b"GARBAGE\r\n\r\n") == 400
         assert status(f"GET / HTTP/1.1\r\n{OWN}\r\n".encode()) == 200
         # Events are worked through after they were taken.
-        wait_until(lambda: "a request to the page failed" in served.errors.read_text())
+        wait_until(lambda: "a request to the page failed" in served.errors)
     finally:
-        errors = served.stop()
-    assert "Traceback" not in errors
+        served.stop()
+    assert "Traceback" not in served.errors

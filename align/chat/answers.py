@@ -182,3 +182,13 @@ def _until_whole(queue: SimpleQueue[Answers | BaseException]) -> Iterator[Answer
         yield found
         if found.cut is not None:
             return
+
+
+def short_name(checkpoint: str) -> str:
+    """The end of a path, enough to tell a run's checkpoints apart.
+
+    >>> short_name("/data/runs/critic/round-3/checkpoint"), short_name("./Valley-Eagle-7B/")
+    ('critic/round-3', 'Valley-Eagle-7B')
+    """
+    parts = Path(checkpoint).resolve().parts
+    return "/".join(parts[-3:-1]) if parts[-1] == "checkpoint" else parts[-1]

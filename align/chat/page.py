@@ -17,7 +17,7 @@ from typing import Any
 
 import gradio as gr
 
-from align.chat.answers import VIDEO_SUFFIXES, Answers, Chat, Exchange
+from align.chat.answers import VIDEO_SUFFIXES, Answers, Chat, Exchange, short_name
 from align.chat.guard import in_one_line
 from align.engines.base import SamplingSettings
 from align.errors import UserError
@@ -233,16 +233,6 @@ def _button(chosen: bool) -> gr.Button:
     if chosen:
         return gr.Button("✓ Goes on from this", variant="primary", size="sm")
     return gr.Button("Go on from this", variant="secondary", size="sm")
-
-
-def short_name(checkpoint: str) -> str:
-    """The end of a path, enough to tell a run's checkpoints apart.
-
-    >>> short_name("/data/runs/critic/round-3/checkpoint"), short_name("./Valley-Eagle-7B/")
-    ('critic/round-3', 'Valley-Eagle-7B')
-    """
-    parts = Path(checkpoint).resolve().parts
-    return "/".join(parts[-3:-1]) if parts[-1] == "checkpoint" else parts[-1]
 
 
 def _messages(talk: Talk) -> list[dict[str, Any]]:

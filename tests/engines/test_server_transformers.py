@@ -1,6 +1,7 @@
 """The server engine against `transformers serve`, a real server:
 one that ignores `n` and shows no log-probabilities."""
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -20,9 +21,10 @@ from tests.engines.conftest import collect, question
 from tests.patience import PATIENCE_S
 from tests.tiny_models import random_image
 
-pytest.importorskip("fastapi", reason="needs transformers[serving]")
-pytest.importorskip("uvicorn", reason="needs transformers[serving]")
-pytest.importorskip("openai", reason="needs transformers[serving]")
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("fastapi", "openai", "uvicorn")),
+    reason="needs transformers[serving]",
+)
 
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=12)
 

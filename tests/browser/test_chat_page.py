@@ -1,15 +1,8 @@
 """The chat page as it is served, in a real browser: answers, refusals, and that it keeps to itself."""
 
-import os
 import random
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 
 import pytest
 
@@ -17,8 +10,8 @@ from align.chat.terminal import chat_in_terminal
 from align.demo.canvas import draw
 from align.demo.data import POLICY
 from align.engines.base import SamplingSettings
-from tests.patience import PATIENCE_S
-from tests.report.chromium import Page, find_chromium
+from tests.browser.chromium import Page, find_chromium
+from tests.served import Served
 from tests.test_images import bomb
 
 CHROMIUM = find_chromium()
@@ -26,66 +19,15 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 QUESTION = "Which digits do you see?"
 LINEAGE = "\n\n## Lineage\n\n| round | pairs |\n|---|---|\n| 1 | 4242 |\n"
 
-# Writes down every address that the process looks up, connects to or listens on.
-WATCHED = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-def note(event, values):
-    if event in ("socket.connect", "socket.bind", "socket.getaddrinfo"):
-        address = values[0] if event == "socket.getaddrinfo" else values[1]
-        print("ADDRESS", event, address if isinstance(address, str) else address[0], file=sys.stderr, flush=True)
-sys.addaudithook(note)
-from align.cli import main
-main()
-"""
-
-
-class Served:
-    """A page that runs: its address, its process, and what it said on standard error."""
-
-    def __init__(self, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/"
-        self.errors, self.temporary = folder / "errors.txt", folder / "temporary"
-        self.temporary.mkdir()
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", WATCHED, "chat", str(folder / "checkpoint"), "--web", "--port", str(port)],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)},
-            )
-        assert self.process.stdout is not None
-        assert self.url in self.process.stdout.readline(), self.errors.read_text()
-
-    def stop(self):
-        """Ends it as Ctrl-C does; what it said on standard error."""
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(PATIENCE_S)
-        finally:
-            self.process.kill()
-        return self.errors.read_text()
-
-    def status(self, path):
-        try:
-            with urllib.request.urlopen(self.url + path, timeout=PATIENCE_S) as answer:
-                return answer.status
-        except urllib.error.HTTPError as error:
-            return error.code
-
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(POLICY, folder / "checkpoint")
     (folder / "checkpoint" / "README.md").write_text(f"---\nlicense: mit\n---\n\n# x, round 1{LINEAGE}")
-    served = Served(folder)
+    served = Served(folder, "chat", "checkpoint", "--web")
     yield served
-    served.process.kill()
-    served.process.wait()
+    served.kill()
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +176,7 @@ def test_the_page_fits_and_shows_the_lineage(browser, served, width):
 
 
 def test_the_server_spoke_to_no_other_machine(served):
-    addresses = re.findall(r"^ADDRESS socket\.(\w+) (\S+)$", served.errors.read_text(), flags=re.MULTILINE)
+    addresses = re.findall(r"^ADDRESS socket\.(\w+) (\S+)$", served.errors, flags=re.MULTILINE)
     assert ("bind", "127.0.0.1") in addresses
     assert {address for _, address in addresses} == {"127.0.0.1"}
 
@@ -250,7 +192,6 @@ def test_a_second_page_at_the_same_address_is_told(served, capsys):
 
 def test_ctrl_c_ends_the_page_and_deletes_what_was_uploaded(served):
     assert list(served.temporary.glob("align-chat-*"))
-    served.process.send_signal(signal.SIGINT)
-    assert served.process.wait(timeout=PATIENCE_S) == 0
+    assert served.stop() == 0
     assert list(served.temporary.glob("align-chat-*")) == []
-    assert "Traceback" not in served.errors.read_text()
+    assert "Traceback" not in served.errors

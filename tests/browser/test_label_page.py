@@ -1,11 +1,6 @@
 """The labelling page as it is served, in a real browser: shown, pressed, and written down."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 
 import pytest
 
@@ -13,8 +8,8 @@ from align.demo.data import write_demo
 from align.label.comparisons import draw_comparisons, sides
 from align.records import Response, Samples, read_questions, write_jsonl
 from align.run.folder import RunDir
-from tests.patience import PATIENCE_S
-from tests.report.chromium import Page, find_chromium
+from tests.browser.chromium import Page, find_chromium
+from tests.served import Served
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -41,26 +36,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(folder):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from align.cli import main; main()"
-    )
-    with (folder / "errors.txt").open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", command, "label", "--round", "1", "--port", str(port)],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    assert process.stdout is not None
-    url = f"http://127.0.0.1:{port}/"
-    assert url in process.stdout.readline(), (folder / "errors.txt").read_text()
-    yield url, process
-    process.kill()
-    process.wait()
+    served = Served(folder, "label", "--round", "1")
+    yield served
+    served.kill()
 
 
 def ratings(folder):
@@ -80,11 +58,10 @@ def wait_for(page, comparison, annotator):
 
 
 def test_a_person_compares_by_keys_and_buttons_goes_back_and_resumes(folder, served, tmp_path):
-    url, process = served
     drawn = draw_comparisons(RunDir(folder / "runs/critic").round(1), number=100, seed=0)
     assert CHROMIUM is not None
-    with Page(CHROMIUM, tmp_path / "profile", (url, "data:", "about:", "blob:")) as page:
-        page.visit(url, width=1200)
+    with Page(CHROMIUM, tmp_path / "profile", (served.url, "data:", "about:", "blob:")) as page:
+        page.visit(served.url, width=1200)
         page.wait("document.querySelector('#name input, #name textarea') !== null")
         page.run("document.querySelector('#name input, #name textarea').focus()")
         page.call("Input.insertText", text="anna")
@@ -102,7 +79,7 @@ def test_a_person_compares_by_keys_and_buttons_goes_back_and_resumes(folder, ser
         wait_for(page, drawn[2], "anna")
         assert "2 of 4 compared" in page.run("document.querySelector('#status textarea, #status input').value")
         # Another visit, by the same person.
-        page.visit(url, width=500)
+        page.visit(served.url, width=500)
         page.wait("document.querySelector('#name input, #name textarea') !== null")
         page.run("document.querySelector('#name input, #name textarea').focus()")
         page.call("Input.insertText", text="anna")
@@ -117,6 +94,5 @@ def test_a_person_compares_by_keys_and_buttons_goes_back_and_resumes(folder, ser
     assert first["preferred"] == first["responses"][0] == drawn[0].responses[sides(drawn[0], "anna", 0)[0]]
     assert second["preferred"] == second["responses"][1]
     assert again["preferred"] is None
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=PATIENCE_S)
-    assert "ratings.jsonl" in said
+    served.stop()
+    assert "ratings.jsonl" in served.said

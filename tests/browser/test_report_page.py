@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from chromium import Page, find_chromium
-from fake_run import FakeRun
 
 from align.report import write_report
+from tests.browser.chromium import Page, find_chromium
+from tests.report.fake_run import FakeRun
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

@@ -1,6 +1,5 @@
 """Talking to a checkpoint: answers as they grow, the conversation's memory, and the terminal."""
 
-import fcntl
 import io
 import itertools
 import os
@@ -8,9 +7,7 @@ import pty
 import random
 import select
 import signal
-import subprocess
 import sys
-import termios
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -22,6 +19,7 @@ from PIL import Image
 from align.chat.answers import Chat, Exchange
 from align.chat.terminal import chat_in_terminal
 from align.chat.web import Address, chat_on_page
+from align.cli import main
 from align.config import ModelSettings
 from align.demo.canvas import draw
 from align.demo.data import POLICY
@@ -29,6 +27,7 @@ from align.engines.base import SampleRequest, SamplingSettings
 from align.engines.open import open_engine
 from align.errors import UserError
 from align.hub.model_card import lineage_of
+from tests.forks import FORKS
 from tests.patience import PATIENCE_S
 from tests.test_video import write_video
 
@@ -160,29 +159,28 @@ def test_a_line_that_cannot_be_obeyed_is_told(monkeypatch, capsys, line, message
         typed(monkeypatch, capsys, [line])
 
 
-def take_terminal():
-    """In a new process: its standard input is the terminal that Ctrl-C comes from, and Ctrl-C interrupts."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def chat_on(terminal: str, *words: str) -> None:
+    """`align chat` on a terminal, which becomes that of this process: Ctrl-C comes from it."""
+    os.setsid()
+    inner = os.open(terminal, os.O_RDWR)
+    for number in range(3):
+        os.dup2(inner, number)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.argv = ["align", "chat", *words]
+    main()
 
 
-@pytest.mark.slow
 def test_on_a_terminal_a_question_is_answered_and_ctrl_c_ends(pictures):
     answer = last_of(Chat(str(POLICY)).answer([Chat(str(POLICY)).ask(QUESTION, pictures[:1])], GREEDY)).texts[0]
     terminal, inner = pty.openpty()
-    command = [sys.executable, "-m", "align.cli", "chat", str(POLICY), "--image", str(pictures[0])]
-    process = subprocess.Popen(
-        command,
-        stdin=inner,
-        stdout=inner,
-        stderr=inner,
-        start_new_session=True,
-        preexec_fn=take_terminal,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    os.close(inner)
+    words = (os.ttyname(inner), str(POLICY), "--image", str(pictures[0]))
+    process = FORKS.Process(target=chat_on, args=words)
+    process.start()
     try:
         assert "/help" in "".join(read_until(terminal, "> "))
+        os.close(inner)
         os.write(terminal, b"/nonsense\n")
         read_until(terminal, "> ", behind="there is no command /nonsense")
         os.write(terminal, QUESTION.encode() + b"\n")
@@ -190,14 +188,15 @@ def test_on_a_terminal_a_question_is_answered_and_ctrl_c_ends(pictures):
         # While an answer is written it would end that alone. Python loses one that comes between the prompt and its wait
         # for a key (readline's), so it is pressed until it works.
         deadline, rest = time.monotonic() + PATIENCE_S, ""
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             os.write(terminal, b"\x03")
             if select.select([terminal], [], [], 0.5)[0]:
                 rest += "".join(read_until(terminal, None))
-        assert process.wait(timeout=PATIENCE_S) == 0
+        process.join(PATIENCE_S)
+        assert process.exitcode == 0
     finally:
         process.kill()
-        process.wait()
+        process.join()
         os.close(terminal)
     assert "Traceback" not in "".join(pieces) + rest
 

@@ -23,7 +23,7 @@ from align.plan.text import plan_text
 from align.plan.times import Training, training_steps
 from align.records import read_questions
 from reward.critics import Item, make_critic
-from scripts.check_plan import CASES, EXPERTS, SMALL, Case, check
+from scripts.check_plan import CASES, EXPERTS, SMALL, WIDE, Case, check
 from tests import tiny_models, tiny_vlms
 from tests.dpo.conftest import make_pairs, tokenized
 from tests.stage_runs import make_project
@@ -40,14 +40,14 @@ CHECKED = ("small, short", "small, short, checkpointed", "small, everything trai
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in CHECKED], ids=lambda case: case.name)
-def test_the_planned_peak_is_within_fifteen_percent_of_the_measured_one(case):
+def test_the_planned_peak_is_within_ten_percent_of_the_measured_one(case):
     planned, measured, _ = check(replace(case, prompt=150))
-    assert planned.total == pytest.approx(measured, rel=0.15)
+    assert planned.total == pytest.approx(measured, rel=0.1)
 
 
 def test_separate_rows_are_planned_with_what_they_repeat():
     planned, measured, _ = check(Case("separate rows", SMALL, prompt=150, shared=False))
-    assert planned.total == pytest.approx(measured, rel=0.15)
+    assert planned.total == pytest.approx(measured, rel=0.1)
 
 
 LAYER = 233_000_000
@@ -306,14 +306,14 @@ def test_all_experts_take_memory_and_those_that_are_chosen_compute():
     "case",
     [
         Case("LoRA", SMALL, prompt=150, lora={"r": 8, "target_modules": ["q_proj", "down_proj"]}),
-        Case("language frozen", SMALL, prompt=150, freeze=("vision", "language")),
+        Case("wide, language frozen", WIDE, prompt=600, freeze=("vision", "language")),
         Case("experts", EXPERTS, prompt=150, build="qwen3_vl_moe", shared=False),
     ],
     ids=lambda case: case.name,
 )
-def test_adapters_frozen_parts_and_experts_are_within_fifteen_percent(case):
+def test_adapters_frozen_parts_and_experts_are_within_ten_percent(case):
     planned, measured, _ = check(case)
-    assert planned.total == pytest.approx(measured, rel=0.15)
+    assert planned.total == pytest.approx(measured, rel=0.1)
 
 
 def test_before_training_only_zero3_has_the_model_in_pieces(tmp_path):

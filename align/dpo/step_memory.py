@@ -130,11 +130,14 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
     standing_gradients = gradient_total if how.accumulates else 0
     activations = all_activations = activation_bytes(shape, batch, how)
     in_layer = _layer_bytes(shape, batch, how)
-    sharded = how.strategy == "fsdp2"
+    in_last = in_layer - _unread_inner(shape, batch, how)
+    in_last -= _unread_bytes(shape, batch, how) if how.checkpointing else 0
     head_gradient = shape.embedding_weights * (size if how.strategy == "ddp" else how.compute_bytes)
     head_gradient *= shape.head_trained
     at_head = _head_bytes(shape, batch, how) + head_gradient
-    at_head = at_head if sharded else max(at_head, in_layer)
+    if how.strategy != "fsdp2":
+        # When the layer before the last one is gone through, what the last one kept is gone.
+        at_head = max(at_head, in_last, in_layer - _kept_by_last(shape, batch, how))
     begin = activations + at_head + standing_gradients + _cast_bytes(shape, how)
     # The dense gradient of the embeddings is made beside what is there, and then added.
     embedding_copy = shape.embedding_weights * size if shape.embeddings_trained and how.accumulates else 0
@@ -152,8 +155,7 @@ def training_memory(shape: ModelShape, batch: StepBatch, how: How) -> Memory:
     elif how.strategy == "fsdp2":
         weights = weight_bytes(shape, how) // how.num_processes * (2 if how.second_model else 1)
         optimiser //= how.num_processes
-        spared = _unread_inner(shape, batch, how) + (_unread_bytes(shape, batch, how) if how.checkpointing else 0)
-        gradients, activations, working = _fsdp2_peak(shape, how, all_activations, at_head, in_layer, in_layer - spared)
+        gradients, activations, working = _fsdp2_peak(shape, how, all_activations, at_head, in_layer, in_last)
     else:
         # Gradients are in shards as soon as they are there, and casts are gathered layer by layer: the head decides.
         activations = all_activations
@@ -324,6 +326,13 @@ def _unread_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:
     if not inner or text.kept.inputs <= text.inner:
         return inner
     return inner + round(batch.unread_tokens * (text.inner + text.hidden) * how.compute_bytes)
+
+
+def _kept_by_last(shape: ModelShape, batch: StepBatch, how: How) -> int:
+    """Bytes that the last layer of the language model keeps: with checkpointing its input, unless it is left out."""
+    if how.checkpointing and not how.kept_layers:
+        return text_tokens(batch, how) * shape.text.hidden * how.stream_bytes
+    return _kept_by_layer(shape, shape.text, batch, how) - _unread_bytes(shape, batch, how)
 
 
 def _mask_bytes(shape: ModelShape, batch: StepBatch, how: How) -> int:

@@ -29,28 +29,45 @@ def begin(out: Path, err: Path) -> None:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
 
-def in_two_processes(function: Callable[..., None], *arguments: Any, **environment: str) -> str:
-    """Call a function of a module in both processes of a launch, as torchrun would start them; what the first said."""
-    with tempfile.TemporaryDirectory() as folder:
+class Launch:
+    """A function of a module in both processes of a launch, as torchrun would start them."""
+
+    def __init__(self, function: Callable[..., None], *arguments: Any, **environment: str) -> None:
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
         common |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} | environment
-        ranks = []
+        self._folder = tempfile.TemporaryDirectory()
+        self.processes = []
         for rank in ("0", "1"):
             variables = common | {"RANK": rank, "LOCAL_RANK": rank}
-            said = Path(folder, rank)
-            ranks.append((FORKS.Process(target=_rank, args=(function, arguments, variables, said)), said))
-        for process, _ in ranks:
+            arguments_of = (function, arguments, variables, Path(self._folder.name, rank))
+            self.processes.append(FORKS.Process(target=_rank, args=arguments_of))
+        for process in self.processes:
             process.start()
+
+    def end(self) -> str:
+        """Wait for both, which must succeed; what the first said."""
         try:
-            for process, _ in ranks:
+            for process in self.processes:
                 process.join(PATIENCE_S)
-            assert [process.exitcode for process, _ in ranks] == [0, 0], "\n\n".join(
-                said.read_text()[-6000:] for _, said in ranks
+            said = [Path(self._folder.name, rank).read_text() for rank in ("0", "1")]
+            assert [process.exitcode for process in self.processes] == [0, 0], "\n\n".join(
+                text[-6000:] for text in said
             )
-            return ranks[0][1].read_text()
+            return said[0]
         finally:
-            for process, _ in ranks:
-                process.kill()
+            self.kill()
+
+    def kill(self) -> None:
+        """End both at once, where they still run."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def in_two_processes(function: Callable[..., None], *arguments: Any, **environment: str) -> str:
+    """Call a function of a module in both processes of a launch, which must succeed; what the first said."""
+    return Launch(function, *arguments, **environment).end()
 
 
 def _rank(function: Callable[..., None], arguments: tuple[Any, ...], variables: dict[str, str], said: Path) -> None:

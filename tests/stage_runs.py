@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from align.cli import main
-from tests.forks import FORKS, begin, in_two_processes
+from tests.forks import FORKS, Launch, begin, in_two_processes
 from tests.patience import PATIENCE_S
 from tests.tiny_models import random_image, save_llava_onevision
 
@@ -98,6 +98,11 @@ class Command:
 def align(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return Command(folder, *arguments, env=env).end()
+
+
+def begin_in_two_processes(folder: Path, *arguments: str) -> Launch:
+    """Begin a command in both processes of a launch."""
+    return Launch(_main, folder, arguments)
 
 
 def align_in_two_processes(folder: Path, *arguments: str, **environment: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
 from align.monitoring.heartbeat import clear_heartbeats, current, heartbeat
@@ -22,7 +20,7 @@ from align.run.folder import RunDir
 from align.run.server_addresses import publish, withdraw
 from align.status.run_status import RunMonitor, find_run, run_status
 from tests.patience import PATIENCE_S
-from tests.stage_runs import Command, align, make_project, write_lines
+from tests.stage_runs import align, begin_in_two_processes, make_project, write_lines
 
 
 @pytest.fixture
@@ -227,13 +225,13 @@ def wait_for(look, reached, seconds=PATIENCE_S):
 
 
 def test_a_stage_in_two_processes_is_followed_killed_and_finished(tmp_path):
-    """The real thing: half-way the launch is killed, and the number that is shown is that of the lines in the files."""
+    """Half-way both are killed, and the number that is shown is that of the lines in the files."""
     folder = make_project(tmp_path / "project")
     questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
     many = [q | {"id": f"{q['id']}-{n}", "question": f"{n}: {q['question']}"} for n in range(150) for q in questions]
     write_lines(folder / "questions.jsonl", many)
     run = folder / "runs/run"
-    process = Command(folder, "sample", "-n", "2")
+    launch = begin_in_two_processes(folder, "sample")
 
     def look():
         return run_status(run) if any(run.glob("round-1/.progress-*.json")) else None
@@ -241,12 +239,7 @@ def test_a_stage_in_two_processes_is_followed_killed_and_finished(tmp_path):
     seen = wait_for(
         look, lambda status: status is not None and " of 600 (" in status.stages[0].detail and "/s" in status.text
     )
-    launch = psutil.Process(process.pid)
-    for one in [*launch.children(recursive=True), launch]:
-        # The launcher may have ended the second one because the first is gone.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    process.end()
+    launch.kill()
     assert "2 processes, " in seen.working
     assert "memory" in seen.stages[0].detail
     finished = sum(part.read_bytes().count(b"\n") for part in (run / "round-1").glob("samples.part-*.jsonl"))

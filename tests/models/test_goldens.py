@@ -59,6 +59,13 @@ def tolerance(exact, rounded):
     return exact if RESIZES_ALIKE else rounded
 
 
+@cache
+def logits_of(golden, name):
+    """`(T, vocabulary)` of a case by itself."""
+    with torch.no_grad():
+        return golden.model(**inputs_of(golden, name)).logits[0]
+
+
 def equal(found, recorded, atol):
     np.testing.assert_allclose(np.asarray(found), recorded, rtol=0, atol=atol)
 
@@ -131,8 +138,7 @@ def test_what_enters_the_decoder_equals_the_original(golden, name):
 
 @each_case
 def test_logits_equal_the_original(golden, name):
-    with torch.no_grad():
-        logits = golden.model(**inputs_of(golden, name)).logits[0].numpy()
+    logits = logits_of(golden, name).numpy()
     equal(logits[-8:], golden.recorded(name, "logits_tail"), tolerance(1e-4, 0.05))
     equal(logits[-1], golden.recorded(name, "last_logits"), tolerance(1e-4, 0.05))
     equal(logits.mean(axis=0), golden.recorded(name, "logits_mean"), tolerance(1e-4, 0.05))
@@ -158,10 +164,9 @@ def test_a_padded_batch_equals_one_by_one(golden, names, padding_side):
     batch = golden.inputs(*names, padding_side=padding_side)
     with torch.no_grad():
         together = golden.model(**batch).logits
-        for row, name in enumerate(names):
-            alone = golden.model(**inputs_of(golden, name)).logits[0]
-            kept = batch["attention_mask"][row].bool()
-            torch.testing.assert_close(together[row][kept], alone, rtol=0, atol=golden.padding_tolerance)
+    for row, name in enumerate(names):
+        kept, alone = batch["attention_mask"][row].bool(), logits_of(golden, name)
+        torch.testing.assert_close(together[row][kept], alone, rtol=0, atol=golden.padding_tolerance)
 
 
 @pytest.mark.parametrize(

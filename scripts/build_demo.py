@@ -2,13 +2,11 @@
 
     python scripts/build_demo.py --work build/demo --threads 2
     python scripts/build_demo.py --work build/rehearsal --rehearse
-    python scripts/build_demo.py --work build/fair --fair
 
-The stages of what is shipped took 84 minutes together, one by one on a shared machine (`align/demo/build_log.txt`).
+The stages of what is shipped took 108 minutes together, one by one on shared machines (`align/demo/build_log.txt`).
 Finished stages are kept in the work folder and skipped; delete a stage's file to train it again. What every stage
-reports is kept beside the checkpoints. A rehearsal goes through every stage with a hundredth of the steps. `--fair`
-trains the package's critic further, with a prompt that lets it say that neither response is right; it is not what is
-shipped (docs/benchmarks.md, "Where the demo's critic contradicts itself"). Both leave the package alone.
+reports is kept beside the checkpoints. A rehearsal goes through every stage with a hundredth of the steps and leaves
+the package alone.
 """
 
 from __future__ import annotations
@@ -35,7 +33,6 @@ from demo_build.towers import train_tower
 from demo_build.words import build_tokenizer
 
 from align.demo.data import CRITIC, CRITIC_PROMPT, POLICY
-from align.models.load import load_model
 
 TOWER_STEPS = {"siglip": 5000, "eagle": 4000}
 GOOD = Course(num_steps=1000, rate=1e-3, tower_rate=3e-4, seed=0)
@@ -59,10 +56,10 @@ class CriticStage:
     heard: tuple[str, ...]
     num_heard: int
     aims: Aims = VERDICTS_ONLY
-    prompt: Path = CRITIC_PROMPT
 
 
-#: First to compare at all, then what is learned last.
+#: First to compare at all; then what is learned last; then to know of every word whether it is right, and to prefer a
+#: response by as much as it is better, in either order.
 CRITIC_STAGES = (
     CriticStage(
         "critic",
@@ -80,18 +77,21 @@ CRITIC_STAGES = (
         ("late", "habits"),
         600,
     ),
-)
-#: What the shipped critic never learned: to say of two wrong responses, as policies give them, that neither is right,
-#: and the same in both orders.
-FAIR = CriticStage(
-    "critic-fair",
-    "critic-late",
-    Course(num_steps=700, rate=5e-4, tower_rate=1e-4, seed=31, batch_size=8, num_warmup=30),
-    Mix(("list", "count", "largest", "describe"), lookup_share=0.15, bank_share=0.7, neither=0.8, elsewhere=0.8),
-    ("policy", "critic-late"),
-    3000,
-    Aims(both_orders=1.0, right=0.5, noise=0.3),
-    Path(__file__).parent / "demo_build" / "fair_prompt.md",
+    CriticStage(
+        "critic-merit",
+        "critic-late",
+        Course(num_steps=1400, rate=1e-3, tower_rate=0.0, seed=31, batch_size=8, num_warmup=30),
+        Mix(
+            ("list", "list", "count", "describe", "describe"),
+            lookup_share=0.1,
+            bank_share=0.6,
+            by_merit=True,
+            elsewhere=0.8,
+        ),
+        ("policy",),
+        2000,
+        Aims(both_orders=0.25, known=2.0, noise=0.15),
+    ),
 )
 REHEARSED = 0.01
 
@@ -119,14 +119,6 @@ class Build:
         for stage in CRITIC_STAGES:
             self.stage(stage.name, partial(self.train_critic, stage=stage))
         self.finish()
-
-    def train_fair(self) -> None:
-        """Only the last stage, on what the shipped package holds; its prompt is written beside its critic."""
-        for name, folder in (("policy", POLICY), (FAIR.start, CRITIC)):
-            torch.save(load_model(folder, dtype=torch.float32).state_dict(), self.file(name))
-        self.stage(FAIR.name, partial(self.train_critic, stage=FAIR))
-        export(self.file(FAIR.name), self.package / CRITIC.name, self.tokenizer, self.log_of("export"))
-        shutil.copy(FAIR.prompt, self.package / CRITIC_PROMPT.name)
 
     def few(self, number: int, least: int = 2) -> int:
         return max(least, round(number * self.share))
@@ -200,7 +192,7 @@ class Build:
         teach_critic(
             model,
             self.maker,
-            stage.prompt,
+            CRITIC_PROMPT,
             self.short(stage.course),
             log,
             mix=stage.mix,
@@ -228,7 +220,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="begin anew: delete the work folder first")
     parser.add_argument("--rehearse", action="store_true", help="a hundredth of the steps; the package stays as it is")
-    parser.add_argument("--fair", action="store_true", help="train the package's critic further, for a try")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -236,9 +227,8 @@ def main() -> None:
         shutil.rmtree(options.work, ignore_errors=True)
     started = time.monotonic()
     share = REHEARSED if options.rehearse else 1.0
-    package = options.work / "package" if options.rehearse or options.fair else POLICY.parent
-    build = Build(options.work, share=share, package=package)
-    build.train_fair() if options.fair else build.run()
+    package = options.work / "package" if options.rehearse else POLICY.parent
+    Build(options.work, share=share, package=package).run()
     print(f"took {time.monotonic() - started:.0f} s", flush=True)
 
 

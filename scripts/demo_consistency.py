@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from demo_build.comparisons import quality
+from demo_build.faults import merit
 
 from align.demo.questions import PHRASINGS, Task
 from align.records import Question, Samples, read_jsonl
@@ -33,7 +33,7 @@ class Compared(NamedTuple):
     leans_alike: float
     first_place: float
     ties: float
-    ordered_by_quality: float
+    ordered_by_merit: float
 
 
 def task_of(question: Question) -> Task:
@@ -56,15 +56,15 @@ def compare(run: Path, number: int) -> dict[str, list[Compared]]:
         line = samples[judgement.id]
         task = task_of(line.question)
         for forth, back in both_orders([judgement.verdicts]):
-            one, other = (quality(task, line.responses[at].text) for at in (forth.first, forth.second))
-            kind = "equal" if one == other else "right" if 1.0 in (one, other) else "unequal"
+            one, other = (merit(task, line.responses[at].text) for at in (forth.first, forth.second))
+            kind = "equal" if one == other else "right" if max(one, other) > 0 else "unequal"
             leans = score_of(forth, soft=True), score_of(back, soft=True)
             row = Compared(
                 same=float(forth.winner == back.winner),
                 leans_alike=float(np.sign(leans[0]) == -np.sign(leans[1])),
                 first_place=(score_of(forth) + score_of(back)) / 2,
                 ties=((forth.winner is None) + (back.winner is None)) / 2,
-                ordered_by_quality=float((leans[0] - leans[1]) * (one - other) > 0),
+                ordered_by_merit=float((leans[0] - leans[1]) * (one - other) > 0),
             )
             for name in (kind, "all"):
                 found[name].append(row)
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--rounds", type=int, nargs="+", default=[1])
     options = parser.parse_args()
-    heads = ("same verdict in both orders", "ties", "leans alike", "position bias", "ordered by quality")
+    heads = ("same verdict in both orders", "ties", "leans alike", "position bias", "ordered by merit")
     print(f"| round | pairs | number | {' | '.join(heads)} |")
     print("|---|---|---|---|---|---|---|---|")
     for number in options.rounds:
@@ -85,7 +85,7 @@ def main() -> None:
             if not found[kind]:
                 continue
             mean = Compared(*np.mean(found[kind], axis=0))
-            ordered = f"{mean.ordered_by_quality:.3f}" if kind in ("right", "unequal") else ""
+            ordered = f"{mean.ordered_by_merit:.3f}" if kind in ("right", "unequal") else ""
             cells = f"{mean.same:.3f} | {mean.ties:.3f} | {mean.leans_alike:.3f} | {mean.first_place:+.3f} | {ordered}"
             print(f"| {number} | {kind} | {len(found[kind])} | {cells} |")
 

@@ -24,8 +24,8 @@ CRITIC_PROMPT = HERE / "critic_prompt.md"
 CRITIC_OPTIONS: dict[str, Any] = {"soft": True}
 
 QUESTIONS_PER_ROUND = 1000
-#: What the demo asks. The models also learned to name the largest digit; that is left out, since there the critic is
-#: right in fewer pairs than elsewhere (build_log.txt).
+#: What the demo asks. The models also learned to name the largest digit; that is left out, since what the critic is
+#: taught last makes up no pairs of it.
 ASKED = ("list", "count", "has", "describe")
 
 

@@ -6,6 +6,7 @@ ought to be follows from the responses alone, so it is the same in both orders.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from align.demo.canvas import MAX_DIGITS, draw
-from align.demo.questions import NUMBER_WORDS, Task, hallucinates, is_exact, make_task, named_digits, say
+from align.demo.questions import Task, is_exact, make_task, say
+from demo_build.faults import faults, merit, quality
 from demo_build.instruct import Log, ask, faulty_answer
 from demo_build.model import respond
 from demo_build.rows import Branch, RowMaker, Rows
@@ -28,8 +30,8 @@ from reward.prompt import Prompt
 NUM_PAIRS = 4
 NUM_LOOKUPS = 5
 READ_ALONG = ("list", "describe")
-#: Of the critic's prompt, in the order of a verdict.
-OPTIONS = ("first", "second", "tie")
+#: The longest list that slips lead to.
+MOST_SAID = 6
 #: To think of digits of which a response is right: there may be none.
 MOST_TRIES = 50
 
@@ -39,31 +41,30 @@ class Mix:
     """What a critic is taught with.
 
     `compared`: tasks to draw from where responses are made up. `lookup_share`, `bank_share`: shares of training
-    pictures that are asked after several digits, and that come from what real policies said. `neither`: how sure a
-    critic ought to be that neither of two wrong responses is right where one is nearer to the answer, which gets the
-    rest; without it the nearer one is certain, and equals are left out. `elsewhere`: how often what policies said is
+    pictures that are asked after several digits, and that come from what real policies said. `by_merit`: how sure a
+    critic ought to be follows from how far apart two responses are, and responses that are made up may have several
+    faults; without it the nearer one is certain, and equals are left out. `elsewhere`: how often what policies said is
     put under another picture (`said_elsewhere`).
     """
 
     compared: tuple[str, ...]
     lookup_share: float
     bank_share: float
-    neither: float | None = None
+    by_merit: bool = False
     elsewhere: float = 0.0
 
-    def verdict(self, one: float, other: float) -> tuple[float, float, float] | None:
-        """How sure to be of the first, of the second and of neither, by the qualities of the two responses.
+    def p_first(self, one: float, other: float) -> float | None:
+        """How sure to be of the first, by the merits of the two responses; None where nothing is to be learned.
 
-        >>> Mix((), 0, 0).verdict(0.3, 0.5), Mix((), 0, 0).verdict(0.5, 0.5)
-        ((0.0, 1.0, 0.0), None)
-        >>> mix = Mix((), 0, 0, neither=0.75)
-        >>> mix.verdict(1.0, 0.5), mix.verdict(0.3, 0.5), mix.verdict(0.5, 0.5)
-        ((1.0, 0.0, 0.0), (0.0, 0.25, 0.75), (0.0, 0.0, 1.0))
+        >>> Mix((), 0, 0).p_first(-1.2, 2.0), Mix((), 0, 0).p_first(-1.2, -1.2)
+        (0.0, None)
+        >>> mix = Mix((), 0, 0, by_merit=True)
+        >>> round(mix.p_first(-1.2, 2.0), 2), round(mix.p_first(-1.2, -2.4), 2), mix.p_first(-1.2, -1.2)
+        (0.04, 0.77, 0.5)
         """
-        if one == other:
-            return None if self.neither is None else (0.0, 0.0, 1.0)
-        tied = 0.0 if self.neither is None or 1.0 in (one, other) else self.neither
-        return (1 - tied, 0.0, tied) if one > other else (0.0, 1 - tied, tied)
+        if self.by_merit:
+            return 1 / (1 + math.exp(other - one))
+        return None if one == other else float(one > other)
 
 
 def misread(task: Task, rng: random.Random) -> str:
@@ -93,18 +94,22 @@ def misread(task: Task, rng: random.Random) -> str:
     return say(task, seen, number=len(task.digits) if rng.random() < 0.1 else None)
 
 
-def quality(task: Task, response: str) -> float:
-    """How good a response is, 0 to 1: 1 for the right answer, less for what is nearer to it or invents less."""
-    if is_exact(task, response):
-        return 1.0
-    if task.kind in ("list", "describe"):
-        named = named_digits(response)
-        either = named | set(task.digits)
-        return 0.8 * len(named & set(task.digits)) / len(either) if either else 0.0
-    if task.kind == "count":
-        said = [n for n, word in enumerate(NUMBER_WORDS) if f" {word} " in response]
-        return 0.5 / abs(said[0] - len(task.digits)) if said and said[0] != len(task.digits) else 0.0
-    return 0.0 if hallucinates(task, response) else 0.3
+def with_slips(task: Task, rng: random.Random) -> str:
+    """An answer with one to three slips, each as a policy's: a digit exchanged, left out, added, or the order lost."""
+    if task.kind not in READ_ALONG:
+        return misread(task, rng)
+    seen = list(task.digits)
+    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
+        at, kind = rng.randrange(len(seen)), rng.random()
+        if kind < 0.5:
+            seen[at] = rng.randrange(10)
+        elif kind < 0.7 and len(seen) > 1:
+            seen.pop(at)
+        elif kind < 0.95 and len(seen) < MOST_SAID:
+            seen.insert(rng.choice((rng.randint(0, len(seen)), len(seen))), rng.randrange(10))
+        else:
+            rng.shuffle(seen)
+    return say(task, seen, number=len(task.digits) if rng.random() < 0.07 else None)
 
 
 @dataclass(frozen=True)
@@ -200,29 +205,29 @@ class Comparisons(IterableDataset):
         return [branch for task in tasks for branch in self._compare(task, task.answer, misread(task, rng))]
 
     def _candidates(self, rng: random.Random, task: Task) -> tuple[str, str]:
-        one = task.answer if rng.random() < 0.75 else misread(task, rng)
-        other = faulty_answer(task, rng) if rng.random() < 0.2 else misread(task, rng)
+        wrong, right_share = (with_slips, 0.45) if self.mix.by_merit else (misread, 0.75)
+        one = task.answer if rng.random() < right_share else wrong(task, rng)
+        other = faulty_answer(task, rng) if rng.random() < 0.2 else wrong(task, rng)
         return one, other
 
     def _compare(self, task: Task, one: str, other: str) -> list[Branch]:
         """The comparison in both orders, one after the other; nothing where there is nothing to be learned."""
-        verdict = self.mix.verdict(quality(task, one), quality(task, other))
-        if verdict is None or one == other:
+        p_first = self.mix.p_first(merit(task, one), merit(task, other))
+        if p_first is None or one == other:
             return []
-        first, second, neither = verdict
-        return [self._branch(task, (one, other), verdict), self._branch(task, (other, one), (second, first, neither))]
+        return [self._branch(task, (one, other), p_first), self._branch(task, (other, one), 1 - p_first)]
 
-    def _branch(self, task: Task, responses: tuple[str, str], verdict: tuple[float, float, float]) -> Branch:
+    def _branch(self, task: Task, responses: tuple[str, str], p_first: float) -> Branch:
         """The critic's prompt and its verdict; the right response inside the prompt is learned too."""
         asked = self.prompt.fill((), task.question, [responses])
         ids, learned = self.maker.encode(asked.head), [False] * len(self.maker.encode(asked.head))
-        right = []
+        known: list[tuple[int, float]] = []
         for piece, response in zip(asked.branches[0], responses, strict=True):
-            tokens = self.maker.encode(piece)
-            num_read = len(self.maker.encode(response)) if is_exact(task, response) else 0
-            right.append((len(ids) + len(self.maker.encode(response)), is_exact(task, response)))
+            tokens, num_said = self.maker.encode(piece), len(self.maker.encode(response))
+            num_read = num_said if is_exact(task, response) else 0
+            known += [(len(ids) + at, float(is_right)) for at, is_right in faults(task, response).marks]
+            known.append((len(ids) + num_said, quality(task, response)))
             ids, learned = ids + tokens, learned + [True] * num_read + [False] * (len(tokens) - num_read)
-        likely = OPTIONS[verdict.index(max(verdict))]
-        end = self.maker.branch([asked.tail], self.prompt.options[likely], closed=False)
+        end = self.maker.branch([asked.tail], self.prompt.options["first" if p_first > 0.5 else "second"], closed=False)
         assert end.learned.count(True) == 1, "a verdict is one token"
-        return Branch((*ids, *end.ids), (*learned, *end.learned), verdict, tuple(right))
+        return Branch((*ids, *end.ids), (*learned, *end.learned), p_first, tuple(known))

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from align.demo.data import CRITIC_OPTIONS
-from demo_build.comparisons import OPTIONS, Comparisons, Mix, Said
+from demo_build.comparisons import Comparisons, Mix, Said
 from demo_build.instruct import Course, Log, optimizer_for
 from demo_build.model import hidden_states
 from demo_build.rows import TURN, Branch, RowMaker, Rows
@@ -45,61 +45,59 @@ SHOWN = {
 class Aims:
     """What a critic is taught beside verdicts and reading.
 
-    `both_orders` weighs that a verdict must not depend on the order (`verdict_loss`), `right` that the critic must know
-    of each response by itself, one layer before the verdict, whether it is right. `noise` blurs its sight
-    (`hidden_states`), so that it learns to be of one mind about digits that are hard to read.
+    `both_orders` weighs that a verdict must not depend on the order (`verdict_loss`), `known` that the critic must know
+    of each response by itself, one layer before the verdict, which of its words are right and how good it is. `noise`
+    blurs its sight (`hidden_states`), so that it learns to be of one mind about digits that are hard to read.
     """
 
     both_orders: float = 0.0
-    right: float = 0.0
+    known: float = 0.0
     noise: float = 0.0
 
 
 VERDICTS_ONLY = Aims()
 
 
-def verdict_loss(log_probs: torch.Tensor, wanted: torch.Tensor, both_orders: float) -> torch.Tensor:
+def verdict_loss(log_probs: torch.Tensor, p_first: torch.Tensor, both_orders: float) -> torch.Tensor:
     """`(n,)` losses of verdicts that come in couples, the same pair of responses in one order and in the other.
 
-    `log_probs (n, 3)` of "first", "second" and neither, `wanted (n, 3)` what they ought to be: cross-entropy. On top
-    `both_orders` times the squared distance of what a couple says of its two responses and of neither. `(n, 2)` each
-    where neither is not offered.
+    `log_probs (n, 2)` of "first" and "second", `p_first (n,)` what the former ought to be: cross-entropy. On top
+    `both_orders` times how far a couple's log-odds for the same response are apart (squared up to 1, then linear).
 
-    >>> probs = torch.tensor([[0.9, 0.0999, 0.0001], [0.0999, 0.9, 0.0001]])
-    >>> loss = verdict_loss(probs.log(), torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]), 1.0)
-    >>> [round(value, 3) for value in loss.tolist()]
-    [0.105, 0.105]
+    >>> log_probs = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
+    >>> verdict_loss(log_probs, torch.tensor([1.0, 0.0]), 1.0)
+    tensor([0.1054, 0.1054])
     """
-    found = log_probs.exp()
-    exchanged = [1, 0, 2][: found.shape[1]]
-    apart = (found[0::2] - found[1::2, exchanged]).square().sum(1).repeat_interleave(2)
+    wanted = torch.stack([p_first, 1 - p_first], 1)
+    odds = log_probs[:, 0] - log_probs[:, 1]
+    apart = nn.functional.smooth_l1_loss(odds[0::2], -odds[1::2], reduction="none").repeat_interleave(2)
     return -(wanted * log_probs).sum(1) + both_orders * apart
 
 
 def loss_of_comparisons(
-    model: Any, knows_right: nn.Module, maker: RowMaker, prompt: Prompt, rows: Rows, *, aims: Aims, look: bool
+    model: Any, knows: nn.Module, maker: RowMaker, prompt: Prompt, rows: Rows, *, aims: Aims, look: bool
 ) -> torch.Tensor:
     """Mean loss of verdicts and of reading, the latter at `READING_WEIGHT` (its "Yes" and "No" at 1).
 
-    `knows_right` reads from the states before the last layer whether a response is right.
+    `knows` reads from the states before the last layer what should be known there (`Rows.known`).
     """
     halfway: list[torch.Tensor] = []
     hidden = hidden_states(model, rows, look=look, noise=aims.noise, halfway=halfway)[:, :-1]
-    target, wanted = rows.labels[:, 1:], rows.verdict[:, 1:]
-    is_verdict = ~wanted[..., 0].isnan()
+    target, p_first = rows.labels[:, 1:], rows.p_first[:, 1:]
+    is_verdict = ~p_first.isnan()
     is_read = (target >= 0) & ~is_verdict
-    options = [maker.encode(prompt.options[name])[0] for name in OPTIONS if name in prompt.options]
+    options = [maker.encode(prompt.options[name])[0] for name in ("first", "second")]
     log_probs = model.lm_head(hidden[is_verdict]).float().log_softmax(-1)[:, options]
-    verdicts = verdict_loss(log_probs, wanted[is_verdict][:, : len(options)], aims.both_orders)
+    verdicts = verdict_loss(log_probs, p_first[is_verdict], aims.both_orders)
     words = target[is_read]
     read = nn.functional.cross_entropy(model.lm_head(hidden[is_read]).float(), words, reduction="none")
     carries_all = torch.isin(words, torch.tensor([maker.encode(word)[0] for word in ("Yes", "No")]))
     weights = torch.where(carries_all, 1.0, READING_WEIGHT)
     loss = (verdicts.sum() + (read * weights).sum()) / (len(verdicts) + weights.sum())
-    if aims.right:
-        said = ~rows.right.isnan()
-        logits = knows_right(halfway[0][said])[:, 0]
-        loss = loss + aims.right * nn.functional.binary_cross_entropy_with_logits(logits, rows.right[said])
+    if aims.known:
+        here = ~rows.known.isnan()
+        logits = knows(halfway[0][here])[:, 0]
+        loss = loss + aims.known * nn.functional.binary_cross_entropy_with_logits(logits, rows.known[here])
     return loss
 
 
@@ -152,7 +150,10 @@ def figures(model: Any, maker: RowMaker, prompt: Path, said: Sequence[Said]) -> 
     for kind in sorted({one.task.kind for one in said}):
         here = [judgement for judgement, one in zip(judgements, said, strict=True) if one.task.kind == kind]
         of_task = measure(here, reference=reference)
-        words = [f"{of_task[name].value:.2f}" for name in ("agreement_with_reference", "consistency")]
+        words = [
+            f"{of_task[name].value:.2f}" if name in of_task else "-"
+            for name in ("agreement_with_reference", "consistency")
+        ]
         shown.append(f"{kind} {'/'.join(words)}")
     return " ".join(shown)
 
@@ -173,14 +174,14 @@ def teach_critic(
 ) -> None:
     """Train in place, with a look at held-out pairs every `every` steps."""
     prompt = load_prompt(prompt_path, "pairwise")
-    knows_right = nn.Linear(model.config.hidden_size, 1)
-    optimizer, schedule = optimizer_for(nn.ModuleList([model, knows_right]), course)
+    knows = nn.Linear(model.config.hidden_size, 1)
+    optimizer, schedule = optimizer_for(nn.ModuleList([model, knows]), course)
     lessons = Comparisons(maker, prompt, course.batch_size, course.seed, mix=mix, bank=bank)
     stream = iter(DataLoader(lessons, batch_size=None, num_workers=1, collate_fn=_same))
     model.train()
     for step in range(1, course.num_steps + 1):
         look = course.tower_rate > 0
-        loss = loss_of_comparisons(model, knows_right, maker, prompt, next(stream), aims=aims, look=look)
+        loss = loss_of_comparisons(model, knows, maker, prompt, next(stream), aims=aims, look=look)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -26,22 +26,22 @@ END = "<|im_end|>"
 class Branch:
     """Token ids behind the picture, and which of them are learned.
 
-    `verdict` is set where the last token is one: how sure it ought to be of "first", of "second", and of neither.
-    `right` says by places in `ids` whether the response that ends before them is the right one.
+    `p_first` is set where the last token is a verdict: how sure it ought to be of "first". `known` says by places in
+    `ids` what should be known there, 0 to 1: whether this word is right, and behind a response how good it was.
     """
 
     ids: tuple[int, ...]
     learned: tuple[bool, ...]
-    verdict: tuple[float, float, float] | None = None
-    right: tuple[tuple[int, bool], ...] = ()
+    p_first: float | None = None
+    known: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
 class Rows:
     """`pixels (B, 112, 112) uint8`, `ids`, `positions`, `labels` `(B, L) int64`, `branch (B, L) int64`.
 
-    `branch` is 0 on the shared part, n on the n-th text, -1 on padding. `verdict (B, L, 3)` and `right (B, L)` float32
-    are a branch's where it has them and NaN elsewhere.
+    `branch` is 0 on the shared part, n on the n-th text, -1 on padding. `p_first` and `known` `(B, L) float32` are a
+    branch's where it has them and NaN elsewhere.
     """
 
     pixels: np.ndarray
@@ -49,8 +49,8 @@ class Rows:
     positions: torch.Tensor
     labels: torch.Tensor
     branch: torch.Tensor
-    verdict: torch.Tensor
-    right: torch.Tensor
+    p_first: torch.Tensor
+    known: torch.Tensor
 
 
 class RowMaker:
@@ -85,7 +85,7 @@ class RowMaker:
         shape = (len(branches), length)
         ids, labels = np.full(shape, self.pad), np.full(shape, IGNORED)
         positions, owner = np.zeros(shape, dtype=np.int64), np.full(shape, -1)
-        verdict, right = (np.full(size, np.nan, dtype=np.float32) for size in ((*shape, 3), shape))
+        p_first, known = (np.full(shape, np.nan, dtype=np.float32) for _ in range(2))
         for b, row in enumerate(branches):
             at = len(self.shared)
             ids[b, :at], positions[b, :at], owner[b, :at] = self.shared, np.arange(at), 0
@@ -94,10 +94,10 @@ class RowMaker:
                 ids[b, here], owner[b, here] = branch.ids, number
                 labels[b, here] = np.where(branch.learned, branch.ids, IGNORED)
                 positions[b, here] = len(self.shared) + np.arange(len(branch.ids))
-                for place, is_right in branch.right:
-                    right[b, at + place] = is_right
+                for place, value in branch.known:
+                    known[b, at + place] = value
                 at += len(branch.ids)
-                if branch.verdict is not None:
-                    verdict[b, at - 1] = branch.verdict
+                if branch.p_first is not None:
+                    p_first[b, at - 1] = branch.p_first
         tensors = (torch.from_numpy(array.astype(np.int64)) for array in (ids, positions, labels, owner))
-        return Rows(pixels, *tensors, torch.from_numpy(verdict), torch.from_numpy(right))
+        return Rows(pixels, *tensors, torch.from_numpy(p_first), torch.from_numpy(known))

@@ -67,7 +67,7 @@ def write_reports(folder: Path, reports: Path) -> list[Path]:
 
 def take_pictures(pages: list[Path], folder: Path) -> None:
     """The top of each page as PNG with a palette, which keeps a picture below 150 kB."""
-    from tests.report.chromium import Page, find_chromium
+    from tests.browser.chromium import Page, find_chromium
 
     chromium = find_chromium()
     if chromium is None:

@@ -8,7 +8,10 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pytest
 
 from align.cli import app
@@ -18,7 +21,7 @@ from align.errors import UserError
 from align.hub.model_card import write_model_card
 from align.lmms_eval.instances import generation_request, numbered
 from align.lmms_eval.results import counts_of
-from align.lmms_eval.tasks import require_lmms_eval
+from align.lmms_eval.tasks import find_tasks, require_lmms_eval
 from align.lmms_eval.visuals import Unaskable, dialogue_of
 from align.media.video import uniform
 from align.report import write_report
@@ -114,9 +117,13 @@ def test_a_task_with_messages_of_its_own_is_asked_with_these(summary, folder, do
 
 def say_all(folder: Path, out: Path) -> None:
     """Several commands, one after the other in this process; what came of each goes to a file."""
+    import tenacity
+
     begin(folder / "said.log", folder / "said.log")
     os.chdir(folder)
-    os.environ.update(OFFLINE)
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    # lmms-eval waits for seconds before it tries again to fetch what is not there.
+    tenacity.nap.time = SimpleNamespace(sleep=lambda seconds: None)
 
     def call(*arguments: str) -> str:
         try:
@@ -312,3 +319,12 @@ def test_a_round_trained_anew_loses_the_numbers_of_the_old_one(with_benchmarks):
     this.discard("dpo")
     assert not this.benchmarks.exists()
     assert not (this.path / "lmms-eval").exists()
+
+
+@needs_lmms_eval
+def test_the_faster_parser_finds_the_same_tasks(folder, documents):
+    from lmms_eval.tasks import TaskManager
+
+    by_python = TaskManager("WARNING", str(folder / "tasks"), include_defaults=False)
+    assert len(by_python.task_index) >= 6
+    assert find_tasks(["shown"], folder / "tasks").task_index == by_python.task_index

@@ -1,5 +1,4 @@
-"""Two steps under ZeRO-3 for a tiny model of every family, one process often without an image;
-FSDP2 where GPUs are."""
+"""A step under ZeRO-3 for a tiny model of every family, one process without an image; FSDP2 where GPUs are."""
 
 from __future__ import annotations
 
@@ -46,8 +45,8 @@ def folder(tmp_path_factory):
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("families")
     (folder / "images").mkdir()
-    write_jsonl(folder / "mixed.jsonl", make_pairs(folder / "images", 4, (1, 0, 2, 0)))
-    write_jsonl(folder / "single.jsonl", make_pairs(folder / "images", 4, (1, 0, 1, 0)))
+    write_jsonl(folder / "mixed.jsonl", make_pairs(folder / "images", 2, (2, 0)))
+    write_jsonl(folder / "single.jsonl", make_pairs(folder / "images", 2, (1, 0)))
     for name in FAMILIES:
         save_family(name, folder / name)
         add_run(
@@ -67,7 +66,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_zero3_trains_every_family_and_its_checkpoint_opens(folder, name):
     checkpoint, steps = steps_of(folder, name)
-    assert [entry["step"] for entry in steps] == [1, 2]
+    assert [entry["step"] for entry in steps] == [1]
     assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert all(entry["grad_norm"] > 0 for entry in steps)
     shapes = [{k: info.shape for k, info in tensor_table(place).items()} for place in (folder / name, checkpoint)]

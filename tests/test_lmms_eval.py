@@ -116,8 +116,12 @@ def test_a_task_with_messages_of_its_own_is_asked_with_these(summary, folder, do
 
 
 def say_all(folder: Path, out: Path) -> None:
-    """Several commands, one after the other in this process; what came of each goes to a file."""
+    """Several commands, one after the other in this process; what came of each goes to a file.
+
+    Not in the tests' own: lmms-eval's tasks let Pillow read torn images from then on.
+    """
     import tenacity
+    from lmms_eval.tasks import TaskManager
 
     begin(folder / "said.log", folder / "said.log")
     os.chdir(folder)
@@ -144,6 +148,8 @@ def say_all(folder: Path, out: Path) -> None:
         "deaf": call("deaf", *policy),
         "lost": call("lost", *policy),
     }
+    by_python = TaskManager("WARNING", "tasks", include_defaults=False).task_index
+    said["tasks"] = sorted(by_python) if by_python == find_tasks(["shown"], Path("tasks")).task_index else "differ"
     out.write_text(json.dumps(said))
 
 
@@ -176,6 +182,12 @@ def test_an_interrupted_task_keeps_what_was_answered(said, folder):
     assert after[2:] == before[2:]
     assert not list((folder / "again").glob("*.part-*"))
     assert "limit was None and is now 2" in said["changed"]
+
+
+@needs_lmms_eval
+@pytest.mark.slow
+def test_the_faster_parser_finds_the_same_tasks(said):
+    assert {"chosen", "deaf", "lost", "rounds", "shown", "told"} <= set(said["tasks"])
 
 
 @needs_lmms_eval
@@ -319,12 +331,3 @@ def test_a_round_trained_anew_loses_the_numbers_of_the_old_one(with_benchmarks):
     this.discard("dpo")
     assert not this.benchmarks.exists()
     assert not (this.path / "lmms-eval").exists()
-
-
-@needs_lmms_eval
-def test_the_faster_parser_finds_the_same_tasks(folder, documents):
-    from lmms_eval.tasks import TaskManager
-
-    by_python = TaskManager("WARNING", str(folder / "tasks"), include_defaults=False)
-    assert len(by_python.task_index) >= 6
-    assert find_tasks(["shown"], folder / "tasks").task_index == by_python.task_index

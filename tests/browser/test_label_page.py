@@ -57,14 +57,18 @@ def wait_for(page, comparison, annotator):
     return left, right
 
 
+def visit_as(page, url, name, width):
+    page.visit(url, width=width)
+    page.wait("document.querySelector('#name input, #name textarea') !== null")
+    page.run("document.querySelector('#name input, #name textarea').focus()")
+    page.call("Input.insertText", text=name)
+
+
 def test_a_person_compares_by_keys_and_buttons_goes_back_and_resumes(folder, served, tmp_path):
     drawn = draw_comparisons(RunDir(folder / "runs/critic").round(1), number=100, seed=0)
     assert CHROMIUM is not None
     with Page(CHROMIUM, tmp_path / "profile", (served.url, "data:", "about:", "blob:")) as page:
-        page.visit(served.url, width=1200)
-        page.wait("document.querySelector('#name input, #name textarea') !== null")
-        page.run("document.querySelector('#name input, #name textarea').focus()")
-        page.call("Input.insertText", text="anna")
+        visit_as(page, served.url, "anna", width=1200)
         page.press("Enter")
         wait_for(page, drawn[0], "anna")
         page.wait("document.querySelector('#images img')?.naturalWidth > 0")
@@ -79,10 +83,7 @@ def test_a_person_compares_by_keys_and_buttons_goes_back_and_resumes(folder, ser
         wait_for(page, drawn[2], "anna")
         assert "2 of 4 compared" in page.run("document.querySelector('#status textarea, #status input').value")
         # Another visit, by the same person.
-        page.visit(served.url, width=500)
-        page.wait("document.querySelector('#name input, #name textarea') !== null")
-        page.run("document.querySelector('#name input, #name textarea').focus()")
-        page.call("Input.insertText", text="anna")
+        visit_as(page, served.url, "anna", width=500)
         page.run("document.getElementById('start').click()")
         wait_for(page, drawn[2], "anna")
         assert page.problems == []

@@ -29,6 +29,17 @@ def begin(out: Path, err: Path) -> None:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
 
+def in_a_process(function: Callable[..., None], *arguments: Any) -> str:
+    """Call a function of a module in a process of its own, which must succeed; what it said."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder, "said")
+        process = FORKS.Process(target=_rank, args=(function, arguments, {}, said))
+        process.start()
+        process.join(PATIENCE_S)
+        assert process.exitcode == 0, said.read_text()[-6000:]
+        return said.read_text()
+
+
 class Launch:
     """A function of a module in both processes of a launch, as torchrun would start them."""
 

@@ -26,9 +26,8 @@ from align.lmms_eval.visuals import Unaskable, dialogue_of
 from align.media.video import uniform
 from align.report import write_report
 from align.run.folder import RunDir
-from tests.forks import FORKS, begin
+from tests.forks import in_a_process
 from tests.lmms_tasks import CHOICES, Stock, write_tasks
-from tests.patience import PATIENCE_S
 from tests.report.fake_run import FakeRun
 from tests.stage_runs import align, align_in_two_processes
 from tests.test_video import greys, write_video
@@ -123,7 +122,6 @@ def say_all(folder: Path, out: Path) -> None:
     import tenacity
     from lmms_eval.tasks import TaskManager
 
-    begin(folder / "said.log", folder / "said.log")
     os.chdir(folder)
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     # lmms-eval waits for seconds before it tries again to fetch what is not there.
@@ -166,10 +164,7 @@ def said(summary, folder):
     (again / "manifest.json").write_text(json.dumps({"stages": {"shown": begun}}))
     settings = {"policy": str(POLICY), "questions": "questions.jsonl"}
     (folder / "align.yaml").write_text(json.dumps(settings))
-    process = FORKS.Process(target=say_all, args=(folder, folder / "said.json"))
-    process.start()
-    process.join(PATIENCE_S)
-    assert process.exitcode == 0, (folder / "said.log").read_text()
+    in_a_process(say_all, folder, folder / "said.json")
     return json.loads((folder / "said.json").read_text())
 
 

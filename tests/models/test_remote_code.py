@@ -17,11 +17,10 @@ from align.models.families import FAMILIES
 from align.models.load import load_model, load_processor
 from align.models.remote_code import add_code, whose_code
 from align.models.save import save_checkpoint
-from tests.forks import FORKS, begin
+from tests.forks import in_a_process
 from tests.models.goldens import FOLDER
 from tests.models.test_load import edit
 from tests.models.test_save import copy_of
-from tests.patience import PATIENCE_S
 
 GOLDEN = FOLDER / "valley_eagle_tiny"
 THEIRS = {"AutoModel": "modeling_valley.ValleyQwen2ForCausalLM", "AutoProcessor": "processing_valley.ValleyProcessor"}
@@ -153,9 +152,8 @@ def test_published_keywords_that_the_checkpoint_contradicts_are_refused():
 RELATIVE = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
 
 
-def import_alone(folder: Path, wanted: list[str], said: Path) -> None:
+def import_alone(folder: Path, wanted: list[str]) -> None:
     """In a process that has transformers, but cannot import this toolkit."""
-    begin(said, said)
     for name in [name for name in sys.modules if name.partition(".")[0] == "align"]:
         del sys.modules[name]
     sys.modules["align"] = None  # type: ignore[assignment]
@@ -183,7 +181,4 @@ def test_every_file_that_is_named_brings_all_that_it_needs(tmp_path):
                 (tmp_path / package / f"{file}.py").write_text((folder / f"{file}.py").read_text())
             wanted.append(f"{package}:{module}:{name}")
     assert len(wanted) == 5 * len(FAMILIES)
-    process = FORKS.Process(target=import_alone, args=(tmp_path, wanted, tmp_path / "said"))
-    process.start()
-    process.join(PATIENCE_S)
-    assert process.exitcode == 0, (tmp_path / "said").read_text()[-2000:]
+    in_a_process(import_alone, tmp_path, wanted)

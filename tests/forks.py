@@ -55,6 +55,15 @@ class Launch:
         for process in self.processes:
             process.start()
 
+    def poll(self) -> int | None:
+        """The exit code of one that has ended, None while both run."""
+        return next((process.exitcode for process in self.processes if process.exitcode is not None), None)
+
+    def terminate(self) -> None:
+        """Send SIGTERM to both."""
+        for process in self.processes:
+            process.terminate()
+
     def end(self) -> str:
         """Wait for both, which must succeed; what the first said."""
         try:

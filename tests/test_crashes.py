@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -23,9 +24,16 @@ from align.stages.critic_inputs import critic_settings
 from tests import tiny_models
 from tests.distributed.launches import ROOT, add_run
 from tests.dpo.conftest import make_pairs
-from tests.forks import in_a_process
+from tests.forks import Launch, in_a_process
 from tests.patience import PATIENCE_S
-from tests.stage_runs import SETTINGS, Command, align_in_two_processes, make_project, write_lines
+from tests.stage_runs import (
+    SETTINGS,
+    Command,
+    align_in_two_processes,
+    begin_in_two_processes,
+    make_project,
+    write_lines,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -50,10 +58,10 @@ def end(command: Command) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def wait_until(process: Command, reached: Callable[[], bool]) -> None:
+def wait_until(process: Command | Launch, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not reached():
-        assert process.poll() is None, end(process)
+        assert process.poll() is None, process.end()
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -100,22 +108,22 @@ def test_a_loss_that_is_no_number_names_the_pairs_and_keeps_the_state_before(fol
 
 
 def test_two_processes_told_to_stop_save_their_step_and_go_on_to_the_end_of_one_process(folder):
-    """The command starts them, as torchrun would; other strategies: tests/distributed."""
+    """As their launcher tells them (`tests/test_faults.py`); other strategies: tests/distributed."""
     whole = shutil.copytree(folder, folder.with_name("whole"))
     assert run(whole, "dpo", "--config", "run.yaml")[0] == 0
-    arguments = ("dpo", "--config", "run.yaml", "-n", "2", "--set", "dpo.per_device_train_batch_size=1")
-    process = Command(folder, *arguments, "--set", "dpo.save_steps=100")
+    spread = ("--set", "dpo.per_device_train_batch_size=1", "--set", "dpo.save_steps=100")
+    arguments = ("dpo", "--config", "run.yaml", *spread)
+    both = begin_in_two_processes(folder, *arguments)
     round_ = folder / "runs/run/round-1"
-    wait_until(process, lambda: num_lines(round_ / "trainer/metrics.jsonl") >= 2)
-    process.send_signal(signal.SIGTERM)
-    code, output = end(process)
-    assert code == 0, output
-    assert "the same command resumes from here" in output
+    wait_until(both, lambda: num_lines(round_ / "trainer/metrics.jsonl") >= 2)
+    both.terminate()
+    said = both.end()
+    assert re.search(r"stopped at step \d of 10; `align dpo --round 1` resumes from there", said)
     assert not (round_ / "checkpoint").exists()
     done = num_lines(round_ / "trainer/metrics.jsonl")
     assert 2 <= done < 10
     assert (round_ / f"trainer/checkpoint-{done}/trainer_state.json").is_file()
-    align_in_two_processes(folder, *arguments, "--set", "dpo.save_steps=100")
+    align_in_two_processes(folder, *arguments)
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
 
 

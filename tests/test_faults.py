@@ -6,15 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from align.config import LaunchSettings
+from align.config import LaunchSettings, build_config
+from align.distributed import launch
 from align.distributed.launch import launch_command, raise_collected, run_processes
 from align.distributed.worker_errors import LOST, WorkerError, read_worker_errors, root_causes, worker_error_of, write
 from align.errors import UserError
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,11 +63,15 @@ def test_a_lost_connection_is_the_neighbours_fault_only_where_there_is_a_neighbo
     assert worker_error_of(OSError(28, "No space left on device")).kind == "users"
 
 
-def launched(*commands: str):
+def faulty(*commands: str) -> list[str]:
     """One process a command of `tests.distributed.faulty`, started as `align` starts its stages."""
     command = launch_command(LaunchSettings(num_processes=len(commands)), list(commands))
     command[command.index("align.cli")] = "tests.distributed.faulty"
-    return run_processes(command)
+    return command
+
+
+def launched(*commands: str):
+    return run_processes(faulty(*commands))
 
 
 @pytest.fixture
@@ -103,6 +109,26 @@ def test_a_crash_is_shown_with_one_traceback_and_a_killed_process_by_its_signal(
     assert [one.message for one in ended.faults] == [
         "process 1: ended by SIGKILL: the machine's memory may have run out"
     ]
+
+
+def test_a_launch_told_to_stop_lets_its_processes_finish(from_root, tmp_path, monkeypatch, caplog):
+    """What a training does then: `tests/test_crashes.py`."""
+    caplog.set_level("INFO", logger="align")
+    monkeypatch.chdir(tmp_path)
+    command = faulty("stoppable", "stoppable")
+    monkeypatch.setattr(launch, "launch_command", lambda *_: command)
+
+    def tell() -> None:
+        wait_until(lambda: len(list(tmp_path.glob("waiting-*"))) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    config = build_config({"policy": "p", "questions": "q.jsonl", "launch": {"num_processes": 2}}, base=tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        launch.run_stage_command(config, "dpo", 1)
+    assert exit_.value.code == 0
+    assert caplog.messages == ["stopped; the same command resumes from here"]
+    assert sorted(path.name for path in tmp_path.glob("stopped-*")) == ["stopped-0", "stopped-1"]
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,17 @@ def killed() -> None:
 
 
 @app.command()
+def stoppable() -> None:
+    """Until it is told to stop, as a training that saves its step."""
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    Path(f"waiting-{rank()}").touch()
+    while not stopped:
+        time.sleep(0.01)
+    Path(f"stopped-{rank()}").touch()
+
+
+@app.command()
 def wait() -> None:
     """Until it is interrupted."""
     print("waiting", flush=True)

@@ -17,6 +17,7 @@ from align.run.server_addresses import published
 from tests.patience import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[2]
+HERE = httpx.Client(timeout=PATIENCE_S, trust_env=False)
 
 # Answers `/v1/models` with its process id, has a child that outlives signals, and dies where asked to.
 SERVER = """
@@ -53,7 +54,7 @@ def replicas(folder, count=1, *words, **changes):
 
 
 def look(server):
-    return httpx.get(f"{server.url}/v1/models", timeout=PATIENCE_S, trust_env=False).json()["data"][0]
+    return HERE.get(f"{server.url}/v1/models").json()["data"][0]
 
 
 def runs(pid):
@@ -87,7 +88,7 @@ def test_a_server_that_does_not_listen_to_sigterm_is_killed(tmp_path):
 
 def die(server):
     with pytest.raises(httpx.HTTPError):
-        httpx.get(f"{server.url}/die", timeout=PATIENCE_S, trust_env=False)
+        HERE.get(f"{server.url}/die")
 
 
 def test_a_server_that_dies_is_restarted_at_its_address_as_often_as_it_may(tmp_path):

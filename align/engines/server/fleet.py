@@ -8,7 +8,10 @@ Only when all are out does the work stop, with what each of them said last.
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
 import random
+import ssl
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -350,7 +353,8 @@ def _client() -> Any:
     try:
         # This machine is not reached through a proxy.
         here = dict.fromkeys(("all://127.0.0.1", "all://localhost"))
-        return httpx.AsyncClient(timeout=None, limits=limits, mounts=here)
+        certificates = _certificates(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+        return httpx.AsyncClient(timeout=None, limits=limits, mounts=here, verify=certificates)
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
         # What is said of them may hold a proxy's password.
         raise UserError(
@@ -358,6 +362,14 @@ def _client() -> Any:
             where="HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE or SSL_CERT_DIR",
             fix="correct or unset them; a SOCKS proxy needs pip install 'httpx[socks]'",
         ) from None
+
+
+@functools.cache
+def _certificates(file: str | None, folder: str | None) -> ssl.SSLContext:
+    """Those that connections trust, read once for all of them: it takes longer than many a request."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:

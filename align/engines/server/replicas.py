@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from align.config import Server
 from align.distributed.ports import free_port
@@ -23,6 +24,9 @@ from align.errors import UserError
 from align.log import log
 from align.monitoring.format import duration
 from align.run.server_addresses import publish, withdraw
+
+if TYPE_CHECKING:
+    import httpx
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 LOCAL_HOST = "127.0.0.1"
@@ -134,6 +138,13 @@ class Replicas:
         return _Replica(launch, port, path, process)
 
     def _wait(self) -> None:
+        import httpx
+
+        # No proxy stands between this machine and itself.
+        with httpx.Client(timeout=5.0, trust_env=False) as client:
+            self._wait_for_answers(client)
+
+    def _wait_for_answers(self, client: httpx.Client) -> None:
         began = reported = time.monotonic()
         waiting = list(self._replicas)
         log.info("starting %s on %s; logs: %s-*.log", self.model, ", ".join(one.url for one in waiting), self.logs)
@@ -141,7 +152,7 @@ class Replicas:
             for replica in waiting:
                 if replica.process.poll() is not None:
                     raise _not_started("a server that was started has died", replica)
-            for replica in [replica for replica in waiting if _answers(replica.url)]:
+            for replica in [replica for replica in waiting if _answers(client, replica.url)]:
                 _tell(replica)
                 waiting.remove(replica)
             now = time.monotonic()
@@ -164,12 +175,11 @@ def _tell(replica: _Replica) -> None:
         replica.process.stdin.flush()
 
 
-def _answers(url: str) -> bool:
+def _answers(client: httpx.Client, url: str) -> bool:
     import httpx
 
     try:
-        # No proxy stands between this machine and itself.
-        return httpx.get(f"{url}/v1/models", timeout=5.0, trust_env=False).is_success
+        return client.get(f"{url}/v1/models").is_success
     except httpx.HTTPError:
         return False
 

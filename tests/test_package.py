@@ -66,7 +66,7 @@ def test_the_wheel_plays_a_round_of_the_demo_without_the_repository(site, tmp_pa
     code = (
         "from pathlib import Path; import align; from align.demo import play\n"
         f"assert align.__file__.startswith({str(site)!r}), align.__file__\n"
-        "play.NUM_QUESTIONS, play.NUM_EVAL = 24, 8\n"
+        "play.NUM_QUESTIONS, play.NUM_EVAL = 10, 4\n"
         "play.play_demo(Path('demo'), rounds=1, seed=0, control=False)"
     )
     played = run_in(site, tmp_path, code)

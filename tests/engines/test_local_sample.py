@@ -288,12 +288,12 @@ def test_places_that_are_left_go_to_waiting_questions_and_no_sample_changes(monk
     model = text_model()
     with torch.no_grad():
         model.lm_head.weight[258] *= 2.0  # Ends come early or late.
-    settings = SamplingSettings(temperature=1.0, max_new_tokens=40, top_p=0.95)
-    requests = [question(i, num_images=0, num_samples=2 + i % 3) for i in range(24)]
+    settings = SamplingSettings(temperature=1.0, max_new_tokens=24, top_p=0.95)
+    requests = [question(i, num_images=0, num_samples=2 + i % 3) for i in range(12)]
     expected = one_by_one(model, requests, settings)
     lengths = {length for result in expected.values() for length in result.num_tokens}
     assert min(lengths) < 8
-    assert max(lengths) == 40
+    assert max(lengths) == 24
     begun: list[tuple[int, int]] = []
     original = shared_path.prefill
 
@@ -302,8 +302,8 @@ def test_places_that_are_left_go_to_waiting_questions_and_no_sample_changes(monk
         return original(model, inputs, cache, rows)
 
     monkeypatch.setattr(shared_path, "prefill", noting)
-    monkeypatch.setattr(batch_size, "CPU_TOKENS", 400)
-    for order in (requests, requests[::-1], sorted(requests, key=lambda request: request.id)):
+    monkeypatch.setattr(batch_size, "CPU_TOKENS", 200)
+    for order in (requests, requests[::-1]):
         begun.clear()
         engine = LocalEngine(model, text_tokenizer())
         assert collect(engine, order, settings) == expected

@@ -14,6 +14,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.forks import remember_packages
+
 # No example has a deadline of its own: a busy machine is no fault.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
@@ -59,10 +61,7 @@ def _forks(path: Path) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    imports = sys.modules.get("accelerate.utils.imports")
-    if imports is not None:
-        # It reads and parses a package's metadata again at every step of a training, to see whether it is there.
-        imports._is_package_available = functools.cache(imports._is_package_available)  # type: ignore[attr-defined]
+    remember_packages()
     _freeze()
 
 

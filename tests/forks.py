@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +24,16 @@ _COMMANDS = ["align.cli", "align.loop", "align.check", "align.plan"]
 FORKS.set_forkserver_preload(["tests.tiny_models", *_COMMANDS, *_TRAINING, *_STAGES])
 
 
+def remember_packages() -> None:
+    """accelerate reads and parses a package's metadata again at every step of a training, to see whether it is there."""
+    imports = sys.modules.get("accelerate.utils.imports")
+    if imports is not None and not hasattr(imports._is_package_available, "cache_info"):
+        imports._is_package_available = functools.cache(imports._is_package_available)  # type: ignore[attr-defined]
+
+
 def begin(out: Path, err: Path) -> None:
     """Let files take what this process and its libraries print, and the collector leave alone what was there before."""
+    remember_packages()
     gc.freeze()
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

@@ -20,13 +20,13 @@ SETTINGS = {
     "policy": "./policy",
     "questions": "questions.jsonl",
     "rounds": 1,
-    "sample": {"num_responses": 3, "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "batch_size": 2},
+    "sample": {"num_responses": 2, "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "batch_size": 2},
     "critic": {"kind": "pairwise", "model": "./policy", "options": {"soft": True}},
     "pairs": {"keep_truncated": True},
     "dpo": {
         "learning_rate": 1e-3,
         "warmup_steps": 0,
-        "max_steps": 3,
+        "max_steps": 2,
         "per_device_train_batch_size": 2,
         "gradient_checkpointing": True,
         "logging_steps": 1,
@@ -60,14 +60,14 @@ def test_a_round_through_the_real_commands(name, tmp_path):
     round_ = tmp_path / "runs" / "run" / "round-1"
     stages = json.loads((round_ / "manifest.json").read_text())["stages"]
     samples = [json.loads(line) for line in (round_ / "samples.jsonl").read_text().splitlines()]
-    assert [len(line["responses"]) for line in samples] == [3, 3, 3, 3]
+    assert [len(line["responses"]) for line in samples] == [2, 2, 2, 2]
     for stage in ("sample", "score", "dpo"):
         note = stages[stage]["notes"]["shared_prefix"]
         if name in PLAIN:
             assert PLAIN[name] in note, note
         else:
             assert "shared and unshared log-probabilities agree" in note, note
-    assert stages["dpo"]["counts"]["steps"] == 3
+    assert stages["dpo"]["counts"]["steps"] == 2
     before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "policy", round_ / "checkpoint"))
     assert before.keys() == after.keys()
     assert any((before[key] != after[key]).any() for key in before)

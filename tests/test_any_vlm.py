@@ -21,7 +21,7 @@ SETTINGS = {
     "questions": "questions.jsonl",
     "rounds": 1,
     "sample": {"num_responses": 2, "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "batch_size": 2},
-    "critic": {"kind": "pairwise", "model": "./policy", "options": {"soft": True}},
+    "critic": {"kind": "pairwise", "model": "./policy", "prompt": "pairwise_short", "options": {"soft": True}},
     "pairs": {"keep_truncated": True},
     "dpo": {
         "learning_rate": 1e-3,

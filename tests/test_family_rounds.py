@@ -63,6 +63,7 @@ def make_project(golden, folder):
     critic = {
         "kind": "pairwise",
         "model": "./policy",
+        "prompt": "pairwise_short",
         "options": {"soft": True},
         "processor": processor,
         "reliability_sample": 0,

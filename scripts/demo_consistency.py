@@ -5,7 +5,8 @@
 
 *right* is a pair of a right and a wrong response, *unequal* two wrong ones of which one is nearer to the answer,
 *equal* two that are equally wrong. *Leans alike* forgets ties: whether both orders give the higher probability to the
-same response, by however little. Prints markdown for docs/benchmarks.md.
+same response, by however little. `--by-task` prints the *right* pairs of every task too. Prints markdown for
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from demo_build.faults import merit
 
-from align.demo.questions import PHRASINGS, Task
+from align.demo.questions import PHRASINGS, TASKS, Task
 from align.records import Question, Samples, read_jsonl
 from align.run.folder import RunDir
 from reward.judgement import Judgement
@@ -48,7 +49,7 @@ def task_of(question: Question) -> Task:
 
 
 def compare(run: Path, number: int) -> dict[str, list[Compared]]:
-    """Every pair of a round that was judged in both orders, by kind and over all."""
+    """Every pair of a round that was judged in both orders, by kind, over all, and by task where one is right."""
     this = RunDir(run).round(number)
     samples = {line.id: line for line in read_jsonl(this.samples, Samples)}
     found: dict[str, list[Compared]] = defaultdict(list)
@@ -66,7 +67,7 @@ def compare(run: Path, number: int) -> dict[str, list[Compared]]:
                 ties=((forth.winner is None) + (back.winner is None)) / 2,
                 ordered_by_merit=float((leans[0] - leans[1]) * (one - other) > 0),
             )
-            for name in (kind, "all"):
+            for name in (kind, "all", *([f"right, {task.kind}"] if kind == "right" else [])):
                 found[name].append(row)
     return found
 
@@ -75,17 +76,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--rounds", type=int, nargs="+", default=[1])
+    parser.add_argument("--by-task", action="store_true")
     options = parser.parse_args()
+    tasks = [f"right, {task}" for task in TASKS] if options.by_task else []
     heads = ("same verdict in both orders", "ties", "leans alike", "position bias", "ordered by merit")
     print(f"| round | pairs | number | {' | '.join(heads)} |")
     print("|---|---|---|---|---|---|---|---|")
     for number in options.rounds:
         found = compare(options.run, number)
-        for kind in ("right", "unequal", "equal", "all"):
+        for kind in ("right", *tasks, "unequal", "equal", "all"):
             if not found[kind]:
                 continue
             mean = Compared(*np.mean(found[kind], axis=0))
-            ordered = f"{mean.ordered_by_merit:.3f}" if kind in ("right", "unequal") else ""
+            ordered = f"{mean.ordered_by_merit:.3f}" if kind not in ("equal", "all") else ""
             cells = f"{mean.same:.3f} | {mean.ties:.3f} | {mean.leans_alike:.3f} | {mean.first_place:+.3f} | {ordered}"
             print(f"| {number} | {kind} | {len(found[kind])} | {cells} |")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from align.config import CONFIG_NAME, commented_config
 from align.demo.canvas import draw
-from align.demo.questions import Task, absent_words, make_task
+from align.demo.questions import TASKS, Task, absent_words, make_task
 from align.records import Question, write_jsonl
 
 HERE = Path(__file__).parent
@@ -24,9 +24,6 @@ CRITIC_PROMPT = HERE / "critic_prompt.md"
 CRITIC_OPTIONS: dict[str, Any] = {"soft": True}
 
 QUESTIONS_PER_ROUND = 1000
-#: What the demo asks. The models also learned to name the largest digit; that is left out, since what the critic is
-#: taught last makes up no pairs of it.
-ASKED = ("list", "count", "has", "describe")
 
 
 def write_demo(folder: Path, *, num_questions: int, num_eval: int, seed: int) -> None:
@@ -50,7 +47,7 @@ def make_questions(folder: Path, part: str, number: int, *, seed: int) -> Iterat
     rng = random.Random(f"{part}:{seed}")
     for index in range(number):
         canvas = draw(rng, part)
-        task = make_task(rng, ASKED[index % len(ASKED)], canvas.digits)
+        task = make_task(rng, TASKS[index % len(TASKS)], canvas.digits)
         image = f"images/{part}/{index:05d}.png"
         canvas.image().save(folder / image)
         yield as_question(f"{part}-{index:05d}", task, image)

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from align.config import Config, build_config
-from align.demo.data import ASKED, POLICY
-from align.demo.questions import make_task
+from align.demo.data import POLICY
+from align.demo.questions import TASKS, make_task
 from align.engines.base import SampleRequest
 from align.engines.local import LocalEngine
 from align.media.images import ImageStore
@@ -57,7 +57,7 @@ class Bench:
             self.images.root / name
         )
         digits = rng.sample(range(10), 4)
-        task, other = (make_task(rng, ASKED[index % len(ASKED)], part) for part in (digits[:2], digits[1:]))
+        task, other = (make_task(rng, TASKS[index % len(TASKS)], part) for part in (digits[:2], digits[1:]))
         return Question(id=f"q{index}", question=task.question, images=[name], answer=task.answer), other.answer
 
     def model(self, dtype: torch.dtype = torch.float32) -> Any:

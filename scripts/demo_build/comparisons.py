@@ -96,6 +96,8 @@ def misread(task: Task, rng: random.Random) -> str:
 
 def with_slips(task: Task, rng: random.Random) -> str:
     """An answer with one to three slips, each as a policy's: a digit exchanged, left out, added, or the order lost."""
+    if task.kind == "largest" and rng.random() < 0.4:
+        return say(task, [rng.choice(task.digits)])
     if task.kind not in READ_ALONG:
         return misread(task, rng)
     seen = list(task.digits)
@@ -153,11 +155,27 @@ def said_elsewhere(said: Said, rng: random.Random) -> Said:
     for _ in range(MOST_TRIES):
         digits = [rng.randrange(10) for _ in range(rng.randint(1, MAX_DIGITS))]
         if said.task.kind in READ_ALONG:
-            digits = [int(word) for word in re.findall(r"\d", text)]
+            digits = _digits_in(text)
+        if said.task.kind == "largest":
+            digits = _with_largest(max(_digits_in(text), default=0), _digits_in(*said.responses), len(digits), rng)
         task = replace(said.task, digits=tuple(digits))
         if 1 <= len(digits) <= MAX_DIGITS and is_exact(task, text):
             return Said(draw(rng, "train", digits).pixels, task.digits, task, said.responses)
     return said
+
+
+def _digits_in(*texts: str) -> list[int]:
+    return [int(word) for word in re.findall(r"\d", " ".join(texts))]
+
+
+def _with_largest(largest: int, said: Sequence[int], number: int, rng: random.Random) -> list[int]:
+    """As many digits of which `largest` is the largest; about half are smaller ones that responses said, if any did."""
+    smaller = [digit for digit in said if digit < largest]
+    digits = [largest]
+    while len(digits) < number:
+        digits.append(rng.choice(smaller) if smaller and rng.random() < 0.5 else rng.randint(0, largest))
+    rng.shuffle(digits)
+    return digits
 
 
 class Comparisons(IterableDataset):

@@ -57,6 +57,8 @@ def faults(task: Task, response: str) -> Faults:
         cost, marks = min(off, 3.0), dict.fromkeys(numbers[:1], off == 0)
     if task.kind in ("has", "largest") and not is_exact(task, response):
         cost = INVENTED if hallucinates(task, response) else SLIP
+    if task.kind == "largest":
+        marks = dict.fromkeys(digits[:1], is_exact(task, response))
     if task.kind == "has" and words:
         marks = {0: is_exact(task, response)}
     if not _is_sentence(task, response, said, number):

@@ -43,7 +43,9 @@ def test_pairs_are_told_apart_by_whether_one_is_right_and_both_orders_are_held_a
 
     found = compare(tmp_path, 1)
 
-    assert found["right"] == [Compared(1.0, 1.0, first_place=0.0, ties=0.0, ordered_by_merit=1.0)]
+    assert (
+        found["right"] == found["right, list"] == [Compared(1.0, 1.0, first_place=0.0, ties=0.0, ordered_by_merit=1.0)]
+    )
     assert found["equal"] == [Compared(0.0, 0.0, first_place=-1.0, ties=0.0, ordered_by_merit=0.0)]
     assert found["unequal"] == [
         Compared(0.0, 0.0, first_place=1.0, ties=0.0, ordered_by_merit=0.0),

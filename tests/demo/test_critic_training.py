@@ -98,6 +98,12 @@ def test_merit_falls_with_every_fault(task, by_merit):
     assert all(faults(task, response).cost == 0 for response in by_merit[:1])
 
 
+def test_the_digit_that_is_said_to_be_the_largest_is_right_or_wrong():
+    task = Task("largest", 0, (3, 7))
+    marks = [faults(task, f"The largest digit is {said}.").marks for said in (7, 3, 9)]
+    assert marks == [((4, True),), ((4, False),), ((4, False),)]
+
+
 def test_slips_lead_to_sentences_that_somebody_could_say():
     rng = random.Random(0)
     tasks = [Task("list", 0, (3,)), Task("list", 1, (3, 7, 7, 1)), Task("describe", 0, (3, 7))]
@@ -112,7 +118,7 @@ def test_slips_lead_to_sentences_that_somebody_could_say():
         (TASK, (RIGHT, WRONG, AS_WRONG)),
         (Task("describe", 1, (3, 7)), ("I see two digits: 3 and 7.", "I see three digits: 3, 7 and 1.")),
         (Task("count", 0, (3, 7)), ("There are two digits.", "There are three digits.")),
-        (Task("largest", 1, (3, 7)), ("It is 7.", "It is 3.")),
+        (Task("largest", 1, (3, 7)), ("It is 7.", "It is 1.")),
         (Task("has", 0, (3, 7), asked=4), ("Yes, there is a 4.", "No, there is no 4.")),
     ],
 )
@@ -125,6 +131,16 @@ def test_under_another_picture_each_response_is_right_sometimes(task, said):
     assert all(len(texts) == 1 for texts in right)
     assert {texts[0] for texts in right} == set(said)
     assert all(line.pixels.any() and line.digits == line.task.digits for line in found)
+
+
+def test_a_digit_that_is_wrongly_said_to_be_the_largest_is_often_in_the_picture():
+    task, rng = Task("largest", 1, (3, 7)), random.Random(0)
+    said = Said(np.zeros((112, 112), dtype=np.uint8), task.digits, task, ("It is 7.", "It is 3."))
+    found = [said_elsewhere(said, rng).digits for _ in range(40)]
+    assert 5 < sum(3 in digits for digits in found if max(digits) == 7 and len(digits) > 1) < 20
+    slips = [with_slips(task, rng) for _ in range(40)]
+    assert slips.count("It is 3.") > 8
+    assert len(set(slips)) > 3
 
 
 def test_a_response_that_no_picture_makes_right_stays_where_it_was_said():

@@ -42,7 +42,7 @@ def test_equal_seeds_write_equal_data_and_held_out_questions_never_change(tmp_pa
 def test_records_carry_what_the_rule_needs(tmp_path):
     write_demo(tmp_path, num_questions=5, num_eval=1, seed=0)
     lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
-    assert {line["meta"]["task"] for line in lines} <= set(TASKS)
+    assert [line["meta"]["task"] for line in lines] == list(TASKS)
     for line in lines:
         assert not {str(digit) for digit in line["meta"]["digits"]} & set(line["absent_objects"])
 

@@ -366,7 +366,10 @@ def _client() -> Any:
 
 @functools.cache
 def _certificates(file: str | None, folder: str | None) -> ssl.SSLContext:
-    """Those that connections trust, read once for all of them: it takes longer than many a request."""
+    """Those that connections trust; read once for what the environment names, as that takes longer than many a request.
+
+    httpx itself finds `file` and `folder` (SSL_CERT_FILE, SSL_CERT_DIR).
+    """
     import httpx
 
     return httpx.create_ssl_context()

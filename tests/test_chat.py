@@ -234,3 +234,27 @@ def test_a_lineage_is_what_the_card_says_and_nothing_else(tmp_path):
     (tmp_path / "README.md").write_text(card)
     assert lineage_of(tmp_path) == "| round |\n|---|\n| 1 |"
     assert lineage_of(Path(POLICY)) is None
+
+
+def test_a_question_leaves_the_box_until_it_is_refused_or_stopped(chat):
+    from align.chat.page import EMPTY, Page, Talk
+
+    page = Page([chat], GREEDY)
+    page.build()
+    unanswerable, wishes = {"text": "What is on <image>?", "files": []}, (0.0, 24, 1)
+    (asked,) = page.ask(unanswerable, Talk())
+    talk = asked[page.talk]
+    assert (asked[page.box], [exchange.question for exchange in talk.exchanges]) == (EMPTY, ["What is on <image>?"])
+    with pytest.raises(UserError, match=r"not answered yet.*Stop"):
+        next(page.ask({"text": QUESTION, "files": []}, talk))
+    with pytest.raises(UserError, match="cannot be asked"):
+        list(page.answer(talk, *wishes))
+    (back,) = page.give_back(talk)
+    assert (back[page.box], back[page.talk]) == (unanswerable, Talk())
+    (stopped,) = page.stop(talk)
+    assert len(next(page.ask({"text": QUESTION, "files": []}, stopped[page.talk]))[page.talk].exchanges) == 2
+    (asked,) = page.ask({"text": QUESTION, "files": []}, Talk())
+    talk = last_of(page.answer(asked[page.talk], *wishes))[page.talk]
+    assert talk.exchanges[-1].answer == talk.answers.texts[0] != ""
+    assert list(page.give_back(talk)) == []
+    assert list(page.answer(talk, *wishes)) == []

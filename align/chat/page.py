@@ -2,6 +2,10 @@
 
 Texts stand as they were written, no Markdown of a model or a visitor is rendered. What goes wrong is reported to the
 visitor in a sentence. Needs Gradio; `align.chat.web` serves the page.
+
+Of several changes that reach a busy browser together, Gradio's page makes only the last: each that a control yields
+says all that it changes. So asking takes three controls: one empties the box, the next answers, and the last puts
+what was refused into the box again.
 """
 
 from __future__ import annotations
@@ -31,15 +35,26 @@ MAX_FILES = 16
 MOST_NEW_TOKENS = 4096
 NO_LINEAGE = "Its folder tells no lineage: it is a first policy, or was made elsewhere."
 
+EMPTY: dict[str, Any] = {"text": "", "files": []}
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+
 # What a control does: values for the parts of the page that change, once or again and again.
 Changes = Iterator[dict[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question that is not answered yet: what the box held, and the talk that it was asked in."""
+
+    box: dict[str, Any]
+    before: Talk
 
 
 @dataclass(frozen=True)
 class Talk:
     """A visitor's conversation, and the answers to its last question; it continues the one that is `chosen`.
 
-    `names` are the answers' headings.
+    `names` are the answers' headings. `asked` is there from when a question leaves the box until it is answered.
     """
 
     exchanges: tuple[Exchange, ...] = ()
@@ -47,6 +62,7 @@ class Talk:
     names: tuple[str, ...] = ()
     chosen: int = 0
     num_asked: int = 0
+    asked: Asked | None = None
 
     def going_on_from(self, index: int) -> Talk:
         """The talk in which the answer of this index is the one that was given."""
@@ -122,34 +138,39 @@ class Page:
 
     def _connect(self) -> None:
         parts = [part for card in self.cards for part in card]
-        how: dict[str, Any] = {
-            "outputs": [self.shown, self.talk, self.box, self.answers, *parts],
-            "show_progress": "hidden",
-            "api_visibility": "private",
-        }
-        turn: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-        asked = self.box.submit(_reporting_faults(self.ask), [self.box, self.talk, *self.wishes], **how, **turn)
-        again = self.retry_button.click(_reporting_faults(self.retry), [self.talk, *self.wishes], **how, **turn)
-        stops = [asked, again]
-        self.stop_button.click(None, cancels=stops, api_visibility="private")
-        self.clear_button.click(_reporting_faults(self.clear), None, cancels=stops, **how)
+        talk, view = self.talk, [self.talk, self.shown, self.answers, *parts]
+        all_of_it = [*view, self.box]
+        asked = _on(self.box.submit, self.ask, [self.box, talk], all_of_it)
+        answered = _on(asked.success, self.answer, [talk, *self.wishes], view, **ONE_AT_A_TIME)
+        given_back = _on(answered.success, self.give_back, [talk], all_of_it)
+        again = _on(self.retry_button.click, self.retry, [talk, *self.wishes], view, **ONE_AT_A_TIME)
+        stops = [asked, answered, given_back, again]
+        _on(self.stop_button.click, self.stop, [talk], [talk], cancels=stops)
+        _on(self.clear_button.click, self.clear, [], all_of_it, cancels=stops)
         for index, (_, _, button) in enumerate(self.cards):
-            button.click(_reporting_faults(functools.partial(self.choose, index)), self.talk, cancels=stops, **how)
+            _on(button.click, functools.partial(self.choose, index), [talk], view, cancels=stops)
 
-    def ask(self, message: dict[str, Any], talk: Talk, *wishes: float) -> Changes:
-        """Ask what stands in the box; where the model refuses it, it stands there again."""
+    def ask(self, message: dict[str, Any], talk: Talk) -> Changes:
+        """Take the question out of the box into the conversation."""
+        if talk.asked is not None:
+            raise UserError("the question before this one is not answered yet", fix="wait for it, or press Stop")
         question, files = message["text"].strip(), [Path(file) for file in message["files"]]
         if not question:
             raise UserError("there is no question", fix="write one beside the images")
         if len(files) > MAX_FILES:
             raise UserError(f"expected at most {MAX_FILES} files with a question, found {len(files)}")
-        asked = replace(talk, exchanges=(*talk.exchanges, self._exchange(question, files)))
-        yield {self.box: {"text": "", "files": []}}
-        try:
-            yield from self._answer(asked, *wishes)
-        except UserError:
-            yield {**self._view(talk), self.box: message}
-            raise
+        exchanges = (*talk.exchanges, self._exchange(question, files))
+        yield {**self._view(Talk(exchanges, num_asked=talk.num_asked, asked=Asked(message, talk))), self.box: EMPTY}
+
+    def answer(self, talk: Talk, *wishes: float) -> Changes:
+        """Answer the question that was asked, if one was."""
+        if talk.asked is not None:
+            yield from self._answer(talk, *wishes)
+
+    def give_back(self, talk: Talk) -> Changes:
+        """Put the question back into the box, if it was not answered."""
+        if talk.asked is not None:
+            yield {**self._view(talk.asked.before), self.box: talk.asked.box}
 
     def _exchange(self, question: str, files: list[Path]) -> Exchange:
         try:
@@ -165,13 +186,17 @@ class Page:
             raise UserError("nothing has been asked yet")
         yield from self._answer(talk, *wishes)
 
+    def stop(self, talk: Talk) -> Changes:
+        """Leave the question as far as it has been answered."""
+        yield {self.talk: replace(talk, asked=None)}
+
     def clear(self) -> Changes:
         """Begin a new talk."""
-        yield {**self._view(Talk()), self.box: {"text": "", "files": []}}
+        yield {**self._view(Talk()), self.box: EMPTY}
 
     def choose(self, index: int, talk: Talk) -> Changes:
         """Go on from the answer that was chosen."""
-        yield self._view(talk.going_on_from(index))
+        yield self._view(replace(talk, asked=None).going_on_from(index))
 
     def _answer(self, talk: Talk, temperature: float, max_new_tokens: float, num_answers: float) -> Changes:
         """Show the answers of one checkpoint after the other as they grow."""
@@ -188,6 +213,7 @@ class Page:
                     both = Answers(before.texts + answers.texts, (before.cut or ()) + cut)
                     yield self._view(replace(talk, answers=both).going_on_from(0))
             before = both
+        yield self._view(replace(talk, answers=before, asked=None).going_on_from(0))
 
     def _names(self, number: int) -> tuple[str, ...]:
         """The headings of the answers that stand side by side."""
@@ -248,23 +274,27 @@ def _messages(talk: Talk) -> list[dict[str, Any]]:
     return messages
 
 
-def _reporting_faults(control: Callable[..., Changes]) -> Callable[..., Changes]:
-    """A control whose faults are reported to the visitor: those to be fixed as they are,
-    others without their details."""
+def _on(
+    event: Callable[..., Any], control: Callable[..., Changes], given: list[Any], changed: list[Any], **how: Any
+) -> Any:
+    """Let a control act on an event. Its faults are reported to the visitor: those to be fixed as they are, others
+    without their details."""
 
-    @functools.wraps(control)
     def reporting(*values: Any) -> Changes:
+        said: dict[Any, Any] = {}
         # Told as a warning: after an error Gradio covers all that the control changes, the conversation too.
         try:
-            yield from control(*values)
+            for changes in control(*values):
+                said |= changes
+                yield dict(said)
         except UserError as error:
             gr.Warning(html.escape(str(error)), duration=None, title="Not answered")
-            yield gr.skip()
         except Exception as error:
             log.error("a visitor's question failed: %s", in_one_line(error))
             log.debug("where it failed", exc_info=True)
             text = "This went wrong, and it is not your fault; the terminal that serves the page says more."
             gr.Warning(text, duration=None, title="Not answered")
+        if not said:
             yield gr.skip()
 
-    return reporting
+    return event(reporting, given, changed, show_progress="hidden", api_visibility="private", **how)

@@ -3,6 +3,7 @@
 import random
 import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -20,14 +21,21 @@ QUESTION = "Which digits do you see?"
 LINEAGE = "\n\n## Lineage\n\n| round | pairs |\n|---|---|\n| 1 | 4242 |\n"
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
+@contextmanager
+def serving(folder):
     shutil.copytree(POLICY, folder / "checkpoint")
     (folder / "checkpoint" / "README.md").write_text(f"---\nlicense: mit\n---\n\n# x, round 1{LINEAGE}")
     served = Served(folder, "chat", "checkpoint", "--web")
-    yield served
-    served.kill()
+    try:
+        yield served
+    finally:
+        served.kill()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("served")) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +60,26 @@ def page(browser, served):
     return browser
 
 
+# Gradio's page handles each message of the server in a task of its own. Counted are the controls that have ended; where
+# `prompt_changes` is set, the messages after so many changes come late and in one task, as on a busy machine.
+MESSAGES = """(() => {
+    const later = window.setTimeout, held = [];
+    window.ended = 0, window.prompt_changes = Infinity;
+    window.setTimeout = (act, delay, message, ...rest) => {
+        if (!message || !message.msg) return later(act, delay, message, ...rest);
+        const told = () => { act(message); window.ended += message.msg === 'process_completed' };
+        window.prompt_changes -= message.msg === 'process_generating';
+        if (window.prompt_changes >= 0 && !held.length) return later(told, delay);
+        held.push(told);
+        if (held.length === 1) later(() => held.splice(0).forEach(told => told()), 1000);
+    };
+})()"""
+
+
 def visit(browser, served, width):
     browser.visit(served.url, width=width)
     browser.wait("document.querySelector('#question textarea') !== null")
+    browser.run(MESSAGES)
 
 
 def upload(page, *files):
@@ -69,6 +94,8 @@ def ask(page, text):
     page.call("Input.insertText", text=text)
     page.wait(f"document.querySelector('#question textarea').value === {text!r}")
     page.press("Enter")
+    # The box is emptied, the question answered, and what was refused given back.
+    page.wait("window.ended === 3")
 
 
 def set_number(page, label, value):
@@ -81,22 +108,15 @@ SAID = "[...document.querySelectorAll('#conversation [data-testid=bot] .message-
 ASKED = "[...document.querySelectorAll('#conversation [data-testid=user] .message-content')].map(e => e.textContent)"
 SIDE_BY_SIDE = "[...document.querySelectorAll('#answers textarea')].map(e => e.value)"
 TOLD = "[...document.querySelectorAll('.toast-body')].map(e => e.textContent).join()"
-# A full stop ends every answer of the demo's policy.
-WHOLE = "(texts => texts.length === {n} && texts.every(text => text.endsWith('.')))"
-
-
-def wait_for(page, texts, number=1):
-    page.wait(WHOLE.replace("{n}", str(number)) + f"({texts})")
-    return page.run(texts)
+BOX = "document.querySelector('#question textarea').value"
 
 
 def test_the_page_answers_as_the_terminal_does(page, picture, capsys):
     upload(page, picture)
     ask(page, QUESTION)
-    said = wait_for(page, SAID)
     capsys.readouterr()
     chat_in_terminal(str(POLICY), [picture], QUESTION, SamplingSettings(0.0, 512))
-    assert said == [capsys.readouterr().out.strip()]
+    assert page.run(SAID) == [capsys.readouterr().out.strip()]
     assert page.problems == []
 
 
@@ -105,7 +125,8 @@ def test_one_of_several_answers_is_chosen_to_go_on_from(page, picture):
     set_number(page, "Temperature", 1.5)
     set_number(page, "Answers side by side", 4)
     ask(page, QUESTION)
-    answers = wait_for(page, SIDE_BY_SIDE, 4)
+    answers = page.run(SIDE_BY_SIDE)
+    assert len(answers) == 4
     assert len(set(answers)) > 1
     other = next(index for index, answer in enumerate(answers) if answer != answers[0])
     page.run(
@@ -120,7 +141,6 @@ def test_one_of_several_answers_is_chosen_to_go_on_from(page, picture):
 def test_what_a_visitor_writes_stands_as_it_was_written(page):
     text = "<b>bold</b> *star* <img src=x onerror=alert(1)> &lt;"
     ask(page, text)
-    wait_for(page, SAID)
     assert page.run(ASKED) == [text]
     assert page.problems == []
 
@@ -133,44 +153,24 @@ def test_a_picture_that_is_a_bomb_is_refused_with_a_message(page, served, tmp_pa
     page.wait(f"({TOLD}).includes('too large')")
     assert str(served.temporary) not in page.run(TOLD)
     assert page.run(SAID) == []
-    assert page.run("document.querySelector('#question textarea').value") == "What is it?"
+    assert page.run(BOX) == "What is it?"
 
 
-# What the server says comes to the page one message a task; here all but the first `whole` of a question's changes
-# come in one task, as on a machine that is busy with other work.
-LATE = """(() => {
-    const later = window.setTimeout, held = [];
-    let seen = 0;
-    window.setTimeout = (act, delay, message, ...rest) => {
-        if (!message || !message.msg) return later(act, delay, message, ...rest);
-        seen += message.msg === 'process_generating';
-        if (seen <= WHOLE && !held.length) return later(act, delay, message, ...rest);
-        held.push(() => act(message));
-        if (held.length === 1) later(() => held.splice(0).forEach(act => act()), 1500);
-    };
-})()"""
-
-
-@pytest.fixture(params=[None, 0, 1, 2, 3])
+@pytest.fixture(params=[0, 1, 2, 3])
 def late(page, request):
-    if request.param is not None:
-        page.run(LATE.replace("WHOLE", str(request.param)))
+    page.run(f"window.prompt_changes = {request.param}")
     return page
 
 
 def test_a_refused_question_stands_in_the_box_again(late):
     ask(late, "What is on <image>?")
     late.wait(f"({TOLD}).includes('cannot be asked')")
-    late.wait("document.querySelector('#question textarea').value === 'What is on <image>?'")
-    late.wait(f"({ASKED}).length === 0")
+    late.wait(f"{BOX} === 'What is on <image>?' && ({ASKED}).length === 0")
 
 
-def test_the_box_is_empty_once_a_question_is_asked(late):
+def test_an_answered_question_has_left_the_box(late):
     ask(late, QUESTION)
-    late.wait("document.querySelector('#question textarea').value === ''")
-    wait_for(late, SAID)
-    assert late.run(ASKED) == [QUESTION]
-    assert late.run("document.querySelector('#question textarea').value") == ""
+    assert (late.run(BOX), late.run(ASKED), len(late.run(SAID))) == ("", [QUESTION], 1)
 
 
 def test_only_what_was_uploaded_can_be_fetched(page, served, picture):
@@ -205,7 +205,8 @@ def test_the_page_fits_and_shows_the_lineage(browser, served, width):
     assert browser.problems == []
 
 
-def test_the_server_spoke_to_no_other_machine(served):
+def test_the_server_speaks_to_no_other_machine(page, served):
+    ask(page, QUESTION)
     addresses = re.findall(r"^ADDRESS socket\.(\w+) (\S+)$", served.errors, flags=re.MULTILINE)
     assert ("bind", "127.0.0.1") in addresses
     assert {address for _, address in addresses} == {"127.0.0.1"}
@@ -220,8 +221,11 @@ def test_a_second_page_at_the_same_address_is_told(served, capsys):
         chat_on_page([str(POLICY)], SamplingSettings(0.0, 8), Address("127.0.0.1", port))
 
 
-def test_ctrl_c_ends_the_page_and_deletes_what_was_uploaded(served):
-    assert list(served.temporary.glob("align-chat-*"))
-    assert served.stop() == 0
-    assert list(served.temporary.glob("align-chat-*")) == []
-    assert "Traceback" not in served.errors
+def test_ctrl_c_ends_the_page_and_deletes_what_was_uploaded(tmp_path, browser, picture):
+    with serving(tmp_path) as served:
+        visit(browser, served, 1440)
+        upload(browser, picture)
+        assert list(served.temporary.glob("align-chat-*"))
+        assert served.stop() == 0
+        assert list(served.temporary.glob("align-chat-*")) == []
+        assert "Traceback" not in served.errors

@@ -46,15 +46,10 @@ def ratings(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def text_of(page, side):
-    return page.run(f"document.querySelector('#{side}-text textarea').value")
-
-
 def wait_for(page, comparison, annotator):
-    left, right = (comparison.texts[index] for index in sides(comparison, annotator, 0))
-    page.wait(f"document.querySelector('#left-text textarea')?.value === {json.dumps(left)}")
-    assert text_of(page, "right") == right
-    return left, right
+    for side, index in zip(("left", "right"), sides(comparison, annotator, 0), strict=True):
+        text = json.dumps(comparison.texts[index])
+        page.wait(f"document.querySelector('#{side}-text textarea')?.value === {text}")
 
 
 def visit_as(page, url, name, width):
@@ -81,7 +76,7 @@ def test_a_person_compares_by_keys_and_buttons_goes_back_and_resumes(folder, ser
         wait_for(page, drawn[1], "anna")
         page.run("document.getElementById('tie').click()")
         wait_for(page, drawn[2], "anna")
-        assert "2 of 4 compared" in page.run("document.querySelector('#status textarea, #status input').value")
+        page.wait("document.querySelector('#status textarea, #status input').value.includes('2 of 4 compared')")
         # Another visit, by the same person.
         visit_as(page, served.url, "anna", width=500)
         page.run("document.getElementById('start').click()")

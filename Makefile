@@ -10,13 +10,13 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder
 EXTRAS := demo report servers deepspeed low-bit video sentencepiece web wandb mlflow lmms-eval lmms-eval-core docs dev
 LOCK := locks/dev.txt
 # Parts of the tests that are targets of their own.
-OTHERS := browser cuda_rehearsal pages
+OTHERS := browser cuda_rehearsal launched pages
 # Versions of what a CUDA build of torch brings, where pip takes one: for the torch of the locks above.
 CUDA := -c locks/cuda.txt
 UV = $(BIN)/uv
 COMPILE = $(UV) pip compile --quiet --config-file locks/uv.toml --custom-compile-command 'make lock'
 
-.PHONY: demo test lint types tests test-browser test-cuda test-pages test-oldest test-newest test-vllm docs dist lock clean
+.PHONY: demo test lint types tests test-browser test-cuda test-launched test-pages test-oldest test-newest test-vllm docs dist lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/align demo --folder demo-run
@@ -44,6 +44,10 @@ test-browser: $(VENV)/.dev
 # What would run on a GPU, rehearsed on tensors that only seem to be there.
 test-cuda: $(VENV)/.dev
 	$(PYTEST) tests/cuda_rehearsal
+
+# A run in processes that the command starts by itself, from the import on.
+test-launched: $(VENV)/.dev
+	$(PYTEST) tests/launched
 
 # The pages are built, their commands and examples run.
 test-pages: $(VENV)/.dev

@@ -135,7 +135,7 @@ def measure(folder: Path, number: int) -> list[tuple[str, Spent]]:
     project = folder / f"questions-{number}"
     run = build(project, number)
     foreign(project / "foreign.jsonl", number)
-    align = ("-m", "align.cli")
+    align = ("-m", "align")
     found = [("pairs", spend(*align, "pairs", "--round", "1", cwd=project))]
     found.append(("status", spend(*align, "status", str(run), cwd=project)))
     found.append(("status, again", _again(run)))

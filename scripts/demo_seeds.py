@@ -47,7 +47,7 @@ def run_all(folder: Path, seeds: list[int], *, questions: int, held_out: int, ro
         for critic, settings in CRITICS.items():
             started = time.monotonic()
             overrides = [f"name={critic}", f"seed={seed}", f"sample.questions_per_round={questions}", *settings]
-            command = [sys.executable, "-m", "align.cli", "run", "--rounds", str(rounds)]
+            command = [sys.executable, "-m", "align", "run", "--rounds", str(rounds)]
             command += [part for override in overrides for part in ("--set", override)]
             subprocess.run(command, cwd=home, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
             print(f"seed {seed}, {critic}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)

@@ -58,10 +58,10 @@ else
 fi
 
 # What is most wanted comes first: a GPU may be gone before ten minutes are.
-step environment 60 "$PYTHON" -m align.cli env
+step environment 60 "$PYTHON" -m align env
 step train 150 "$PYTHON" scripts/bench_dpo.py "${SIZE[@]}" "${BENCH[@]}" --no-checkpointing --response 200 \
     --json "$OUT/train.json"
-step selftest 240 "$PYTHON" -m align.cli selftest "${CHECKS[@]}" --out "$OUT/selftest.json"
+step selftest 240 "$PYTHON" -m align selftest "${CHECKS[@]}" --out "$OUT/selftest.json"
 step decode 120 "$PYTHON" scripts/first_gpu_decode.py decode "${SIZE[@]}" "${DECODE[@]}" --json "$OUT/decode.json"
 step tests 150 "$PYTHON" -m pytest -q -m gpu "${TESTS[@]}"
 step recomputed 90 "$PYTHON" scripts/bench_dpo.py "${SIZE[@]}" "${BENCH[@]}" --checkpointing --response 200 \

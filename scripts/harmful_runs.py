@@ -35,7 +35,7 @@ VIEWS = {"light": (1440, 1340, False), "dark": (1440, 1340, True), "phone": (390
 
 
 def align(*arguments: str, folder: Path, threads: int) -> None:
-    command = [sys.executable, "-m", "align.cli", *arguments]
+    command = [sys.executable, "-m", "align", *arguments]
     # The checkout's own package, wherever the command runs.
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}

@@ -28,7 +28,7 @@ RANGES = ["torch>=2.11", "trl<1.17,>=1.16", "nowhere-to-be-found>=1", "gradio>=9
 def run_align(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [variables.pop("PYTHONPATH", ""), str(ROOT)]))
     return subprocess.run(
-        [sys.executable, "-m", "align.cli", *words],
+        [sys.executable, "-m", "align", *words],
         env=os.environ | {"PYTHONPATH": path} | variables,
         capture_output=True,
         text=True,

@@ -66,7 +66,7 @@ def test_a_lost_connection_is_the_neighbours_fault_only_where_there_is_a_neighbo
 def faulty(*commands: str) -> list[str]:
     """One process a command of `tests.distributed.faulty`, started as `align` starts its stages."""
     command = launch_command(LaunchSettings(num_processes=len(commands)), list(commands))
-    command[command.index("align.cli")] = "tests.distributed.faulty"
+    command[command.index("align")] = "tests.distributed.faulty"
     return command
 
 

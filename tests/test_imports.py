@@ -31,6 +31,7 @@ BASE = {
 ALLOWED: dict[str, set[str]] = {
     "reward": set(),
     "align": {"config", "engines", "errors", "loop", "report", "versions"},
+    "__main__": {"cli"},
     "accelerator": set(),
     "errors": {"reward"},
     "log": set(),

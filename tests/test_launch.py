@@ -48,7 +48,7 @@ def test_one_machine_gets_a_free_port_and_the_stage():
     assert flags(command)["--num_machines"] == "1"
     assert int(flags(command)["--main_process_port"]) > 1023
     assert "--multi_gpu" in command
-    assert command[command.index("--module") :] == ["--module", "align.cli", "dpo", "--round", "2"]
+    assert command[command.index("--module") :] == ["--module", "align", "dpo", "--round", "2"]
 
 
 def test_several_machines_count_all_processes_and_need_an_address():

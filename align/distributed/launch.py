@@ -145,7 +145,7 @@ def launch_command(launch: LaunchSettings, arguments: list[str]) -> list[str]:
         flags += ["--main_process_port", str(launch.main_process_port or 29500)]
     else:
         flags += ["--main_process_port", str(launch.main_process_port or free_port())]
-    return [sys.executable, "-m", "align.distributed.launch", *flags, "--module", "align.cli", *arguments]
+    return [sys.executable, "-m", "align.distributed.launch", *flags, "--module", "align", *arguments]
 
 
 def adopt_slurm() -> None:

@@ -91,6 +91,6 @@ def _launch(bench: Bench, configs: list[Path]) -> dict[str, float]:
     exchanged = bench.folder / "exchanged.json"
     launch = LaunchSettings(num_processes=bench.num_processes)
     command = launch_command(launch, [str(exchanged), *map(str, configs)])
-    command[command.index("align.cli")] = WORKER
+    command[command.index("align")] = WORKER
     run_processes(command)
     return json.loads(exchanged.read_text(encoding="utf-8")) if exchanged.is_file() else {}

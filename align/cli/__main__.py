@@ -1,5 +1,0 @@
-"""`python -m align.cli`, as launched processes call it."""
-
-from align.cli import main
-
-main()

@@ -29,7 +29,7 @@ def begin(folder, *arguments):
 
 
 def test_a_run_in_two_processes_told_to_stop_goes_on_to_the_end_of_one_process(tmp_path):
-    one = make_project(tmp_path / "one", dpo=TRAINING)
+    one = make_project(tmp_path / "one", dpo=TRAINING, evaluate={})
     two = shutil.copytree(one, tmp_path / "two")
     alone = align(one, *RUN)
     assert alone.returncode == 0, alone.stderr

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_run import FakeRun
-from test_report import read
 
 from align.report import write_report
 from align.report.funnel import costs
 from align.report.read import read_run
+from tests.report.fake_run import FakeRun
+from tests.report.test_report import read
 
 COST = {"device": "cuda (H100)", "num_processes": 8, "gpu_seconds": 28_800.0, "cpu_seconds": 900.0}
 

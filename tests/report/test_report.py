@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fake_run import FakeRun
 
 from align.errors import UserError
 from align.records import Evaluation, read_jsonl, write_jsonl
 from align.report import write_report
 from align.report.metrics import metric
+from tests.report.fake_run import FakeRun
 
 VOID = {"meta", "img", "input", "br", "link"}
 

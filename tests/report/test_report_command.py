@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fake_run import FakeRun
 from typer.testing import CliRunner
 
 from align.cli import app
 from align.errors import UserError
+from tests.report.fake_run import FakeRun
 
 
 @pytest.fixture(scope="module")

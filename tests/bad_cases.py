@@ -137,10 +137,13 @@ CONFIGURATIONS = [
     Bad("a part that is none", "dpo", r"no part 'vison'.*vision", {"dpo.freeze": ["vison"]}),
     Bad("everything frozen", "dpo", r"leaves nothing to train", {"dpo.freeze": ["vision", "projector", "language"]}),
     Bad(
-        "freeze with LoRA",
+        "LoRA in a frozen part",
         "dpo",
-        r"dpo\.freeze and dpo\.lora exclude",
-        {"dpo.freeze": ["vision"], "dpo.lora": {"r": 4}},
+        r"dpo\.lora trains .*multi_modal_projector.* inside of a part",
+        {
+            "dpo.freeze": ["projector"],
+            "dpo.lora": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]},
+        },
     ),
     Bad("a field of LoRA's that is none", "dpo", r"dpo\.lora: .*rank", {"dpo.lora": {"rank": 4}}),
     Bad("a device that is none", "dpo", r"model\.device 'gpu' is no device", {"model.device": "gpu"}),

@@ -350,7 +350,7 @@ def _dpo(config: Config, found: Preflight) -> None:
     with _noting(found, "dpo"):
         quantization(config.dpo.lora, device, config.launch.strategy)
     with _noting(found, "dpo"):
-        lora_config(config.dpo.lora, config.dpo.freeze)
+        lora_config(config.dpo.lora)
     if all(problem.area != "policy" for problem in found.problems):
         check_trained(config, config.policy)
         processor = load_processor(config.policy, **config.model.processor)

@@ -243,7 +243,8 @@ class DpoSettings(BaseModel):
     freeze: list[str] = Field(
         default_factory=list,
         description=(
-            "parts that are not trained: vision, projector, language, embeddings, head, or prefixes of parameter names"
+            "parts that are not trained, with lora get no adapter: vision, projector, language, embeddings, head, or "
+            "prefixes of parameter names"
         ),
     )
     projector_learning_rate_multiplier: float = Field(

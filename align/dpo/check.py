@@ -34,7 +34,7 @@ from align.errors import UserError
 from align.media.images import ImageStore
 from align.models.limits import position_limit
 from align.models.load import check_checkpoint, load_processor, read_config
-from align.models.lora import check_modules_to_save, check_tied_weights, lora_config
+from align.models.lora import adapter_outside, check_frozen, check_modules_to_save, check_tied_weights, lora_config
 from align.models.meta import meta_model, with_adapter
 from align.models.modules import check_projector, freeze_parts
 from align.records import Pair
@@ -50,9 +50,9 @@ FUSED = ("adamw_torch_fused", "adamw_apex_fused")
 def model_to_train(config: Config, policy: str) -> Any:
     """The model without weights, with its adapter or its frozen parts, as training has it."""
     model = meta_model(policy)
-    adapter = lora_config(config.dpo.lora, config.dpo.freeze)
+    adapter = lora_config(config.dpo.lora)
     if adapter is not None:
-        return with_adapter(model, adapter)
+        return with_adapter(model, adapter_outside(model, adapter, config.dpo.freeze))
     freeze_parts(model, config.dpo.freeze)
     return model
 
@@ -62,15 +62,18 @@ def check_trained(config: Config, policy: str) -> None:
 
     Raises:
         UserError: the checkpoint is not whole, an adapter finds no layers or would untie weights, nothing is left to
-            train, the projector has a rate and is not trained, or TRL refuses the settings.
+            train, an adapter trains a frozen part, the projector has a rate and is not trained, or TRL refuses the
+            settings.
     """
     check_checkpoint(policy, allow_pickle=config.model.allow_pickle)
     trained = model_to_train(config, policy)
     if config.dpo.projector_learning_rate_multiplier != 1.0:
         check_projector(trained)
-    adapter = lora_config(config.dpo.lora, config.dpo.freeze)
+    adapter = lora_config(config.dpo.lora)
     if adapter is not None:
         plain = meta_model(policy)
+        adapter = adapter_outside(plain, adapter, config.dpo.freeze)
+        check_frozen(plain, trained, config.dpo.freeze)
         check_modules_to_save(plain, adapter)
         check_tied_weights(plain, trained)
     # A trainer asks for the other processes of a launch, which are joined by whoever trains.

@@ -54,7 +54,7 @@ from align.log import log
 from align.media.images import question_images
 from align.models.limits import position_limit
 from align.models.load import load_model, load_processor, read_config
-from align.models.lora import is_quantised, lora_config
+from align.models.lora import adapter_outside, is_quantised, lora_config
 from align.models.modules import count_parameters, freeze_parts
 from align.monitoring.cost import count_tokens
 from align.records import Pair
@@ -249,9 +249,11 @@ class DpoStage:
     ) -> PairTrainer:
         """The trainer of the round, with its adapter or frozen parts, its reference and its callbacks."""
         settings = self.config.dpo
-        adapter = lora_config(settings.lora, settings.freeze)
+        adapter = lora_config(settings.lora)
         if adapter is None:
             freeze_parts(model, settings.freeze)
+        else:
+            adapter = adapter_outside(model, adapter, settings.freeze)
         # An adapter that is switched off gives the reference by itself.
         live = self.load(self.policy) if settings.reference == "live" and adapter is None else None
         return PairTrainer(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
+from align.models.modules import named_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,6 +18,8 @@ QUANTIZE_KEY = "quantize"
 # How an adapter may begin: with nothing at all, or with a part that is taken out of the weights below it. EVA, CorDA
 # and LoRA-GA want statistics of data, LoftQ and KaSA begin near the policy, not at it.
 _BEGINNINGS = re.compile(r"true|gaussian|orthogonal|olora|pissa(_niter_\d+)?")
+# What peft puts into the names of weights that it wraps.
+_WRAPPED = re.compile(r"\.(modules_to_save\.default|base_layer)\.")
 _NOT_MERGED = ("alora_invocation_tokens", "layer_replication", "use_bdlora")
 _OF_A_SAVED_ADAPTER = ("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version")
 
@@ -33,18 +38,16 @@ def is_quantised(lora: dict[str, Any] | None) -> bool:
     return bool(lora and lora.get(QUANTIZE_KEY))
 
 
-def lora_config(fields: dict[str, Any] | None, freeze: list[str]) -> Any:
+def lora_config(fields: dict[str, Any] | None) -> Any:
     """peft's LoraConfig from the configuration, or None where the weights themselves are trained.
 
     Raises:
-        UserError: parts are frozen too, or peft refuses a field.
+        UserError: peft refuses a field.
     """
     if fields is None:
         return None
     from peft import LoraConfig
 
-    if freeze:
-        raise UserError("dpo.freeze and dpo.lora exclude each other", fix="choose dpo.lora.target_modules instead")
     _check_fields(peft_fields(fields))
     # Models of vision and language are none of peft's task types; an adapter without one is the same adapter.
     own = {name: value for name, value in peft_fields(fields).items() if name != "task_type"}
@@ -52,6 +55,45 @@ def lora_config(fields: dict[str, Any] | None, freeze: list[str]) -> Any:
         return LoraConfig(**own)
     except Exception as error:  # peft checks its fields as it comes upon them
         raise UserError(f"dpo.lora: {error}", fix="see the fields of peft's LoraConfig") from None
+
+
+def adapter_outside(model: PreTrainedModel, adapter: Any, parts: Sequence[str]) -> Any:
+    """peft's LoraConfig that puts no adapter into frozen parts (`dpo.freeze`), beside what it excludes already.
+
+    Raises:
+        UserError: the model has no such part.
+    """
+    modules = _modules_of(model, parts)
+    if not modules:
+        return adapter
+    own = adapter.exclude_modules or []
+    if isinstance(own, str):
+        return replace(adapter, exclude_modules="|".join([f"(?:{own})", *map(re.escape, modules)]))
+    return replace(adapter, exclude_modules=sorted({*own, *modules}))
+
+
+def check_frozen(model: PreTrainedModel, adapted: Any, parts: Sequence[str]) -> None:
+    """Refuse an adapter that trains something inside of a frozen part all the same, by a way of its own.
+
+    Raises:
+        UserError: `modules_to_save`, `target_parameters` or the like name something in a part of `dpo.freeze`.
+    """
+    frozen = {name for part in parts for name in named_part(model, part)}
+    inside = tuple(f"{name}." for name in _modules_of(model, parts))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    for name in trained:
+        own = _WRAPPED.sub(".", name)
+        if own in frozen or own.startswith(inside):
+            raise UserError(
+                f"dpo.lora trains {own}, which is inside of a part that dpo.freeze names",
+                fix="take it out of dpo.lora, or the part out of dpo.freeze",
+            )
+
+
+def _modules_of(model: PreTrainedModel, parts: Sequence[str]) -> list[str]:
+    """The modules that hold the weights of these parts, those alone that have no others in them."""
+    names = {name.rpartition(".")[0] for part in parts for name in named_part(model, part)}
+    return sorted(name for name in names if name and next(model.get_submodule(name).children(), None) is None)
 
 
 def _check_fields(fields: dict[str, Any]) -> None:

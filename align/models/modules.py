@@ -72,6 +72,18 @@ def parameters_of(model: PreTrainedModel, part: str) -> list[str]:
     return [name for name, _ in model.named_parameters() if name == part or name.startswith(part.rstrip(".") + ".")]
 
 
+def named_part(model: PreTrainedModel, part: str) -> list[str]:
+    """As `parameters_of`, but there must be some.
+
+    Raises:
+        UserError: the model has no such part.
+    """
+    names = parameters_of(model, part)
+    if not names:
+        raise _no_such_part(model, part)
+    return names
+
+
 def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
     """Take the named parts out of training; all other parameters stay as they are.
 
@@ -79,12 +91,7 @@ def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
         UserError: the model has no such part, or nothing is left to train.
     """
     parts = list(parts)
-    frozen: set[str] = set()
-    for part in parts:
-        names = parameters_of(model, part)
-        if not names:
-            raise _no_such_part(model, part)
-        frozen.update(names)
+    frozen = {name for part in parts for name in named_part(model, part)}
     for name, parameter in model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)

@@ -188,13 +188,13 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
 
 def shaped_model(config: Config) -> Any:
     """The policy without storage, with its adapter or with its frozen parts."""
-    from align.models.lora import lora_config
+    from align.models.lora import adapter_outside, lora_config
     from align.models.meta import meta_model
 
     model = meta_model(config.policy)
-    adapter = lora_config(config.dpo.lora, config.dpo.freeze)
+    adapter = lora_config(config.dpo.lora)
     if adapter is not None:
-        return with_adapter(model, adapter)
+        return with_adapter(model, adapter_outside(model, adapter, config.dpo.freeze))
     freeze_parts(model, config.dpo.freeze)
     return model
 
@@ -297,8 +297,7 @@ class Changes:
                 how = replace(self.least, strategy=strategy)
                 yield self._try([f"dpo.freeze=[{','.join(frozen)}]", *rest], how, shape=shape)
         adapted = _adapted(config)
-        thawed = ["dpo.freeze=[]"] if config.dpo.freeze else []
-        lora = [f"dpo.lora={{r: {ADAPTER['r']}, target_modules: [...]}}", *thawed] if config.dpo.lora is None else []
+        lora = [f"dpo.lora={{r: {ADAPTER['r']}, target_modules: [...]}}"] if config.dpo.lora is None else []
         half = ["model.dtype=bfloat16"] if self.how.weight_bytes > 2 else []
         if lora:
             yield self._try([*lora, *rest], self.least, shape=adapted)
@@ -328,12 +327,12 @@ def _frozen(config: Config, parts: list[str]) -> ModelShape:
 
 
 def _adapted(config: Config) -> ModelShape:
-    from peft import LoraConfig
-
+    from align.models.lora import adapter_outside, lora_config
     from align.models.meta import meta_model
 
-    given = {key: value for key, value in (config.dpo.lora or ADAPTER).items() if key != "quantize"}
-    return model_shape(with_adapter(meta_model(config.policy), LoraConfig(**given)))
+    model = meta_model(config.policy)
+    adapter = lora_config(config.dpo.lora or ADAPTER)
+    return model_shape(with_adapter(model, adapter_outside(model, adapter, config.dpo.freeze)))
 
 
 def _prompts(

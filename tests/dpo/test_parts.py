@@ -11,6 +11,8 @@ from transformers import (
 )
 
 from align.errors import UserError
+from align.models.lora import adapter_outside, check_frozen, lora_config
+from align.models.meta import with_adapter
 from align.models.modules import count_parameters, freeze_parts, parameters_of, part_names
 from tests import tiny_models
 
@@ -84,3 +86,25 @@ def test_a_part_that_is_not_there_is_refused():
         freeze_parts(tiny_models.llava_onevision(), ["model.language_model.layers.7"])
     with pytest.raises(UserError, match="leaves nothing to train"):
         freeze_parts(tiny_models.llava_onevision(), ["model", "lm_head"])
+
+
+@pytest.mark.parametrize("own", [None, ["v_proj"], r".*\.v_proj"])
+def test_an_adapter_stays_out_of_frozen_parts(own):
+    frozen = ["vision", "projector"]
+    model = qwen2_vl()
+    parts = part_names(model)
+    adapter = lora_config({"r": 2, "target_modules": "all-linear", "exclude_modules": own})
+    adapted = with_adapter(model, adapter_outside(model, adapter, frozen))
+    check_frozen(qwen2_vl(), adapted, frozen)
+    places = {name.partition(".lora_")[0] for name, weight in adapted.named_parameters() if weight.requires_grad}
+    language = [name for name, part in parts.items() if part == "language"]
+    expected = {name.removesuffix(".weight") for name in language if name.endswith("proj.weight")}
+    assert places == {name for name in expected if own is None or not name.endswith("v_proj")}
+
+
+def test_a_module_of_a_frozen_part_is_not_trained_as_a_whole():
+    model = qwen2_vl()
+    fields = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["merger"]}
+    adapted = with_adapter(model, adapter_outside(model, lora_config(fields), ["projector"]))
+    with pytest.raises(UserError, match=r"dpo.lora trains model.visual.merger\S* which is inside"):
+        check_frozen(qwen2_vl(), adapted, ["projector"])

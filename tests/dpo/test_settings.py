@@ -40,6 +40,14 @@ def test_what_is_set_reaches_trl_and_the_rest_is_the_recipe(tmp_path):
     assert args.run_name == f"run {tmp_path.name}"
 
 
+def test_a_number_in_quotes_is_the_number(tmp_path):
+    given = {"learning_rate": "5e-7", "adam_beta2": "0.95", "max_steps": "20", "warmup_steps": "0.1", "optim": "sgd"}
+    args = training_arguments(training_fields(config_with(tmp_path, **given), tmp_path / "t", CPU, torch.float32))
+    found = [getattr(args, name) for name in given]
+    assert found == [5e-7, 0.95, 20, 0.1, "sgd"]
+    assert isinstance(args.max_steps, int)
+
+
 def test_the_run_decides_what_is_not_for_the_section_to_decide(tmp_path):
     args = training_arguments(training_fields(config_with(tmp_path, max_length=77), tmp_path / "t", CPU, torch.float32))
     assert args.output_dir == str(tmp_path / "t")

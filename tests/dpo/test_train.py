@@ -28,6 +28,7 @@ from align.dpo.trainer_checkpoints import last_checkpoint
 from align.errors import UserError
 from align.media.images import ImageStore
 from align.models.load import load_model, load_processor
+from align.models.modules import part_of
 from align.records import Pair, read_jsonl, write_jsonl
 from align.run.folder import Round, RunDir
 from tests import tiny_models
@@ -291,7 +292,7 @@ def test_an_adapter_is_merged_into_a_whole_checkpoint(tmp_path):
 
 
 def test_an_adapter_stopped_by_sigterm_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    dpo = {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "learning_rate": 1e-2}
+    dpo = {"lora": {"r": 4, "target_modules": "all-linear"}, "freeze": ["vision", "projector"], "learning_rate": 1e-2}
     straight, stopped = (make_run(tmp_path, name=name, dpo=dpo) for name in ("straight", "stopped"))
     run_dpo(straight, 1)
     with monkeypatch.context() as patch:
@@ -302,6 +303,10 @@ def test_an_adapter_stopped_by_sigterm_goes_on_to_the_same_weights(tmp_path, mon
     expected, found = weights(round_1(straight).checkpoint), weights(round_1(stopped).checkpoint)
     for name in expected:
         assert torch.allclose(expected[name], found[name], atol=1e-6), name
+    before = weights(tmp_path / "policy")
+    moved = {name for name in before if not torch.equal(before[name], found[name])}
+    assert moved
+    assert {part_of(name) for name in moved} == {"language"}
 
 
 def test_live_and_cached_references_train_the_same(tmp_path):

@@ -39,7 +39,7 @@ def read_dialogue(row: Fields, tags: Tags | None = None) -> Entry:
             row.note_unused(f"{name} (the last answer)")
         else:
             row.take("chosen", name)
-    return entry_of(row, dialogue, [preference] if preference else [])
+    return _without_marks(row, entry_of(row, dialogue, [preference] if preference else []))
 
 
 def read_llava_preference(row: Fields) -> Entry:
@@ -85,7 +85,9 @@ def read_alpaca(row: Fields) -> Entry:
         preferences = [Preference(chosen, row.text("rejected", "rejected_response"))]
     elif row.has("chosen") or row.has("rejected"):
         preferences = [Preference(_one(row, "chosen"), _one(row, "rejected"))]
-    return Entry(
+    elif isinstance(row.get("output"), list):
+        preferences = [_ranked(row.take("chosen, rejected", "output"))]
+    entry = Entry(
         question,
         row.images(*IMAGES),
         row.label("id"),
@@ -94,6 +96,32 @@ def read_alpaca(row: Fields) -> Entry:
         video=row.video(),
         preferences=preferences,
     )
+    return _without_marks(row, entry)
+
+
+def _ranked(output: list[Any]) -> Preference:
+    """The preference in an `output` that holds the better response and the worse one (LLaMA-Factory before 0.7)."""
+    if len(output) != 2 or not all(isinstance(text, str) and text.strip() for text in output):
+        raise BadRow("output is no pair of texts", repr(output)[:80])
+    return Preference(*output)
+
+
+# What other trainers put into a text where the mark stands, and the columns that it comes from.
+_MARKS = {"<audio>": ("audios", "audio"), "<ref-object>": ("objects",), "<bbox>": ("objects",)}
+
+
+def _without_marks(row: Fields, entry: Entry) -> Entry:
+    """The entry, whose texts are complete as they are.
+
+    Raises:
+        BadRow: a text has a mark that stands for a sound, or for an object or box of the row.
+    """
+    texts = [entry.question, *(turn.content for turn in entry.history)]
+    texts += [text for preference in entry.preferences for text in (preference.chosen, preference.rejected)]
+    for mark, columns in _MARKS.items():
+        if any(mark in text for text in texts) and any(row.has(column) for column in columns):
+            raise BadRow(f"{mark} stands for something that is not read", f"column {columns[0]}")
+    return entry
 
 
 def _one(row: Fields, role: str, column: str | None = None, tags: Tags | None = None) -> str:

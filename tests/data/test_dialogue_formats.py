@@ -52,6 +52,7 @@ SHAPES = [
     ("ms-swift", {"messages": [user("<image>What is this?"), assistant(KITTEN)], "images": [{"bytes": None, "path": "0.png"}], "rejected_messages": [user("<image>What is this?"), assistant(PUPPY)], "rejected_images": [{"bytes": None, "path": "0.png"}]}),
     ("ms-swift", {"messages": [user("What is this?"), assistant(KITTEN)], "images": "0.png", "rejected_messages": [assistant(PUPPY)]}),
     ("alpaca", {"query": "<image>What is this?", "response": KITTEN, "rejected_response": PUPPY, "images": ["0.png"]}),
+    ("alpaca", {"instruction": "What is this?", "input": "", "output": [KITTEN, PUPPY], "images": ["0.png"]}),
     ("alpaca", {"instruction": "What is this?", "input": "", "chosen": KITTEN, "rejected": PUPPY, "images": ["0.png"]}),
     ("trl", {"images": ["0.png"], "prompt": [user([part(type="image"), part(type="text", text="What is this?")])], "chosen": [assistant([part(type="text", text=KITTEN)])], "rejected": [assistant([part(type="text", text=PUPPY)])]}),
     ("trl", {"images": ["0.png"], "prompt": [user([part(type="image", text=None), part(type="text", text="What is this?", image=None)])], "chosen": [assistant(KITTEN)], "rejected": [assistant(PUPPY)]}),
@@ -333,3 +334,25 @@ def test_an_image_that_stands_in_a_source_is_taken(tmp_path):
     (found,), _ = read(tmp_path, [row])
     assert len(found["images"]) == 1
     assert found["question"] == "<image>What is this?"
+
+
+def test_marks_for_what_is_not_read_are_no_text(tmp_path):
+    rows = [
+        {"messages": [user("<image>Where is <ref-object>?"), assistant("<bbox>")], "images": ["0.png"], "objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]]}, "rejected_response": PUPPY},
+        {"messages": [user("<image><audio>Who speaks?"), assistant(KITTEN)], "images": ["0.png"], "audios": ["a.wav"], "rejected_response": PUPPY},
+        {"messages": [user("<image>What does <bbox> mean here?"), assistant(KITTEN)], "images": ["0.png"], "rejected_response": PUPPY},
+    ]  # fmt: skip
+    made, counts = read(tmp_path, rows)
+    assert [asked(pair) for pair in made] == [[("user", ["<image>", "What does <bbox> mean here?"])]]
+    assert counts.dropped == {
+        "<ref-object> stands for something that is not read": 1,
+        "<audio> stands for something that is not read": 1,
+    }
+
+
+def test_a_query_with_marks_for_boxes_is_left_out(tmp_path):
+    boxes = {"objects": {"ref": [], "bbox": [[1, 2, 3, 4]]}}
+    row = {"query": "<image>Where?", "response": "<bbox>", "rejected_response": PUPPY, "images": ["0.png"]}
+    made, counts = read(tmp_path, [row | boxes, row])
+    assert len(made) == 1
+    assert counts.dropped == {"<bbox> stands for something that is not read": 1}

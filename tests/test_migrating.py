@@ -3,108 +3,104 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import shlex
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-import yaml
-from trl import DPOConfig
+import torch
+import transformers
+from trl import DPOConfig, ModelConfig
 
-from align.config import build_config
-from align.dpo.settings import check_fields
+from align.config import Config, build_config
+from align.dpo.settings import RECIPE, check_effects, check_fields, training_arguments, training_fields
+from align.models.lora import lora_config
+from align.strict_yaml import parse_yaml
 from tests.data.sources import imported, lines, reply, save_pictures
-from tests.doc_pages import ROOT, blocks_of
-
-PAGE = ROOT / "docs" / "migrating.md"
-BLOCKS = {block.title: block.text for block in blocks_of(PAGE) if block.title is not None}
-SECTIONS = {"trl": "From TRL", "llama-factory": "From LLaMA-Factory", "ms-swift": "From ms-swift"}
-TRL_FIELDS = {field.name for field in dataclasses.fields(DPOConfig)}
-Table = dict[str, tuple[str, ...]]
+from tests.migrated import CASES, Case
+from tests.migrating import BLOCKS, SECTIONS, converted, defaults_of, parsed, table_of
 
 
-def table_of(tool: str) -> Table:
-    """Their `key`, or `key: value` for one value alone, to what stands for it here; empty for nothing."""
-    section = re.search(rf"^## {SECTIONS[tool]}$(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    assert section
-    found: Table = {}
-    for theirs, here in re.findall(r"^\| (.*?) \| (.*?) \|$", section[1], re.M):
-        ours = () if here.startswith("nothing") else tuple(re.findall(r"`([^`]+)`", here))
-        found |= dict.fromkeys(re.findall(r"`([^`]+)`", theirs), ours)
-    return found
-
-
-def settings_of(tool: str) -> dict[str, Any]:
-    """Their example as keys and values: of a YAML file, or of a command and the variables before it."""
-    (text,) = [text for title, text in BLOCKS.items() if title.startswith(f"{tool}/dpo.")]
-    if not text.startswith("CUDA"):
-        return yaml.safe_load(text)
-    words = shlex.split(text)
-    found = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
-    found |= {word[2:]: value for word, value in pairwise(words) if word.startswith("--")}
-    # YAML takes 1e-4 for text.
-    numbers = re.compile(r"[\d.]+e-?\d+")
-    return {key: float(text) if numbers.fullmatch(text) else yaml.safe_load(text) for key, text in found.items()}
-
-
-def converted(settings: dict[str, Any], table: Table) -> dict[str, Any]:
-    result: dict[str, Any] = {"rounds": 1}
-    for key, value in settings.items():
-        exact = next((theirs for theirs in table if _says(theirs, key, value)), key)
-        if exact in table:
-            ours = table[exact]
-        else:
-            assert key in TRL_FIELDS, f"{key} stands in no row"
-            ours = (f"dpo.{key}",)
-        for name in ours:
-            dotted, constant, text = name.partition(": ")
-            place = result
-            *sections, last = dotted.split(".")
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[last] = yaml.safe_load(text) if constant else value
-    return result
-
-
-def _says(theirs: str, key: str, value: Any) -> bool:
-    """
-    >>> _says("pref_loss: sigmoid", "pref_loss", "sigmoid"), _says("pref_loss: sigmoid", "pref_loss", "orpo")
-    (True, False)
-    """
-    name, constant, text = theirs.partition(": ")
-    return bool(constant) and name == key and yaml.safe_load(text) == value
+def opens(result: dict[str, Any], base: Path) -> Config:
+    """The configuration, which TRL and peft take as well: what stands under dpo is theirs to know."""
+    config = build_config(result, base=base)
+    check_fields(config.dpo)
+    lora_config(config.dpo.lora)
+    fields = training_fields(config, base, torch.device("cpu"), torch.float32)
+    check_effects(training_arguments(fields | {"bf16": False}), config.dpo.trainer_fields())
+    return config
 
 
 @pytest.mark.parametrize("tool", SECTIONS)
-def test_the_table_makes_the_configuration_below_it(tool, tmp_path):
-    result = converted(settings_of(tool), table_of(tool))
-    assert result == yaml.safe_load(BLOCKS[f"{tool}/align.yaml"])
-    config = build_config(result, base=tmp_path)
-    # What stands under dpo is TRL's to know, not only ours to carry.
-    check_fields(config.dpo)
+def test_the_tables_make_the_configuration_below_them(tool, tmp_path):
+    (text,) = [text for title, text in BLOCKS.items() if title.startswith(f"{tool}/dpo.")]
+    result = converted(tool, parsed(text))
+    assert result == parse_yaml(BLOCKS[f"{tool}/align.yaml"])
+    opens(result, tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_another_configuration_means_the_same_here(case: Case, tmp_path):
+    result = converted(case.tool, parsed(case.text))
+    assert result == parse_yaml(case.here)
+    opens(result, tmp_path)
+
+
+def test_what_trl_and_we_take_for_left_out_is_what_the_page_says(tmp_path):
+    theirs = DPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    of_command_line, ours = ModelConfig(), DPOConfig(
+        **RECIPE, output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False
+    )  # fmt: skip
+    lora = peft.LoraConfig()
+    said = defaults_of("trl")
+    for name, (there, here) in said.items():
+        section, _, last = name.rpartition(".")
+        if section == "dpo.lora":
+            found = getattr(of_command_line, "lora_r" if last == "r" else last.replace("target", "lora_target"))
+            mine = getattr(lora, last)
+        elif section == "dpo" and hasattr(theirs, last):
+            found, mine = getattr(theirs, last), getattr(ours, last)
+            mine = None if last == "max_length" else mine
+        elif name == "model.dtype":
+            found, mine = of_command_line.dtype, None
+        else:
+            assert name in ("dpo.freeze", "dpo.on_too_long", "model.processor.max_pixels")
+            continue
+        for cell, value in ((there, found), (here, mine)):
+            if value is not None:
+                assert parse_yaml(cell.strip("`")) == value, name
+    defaults = transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    for name, (there, _) in defaults_of("llama-factory").items():
+        field = name.removeprefix("dpo.")
+        if hasattr(defaults, field):
+            assert parse_yaml(there.strip("`")) == getattr(defaults, field), name
 
 
 @pytest.mark.parametrize("tool", SECTIONS)
 def test_every_row_leads_to_a_setting_that_exists(tool, tmp_path):
     for theirs, ours in table_of(tool).items():
         for name in ours:
-            if name == "dpo.":
+            name = name.removeprefix("list ")
+            if name == "dpo." or name.startswith("freeze "):
                 continue
             dotted, constant, text = name.partition(": ")
-            value = yaml.safe_load(text) if constant else _example(dotted)
+            value = parse_yaml(text) if constant else _example(dotted)
             nested: Any = value
             for part in reversed(dotted.split(".")):
                 nested = {part: nested}
             first: dict[str, Any] = {"policy": "p", "questions": "q.jsonl"}
             if dotted == "dpo.keep":
                 nested["dpo"]["eval_steps"] = 5
-            check_fields(build_config(first | nested, base=tmp_path, where=theirs).dpo)
+            config = build_config(first | nested, base=tmp_path, where=theirs)
+            check_fields(config.dpo)
+            assert set(config.dpo.lora or ()) <= {field.name for field in dataclasses.fields(peft.LoraConfig)} | {
+                "quantize"
+            }
 
 
 def _example(dotted: str) -> Any:
     numbers = {"num_processes": 2, "max_length": 4096, "beta": 0.1, "warmup_steps": 0.1, "strategy": "zero2"}
-    numbers |= {"eval_steps": 5}
+    numbers |= {"eval_steps": 5, "held_out": 0.1}
     texts = {"dtype": "bfloat16", "attention": "sdpa", "keep": "best"}
     return (numbers | texts).get(dotted.rpartition(".")[2], "x")
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -110,12 +111,22 @@ def check_fields(settings: DpoSettings) -> None:
         raise UserError("the dpo section has faults:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(DPOConfig)
+
+
+def _kinds(name: str) -> set[Any]:
+    """What a field of TRL's may be, None left out."""
+    hint = _hints().get(name)
+    return {*(get_args(hint) or (hint,))} - {type(None)}
+
+
 def _type_faults(settings: DpoSettings) -> list[str]:
     """What is no truth value, or no finite number, where TRL's fields are one: dataclasses take what they are given."""
-    hints = get_type_hints(DPOConfig)
     problems = []
     for name, value in settings.trainer_fields().items():
-        kinds = {*(get_args(hints.get(name)) or (hints.get(name),))} - {type(None)}
+        kinds = _kinds(name)
         if value is None or name in OWN_FIELDS or value == AUTO or not kinds or not kinds <= {bool, int, float}:
             continue
         if kinds == {bool}:
@@ -133,6 +144,17 @@ def _number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def _with_numbers(given: dict[str, Any]) -> dict[str, Any]:
+    """The user's fields with numbers where they wrote a number as text, such as "5e-7" in quotes."""
+    found = dict(given)
+    for name, value in given.items():
+        kinds = _kinds(name)
+        if isinstance(value, str) and value != AUTO and kinds and kinds <= {int, float}:
+            number = _number(value)
+            found[name] = number if number is None or float in kinds else int(number)
+    return found
 
 
 # Losses that compare distributions over a batch: a pair has no share of its own in them.
@@ -197,7 +219,7 @@ def training_fields(config: Config, output_dir: Path, device: torch.device, dtyp
         "dataloader_num_workers": 4 if on_gpu else 0,
         "seed": config.seed,
     }
-    fields |= config.dpo.trainer_fields() | {
+    fields |= _with_numbers(config.dpo.trainer_fields()) | {
         "output_dir": str(output_dir),
         "remove_unused_columns": False,
         "max_length": None,

@@ -80,6 +80,19 @@ def test_env_says_what_is_unsupported_instead_of_failing(tmp_path):
     assert "trl 0.1.0  NOT SUPPORTED, wants " in found.stdout
 
 
+def test_env_tells_what_is_broken_from_the_rest_and_no_folder(tmp_path):
+    for package in ("torch", "psutil"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('/home/someone/lib/libx.so is broken')")
+    found = run_align("env", PYTHONPATH=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith(f"valley-align {align.__version__}\nPython ")
+    for part in ("system", "devices", "strategies of training"):
+        assert f"\n{part}: unknown (RuntimeError: libx.so is broken)\n" in found.stdout
+    assert "\npackages:\n" in found.stdout
+    assert "\nextras" in found.stdout
+
+
 def test_env_names_versions_devices_and_strategies_and_no_secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from typing import get_args
 
@@ -19,12 +20,36 @@ from align.versions import Installed, required
 
 # Not in our requirements, or in those of extras, and yet what a fault may come from.
 ALSO = ("vllm", "bitsandbytes", "flash-attn", "torchvision", "torch-npu", "triton", "huggingface-hub", "tokenizers")
+_FOLDERS = re.compile(r"""(?:[A-Za-z]:)?[/\\][^\s'"(),;]*[/\\]""")
 
 
 def environment() -> str:
-    """Versions, devices, strategies of training and missing extras, one fact per line."""
-    parts = (_system(), _packages(), _devices(), _strategies(), _extras())
-    return "\n".join(line for part in parts for line in part)
+    """Versions, devices, strategies of training and missing extras, one fact per line; what is broken is one, too."""
+    parts = {
+        "system": _system,
+        "packages": _packages,
+        "devices": _devices,
+        "strategies of training": _strategies,
+        "extras": _extras,
+    }
+    lines = []
+    for name, part in parts.items():
+        try:
+            for line in part():
+                lines.append(line)
+        except Exception as error:  # a package that is damaged fails as it likes where it is imported
+            lines.append(f"{name}: unknown ({_said(error)})")
+    return "\n".join(lines)
+
+
+def _said(error: Exception) -> str:
+    """The error's kind and first line, without the folders of paths.
+
+    >>> _said(ImportError("cannot import name 'x' from 'torch' (/home/me/torch/__init__.py)\\nand more"))
+    "ImportError: cannot import name 'x' from 'torch' (__init__.py)"
+    """
+    text = _FOLDERS.sub("", (str(error).splitlines() or [""])[0])
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def _system() -> Iterator[str]:
@@ -48,11 +73,8 @@ def _packages() -> Iterator[str]:
 
 
 def _devices() -> Iterator[str]:
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        yield f"devices: torch cannot be imported ({type(error).__name__}: {error})"
-        return
+    import torch
+
     kind = accelerator.kind()
     if kind == "cpu":
         yield "devices: cpu only"
@@ -67,13 +89,10 @@ def _devices() -> Iterator[str]:
 
 
 def _strategies() -> Iterator[str]:
-    try:
-        import torch
+    import torch
 
-        from align.dpo.sharding.strategies import check_strategy
-    except (ImportError, OSError, UserError) as error:
-        yield f"strategies of training: unknown ({type(error).__name__})"
-        return
+    from align.dpo.sharding.strategies import check_strategy
+
     yield "strategies of training:"
     for strategy in get_args(LaunchSettings.model_fields["strategy"].annotation):
         try:

@@ -1,7 +1,9 @@
 # The toolkit without a GPU: the demo, small models, sampling and judging on servers that run elsewhere.
 #
 #   docker build --file docker/cpu.Dockerfile --tag align-cpu .
-#   docker run --rm --volume "$PWD:/work" align-cpu demo --folder demo-run
+#   docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/work" align-cpu demo --folder demo-run
+#
+# A folder of the host can be written by its owner, so that is who runs in it; a user without a name has this home.
 FROM python:3.11-slim-bookworm
 
 # DeepSpeed compiles a part of itself at its first use.
@@ -9,7 +11,10 @@ FROM python:3.11-slim-bookworm
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 align
+    && useradd --create-home --uid 10001 align \
+    && mkdir /home/align/.cache \
+    && chmod 1777 /home/align /home/align/.cache
+ENV HOME=/home/align USER=align
 
 WORKDIR /opt/align
 COPY locks locks

@@ -164,3 +164,16 @@ def test_pip_check_complains_of_what_is_explained_and_nothing_else():
         assert package in rewritten or required in overridden, line
         explained |= {package, required} & (rewritten | overridden)
     assert explained == rewritten | overridden, "locks/ explains what pip does not complain about: take it out"
+
+
+@pytest.mark.parametrize("image", ["cpu", "cuda"])
+def test_an_image_installs_from_the_locks_and_runs_as_anybody(image):
+    text = (ROOT / "docker" / f"{image}.Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"pip install [^&\n]*", text)
+    assert len(commands) == 3
+    pins = {"locks/install.txt", "locks/dev.txt"} | ({"locks/cuda.txt"} if image == "cuda" else set())
+    assert {name for command in commands for name in re.findall(r"locks/[\w.]+", command)} == pins
+    assert all("locks/" in command for command in commands)
+    # `docker run --user` may be somebody whom the image does not know, and who writes into a home all the same.
+    assert "chmod 1777 /home/align" in text
+    assert "ENV HOME=/home/align USER=align\n" in text

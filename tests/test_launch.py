@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from align.dpo.sharding.strategies import (
 )
 from align.errors import UserError
 from tests import tiny_models, tiny_vlms
+from tests.doc_pages import ROOT
 
 CPU = torch.device("cpu")
 
@@ -177,3 +180,16 @@ def test_fsdp2_names_the_layers_and_deepspeed_takes_the_rest_from_the_trainer():
     assert zero["zero_optimization"]["stage"] == 3
     assert zero["bf16"] == {"enabled": "auto"}
     assert strategy_fields("ddp", model) == {}
+
+
+@pytest.mark.parametrize(("seconds_left", "num_steps"), [(None, 13), (3600, 13), (200, 1)])
+def test_a_slurm_job_whose_time_is_up_begins_no_further_step(tmp_path, seconds_left, num_steps):
+    log = tmp_path / "log"
+    for name, text in {"scontrol": "echo localhost", "srun": f"echo >> {log}"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost"}
+    if seconds_left is not None:
+        variables["SLURM_JOB_END_TIME"] = str(int(time.time()) + seconds_left)
+    subprocess.run(["bash", "scripts/slurm.sbatch", "align.yaml"], cwd=ROOT, env=variables, check=True)
+    assert len(log.read_text().splitlines()) == num_steps

@@ -399,17 +399,16 @@ dpo:
   weight_decay: 0.1
   adam_beta2: 0.95
   gradient_accumulation_steps: 16
-  freeze: [vision, projector]
 """,
     ),
     Case(
         "ms-swift",
-        "four bits, every part adapted, evaluated",
+        "four bits, modules by name, evaluated",
         """
 CUDA_VISIBLE_DEVICES=0 MAX_PIXELS=602112 MIN_PIXELS=3136 swift rlhf \\
     --rlhf_type dpo --model p --dataset pairs.jsonl --tuner_type lora --quant_bits 4 --quant_method bnb \\
-    --bnb_4bit_compute_dtype bfloat16 --lora_rank 16 --target_modules q_proj k_proj v_proj --freeze_vit false \\
-    --freeze_aligner false --lazy_tokenize true --split_dataset_ratio 0.02 --eval_strategy steps --eval_steps 0.25 \\
+    --bnb_4bit_compute_dtype bfloat16 --lora_rank 16 --target_modules q_proj k_proj v_proj \\
+    --lazy_tokenize true --split_dataset_ratio 0.02 --eval_strategy steps --eval_steps 0.25 \\
     --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --max_length 2048 --output_dir output
 """,
         """

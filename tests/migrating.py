@@ -105,6 +105,9 @@ def _default(cell: str, settings: dict[str, Any], adapter: bool) -> Any:
     words: dict[str, Callable[[], Any]] = {
         "`1.0e-4`, without an adapter `1.0e-5`": lambda: 1e-4 if adapter else 1e-5,
         "twice the rank": lambda: 2 * settings.get("lora_rank", 8),
+        "`[vision, projector]`, with modules by name `[]`": lambda: (
+            [] if _by_name(settings) else ["vision", "projector"]
+        ),
         "what makes 16 pairs a step, or more": lambda: -(-16 // _pairs_at_a_time(settings)),
         "`bfloat16` with an adapter and `bf16`, else `float32`": lambda: (
             "bfloat16" if adapter and settings.get("bf16") else None
@@ -118,6 +121,10 @@ def _default(cell: str, settings: dict[str, Any], adapter: bool) -> Any:
 
 def _pairs_at_a_time(settings: dict[str, Any]) -> int:
     return settings.get("per_device_train_batch_size", 1) * settings.get("NPROC_PER_NODE", 1)
+
+
+def _by_name(settings: dict[str, Any]) -> bool:
+    return "target_regex" in settings or settings.get("target_modules", "all-linear") != "all-linear"
 
 
 def _has_adapter(tool: str, settings: dict[str, Any]) -> bool:

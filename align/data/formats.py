@@ -11,7 +11,7 @@ from typing import Any
 from align.data.dialogues import MESSAGES, read_alpaca, read_dialogue, read_llava_preference, read_openai
 from align.data.entry import BadRow, Entry
 from align.data.fields import Fields, unpacked
-from align.data.messages import Tags
+from align.data.messages import Tags, unread_keys
 from align.data.plain import COLUMNS, read_plain, read_spa_vl
 from align.data.rlaif_v import read_rlaif_v
 from align.data.sources import Table
@@ -111,9 +111,13 @@ class Reader:
     def read(self, data: dict[str, Any]) -> tuple[Entry, Fields]:
         """What a row holds, and what became of its columns; BadRow where it cannot be used."""
         row = Fields(data, self.columns)
-        if self.tags is not None and FORMATS[self.name].read is read_dialogue:
-            return read_dialogue(row, self.tags), row
-        return FORMATS[self.name].read(row), row
+        read = FORMATS[self.name].read
+        tagged = self.tags is not None and read is read_dialogue
+        entry = read_dialogue(row, self.tags) if tagged else read(row)
+        for column in list(row.became):
+            for key in unread_keys(data[column], self.tags if tagged else None):
+                row.note_unused(f"{column}: {key}")
+        return entry, row
 
 
 def reader_of(table: Table, name: str | None, columns: Mapping[str, str]) -> Reader:

@@ -94,6 +94,22 @@ def messages_of(value: Any, name: str, tags: Tags | None = None) -> list[Message
     return [message for turn in turns for message in _messages_of_turn(turn, name, tags)]
 
 
+def unread_keys(value: Any, tags: Tags | None = None) -> list[str]:
+    """What turns hold beside speaker and text, each key once; none for what is no turn.
+
+    >>> unread_keys([{"role": "assistant", "content": "A kitten.", "reasoning_content": "It has fur."}])
+    ['reasoning_content']
+    """
+    value = unpacked(value)
+    speakers = {tags.role} if tags else {"from", "role"}
+    known = speakers | ({tags.content} if tags else {"value", "content"})
+    turns = [turn for turn in (value if isinstance(value, list) else [value]) if isinstance(turn, dict)]
+    found = (
+        key for turn in turns if speakers & turn.keys() for key in turn.keys() - known if not is_missing(turn[key])
+    )
+    return sorted({str(key) for key in found})
+
+
 def response_of(value: Any, name: str, tags: Tags | None = None) -> tuple[list[Message], str]:
     """A response with the messages that stand before it in the same column: text, one turn, or a list of turns.
 

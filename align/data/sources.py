@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from align.data.json_rows import Row
 from align.data.messages import Tags
 from align.data.rows import SUFFIXES, file_rows, hub_rows, saved_rows
 from align.errors import UserError
+from align.log import log
 
 # LLaMA-Factory's word for a column: that under which the readers look for it.
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -89,6 +90,10 @@ def _folder(folder: Path, split: str, subset: str | None) -> list[Table]:
             return tables
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return [Table(str(folder), lambda: saved_rows(folder, split))]
+    return _files(folder)
+
+
+def _files(folder: Path) -> list[Table]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise UserError("no data files in the folder", where=str(folder), fix=f"known endings: {', '.join(SUFFIXES)}")
@@ -109,7 +114,7 @@ def _listed(path: Path, subset: str | None) -> list[Table] | None:
         return [_mmpr(path, name, entry) for name, entry in _chosen(path, data, subset)]
     places = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
     if all(any(place in entry for place in places) for entry in data.values()):
-        return [_llama_factory(path, name, entry) for name, entry in _chosen(path, data, subset)]
+        return [table for name, entry in _chosen(path, data, subset) for table in _llama_factory(path, name, entry)]
     return None
 
 
@@ -137,24 +142,28 @@ def _mmpr(path: Path, name: str, entry: dict[str, Any]) -> Table:
     )
 
 
-def _llama_factory(path: Path, name: str, entry: dict[str, Any]) -> Table:
+def _llama_factory(path: Path, name: str, entry: dict[str, Any]) -> list[Table]:
     if not isinstance(entry.get("file_name"), str):
         raise UserError(
             f"{name!r} is not a file beside it", where=str(path), fix="name one that is with --subset, or download it"
         )
-    file = _inside(path, entry["file_name"])
+    place = _inside(path, entry["file_name"])
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise UserError(f"formatting of {name!r} is alpaca, sharegpt or openai, found {formatting!r}", where=str(path))
+    if entry.get("num_samples") is not None:
+        log.warning("%s: num_samples of %r is not used: all rows are read, --limit draws so many", path, name)
     words = _ALPACA if formatting == "alpaca" else _SHAREGPT
     columns = {words.get(key, key): column for key, column in _object(path, name, entry, "columns").items()}
-    return Table(
-        str(file),
-        lambda: file_rows(file),
-        format="alpaca" if formatting == "alpaca" else "llama-factory",
-        columns={key: column for key, column in columns.items() if isinstance(column, str)},
-        tags=_tags(_object(path, name, entry, "tags"), formatting),
-    )
+    return [
+        replace(
+            table,
+            format="alpaca" if formatting == "alpaca" else "llama-factory",
+            columns={key: column for key, column in columns.items() if isinstance(column, str)},
+            tags=_tags(_object(path, name, entry, "tags"), formatting),
+        )
+        for table in (_files(place) if place.is_dir() else [_file(place)])
+    ]
 
 
 def _tags(given: dict[str, Any], formatting: str) -> Tags | None:

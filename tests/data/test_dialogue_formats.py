@@ -254,6 +254,25 @@ def test_a_listing_of_llama_factory_says_how_columns_and_speakers_are_called(tmp
     assert asked(lines(tmp_path / "o/file/pairs.jsonl")[0])[0] == ("system", ["Be brief."])
 
 
+def test_a_listing_may_name_a_folder_and_says_that_it_samples_nothing(tmp_path, caplog):
+    row = {"instruction": "What is this?", "chosen": KITTEN, "rejected": PUPPY}
+    for number in range(2):
+        write_json(tmp_path / "parts" / f"{number}.json", [row | {"images": [f"{number}.png"]}])
+    source = listing(tmp_path, mine={"file_name": "parts", "ranking": True, "num_samples": 1})
+    done = imported(source, tmp_path / "out")
+    assert [pair["images"] for pair in lines(done.path)] == [["0.png"], ["1.png"]]
+    assert set(done.counts.formats.values()) == {"alpaca"}
+    assert "num_samples of 'mine' is not used" in caplog.text
+
+
+def test_what_turns_hold_besides_is_said_to_be_unused(tmp_path):
+    thinking = {"role": "assistant", "content": KITTEN, "reasoning_content": "It has fur.", "name": None}
+    row = {"messages": [user("<image>What is this?"), thinking], "images": ["0.png"], "rejected_response": PUPPY}
+    assert read(tmp_path / "swift", [row])[1].unused == {"messages: reasoning_content": 1}
+    pair = {"prompt": [user("What is this?")], "image": "0.png", "chosen": [thinking], "rejected": [assistant(PUPPY)]}
+    assert read(tmp_path / "trl", [pair])[1].unused == {"chosen: reasoning_content": 1}
+
+
 def test_a_listing_that_leads_away_is_refused(tmp_path):
     (tmp_path / "data/lf").mkdir(parents=True)
     write_jsonl(tmp_path / "secret.jsonl", [{"question": "What?"}])

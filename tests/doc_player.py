@@ -155,6 +155,8 @@ class Player:
         return SMALL | {key: value for line in lines for key, value in ALSO.get(line, {}).items()}
 
     def python(self, arguments: list[str], folder: Path) -> tuple[int, str]:
+        if arguments[:2] == ["-m", "align"]:
+            return self.align(arguments[2:] or ["--help"], folder)
         left_out = self.is_left_out("python " + " ".join(arguments))
         script = Path(arguments[0])
         if script.parts[0] == "scripts" and (left_out or script.name in SMALLEST):

@@ -91,12 +91,13 @@ def _summary(stages: dict[str, StageEntry]) -> str:
 def _trained(dpo: StageEntry | None) -> str:
     settings = dpo.settings.get("dpo", {}) if dpo else {}
     lora = settings.get("lora")
+    frozen = ", ".join(map(str, settings.get("freeze") or ()))
     if lora is not None:
         how = ", ".join(f"{name} {lora[key]}" for key, name in (("r", "rank"), ("lora_alpha", "alpha")) if key in lora)
         kind = "QLoRA" if lora.get("quantize") else "LoRA"
-        return f"an adapter ({kind}{', ' + how if how else ''}), merged into the weights,"
-    frozen = settings.get("freeze")
-    return f"the model but for its frozen parts ({', '.join(map(str, frozen))})" if frozen else "the full model"
+        where = f", none in {frozen}" if frozen else ""
+        return f"an adapter ({kind}{', ' + how if how else ''}{where}), merged into the weights,"
+    return f"the model but for its frozen parts ({frozen})" if frozen else "the full model"
 
 
 def _heading(config: Config, parent: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from align.dpo.stage import DpoStage
 from align.dpo.train import run_dpo
 from align.dpo.trainer_checkpoints import last_checkpoint
 from align.errors import UserError
+from align.hub.model_card import write_model_card
 from align.media.images import ImageStore
 from align.models.load import load_model, load_processor
 from align.models.modules import part_of
@@ -307,6 +308,8 @@ def test_an_adapter_stopped_by_sigterm_goes_on_to_the_same_weights(tmp_path, mon
     moved = {name for name in before if not torch.equal(before[name], found[name])}
     assert moved
     assert {part_of(name) for name in moved} == {"language"}
+    card = write_model_card(stopped, 1).read_text()
+    assert "an adapter (LoRA, rank 4, none in vision, projector), merged into the weights" in card
 
 
 def test_live_and_cached_references_train_the_same(tmp_path):

@@ -117,7 +117,7 @@ hub: {repo: me/mpo}
         "trl",
         "an adapter with the SFT loss by its former name",
         """
-{model_name_or_path: llava-hf/llava-1.5-7b-hf, dataset_name: me/pairs, use_peft: true, rpo_alpha: 0.1, beta: 0.2,
+{model_name_or_path: llava-hf/llava-1.5-7b-hf, dataset_name: me/pairs, use_peft: true, rpo_alpha: 0.3, beta: 0.2,
  lora_modules_to_save: [lm_head], use_rslora: true, trust_remote_code: true, attn_implementation: flash_attention_2,
  dtype: bfloat16, label_smoothing: 0.0, truncation_mode: keep_end, output_dir: out, seed: 7}
 """,
@@ -129,7 +129,7 @@ run_root: out
 model: {dtype: bfloat16, attention: flash_attention_2}
 dpo:
   loss_type: [sigmoid, sft]
-  loss_weights: [1.0, 0.1]
+  loss_weights: [1.0, 0.3]
   beta: 0.2
   lora: {modules_to_save: [lm_head], use_rslora: true, r: 16, lora_alpha: 32, lora_dropout: 0.05}
   label_smoothing: 0.0
@@ -140,6 +140,36 @@ dpo:
   warmup_steps: 0
   per_device_train_batch_size: 8
   gradient_accumulation_steps: 1
+  max_length: 1024
+""",
+    ),
+    Case(
+        "trl",
+        "a command with flags and equals signs, of an earlier version",
+        """
+accelerate launch examples/scripts/dpo_vlm.py \\
+    --dataset_name HuggingFaceH4/rlaif-v_formatted --dataset_streaming --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct \\
+    --per_device_train_batch_size=2 --gradient_accumulation_steps=32 --dataset_num_proc=32 --output_dir=rlaif-v \\
+    --bf16 --torch_dtype=bfloat16 --gradient_checkpointing --use_peft --lora_target_modules=all-linear \\
+    --rpo_alpha=0.0 --report_to=wandb
+""",
+        """
+rounds: 1
+policy: Qwen/Qwen2.5-VL-3B-Instruct
+pairs_file: data/pairs.jsonl
+run_root: rlaif-v
+model: {dtype: bfloat16}
+dpo:
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 32
+  bf16: true
+  gradient_checkpointing: true
+  lora: {target_modules: all-linear, r: 16, lora_alpha: 32, lora_dropout: 0.05}
+  report_to: wandb
+  learning_rate: 1.0e-6
+  num_train_epochs: 3
+  lr_scheduler_type: linear
+  warmup_steps: 0
   max_length: 1024
 """,
     ),
@@ -430,6 +460,41 @@ dpo:
   weight_decay: 0.1
   adam_beta2: 0.95
   on_too_long: drop
+""",
+    ),
+    Case(
+        "ms-swift",
+        "three losses (MPO), the best state kept, in version 3",
+        """
+NPROC_PER_NODE=4 MAX_PIXELS=1003520 swift rlhf \\
+    --rlhf_type dpo --model Qwen/Qwen2.5-VL-7B-Instruct --ref_model Qwen/Qwen2.5-VL-7B-Instruct --train_type full \\
+    --dataset a.json b.json --split_dataset_ratio 0.01 --torch_dtype bfloat16 --loss_type sigmoid bco_pair sft \\
+    --loss_weights 0.8 0.2 1.0 --rpo_alpha 0.0 --num_train_epochs 1 --learning_rate 1e-5 --freeze_vit true \\
+    --gradient_accumulation_steps 4 --eval_steps 100 --deepspeed zero3 --max_length 4096 --warmup_ratio 0.05 \\
+    --truncation_strategy right --padding_free true --load_best_model_at_end true --output_dir output
+""",
+        """
+rounds: 1
+policy: Qwen/Qwen2.5-VL-7B-Instruct
+pairs_file: data/pairs.jsonl
+run_root: output
+model: {dtype: bfloat16, processor: {max_pixels: 1003520}}
+dpo:
+  held_out: 0.01
+  loss_type: [sigmoid, bco_pair, sft]
+  loss_weights: [0.8, 0.2, 1.0]
+  num_train_epochs: 1
+  learning_rate: 1.0e-5
+  gradient_accumulation_steps: 4
+  eval_steps: 100
+  keep: best
+  max_length: 4096
+  warmup_steps: 0.05
+  weight_decay: 0.1
+  adam_beta2: 0.95
+  on_too_long: drop
+  freeze: [vision, projector]
+launch: {num_processes: 4, strategy: zero3}
 """,
     ),
 ]

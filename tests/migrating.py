@@ -51,13 +51,21 @@ def parsed(text: str) -> dict[str, Any]:
     """An example as keys and values: of a YAML file, or of a command and the variables before it."""
     if "\\\n" not in text:
         return parse_yaml(text)
-    words = shlex.split(text.replace("\\\n", " "))
+    words = [part for word in shlex.split(text.replace("\\\n", " ")) for part in _apart(word)]
     found: dict[str, Any] = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     options = [index for index, word in enumerate(words) if word.startswith("--")]
     for index, end in zip(options, [*options[1:], len(words)], strict=True):
         values = [parse_yaml(word) for word in words[index + 1 : end]]
-        found[words[index][2:]] = values[0] if len(values) == 1 else values
+        found[words[index][2:]] = values[0] if len(values) == 1 else values or True
     return {key: parse_yaml(value) if isinstance(value, str) else value for key, value in found.items()}
+
+
+def _apart(word: str) -> list[str]:
+    """
+    >>> _apart("--lora_target_modules=all-linear"), _apart("MAX_PIXELS=1")
+    (['--lora_target_modules', 'all-linear'], ['MAX_PIXELS=1'])
+    """
+    return word.split("=", 1) if word.startswith("--") else [word]
 
 
 def converted(tool: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +88,7 @@ def converted(tool: str, settings: dict[str, Any]) -> dict[str, Any]:
             is_list, name = name.startswith("list "), name.removeprefix("list ")
             dotted, constant, text = name.partition(": ")
             given.add(dotted)
-            _put(result, dotted, parse_yaml(text) if constant else _listed(value) if is_list else value)
+            _put(result, dotted, _constant(text, key, value) if constant else _listed(value) if is_list else value)
     _add_defaults(result, given, frozen, tool, settings)
     return result
 
@@ -139,6 +147,12 @@ def _put(result: dict[str, Any], dotted: str, value: Any) -> None:
     for name in sections:
         result = result.setdefault(name, {})
     result[last] = value
+
+
+def _constant(text: str, key: str, value: Any) -> Any:
+    """What a row says, with the value of their key where the key stands in it."""
+    found = parse_yaml(text)
+    return [value if item == key else item for item in found] if isinstance(found, list) else found
 
 
 def _listed(value: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Talking to a checkpoint: answers as they grow, the conversation's memory, and the terminal."""
 
+import functools
 import io
 import itertools
 import os
@@ -237,24 +238,58 @@ def test_a_lineage_is_what_the_card_says_and_nothing_else(tmp_path):
 
 
 def test_a_question_leaves_the_box_until_it_is_refused_or_stopped(chat):
-    from align.chat.page import EMPTY, Page, Talk
+    from align.chat.page import EMPTY, Page, Visit
 
-    page = Page([chat], GREEDY)
+    page, visit = Page([chat], GREEDY), Visit()
     page.build()
-    unanswerable, wishes = {"text": "What is on <image>?", "files": []}, (0.0, 24, 1)
-    (asked,) = page.ask(unanswerable, Talk())
-    talk = asked[page.talk]
-    assert (asked[page.box], [exchange.question for exchange in talk.exchanges]) == (EMPTY, ["What is on <image>?"])
+    unanswerable, answerable, wishes = (
+        {"text": "What is on <image>?", "files": []},
+        {"text": QUESTION, "files": []},
+        (0.0, 24, 1),
+    )
+    (asked,) = page.ask(unanswerable, visit)
+    assert (asked[page.box], [exchange.question for exchange in visit.talk.exchanges]) == (
+        EMPTY,
+        ["What is on <image>?"],
+    )
     with pytest.raises(UserError, match=r"not answered yet.*Stop"):
-        next(page.ask({"text": QUESTION, "files": []}, talk))
+        next(page.ask(answerable, visit))
     with pytest.raises(UserError, match="cannot be asked"):
-        list(page.answer(talk, *wishes))
-    (back,) = page.give_back(talk)
-    assert (back[page.box], back[page.talk]) == (unanswerable, Talk())
-    (stopped,) = page.stop(talk)
-    assert len(next(page.ask({"text": QUESTION, "files": []}, stopped[page.talk]))[page.talk].exchanges) == 2
-    (asked,) = page.ask({"text": QUESTION, "files": []}, Talk())
-    talk = last_of(page.answer(asked[page.talk], *wishes))[page.talk]
-    assert talk.exchanges[-1].answer == talk.answers.texts[0] != ""
-    assert list(page.give_back(talk)) == []
-    assert list(page.answer(talk, *wishes)) == []
+        list(page.answer(visit, *wishes))
+    (back,) = page.give_back(visit)
+    assert (back[page.box], visit.talk.exchanges) == (unanswerable, ())
+    list(page.ask(unanswerable, visit))
+    list(page.stop(visit))
+    assert len(visit.talk.exchanges) == 1
+    assert [*page.answer(visit, *wishes), *page.give_back(visit)] == []
+    list(page.clear(visit))
+    list(page.ask(answerable, visit))
+    *_, last = page.answer(visit, *wishes)
+    assert last[page.shown][-1]["content"] == visit.talk.exchanges[0].answer == visit.talk.answers.texts[0] != ""
+    assert [*page.answer(visit, *wishes), *page.give_back(visit)] == []
+
+
+@pytest.mark.parametrize("overtaking", ["stop", "clear", "choose"])
+def test_an_answer_ends_where_another_control_overtakes_it(chat, overtaking):
+    from align.chat.page import Page, Visit
+
+    page, visit = Page([chat], WARM), Visit()
+    page.build()
+    list(page.ask({"text": QUESTION, "files": []}, visit))
+    changes = page.answer(visit, 1.0, 400, 3)
+    while not visit.talk.answers.texts:
+        next(changes)
+    controls = {"stop": page.stop, "clear": page.clear, "choose": functools.partial(page.choose, 2)}
+    list(controls[overtaking](visit))
+    stands = visit.talk
+    with pytest.raises(UserError, match="not answered yet"):
+        next(page.ask({"text": QUESTION, "files": []}, visit))
+    (last,) = changes
+    assert visit.talk is stands
+    assert [message["content"] for message in last[page.shown]] == [
+        text for exchange in stands.exchanges for text in (exchange.question, exchange.answer)
+    ]
+    if overtaking != "clear":
+        given = stands.answers.texts[2 if overtaking == "choose" else 0]
+        assert [(exchange.question, exchange.answer) for exchange in stands.exchanges] == [(QUESTION, given)]
+    assert len(list(page.ask({"text": QUESTION, "files": []}, visit))) == 1

@@ -5,7 +5,7 @@ visitor in a sentence. Needs Gradio; `align.chat.web` serves the page.
 
 Of several changes that reach a busy browser together, Gradio's page makes only the last: each that a control yields
 says all that it changes. So asking takes three controls: one empties the box, the next answers, and the last puts
-what was refused into the box again.
+what was refused into the box again. They act on one `Visit`, as other controls do meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import html
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,6 +76,27 @@ class Talk:
         return replace(self, exchanges=(*self.exchanges[:-1], last), answers=Answers(()), chosen=0)
 
 
+class Visit:
+    """The talk as it stands, which several controls act on at a time; one that another has overtaken ends.
+
+    `answering`: a control is answering, or has yet to notice that it was overtaken.
+    """
+
+    lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.talk = Talk()
+        self.answering = False
+
+    def continue_with(self, talk: Talk, *, after: Talk) -> bool:
+        """Let the talk go on; False where it is no more the one that is continued."""
+        with self.lock:
+            if self.talk is not after:
+                return False
+            self.talk = talk
+            return True
+
+
 class Page:
     """The page of these checkpoints. `settings` are what its controls begin with."""
 
@@ -86,7 +108,7 @@ class Page:
     def build(self) -> gr.Blocks:
         """The page, with all that its buttons do."""
         with gr.Blocks(title="align chat", analytics_enabled=False) as blocks:
-            self.talk = gr.State(Talk())
+            self.visit = gr.State(Visit())
             for chat in self.chats:
                 _build_heading(chat)
             with gr.Row():
@@ -137,39 +159,43 @@ class Page:
         ]
 
     def _connect(self) -> None:
-        parts = [part for card in self.cards for part in card]
-        talk, view = self.talk, [self.talk, self.shown, self.answers, *parts]
-        all_of_it = [*view, self.box]
-        asked = _on(self.box.submit, self.ask, [self.box, talk], all_of_it)
-        answered = _on(asked.success, self.answer, [talk, *self.wishes], view, **ONE_AT_A_TIME)
-        given_back = _on(answered.success, self.give_back, [talk], all_of_it)
-        again = _on(self.retry_button.click, self.retry, [talk, *self.wishes], view, **ONE_AT_A_TIME)
-        stops = [asked, answered, given_back, again]
-        _on(self.stop_button.click, self.stop, [talk], [talk], cancels=stops)
-        _on(self.clear_button.click, self.clear, [], all_of_it, cancels=stops)
+        visit, view = self.visit, [self.shown, self.answers, *(part for card in self.cards for part in card)]
+        asked = _on(self.box.submit, self.ask, [self.box, visit], [*view, self.box])
+        # Asked while the page still hears of the answer before, it is answered next.
+        answered = _on(
+            asked.success, self.answer, [visit, *self.wishes], view, trigger_mode="always_last", **ONE_AT_A_TIME
+        )
+        _on(answered.success, self.give_back, [visit], [*view, self.box])
+        _on(self.retry_button.click, self.retry, [visit, *self.wishes], view, **ONE_AT_A_TIME)
+        _on(self.stop_button.click, self.stop, [visit], view)
+        _on(self.clear_button.click, self.clear, [visit], [*view, self.box])
         for index, (_, _, button) in enumerate(self.cards):
-            _on(button.click, functools.partial(self.choose, index), [talk], view, cancels=stops)
+            _on(button.click, functools.partial(self.choose, index), [visit], view)
 
-    def ask(self, message: dict[str, Any], talk: Talk) -> Changes:
+    def ask(self, message: dict[str, Any], visit: Visit) -> Changes:
         """Take the question out of the box into the conversation."""
-        if talk.asked is not None:
+        before = visit.talk
+        if visit.answering or before.asked is not None:
             raise UserError("the question before this one is not answered yet", fix="wait for it, or press Stop")
         question, files = message["text"].strip(), [Path(file) for file in message["files"]]
         if not question:
             raise UserError("there is no question", fix="write one beside the images")
         if len(files) > MAX_FILES:
             raise UserError(f"expected at most {MAX_FILES} files with a question, found {len(files)}")
-        exchanges = (*talk.exchanges, self._exchange(question, files))
-        yield {**self._view(Talk(exchanges, num_asked=talk.num_asked, asked=Asked(message, talk))), self.box: EMPTY}
+        exchanges = (*before.exchanges, self._exchange(question, files))
+        talk = Talk(exchanges, num_asked=before.num_asked, asked=Asked(message, before))
+        if visit.continue_with(talk, after=before):
+            yield {**self._view(talk), self.box: EMPTY}
 
-    def answer(self, talk: Talk, *wishes: float) -> Changes:
-        """Answer the question that was asked, if one was."""
-        if talk.asked is not None:
-            yield from self._answer(talk, *wishes)
+    def answer(self, visit: Visit, *wishes: float) -> Changes:
+        """Answer the question that was asked, if it still is."""
+        if visit.talk.asked is not None:
+            yield from self._answer(visit, *wishes)
 
-    def give_back(self, talk: Talk) -> Changes:
+    def give_back(self, visit: Visit) -> Changes:
         """Put the question back into the box, if it was not answered."""
-        if talk.asked is not None:
+        talk = visit.talk
+        if talk.asked is not None and visit.continue_with(talk.asked.before, after=talk):
             yield {**self._view(talk.asked.before), self.box: talk.asked.box}
 
     def _exchange(self, question: str, files: list[Path]) -> Exchange:
@@ -180,30 +206,49 @@ class Page:
             text = functools.reduce(lambda text, file: text.replace(f"{file.parent}/", ""), files, str(error))
             raise UserError(text) from None
 
-    def retry(self, talk: Talk, *wishes: float) -> Changes:
+    def retry(self, visit: Visit, *wishes: float) -> Changes:
         """Ask the last question again."""
-        if not talk.exchanges:
+        if not visit.talk.exchanges:
             raise UserError("nothing has been asked yet")
-        yield from self._answer(talk, *wishes)
+        yield from self._answer(visit, *wishes)
 
-    def stop(self, talk: Talk) -> Changes:
+    def stop(self, visit: Visit) -> Changes:
         """Leave the question as far as it has been answered."""
-        yield {self.talk: replace(talk, asked=None)}
+        yield self._overtake(visit, replace(visit.talk, asked=None))
 
-    def clear(self) -> Changes:
+    def clear(self, visit: Visit) -> Changes:
         """Begin a new talk."""
-        yield {**self._view(Talk()), self.box: EMPTY}
+        yield {**self._overtake(visit, Talk()), self.box: EMPTY}
 
-    def choose(self, index: int, talk: Talk) -> Changes:
+    def choose(self, index: int, visit: Visit) -> Changes:
         """Go on from the answer that was chosen."""
-        yield self._view(replace(talk, asked=None).going_on_from(index))
+        yield self._overtake(visit, replace(visit.talk, asked=None).going_on_from(index))
 
-    def _answer(self, talk: Talk, temperature: float, max_new_tokens: float, num_answers: float) -> Changes:
-        """Show the answers of one checkpoint after the other as they grow."""
+    def _overtake(self, visit: Visit, talk: Talk) -> dict[Any, Any]:
+        with visit.lock:
+            visit.talk = talk
+        return self._view(talk)
+
+    def _answer(self, visit: Visit, *wishes: float) -> Changes:
+        visit.answering = True
+        try:
+            talk = visit.talk
+            with closing(self._answering(talk, *wishes)) as talks:
+                for further in talks:
+                    if not visit.continue_with(further, after=talk):
+                        break
+                    talk = further
+                    yield self._view(talk)
+        finally:
+            visit.answering = False
+        yield self._view(visit.talk)
+
+    def _answering(self, talk: Talk, temperature: float, max_new_tokens: float, num_answers: float) -> Generator[Talk]:
+        """The talk with the answers of one checkpoint after the other as they grow."""
         settings = replace(self.settings, temperature=temperature, max_new_tokens=int(max_new_tokens))
         number = int(num_answers) if temperature > 0 else 1
         talk = replace(talk.unanswered(), num_asked=talk.num_asked + 1, names=self._names(number))
-        yield self._view(talk)
+        yield talk
         before = Answers((), ())
         for chat in self.chats:
             stream = chat.answer(talk.exchanges, settings, num_answers=number, seed=talk.num_asked - 1)
@@ -211,9 +256,9 @@ class Page:
                 for answers in stream:
                     cut = answers.cut or (False,) * number
                     both = Answers(before.texts + answers.texts, (before.cut or ()) + cut)
-                    yield self._view(replace(talk, answers=both).going_on_from(0))
+                    yield replace(talk, answers=both).going_on_from(0)
             before = both
-        yield self._view(replace(talk, answers=before, asked=None).going_on_from(0))
+        yield replace(talk, answers=before, asked=None).going_on_from(0)
 
     def _names(self, number: int) -> tuple[str, ...]:
         """The headings of the answers that stand side by side."""
@@ -225,7 +270,7 @@ class Page:
     def _view(self, talk: Talk) -> dict[Any, Any]:
         """The conversation, and the answers side by side where they are several."""
         several = len(talk.names) > 1 and bool(talk.answers.texts)
-        changes: dict[Any, Any] = {self.talk: talk, self.shown: _messages(talk), self.answers: gr.Row(visible=several)}
+        changes: dict[Any, Any] = {self.shown: _messages(talk), self.answers: gr.Row(visible=several)}
         for index, (column, text, button) in enumerate(self.cards):
             there = several and index < len(talk.answers.texts)
             changes[column] = gr.Column(visible=there)

@@ -3,6 +3,7 @@
 import random
 import re
 import shutil
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -12,6 +13,8 @@ from align.demo.canvas import draw
 from align.demo.data import POLICY
 from align.engines.base import SamplingSettings
 from tests.browser.chromium import Page, find_chromium
+from tests.engines.stub_server import StubServer
+from tests.patience import PATIENCE_S
 from tests.served import Served
 from tests.test_images import bomb
 
@@ -22,10 +25,10 @@ LINEAGE = "\n\n## Lineage\n\n| round | pairs |\n|---|---|\n| 1 | 4242 |\n"
 
 
 @contextmanager
-def serving(folder):
+def serving(folder, model="checkpoint"):
     shutil.copytree(POLICY, folder / "checkpoint")
     (folder / "checkpoint" / "README.md").write_text(f"---\nlicense: mit\n---\n\n# x, round 1{LINEAGE}")
-    served = Served(folder, "chat", "checkpoint", "--web")
+    served = Served(folder, "chat", model, "--web")
     try:
         yield served
     finally:
@@ -89,13 +92,23 @@ def upload(page, *files):
     page.wait(f"document.querySelectorAll('#question img').length === {len(files)}")
 
 
-def ask(page, text):
+def send(page, text):
     page.run("document.querySelector('#question textarea').focus()")
     page.call("Input.insertText", text=text)
-    page.wait(f"document.querySelector('#question textarea').value === {text!r}")
+    page.wait(f"{BOX} === {text!r}")
     page.press("Enter")
+
+
+def ask(page, text):
+    send(page, text)
     # The box is emptied, the question answered, and what was refused given back.
     page.wait("window.ended === 3")
+
+
+def click(page, button):
+    page.run(
+        f"[...document.querySelectorAll('#controls button')].find(e => e.textContent.includes({button!r})).click()"
+    )
 
 
 def set_number(page, label, value):
@@ -133,7 +146,7 @@ def test_one_of_several_answers_is_chosen_to_go_on_from(page, picture):
         f"document.querySelectorAll('#answers > .column button.secondary, #answers > .column button.primary')[{other}].click()"
     )
     page.wait(f"({SAID})[0] === {answers[other]!r}")
-    page.run("[...document.querySelectorAll('#controls button')].find(e => e.textContent.includes('Clear')).click()")
+    click(page, "Clear")
     page.wait(f"({SAID}).length === 0 && ({SIDE_BY_SIDE}).length === 0")
     assert page.problems == []
 
@@ -171,6 +184,33 @@ def test_a_refused_question_stands_in_the_box_again(late):
 def test_an_answered_question_has_left_the_box(late):
     ask(late, QUESTION)
     assert (late.run(BOX), late.run(ASKED), len(late.run(SAID))) == ("", [QUESTION], 1)
+
+
+def test_a_question_waits_in_the_box_until_the_one_before_is_answered_or_stopped(browser, tmp_path):
+    answering = threading.Event()
+
+    def answer_the_first_late(body, count):
+        if count == 1:
+            answering.wait(PATIENCE_S)
+
+    server = StubServer(behave=answer_the_first_late)
+    with serving(tmp_path, server.url) as served:
+        visit(browser, served, 1440)
+        send(browser, "First?")
+        browser.wait(f"{BOX} === '' && ({ASKED}).length === 1")
+        send(browser, "Second?")
+        browser.wait(f"({TOLD}).includes('not answered yet')")
+        assert browser.run(BOX) == "Second?"
+        click(browser, "Stop")
+        # Both questions were taken or refused, and Stop was heard.
+        browser.wait("window.ended === 3")
+        answering.set()
+        # Both are neither answered nor given back.
+        browser.wait("window.ended === 7")
+        browser.press("Enter")
+        browser.wait(f"({SAID}).join() === 'Second? -> 1'")
+        assert browser.run(ASKED) == ["First?", "Second?"]
+    server.stop()
 
 
 def test_only_what_was_uploaded_can_be_fetched(page, served, picture):

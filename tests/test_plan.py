@@ -16,7 +16,7 @@ from align.errors import UserError
 from align.media.images import ImageStore
 from align.models.meta import with_adapter
 from align.models.shapes import Kept, ModelShape, Stack, model_shape
-from align.plan.make import Changes, Machine, make_plan, sharing
+from align.plan.make import Changes, Machine, make_plan, shaped_model, sharing
 from align.plan.prompt_sizes import PromptMeter, PromptSize
 from align.plan.speed import ATTENTION_SHARE, Cost, Speed, passes_of, touched_weights
 from align.plan.text import plan_text
@@ -267,6 +267,17 @@ def test_the_cheapest_change_that_fits_is_named():
     tight = replace(ON_GPU, checkpointing=False)
     long = StepBatch(4, 4000, 1000, 1000)
     assert named(one, tight, long)[0].startswith("dpo.gradient_checkpointing=true")
+
+
+@pytest.mark.parametrize("frozen", [[], ["vision"], ["language"]])
+def test_an_adapter_is_proposed_with_the_parts_that_it_is_planned_without(tmp_path, frozen):
+    folder = make_project(tmp_path, dpo={"freeze": frozen})
+    config = load_config(folder / "align.yaml")
+    shape = model_shape(shaped_model(config))
+    *_, adapted, _ = Changes(config, shape, BATCH, ON_GPU, Machine(1))._of_training()
+    freeze = "" if frozen == ["vision"] else ", dpo.freeze=[vision]"
+    assert adapted.settings.startswith(f"dpo.lora={{r: 16, target_modules: [...]}}{freeze}, ")
+    assert adapted.memory.optimiser > 0
 
 
 def test_an_adapter_is_counted_as_it_will_be_trained(empty):

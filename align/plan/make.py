@@ -50,7 +50,6 @@ ADAPTER = {
     "r": 16,
     "lora_alpha": 32,
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "exclude_modules": ".*(vision|visual).*",
 }
 
 
@@ -296,8 +295,10 @@ class Changes:
             for strategy in (self.how.strategy, *self._spread):
                 how = replace(self.least, strategy=strategy)
                 yield self._try([f"dpo.freeze=[{','.join(frozen)}]", *rest], how, shape=shape)
-        adapted = _adapted(config)
         lora = [f"dpo.lora={{r: {ADAPTER['r']}, target_modules: [...]}}"] if config.dpo.lora is None else []
+        if lora and config.dpo.freeze != ["vision"]:
+            lora.append("dpo.freeze=[vision]")
+        adapted = _adapted(config, ["vision"] if lora else config.dpo.freeze)
         half = ["model.dtype=bfloat16"] if self.how.weight_bytes > 2 else []
         if lora:
             yield self._try([*lora, *rest], self.least, shape=adapted)
@@ -326,13 +327,13 @@ def _frozen(config: Config, parts: list[str]) -> ModelShape:
     return model_shape(model)
 
 
-def _adapted(config: Config) -> ModelShape:
+def _adapted(config: Config, frozen: list[str]) -> ModelShape:
     from align.models.lora import adapter_outside, lora_config
     from align.models.meta import meta_model
 
     model = meta_model(config.policy)
     adapter = lora_config(config.dpo.lora or ADAPTER)
-    return model_shape(with_adapter(model, adapter_outside(model, adapter, config.dpo.freeze)))
+    return model_shape(with_adapter(model, adapter_outside(model, adapter, frozen)))
 
 
 def _prompts(

@@ -42,9 +42,9 @@ def write_world(folder: Path) -> Path:
 
 
 def _write_titled(folder: Path, page: Path) -> None:
-    """The data that a page shows under a title, and the picture it is about."""
+    """The data and other trainers' configurations that a page shows under a title, and the picture they are about."""
     for block in blocks_of(page):
-        if block.title is not None and block.language == "json":
+        if block.title is not None and block.language in ("json", "text"):
             save_pictures((folder / block.title).parent, 1, "kitten.jpg")
             (folder / block.title).write_text(block.text)
 

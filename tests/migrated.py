@@ -100,7 +100,7 @@ model: {dtype: bfloat16}
 dpo:
   loss_type: [sigmoid, bco_pair, sft]
   loss_weights: [0.8, 0.2, 1.0]
-  learning_rate: "5e-7"
+  learning_rate: 5.0e-7
   per_device_train_batch_size: 2
   gradient_accumulation_steps: 16
   num_train_epochs: 1

@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "monitoring": BASE | {"distributed"},
     "run": BASE | {"distributed", "media", "monitoring"},
     "recipes": BASE,
+    "migrate": BASE | {"dpo"},
     # What answers for a model.
     "prefix": {"errors"},
     "models": BASE | {"media", "prefix"},
@@ -75,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": BASE | {"evaluation", "loop", "report", "run"},
     "cli": BASE
     | {"chat", "check", "data", "demo", "distributed", "engines", "evaluation", "hub", "label", "lmms_eval", "loop"}
-    | {"models", "monitoring", "plan", "recipes", "report", "run", "selftest", "status"},
+    | {"migrate", "models", "monitoring", "plan", "recipes", "report", "run", "selftest", "status"},
 }
 
 

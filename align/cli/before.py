@@ -28,6 +28,10 @@ def init(
         Path | None, typer.Option(help="Folder that their image paths count from; default: that of the file.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Start from a recipe; `list` names them.")] = None,
+    theirs: Annotated[
+        Path | None,
+        typer.Option("--from", help="Start from a configuration or a script of TRL, LLaMA-Factory or ms-swift."),
+    ] = None,
 ) -> None:
     """Write a commented align.yaml to start from."""
     from align.recipes import recipe_names, recipe_text
@@ -39,7 +43,17 @@ def init(
     if path.exists():
         raise UserError("there is one already", where=str(path), fix="edit it, or name another folder")
     images = None if image_root is None else str(image_root)
-    if recipe is not None:
+    after = "align run" if recipe == "demo" else "edit it, then: align run"
+    if theirs is not None and recipe is not None:
+        raise UserError("--from and --recipe exclude each other", fix="name one of them")
+    if theirs is not None:
+        from align.migrate.convert import migrate
+
+        given = {"policy": policy, "pairs_file": pairs, "questions": questions, "image_root": images}
+        done = migrate(theirs, given)
+        say("\n".join(done.lines()), next_command=None)
+        text, after = commented_config(done.values), f"{done.data}, then: align check"
+    elif recipe is not None:
         text = recipe_text(recipe, policy=policy, questions=questions, critic=critic, pairs=pairs, image_root=images)
     else:
         values = {
@@ -58,7 +72,7 @@ def init(
 
         write_demo(folder, num_questions=NUM_QUESTIONS, num_eval=NUM_EVAL, seed=0)
     path.write_text(text, encoding="utf-8")
-    say(f"wrote {path}", next_command="align run" if recipe == "demo" else "edit it, then: align run")
+    say(f"wrote {path}", next_command=after)
 
 
 @app.command(epilog="Example:  align data MMPR/meta.json --limit 100000 --copy-images --out mmpr")

@@ -94,9 +94,14 @@ def checkpointing_field() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
 
 
+def trl_fields() -> set[str]:
+    """The fields of TRL's DPOConfig that can be given."""
+    return {field.name for field in dataclasses.fields(DPOConfig) if field.init}
+
+
 def check_fields(settings: DpoSettings) -> None:
     """Raise UserError that lists every key of the section that is neither ours nor TRL's to set."""
-    trl = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
+    trl = trl_fields()
     known = sorted((trl - OWN_FIELDS.keys()) | DpoSettings.model_fields.keys())
     problems = []
     for name in settings.trainer_fields():

@@ -1,0 +1,119 @@
+"""A file of another trainer in, its keys and values out: YAML or JSON, or a script with a command.
+
+Of a script every `--option` counts, and the variables in capitals before a command. Variables that the script sets
+itself are put in, also within ``$(( ))`` and ``$(expr )``; nothing of it is ever run.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from align.errors import UserError
+from align.strict_yaml import BAD_YAML, parse_yaml, yaml_problem
+
+_SET = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_SUMS = re.compile(r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)|\$\(\s*expr ([^()]*)\)")
+# A remark begins with a word of its own: `name#20000` is a name.
+_REMARK = re.compile(r"(?:^|\s)#.*")
+_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
+_OPERATORS: dict[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.floordiv,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The keys of a file and their values, as YAML understands them.
+
+    Raises:
+        UserError: the file cannot be read, holds no keys, or uses a variable that it does not set.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8 text", where=str(path), fix="save it as UTF-8") from None
+    try:
+        found = parse_yaml(text) if path.suffix.lower() in (".yaml", ".yml", ".json") else settings_of_script(text)
+    except BAD_YAML as error:
+        problem = yaml_problem(error)
+        raise UserError(f"cannot be understood: {problem}", where=str(path)) from None
+    if not isinstance(found, dict) or not found:
+        raise UserError("holds no keys and values", where=str(path), fix="name a YAML file or a script with a command")
+    return {str(key): value for key, value in found.items()}
+
+
+def settings_of_script(text: str) -> dict[str, Any]:
+    """The options of the commands in a script, and the variables in capitals.
+
+    Raises:
+        UserError: an option uses a variable that the script does not set.
+
+    >>> settings_of_script("n=2\\nMAX_PIXELS=9 swift rlhf --lr 1e-4 --steps $(expr 16 / $n) --bf16  # a remark")
+    {'MAX_PIXELS': 9, 'lr': 0.0001, 'steps': 8, 'bf16': True}
+    """
+    variables: dict[str, str] = {}
+    found: dict[str, Any] = {}
+    option: str | None = None
+    for line in text.replace("\\\n", " ").splitlines():
+        option = None
+        for word in shlex.split(_SUMS.sub(_without_spaces, _REMARK.sub("", line))):
+            setting = _SET.fullmatch(word)
+            if word.startswith("--") and len(word) > 2:
+                name, _, value = word[2:].partition("=")
+                option = name.replace("-", "_")
+                found[option] = [value] if value else []
+            elif option is not None:
+                found[option].append(word)
+            elif setting is not None:
+                variables[setting[1]] = setting[2]
+    settings: dict[str, Any] = {}
+    for name, value in variables.items():
+        if name.isupper():
+            settings[name] = parse_yaml(_filled(value, variables))
+    for name, values in found.items():
+        given = [parse_yaml(_filled(value, variables)) for value in values]
+        settings[name] = True if not given else given[0] if len(given) == 1 else given
+    return settings
+
+
+def _without_spaces(match: re.Match[str]) -> str:
+    return "$((" + re.sub(r"\s", "", match[1] or match[2]) + "))"
+
+
+def _filled(text: str, variables: dict[str, str]) -> str:
+    """The text with the values of variables in their places, and of sums."""
+
+    def value_of(match: re.Match[str]) -> str:
+        name, otherwise = match[1] or match[3], match[2]
+        if name not in variables and otherwise is None:
+            raise UserError(f"${name} is not set in the script", fix="write its value in its place")
+        return _filled(variables[name], {**variables, name: ""}) if name in variables else otherwise
+
+    def sum_of(match: re.Match[str]) -> str:
+        words = _VARIABLE.sub(value_of, match[1])
+        words = re.sub(r"(?<![\w$])([A-Za-z_]\w*)", lambda each: variables.get(each[1], each[1]), words)
+        try:
+            return str(_sum(ast.parse(words, mode="eval").body))
+        except (SyntaxError, ValueError, ZeroDivisionError):
+            raise UserError(f"cannot work out {match[0]}", fix="write the number in its place") from None
+
+    return _VARIABLE.sub(value_of, _SUMS.sub(sum_of, text))
+
+
+def _sum(node: ast.expr) -> int:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_sum(node.left), _sum(node.right))
+    raise ValueError("no sum")

@@ -143,10 +143,32 @@ def test_a_script_is_read_and_not_run(tmp_path):
         "beta": 0.1,
     }
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match=r"\$LR is not set in the script"):
-        settings_of_script("swift rlhf --learning_rate $LR")
-    with pytest.raises(UserError, match="cannot work out"):
-        settings_of_script("swift rlhf --seed $((exit 1))")
+    launched = (
+        "accelerate launch --num_processes 8 dpo.py --use_peft --target_modules a b --bf16 x 2>&1 | tee --append log"
+    )
+    assert settings_of_script(launched) == {
+        "num_processes": 8,
+        "use_peft": True,
+        "target_modules": ["a", "b"],
+        "bf16": "x",
+        "append": "log",
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("$LR", r"dpo.sh: \$LR is not set in the script; write its value"),
+        ("$((exit 1))", "dpo.sh: only a shell works out"),
+        ("run-$(date +%m)", r"dpo.sh: only a shell works out run-\$\(date\+%m\)"),
+        ("${MODEL##*/}", "dpo.sh: only a shell works out"),
+    ],
+)
+def test_what_only_a_shell_works_out_has_to_be_written_in(tmp_path, value, message):
+    script = tmp_path / "dpo.sh"
+    script.write_text(f"MODEL=a/b swift rlhf --model $MODEL --output_dir {value}\n")
+    with pytest.raises(UserError, match=message):
+        read_settings(script)
 
 
 def test_the_command_writes_what_it_says(tmp_path):
@@ -202,7 +224,16 @@ def test_every_row_leads_to_a_setting_that_exists(tool, tmp_path):
 
 
 def _example(dotted: str) -> Any:
-    numbers = {"num_processes": 2, "max_length": 4096, "beta": 0.1, "warmup_steps": 0.1, "held_out": 0.1}
+    numbers = {
+        "num_processes": 2,
+        "num_machines": 2,
+        "machine_rank": 1,
+        "main_process_port": 29500,
+        "max_length": 4096,
+        "beta": 0.1,
+        "warmup_steps": 0.1,
+        "held_out": 0.1,
+    }
     texts = {"dtype": "bfloat16", "attention": "sdpa"}
     return (numbers | texts).get(dotted.rpartition(".")[2], "x")
 

@@ -243,7 +243,8 @@ class _Converter:
             named = "target_regex" in given or given.get("target_modules", "all-linear") != "all-linear"
             return [] if self.adapter and named else ["vision", "projector"]
         if default == SIXTEEN:
-            at_a_time = given.get("per_device_train_batch_size", 1) * given.get("NPROC_PER_NODE", 1)
+            processes = given.get("NPROC_PER_NODE", 1) * given.get("NNODES", 1)
+            at_a_time = given.get("per_device_train_batch_size", 1) * processes
             return max(1, -(-16 // at_a_time))
         return default
 

@@ -19,6 +19,16 @@ from align.strict_yaml import BAD_YAML, parse_yaml, yaml_problem
 
 _SET = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _SUMS = re.compile(r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)|\$\(\s*expr ([^()]*)\)")
+_OTHERS = re.compile(r"\$\([^()]*\)")
+# What a shell alone works out; a `$` at the end belongs to a pattern.
+_LEFT = re.compile(r"\$[\w{(]")
+# Pipes, redirections and the ends of commands.
+_ENDS = re.compile(r"\|\|?|&&?|;|\d?>.*|<.*")
+# Options that take several words.
+SEVERAL = {
+    "dataset", "val_dataset", "target_modules", "modules_to_save", "lora_target_modules", "lora_modules_to_save",
+    "lora_target_parameters", "target_parameters", "loss_type", "loss_weights", "report_to",
+}  # fmt: skip
 # A remark begins with a word of its own: `name#20000` is a name.
 _REMARK = re.compile(r"(?:^|\s)#.*")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
@@ -44,7 +54,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError("not UTF-8 text", where=str(path), fix="save it as UTF-8") from None
     try:
-        found = parse_yaml(text) if path.suffix.lower() in (".yaml", ".yml", ".json") else settings_of_script(text)
+        found = (
+            parse_yaml(text)
+            if path.suffix.lower() in (".yaml", ".yml", ".json")
+            else settings_of_script(text, str(path))
+        )
     except BAD_YAML as error:
         problem = yaml_problem(error)
         raise UserError(f"cannot be understood: {problem}", where=str(path)) from None
@@ -53,52 +67,54 @@ def read_settings(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
-def settings_of_script(text: str) -> dict[str, Any]:
+def settings_of_script(text: str, where: str = "the script") -> dict[str, Any]:
     """The options of the commands in a script, and the variables in capitals.
 
     Raises:
-        UserError: an option uses a variable that the script does not set.
+        UserError: a value uses a variable that the script does not set, or something else that only a shell works out.
 
     >>> settings_of_script("n=2\\nMAX_PIXELS=9 swift rlhf --lr 1e-4 --steps $(expr 16 / $n) --bf16  # a remark")
     {'MAX_PIXELS': 9, 'lr': 0.0001, 'steps': 8, 'bf16': True}
     """
     variables: dict[str, str] = {}
-    found: dict[str, Any] = {}
-    option: str | None = None
+    found: dict[str, list[str]] = {}
     for line in text.replace("\\\n", " ").splitlines():
-        option = None
-        for word in shlex.split(_SUMS.sub(_without_spaces, _REMARK.sub("", line))):
+        option: str | None = None
+        line = _SUMS.sub(_as_sum, _REMARK.sub("", line))
+        for word in shlex.split(_OTHERS.sub(lambda each: re.sub(r"\s", "", each[0]), line)):
             setting = _SET.fullmatch(word)
             if word.startswith("--") and len(word) > 2:
                 name, _, value = word[2:].partition("=")
                 option = name.replace("-", "_")
                 found[option] = [value] if value else []
+            elif _ENDS.fullmatch(word):
+                option = None
             elif option is not None:
                 found[option].append(word)
+                option = option if option in SEVERAL else None
             elif setting is not None:
                 variables[setting[1]] = setting[2]
     settings: dict[str, Any] = {}
-    for name, value in variables.items():
-        if name.isupper():
-            settings[name] = parse_yaml(_filled(value, variables))
-    for name, values in found.items():
-        given = [parse_yaml(_filled(value, variables)) for value in values]
+    for name, words in {**{name: [text] for name, text in variables.items() if name.isupper()}, **found}.items():
+        given = [parse_yaml(_filled(word, variables, where)) for word in words]
         settings[name] = True if not given else given[0] if len(given) == 1 else given
     return settings
 
 
-def _without_spaces(match: re.Match[str]) -> str:
+def _as_sum(match: re.Match[str]) -> str:
     return "$((" + re.sub(r"\s", "", match[1] or match[2]) + "))"
 
 
-def _filled(text: str, variables: dict[str, str]) -> str:
+def _filled(text: str, variables: dict[str, str], where: str) -> str:
     """The text with the values of variables in their places, and of sums."""
 
     def value_of(match: re.Match[str]) -> str:
         name, otherwise = match[1] or match[3], match[2]
-        if name not in variables and otherwise is None:
-            raise UserError(f"${name} is not set in the script", fix="write its value in its place")
-        return _filled(variables[name], {**variables, name: ""}) if name in variables else otherwise
+        if name in variables:
+            return _filled(variables[name], {**variables, name: ""}, where)
+        if otherwise is None:
+            raise UserError(f"${name} is not set in the script", where=where, fix="write its value in its place")
+        return otherwise
 
     def sum_of(match: re.Match[str]) -> str:
         words = _VARIABLE.sub(value_of, match[1])
@@ -106,9 +122,12 @@ def _filled(text: str, variables: dict[str, str]) -> str:
         try:
             return str(_sum(ast.parse(words, mode="eval").body))
         except (SyntaxError, ValueError, ZeroDivisionError):
-            raise UserError(f"cannot work out {match[0]}", fix="write the number in its place") from None
+            return match[0]
 
-    return _VARIABLE.sub(value_of, _SUMS.sub(sum_of, text))
+    done = _VARIABLE.sub(value_of, _SUMS.sub(sum_of, text))
+    if _LEFT.search(done):
+        raise UserError(f"only a shell works out {done}", where=where, fix="write the value in its place")
+    return done
 
 
 def _sum(node: ast.expr) -> int:

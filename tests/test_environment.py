@@ -164,6 +164,14 @@ def test_an_accelerator_in_use_is_named_and_its_memory_counted():
     accelerator.empty_cache()
 
 
+def test_a_number_that_no_accelerator_has_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"'cuda:2', but torch sees 2 x cuda; .* a number below 2"):
+        pick_device("cuda:2")
+
+
 def test_an_extra_is_installed_by_what_it_lacks_here():
     texts = ["torch>=2.11; extra == 'lmms-eval'", "filelock<3; extra == 'lmms-eval'", "gradio>=99; extra == 'web'"]
     assert versions.install_extra("lmms-eval", texts) == "python -m pip install 'filelock<3'"

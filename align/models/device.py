@@ -41,6 +41,11 @@ def pick_device(setting: str) -> torch.device:
             f"model.device is {setting!r}, but torch sees " + ("no accelerator" if there == "cpu" else f"only {there}"),
             fix="set model.device=auto, or install the torch build for that device (`align env` says what is there)",
         )
+    if device.type != "cpu" and device.index is not None and device.index >= accelerator.count():
+        raise UserError(
+            f"model.device is {setting!r}, but torch sees {accelerator.count()} x {there}",
+            fix=f"set model.device=auto, or a number below {accelerator.count()}",
+        )
     return device
 
 

@@ -218,7 +218,8 @@ class _Converter:
                 value = [part for part, frozen in (dict.fromkeys(value, True) | self.frozen).items() if frozen]
             if value not in (THEIRS, HERE.get(name)) and not (name == "dpo.max_length" and self.no_limit):
                 _set(self.done.values, name, value)
-                self.done.added[name] = value
+                if name != "dpo.freeze" or not self.frozen.keys() >= set(value):
+                    self.done.added[name] = value
         if not dpo:
             del self.done.values["dpo"]
 

@@ -110,6 +110,28 @@ def test_what_has_no_place_is_said_with_its_reason():
     assert (dpo["eval_steps"], dpo["loss_type"], dpo["loss_weights"]) == (0.5, ["ipo", "sft"], [1.0, 1.5])
 
 
+def test_numbers_in_quotes_and_empty_keys_are_understood():
+    done = convert({"stage": "dpo", "lora_rank": "8", "pref_ftx": "0.5", "learning_rate": None})
+    assert done.values["dpo"]["lora"] == {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+    assert done.values["dpo"]["loss_weights"] == [1.0, 0.5]
+    assert (done.values["dpo"]["learning_rate"], done.left["learning_rate"]) == (5e-5, "nothing is set")
+
+
+def test_what_is_frozen_by_name_is_not_said_to_be_left_out():
+    said = convert({"stage": "dpo", "freeze_vision_tower": True, "freeze_multi_modal_projector": False})
+    assert said.values["dpo"]["freeze"] == ["vision"]
+    assert "dpo.freeze" not in said.added
+    assert convert({"stage": "dpo", "freeze_vision_tower": False}).added["dpo.freeze"] == ["projector"]
+
+
+def test_the_best_is_kept_only_where_they_look():
+    blind = convert({"stage": "dpo", "load_best_model_at_end": True, "val_size": 0.1})
+    for key in ("load_best_model_at_end", "val_size"):
+        assert blind.left[key] == "nothing is evaluated there"
+    looking = convert({"stage": "dpo", "eval_strategy": "steps", "load_best_model_at_end": True, "logging_steps": 20})
+    assert (looking.values["dpo"]["keep"], looking.values["dpo"]["eval_steps"]) == ("best", 20)
+
+
 def test_the_command_that_reads_their_pairs_is_named():
     assert (
         convert({"rlhf_type": "dpo", "dataset": "swift/RLAIF-V#20000"}).data

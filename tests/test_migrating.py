@@ -193,6 +193,26 @@ def test_what_only_a_shell_works_out_has_to_be_written_in(tmp_path, value, messa
         read_settings(script)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("swift rlhf --beta 0.1", "swift rlhf --beta 0.2", "beta is given more than once: 0.1 and 0.2; keep one"),
+        ("swift rlhf --bf16", "swift rlhf --bf16 false", "bf16 is given more than once: True and False"),
+        ("MAX_PIXELS=9 swift rlhf", "MAX_PIXELS=8 swift rlhf", "MAX_PIXELS is given more than once: 9 and 8"),
+        ("swift rlhf --target_modules q_proj v_proj", "swift rlhf --target_modules q_proj", "target_modules is given"),
+    ],
+)
+def test_two_commands_with_other_values_are_not_mixed(tmp_path, first, second, message):
+    script = tmp_path / "dpo.sh"
+    script.write_text(f"{first}\n{first}\n")
+    once = read_settings(script)
+    script.write_text(f"{first}\n{second}\n")
+    with pytest.raises(UserError, match=message):
+        read_settings(script)
+    script.write_text(f"{first}\n")
+    assert read_settings(script) == once
+
+
 def test_the_command_writes_what_it_says(tmp_path):
     theirs = tmp_path / "dpo.yaml"
     theirs.write_text(BLOCKS["llama-factory/dpo.yaml"])

@@ -71,13 +71,14 @@ def settings_of_script(text: str, where: str = "the script") -> dict[str, Any]:
     """The options of the commands in a script, and the variables in capitals.
 
     Raises:
-        UserError: a value uses a variable that the script does not set, or something else that only a shell works out.
+        UserError: an option or a variable has two values, as with two commands; or a value uses a variable that the
+            script does not set, or something else that only a shell works out.
 
     >>> settings_of_script("n=2\\nMAX_PIXELS=9 swift rlhf --lr 1e-4 --steps $(expr 16 / $n) --bf16  # a remark")
     {'MAX_PIXELS': 9, 'lr': 0.0001, 'steps': 8, 'bf16': True}
     """
     variables: dict[str, str] = {}
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[list[str]]] = {}
     for line in text.replace("\\\n", " ").splitlines():
         option: str | None = None
         line = _SUMS.sub(_as_sum, _REMARK.sub("", line))
@@ -86,19 +87,28 @@ def settings_of_script(text: str, where: str = "the script") -> dict[str, Any]:
             if word.startswith("--") and len(word) > 2:
                 name, _, value = word[2:].partition("=")
                 option = name.replace("-", "_")
-                found[option] = [value] if value else []
+                found.setdefault(option, []).append([value] if value else [])
             elif _ENDS.fullmatch(word):
                 option = None
             elif option is not None:
-                found[option].append(word)
+                found[option][-1].append(word)
                 option = option if option in SEVERAL else None
             elif setting is not None:
                 variables[setting[1]] = setting[2]
+                if setting[1].isupper():
+                    found.setdefault(setting[1], []).append([setting[2]])
     settings: dict[str, Any] = {}
-    for name, words in {**{name: [text] for name, text in variables.items() if name.isupper()}, **found}.items():
-        given = [parse_yaml(_filled(word, variables, where)) for word in words]
-        settings[name] = True if not given else given[0] if len(given) == 1 else given
+    for name, each in found.items():
+        values = [_value([parse_yaml(_filled(word, variables, where)) for word in words]) for words in each]
+        if any(value != values[0] for value in values):
+            said = " and ".join(map(str, values))
+            raise UserError(f"{name} is given more than once: {said}", where=where, fix="keep one command in the file")
+        settings[name] = values[0]
     return settings
+
+
+def _value(words: list[Any]) -> Any:
+    return True if not words else words[0] if len(words) == 1 else words
 
 
 def _as_sum(match: re.Match[str]) -> str:
@@ -121,7 +131,7 @@ def _filled(text: str, variables: dict[str, str], where: str) -> str:
         words = re.sub(r"(?<![\w$])([A-Za-z_]\w*)", lambda each: variables.get(each[1], each[1]), words)
         try:
             return str(_sum(ast.parse(words, mode="eval").body))
-        except (SyntaxError, ValueError, ZeroDivisionError):
+        except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
             return match[0]
 
     done = _VARIABLE.sub(value_of, _SUMS.sub(sum_of, text))

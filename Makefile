@@ -45,7 +45,7 @@ test-browser: $(VENV)/.dev
 test-cuda: $(VENV)/.dev
 	$(PYTEST) tests/cuda_rehearsal
 
-# A run in processes that the command starts by itself, from the import on.
+# Processes that the command starts by itself: their faults, and a whole run that is stopped and resumed.
 test-launched: $(VENV)/.dev
 	$(PYTEST) tests/launched
 

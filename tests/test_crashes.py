@@ -108,7 +108,7 @@ def test_a_loss_that_is_no_number_names_the_pairs_and_keeps_the_state_before(fol
 
 
 def test_two_processes_told_to_stop_save_their_step_and_go_on_to_the_end_of_one_process(folder):
-    """As their launcher tells them (`tests/test_faults.py`); other strategies: tests/distributed."""
+    """As their launcher tells them (`tests/launched`); other strategies: tests/distributed."""
     whole = shutil.copytree(folder, folder.with_name("whole"))
     assert run(whole, "dpo", "--config", "run.yaml")[0] == 0
     spread = ("--set", "dpo.per_device_train_batch_size=1", "--set", "dpo.save_steps=100")

@@ -14,9 +14,9 @@ from align.dpo.step_memory import FOUR_BIT_BYTES, GIB, How, StepBatch, text_toke
 from align.engines.open import open_engine
 from align.errors import UserError
 from align.media.images import ImageStore
-from align.models.meta import with_adapter
+from align.models.meta import model_to_train, with_adapter
 from align.models.shapes import Kept, ModelShape, Stack, model_shape
-from align.plan.make import Changes, Machine, make_plan, shaped_model, sharing
+from align.plan.make import Changes, Machine, make_plan, sharing
 from align.plan.prompt_sizes import PromptMeter, PromptSize
 from align.plan.speed import ATTENTION_SHARE, Cost, Speed, passes_of, touched_weights
 from align.plan.text import plan_text
@@ -273,7 +273,7 @@ def test_the_cheapest_change_that_fits_is_named():
 def test_an_adapter_is_proposed_with_the_parts_that_it_is_planned_without(tmp_path, frozen):
     folder = make_project(tmp_path, dpo={"freeze": frozen})
     config = load_config(folder / "align.yaml")
-    shape = model_shape(shaped_model(config))
+    shape = model_shape(model_to_train(config.policy, config.dpo.lora, config.dpo.freeze))
     *_, adapted, _ = Changes(config, shape, BATCH, ON_GPU, Machine(1))._of_training()
     freeze = "" if frozen == ["vision"] else ", dpo.freeze=[vision]"
     assert adapted.settings.startswith(f"dpo.lora={{r: 16, target_modules: [...]}}{freeze}, ")

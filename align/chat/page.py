@@ -82,7 +82,7 @@ class Visit:
     `answering`: a control is answering, or has yet to notice that it was overtaken.
     """
 
-    lock = threading.Lock()
+    _lock = threading.Lock()
 
     def __init__(self) -> None:
         self.talk = Talk()
@@ -90,11 +90,16 @@ class Visit:
 
     def continue_with(self, talk: Talk, *, after: Talk) -> bool:
         """Let the talk go on; False where it is no more the one that is continued."""
-        with self.lock:
+        with self._lock:
             if self.talk is not after:
                 return False
             self.talk = talk
             return True
+
+    def overtake_with(self, talk: Talk) -> None:
+        """Let this be the talk, whatever goes on."""
+        with self._lock:
+            self.talk = talk
 
 
 class Page:
@@ -225,8 +230,7 @@ class Page:
         yield self._overtake(visit, replace(visit.talk, asked=None).going_on_from(index))
 
     def _overtake(self, visit: Visit, talk: Talk) -> dict[Any, Any]:
-        with visit.lock:
-            visit.talk = talk
+        visit.overtake_with(talk)
         return self._view(talk)
 
     def _answer(self, visit: Visit, *wishes: float) -> Changes:

@@ -35,8 +35,8 @@ from align.media.images import ImageStore
 from align.models.limits import position_limit
 from align.models.load import check_checkpoint, load_processor, read_config
 from align.models.lora import adapter_outside, check_frozen, check_modules_to_save, check_tied_weights, lora_config
-from align.models.meta import meta_model, with_adapter
-from align.models.modules import check_projector, freeze_parts
+from align.models.meta import meta_model, model_to_train
+from align.models.modules import check_projector
 from align.records import Pair
 
 if TYPE_CHECKING:
@@ -45,16 +45,6 @@ if TYPE_CHECKING:
 # What has no meaning without storage; the optimiser of these names computes the same as the plain one.
 NOT_ON_META = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "report_to": "none"}
 FUSED = ("adamw_torch_fused", "adamw_apex_fused")
-
-
-def model_to_train(config: Config, policy: str) -> Any:
-    """The model without weights, with its adapter or its frozen parts, as training has it."""
-    model = meta_model(policy)
-    adapter = lora_config(config.dpo.lora)
-    if adapter is not None:
-        return with_adapter(model, adapter_outside(model, adapter, config.dpo.freeze))
-    freeze_parts(model, config.dpo.freeze)
-    return model
 
 
 def check_trained(config: Config, policy: str) -> None:
@@ -66,7 +56,7 @@ def check_trained(config: Config, policy: str) -> None:
             settings.
     """
     check_checkpoint(policy, allow_pickle=config.model.allow_pickle)
-    trained = model_to_train(config, policy)
+    trained = model_to_train(policy, config.dpo.lora, config.dpo.freeze)
     if config.dpo.projector_learning_rate_multiplier != 1.0:
         check_projector(trained)
     adapter = lora_config(config.dpo.lora)

@@ -16,7 +16,6 @@ import torch
 from align import accelerator
 from align.config import Config
 from align.distributed.ranks import least_of_all, world_size
-from align.dpo.check import model_to_train
 from align.dpo.collator import LayoutName
 from align.dpo.rows import RowBatch
 from align.dpo.settings import AUTO, checkpointing_field
@@ -24,6 +23,7 @@ from align.dpo.step_memory import GIB, STRATEGIES, USABLE, How, StepBatch, least
 from align.dpo.tokenize import TokenizedPair
 from align.log import log
 from align.models.lora import is_quantised
+from align.models.meta import model_to_train
 from align.models.shapes import model_shape
 
 
@@ -53,7 +53,7 @@ def choose_recomputation(
     if usable is None or strategy not in STRATEGIES:
         log.info("gradient checkpointing: every layer, since the memory of this training is not known")
         return Recomputation(True)
-    shape = model_shape(model_to_train(config, policy))
+    shape = model_shape(model_to_train(policy, config.dpo.lora, config.dpo.freeze))
     how = how_trained(config, fields, layout=layout, strategy=strategy)
     chosen = least_recomputation(shape, batch, how, usable)
     num_layers, needed = shape.text.num_layers, training_memory(shape, batch, chosen).total

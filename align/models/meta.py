@@ -4,6 +4,7 @@ names and shapes to look at."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ import torch
 from align.errors import UserError
 from align.models.families import FAMILIES
 from align.models.load import read_config
+from align.models.lora import adapter_outside, lora_config
+from align.models.modules import freeze_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,3 +62,17 @@ def with_adapter(model: PreTrainedModel, config: Any) -> Any:
             f"dpo.lora: {(str(error) or type(error).__name__).splitlines()[0]}",
             fix="set dpo.lora.target_modules, e.g. [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
         ) from None
+
+
+def model_to_train(policy: Path | str, lora: dict[str, Any] | None, freeze: Sequence[str]) -> Any:
+    """The policy on the meta device with its adapter or its frozen parts (`dpo.lora`, `dpo.freeze`), as it is trained.
+
+    Raises:
+        UserError: peft refuses the adapter or finds no place for it, or the model has no such part.
+    """
+    model = meta_model(policy)
+    adapter = lora_config(lora)
+    if adapter is not None:
+        return with_adapter(model, adapter_outside(model, adapter, freeze))
+    freeze_parts(model, freeze)
+    return model

@@ -31,8 +31,7 @@ from align.dpo.step_memory import (
 from align.errors import UserError
 from align.media.images import question_images
 from align.models.lora import is_quantised
-from align.models.meta import with_adapter
-from align.models.modules import freeze_parts
+from align.models.meta import model_to_train
 from align.models.shapes import ModelShape, model_shape
 from align.plan.prompt_sizes import PromptMeter, PromptSize, patch_size
 from align.plan.speed import Machine, Speed
@@ -140,7 +139,7 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
     from align.models.load import load_processor, read_config
 
     processor = load_processor(config.policy, **config.model.processor)
-    model = shaped_model(config)
+    model = model_to_train(config.policy, config.dpo.lora, config.dpo.freeze)
     shape, (in_training, shared, why) = model_shape(model), sharing(config, model)
     meter = PromptMeter(processor, question_images(config), patch_size(model))
     sizes, lengths = _prompts(config, meter, response_tokens, shared=in_training)
@@ -183,19 +182,6 @@ def make_plan(config: Config, machine: Machine, *, response_tokens: int = RESPON
         active=round(shape.active_weights),
         assumptions=[*_assumptions(config, machine, how, lengths, shape), *why, *planner.notes],
     )
-
-
-def shaped_model(config: Config) -> Any:
-    """The policy without storage, with its adapter or with its frozen parts."""
-    from align.models.lora import adapter_outside, lora_config
-    from align.models.meta import meta_model
-
-    model = meta_model(config.policy)
-    adapter = lora_config(config.dpo.lora)
-    if adapter is not None:
-        return with_adapter(model, adapter_outside(model, adapter, config.dpo.freeze))
-    freeze_parts(model, config.dpo.freeze)
-    return model
 
 
 def sharing(config: Config, model: PreTrainedModel) -> tuple[bool, bool, list[str]]:
@@ -291,14 +277,15 @@ class Changes:
         config, rest = self.config, [*self.one, *self.recompute]
         if config.dpo.lora is None and "vision" not in config.dpo.freeze:
             frozen = [*config.dpo.freeze, "vision"]
-            shape = _frozen(config, frozen)
+            shape = model_shape(model_to_train(config.policy, None, frozen))
             for strategy in (self.how.strategy, *self._spread):
                 how = replace(self.least, strategy=strategy)
                 yield self._try([f"dpo.freeze=[{','.join(frozen)}]", *rest], how, shape=shape)
         lora = [f"dpo.lora={{r: {ADAPTER['r']}, target_modules: [...]}}"] if config.dpo.lora is None else []
         if lora and config.dpo.freeze != ["vision"]:
             lora.append("dpo.freeze=[vision]")
-        adapted = _adapted(config, ["vision"] if lora else config.dpo.freeze)
+        frozen = ["vision"] if lora else config.dpo.freeze
+        adapted = model_shape(model_to_train(config.policy, config.dpo.lora or ADAPTER, frozen))
         half = ["model.dtype=bfloat16"] if self.how.weight_bytes > 2 else []
         if lora:
             yield self._try([*lora, *rest], self.least, shape=adapted)
@@ -317,23 +304,6 @@ def one_row(batch: StepBatch) -> StepBatch:
     """One pair of the batch."""
     rows = batch.num_rows
     return replace(batch, num_rows=1, patches=batch.patches // rows, pixels=batch.pixels // rows)
-
-
-def _frozen(config: Config, parts: list[str]) -> ModelShape:
-    from align.models.meta import meta_model
-
-    model = meta_model(config.policy)
-    freeze_parts(model, parts)
-    return model_shape(model)
-
-
-def _adapted(config: Config, frozen: list[str]) -> ModelShape:
-    from align.models.lora import adapter_outside, lora_config
-    from align.models.meta import meta_model
-
-    model = meta_model(config.policy)
-    adapter = lora_config(config.dpo.lora or ADAPTER)
-    return model_shape(with_adapter(model, adapter_outside(model, adapter, frozen)))
 
 
 def _prompts(

@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 from tests.stage_runs import SETTINGS, align, make_project
 
 RUN = ("run", "--rounds", "1")
@@ -36,11 +35,8 @@ def test_a_run_in_two_processes_told_to_stop_goes_on_to_the_end_of_one_process(t
     spread = (*RUN, "--set", "launch.num_processes=2", "--set", "dpo.per_device_train_batch_size=1")
     first = begin(two, *spread)
     steps = two / "runs/run/round-1/trainer/metrics.jsonl"
-    deadline = time.monotonic() + PATIENCE_S
-    while not (steps.is_file() and steps.read_bytes().count(b"\n")):
-        assert first.poll() is None, first.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: first.poll() is not None or (steps.is_file() and steps.read_bytes().count(b"\n")))
+    assert first.poll() is None, first.communicate()
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 0, err
